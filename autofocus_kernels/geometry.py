@@ -1,0 +1,135 @@
+"""The integers of one autofocus problem, resolved and checked once for every backend.
+
+Axes: N batch, C input channels, O output channels, K branches, T kernel taps, and one to three spatial axes.
+Branch ``k`` reads, for output position ``p`` and tap index ``j`` in ``0 .. kernel_size - 1``, the input position::
+
+    origin + stride * p + dilations[k] * (j - (kernel_size - 1) / 2)        zero outside the input
+
+on every axis, so all branches are centred on the same voxel (docs/math.md, section 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Union
+
+IntOrTuple = Union[int, Sequence[int]]
+Padding = Union[int, Sequence[int], str]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Spatial integers of one call; every tuple holds one entry per spatial axis."""
+
+    kernel_size: tuple[int, ...]
+    dilations: tuple[tuple[int, ...], ...]
+    stride: tuple[int, ...]
+    origin: tuple[int, ...]
+    input_size: tuple[int, ...]
+    output_size: tuple[int, ...]
+
+    @property
+    def spatial_dims(self) -> int:
+        return len(self.kernel_size)
+
+    @property
+    def num_branches(self) -> int:
+        return len(self.dilations)
+
+    @property
+    def num_taps(self) -> int:
+        return math.prod(self.kernel_size)
+
+    def as_3d(self) -> Geometry:
+        """The same problem with leading axes of size one, the only form the compiled kernels know."""
+        missing = 3 - self.spatial_dims
+        ones, zeros = (1,) * missing, (0,) * missing
+        return Geometry(
+            kernel_size=ones + self.kernel_size,
+            dilations=tuple(ones + dilation for dilation in self.dilations),
+            stride=ones + self.stride,
+            origin=zeros + self.origin,
+            input_size=ones + self.input_size,
+            output_size=ones + self.output_size,
+        )
+
+
+def per_axis(name: str, value: IntOrTuple, spatial_dims: int, minimum: int) -> tuple[int, ...]:
+    """``value`` as one integer per axis.
+
+    Raises:
+        TypeError: ``value`` is neither an int nor a sequence of ints.
+        ValueError: the wrong number of entries, or an entry below ``minimum``.
+    """
+    entries = (value,) * spatial_dims if isinstance(value, int) else value
+    if isinstance(entries, str) or not isinstance(entries, Iterable):
+        raise TypeError(f"{name} must be an int or a sequence of {spatial_dims} ints, got {value!r}")
+    entries = tuple(entries)
+    if any(isinstance(entry, bool) or not isinstance(entry, int) for entry in entries):
+        raise TypeError(f"{name} must hold ints, got {value!r}")
+    if len(entries) != spatial_dims:
+        raise ValueError(
+            f"{name} must be an int or {spatial_dims} ints, one per spatial axis, got {value!r}"
+        )
+    if min(entries) < minimum:
+        raise ValueError(f"{name} must be at least {minimum} on every axis, got {value!r}")
+    return entries
+
+
+def resolve_dilations(dilations: Sequence[IntOrTuple], spatial_dims: int) -> tuple[tuple[int, ...], ...]:
+    """One dilation tuple per branch, from ints or per-axis tuples."""
+    if isinstance(dilations, (int, str)) or not isinstance(dilations, Iterable):
+        raise TypeError(
+            "dilations must be a sequence with one int (or tuple of ints) per branch, "
+            f"got {dilations!r}"
+        )
+    branches = tuple(dilations)
+    if not branches:
+        raise ValueError("dilations must name at least one branch, got an empty sequence")
+    return tuple(
+        per_axis(f"dilations[{k}]", dilation, spatial_dims, minimum=1)
+        for k, dilation in enumerate(branches)
+    )
+
+
+def resolve(
+    input_size: Sequence[int],
+    kernel_size: Sequence[int],
+    dilations: Sequence[IntOrTuple],
+    stride: IntOrTuple = 1,
+    padding: Padding = "same",
+) -> Geometry:
+    """The geometry of a call. ``padding`` is read, as in ``nn.ConvNd``, for the smallest dilation of each axis.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong form, an even kernel size, ``padding="same"`` with a
+            stride, or an input too small for an unpadded kernel; the message names the argument.
+    """
+    spatial_dims = len(input_size)
+    input_size = tuple(int(size) for size in input_size)
+    kernel_size = tuple(int(size) for size in kernel_size)
+    if any(size < 1 or size % 2 == 0 for size in kernel_size):
+        raise ValueError(f"weight must have odd kernel sizes (branches share a centre), got {kernel_size}")
+    branches = resolve_dilations(dilations, spatial_dims)
+    stride = per_axis("stride", stride, spatial_dims, minimum=1)
+    smallest = tuple(min(axis) for axis in zip(*branches))
+    reach = tuple(r * (size - 1) // 2 for r, size in zip(smallest, kernel_size))
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f'padding must be "same", "valid" or ints, got {padding!r}')
+        if padding == "same" and max(stride) > 1:
+            raise ValueError(f'padding="same" needs stride 1, got stride {stride}; give the padding as ints')
+        pad = reach if padding == "same" else (0,) * spatial_dims
+    else:
+        pad = per_axis("padding", padding, spatial_dims, minimum=0)
+    origin = tuple(r - p for r, p in zip(reach, pad))
+    spans = tuple(size - 2 * o for size, o in zip(input_size, origin))
+    if any(span < 0 or (span == 0 and size > 0) for span, size in zip(spans, input_size)):
+        raise ValueError(
+            f"input is too small: spatial size {input_size} with padding {pad} leaves no output for kernel "
+            f"{kernel_size} at the smallest dilation {smallest}"
+        )
+    output_size = tuple(-(-span // s) for span, s in zip(spans, stride))
+    return Geometry(kernel_size, branches, stride, origin, input_size, output_size)
