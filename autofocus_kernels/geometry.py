@@ -108,8 +108,8 @@ def resolve(
             stride, or an input too small for an unpadded kernel; the message names the argument.
     """
     spatial_dims = len(input_size)
-    input_size = tuple(int(size) for size in input_size)
-    kernel_size = tuple(int(size) for size in kernel_size)
+    input_size = tuple(input_size)
+    kernel_size = tuple(kernel_size)
     if any(size < 1 or size % 2 == 0 for size in kernel_size):
         raise ValueError(f"weight must have odd kernel sizes (branches share a centre), got {kernel_size}")
     branches = resolve_dilations(dilations, spatial_dims)
