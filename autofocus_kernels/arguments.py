@@ -1,0 +1,99 @@
+"""Validation of a call's tensors, written once for the public function, the reference and every backend."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .geometry import Geometry, resolve
+
+
+def check_arguments(
+    input: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Optional[Tensor],
+    branch_scale: Optional[Tensor],
+    branch_shift: Optional[Tensor],
+    dilations,
+    stride,
+    padding,
+) -> Geometry:
+    """Checks batched arguments (input ``[N, C, *S]``) and returns the geometry they describe.
+
+    Raises:
+        TypeError: an argument is no tensor, or dtypes are not one shared floating dtype.
+        ValueError: shapes, devices, layouts or numbers do not fit; the message names the argument.
+    """
+    tensors = {"input": input, "weight": weight, "attention": attention}
+    optional = {"bias": bias, "branch_scale": branch_scale, "branch_shift": branch_shift}
+    tensors.update((name, tensor) for name, tensor in optional.items() if tensor is not None)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name} must have a real floating dtype, got {tensor.dtype}")
+        if tensor.dtype != input.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype} "
+                "(cast it, or run under torch.autocast)"
+            )
+        if tensor.device != input.device:
+            raise ValueError(
+                f"{name} must be on the device of input, {input.device}, got {tensor.device}"
+            )
+
+    spatial_dims = weight.dim() - 2
+    if spatial_dims not in (1, 2, 3):
+        raise ValueError(
+            "weight must be [O, C, *kernel_size] with one to three spatial axes, "
+            f"got shape {_shape(weight)}"
+        )
+    if input.dim() != spatial_dims + 2:
+        raise ValueError(
+            f"input must be [N, C, *S] with {spatial_dims} spatial axes like weight (or [C, *S] without "
+            f"a batch axis), got shape {_shape(input)}"
+        )
+    if weight.shape[1] != input.shape[1]:
+        raise ValueError(
+            f"weight must have the {input.shape[1]} channels of input on axis 1 (groups are not "
+            f"supported), got shape {_shape(weight)}"
+        )
+    if min(weight.shape[:2]) < 1:
+        raise ValueError(
+            f"weight must have at least one output and one input channel, got {_shape(weight)}"
+        )
+    geometry = resolve(input.shape[2:], weight.shape[2:], dilations, stride, padding)
+    _check_shape(
+        "attention", "[N, K, *S_out]", attention,
+        (input.shape[0], geometry.num_branches, *geometry.output_size),
+    )
+    if bias is not None:
+        if branch_scale is not None or branch_shift is not None:
+            raise ValueError(
+                "bias must be None when branch_scale or branch_shift is given: fold it into branch_shift"
+            )
+        _check_shape("bias", "[O]", bias, (weight.shape[0],))
+    for name, tensor in (("branch_scale", branch_scale), ("branch_shift", branch_shift)):
+        if tensor is not None:
+            _check_shape(name, "[K, O]", tensor, (geometry.num_branches, weight.shape[0]))
+    return geometry
+
+
+def _check_shape(name: str, axes: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(
+            f"{name} must be {axes} = {_sizes(expected)}, got shape {_shape(tensor)}"
+        )
+
+
+def _shape(tensor: Tensor) -> str:
+    return _sizes(tensor.shape)
+
+
+def _sizes(sizes) -> str:
+    return "[" + ", ".join(str(size) for size in sizes) + "]"

@@ -1,0 +1,59 @@
+"""The C++ kernels of csrc/cpu, through the compiled library."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+
+from . import native
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def unavailable() -> Optional[str]:
+    return native.unavailable("cpu")
+
+
+def can_use(geometry, input, weight, branch_mode) -> Optional[str]:
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    if input.device.type != "cpu":
+        return f"tensors are on {input.device}, the cpu backend reads CPU memory"
+    if input.dtype not in DTYPES:
+        return f"dtype {input.dtype} is none of float32, float64, bfloat16, float16"
+    return None
+
+
+def forward(geometry, input, weight, attention, bias, branch_scale, branch_shift, output) -> None:
+    torch.ops.autofocus_cpu.forward(
+        *_as_3d(input, weight, attention), bias, branch_scale, branch_shift, *_as_3d(output),
+        *_integers(geometry),
+    )
+
+
+def backward(
+    geometry, grad_output, input, weight, attention, bias, branch_scale, branch_shift,
+    grad_input, grad_weight, grad_attention, grad_branch_scale,
+) -> None:
+    torch.ops.autofocus_cpu.backward(
+        *_as_3d(grad_output, input, weight, attention), bias, branch_scale, branch_shift,
+        *_as_3d(grad_input, grad_weight, grad_attention), grad_branch_scale,
+        *_integers(geometry),
+    )
+
+
+def _as_3d(*tensors):
+    """Views with leading spatial axes of size one."""
+    return tuple(
+        tensor if tensor is None or tensor.dim() == 5
+        else tensor[(slice(None), slice(None)) + (None,) * (5 - tensor.dim())]
+        for tensor in tensors
+    )
+
+
+def _integers(geometry):
+    problem = geometry.as_3d()
+    dilations = [r for dilation in problem.dilations for r in dilation]
+    return dilations, list(problem.stride), list(problem.origin)

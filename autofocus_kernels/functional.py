@@ -1,0 +1,92 @@
+"""The public function: contract, dtype rules, one operator call."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .arguments import check_arguments
+from .dispatch import check_backend_name
+
+
+def autofocus_conv(
+    input: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Optional[Tensor] = None,
+    *,
+    dilations,
+    stride=1,
+    padding="same",
+    branch_scale: Optional[Tensor] = None,
+    branch_shift: Optional[Tensor] = None,
+    backend: Optional[str] = None,
+) -> Tensor:
+    r"""Weighs K dilated convolutions with one shared weight per voxel: ``out = sum_k a_k (s_k y_k + h_k)``.
+
+    ``y_k`` is the convolution of ``input`` with ``weight`` at dilation ``dilations[k]``, zero padded so that all
+    branches are centred on the same voxel; ``a_k`` is ``attention[:, k]``. Without ``branch_scale`` and
+    ``branch_shift``, ``s_k`` is 1 and ``h_k`` is ``bias``. All branches are computed in one pass and none is kept
+    for backward. Differentiable in every tensor, twice, in reverse and forward mode; works under ``torch.func``,
+    ``torch.compile(fullgraph=True)`` and autocast (tensors are cast to its dtype, float64 excepted).
+
+    Source: Qin et al., "Autofocus Layer for Semantic Segmentation", MICCAI 2018, section 2; docs/math.md.
+
+    Args:
+        input: ``[N, C, *S]`` with one to three spatial axes, or ``[C, *S]``; float16, bfloat16, float32, float64.
+        weight: ``[O, C, *kernel_size]``, odd kernel sizes.
+        attention: ``[N, K, *S_out]`` (or ``[K, *S_out]``), any real weights; a softmax over K in the paper.
+        bias: ``[O]`` or None; added in every branch. Must be None in branch mode.
+        dilations: K branches, each an int or one int per spatial axis.
+        stride: int or one int per spatial axis.
+        padding: "same", "valid", an int or one int per spatial axis, read as in ``nn.ConvNd`` for the smallest
+            dilation of each axis; larger dilations are padded further to stay centred.
+        branch_scale: ``[K, O]`` or None (ones): ``s_k``. Giving it or ``branch_shift`` selects branch mode.
+        branch_shift: ``[K, O]`` or None (zeros): ``h_k``.
+        backend: None chooses; "reference", "cpu", "triton" or "cuda" forces one. The environment variable
+            AUTOFOCUS_BACKEND forces one where this is None.
+
+    Returns:
+        ``[N, O, *S_out]`` (``[O, *S_out]`` for an input without a batch axis) in the dtype and memory format of
+        ``input``; ``S_out`` is that of ``nn.ConvNd`` at the smallest dilation.
+
+    Raises:
+        TypeError: an argument of the wrong type, a dtype that is not floating, or mixed dtypes.
+        ValueError: shapes, devices or numbers that do not fit; the message names the argument, what was expected
+            and what came.
+        RuntimeError: a forced backend cannot run the call; the message says why.
+    """
+    check_backend_name(backend)
+    if isinstance(input, Tensor):
+        input, weight, attention, bias, branch_scale, branch_shift = _autocast(
+            input.device.type, input, weight, attention, bias, branch_scale, branch_shift
+        )
+    unbatched = (
+        isinstance(input, Tensor) and isinstance(weight, Tensor) and isinstance(attention, Tensor)
+        and input.dim() == attention.dim() == weight.dim() - 1
+    )
+    if unbatched:
+        input, attention = input.unsqueeze(0), attention.unsqueeze(0)
+    geometry = check_arguments(
+        input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, padding
+    )
+    output = ops.apply(
+        geometry, input, weight, attention, bias, branch_scale, branch_shift, backend
+    )
+    return output.squeeze(0) if unbatched else output
+
+
+def _autocast(device_type: str, *tensors):
+    """The tensors as autocast would cast a convolution's: floating ones but float64, to its dtype."""
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor.to(dtype)
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in tensors
+    )

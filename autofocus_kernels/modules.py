@@ -1,0 +1,195 @@
+"""Drop-in layers: ``AutofocusConvNd`` in place of ``nn.ConvNd``, and the gate of the paper, ``ScaleAttention``."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .dispatch import check_backend_name
+from .functional import autofocus_conv
+from .geometry import IntOrTuple, Padding, per_axis, resolve, resolve_dilations
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class ScaleAttention(nn.Module):
+    """The paper's gate: conv -> ReLU -> conv 1 -> softmax over branches.
+
+    Source: Qin et al., MICCAI 2018, section 2.2. The first convolution has dilation 1 and is centred on the voxels
+    that the layer with the same ``stride``, ``padding`` and smallest ``dilation`` computes, so that its output
+    always has the layer's size; where it reaches outside the input it reads zeros.
+
+    Args:
+        in_channels: C, channels of the input.
+        num_branches: K, number of weights per voxel.
+        kernel_size: odd, int or one int per axis.
+        spatial_dims: 1, 2 or 3.
+        hidden_channels: channels between the convolutions; None is the paper's ``in_channels // 2``.
+        stride, padding, dilation: those of the layer; ``dilation`` is its smallest.
+
+    Shape:
+        ``[N, C, *S]`` -> ``[N, K, *S_out]`` (or both without N), weights that sum to one over K.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong form; the message names it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_branches: int,
+        kernel_size: IntOrTuple = 3,
+        *,
+        spatial_dims: int = 3,
+        hidden_channels: Optional[int] = None,
+        stride: IntOrTuple = 1,
+        padding: Padding = "same",
+        dilation: IntOrTuple = 1,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in CONV:
+            raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
+        if num_branches < 1:
+            raise ValueError(f"num_branches must be at least 1, got {num_branches!r}")
+        if hidden_channels is None:
+            hidden_channels = max(in_channels // 2, 1)
+        self.kernel_size = per_axis("kernel_size", kernel_size, spatial_dims, minimum=1)
+        self.stride = per_axis("stride", stride, spatial_dims, minimum=1)
+        self.dilation = per_axis("dilation", dilation, spatial_dims, minimum=1)
+        self.padding = padding
+        conv = CONV[spatial_dims]
+        options = {"device": device, "dtype": dtype}
+        self.conv1 = conv(in_channels, hidden_channels, self.kernel_size, self.stride, **options)
+        self.conv2 = conv(hidden_channels, num_branches, 1, **options)
+
+    def forward(self, input: Tensor) -> Tensor:
+        geometry = resolve(
+            input.shape[-len(self.kernel_size) :], self.kernel_size, (self.dilation,), self.stride, self.padding
+        )
+        pads: list[int] = []
+        for axis in reversed(range(geometry.spatial_dims)):
+            left = (geometry.kernel_size[axis] - 1) // 2 - geometry.origin[axis]
+            needed = geometry.stride[axis] * (geometry.output_size[axis] - 1) + geometry.kernel_size[axis]
+            pads += [left, needed - left - geometry.input_size[axis]]
+        hidden = F.relu(self.conv1(F.pad(input, pads)))
+        return self.conv2(hidden).softmax(dim=-1 - geometry.spatial_dims)
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}"
+
+
+class _AutofocusConv:
+    """What the three layers share; mixed in front of ``nn.Conv1d/2d/3d``."""
+
+    spatial_dims: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrTuple = 3,
+        stride: IntOrTuple = 1,
+        padding: Padding = "same",
+        dilation: IntOrTuple = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        dilations=(2, 6, 10, 14),
+        attention: Optional[nn.Module] = None,
+        detach_attention: bool = True,
+        backend: Optional[str] = None,
+    ) -> None:
+        if groups != 1:
+            raise ValueError(f"groups must be 1 (grouped weights are not supported), got {groups!r}")
+        if padding_mode != "zeros":
+            raise ValueError(f'padding_mode must be "zeros", got {padding_mode!r}')
+        check_backend_name(backend)
+        kernel_size = per_axis("kernel_size", kernel_size, self.spatial_dims, minimum=1)
+        if any(size % 2 == 0 for size in kernel_size):
+            raise ValueError(f"kernel_size must be odd (branches share a centre), got {kernel_size}")
+        dilation = per_axis("dilation", dilation, self.spatial_dims, minimum=1)
+        branches = resolve_dilations(dilations, self.spatial_dims)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,
+        )
+        self.dilations = tuple(
+            tuple(r * factor for r, factor in zip(branch, dilation)) for branch in branches
+        )
+        self.detach_attention = detach_attention
+        self.backend = backend
+        if attention is None:
+            attention = ScaleAttention(
+                in_channels, len(branches), kernel_size,
+                spatial_dims=self.spatial_dims, stride=stride, padding=padding,
+                dilation=tuple(min(axis) for axis in zip(*self.dilations)),
+                device=device, dtype=dtype,
+            )
+        self.attention = attention
+
+    def forward(self, input: Tensor, return_attention: bool = False):
+        attention = self.attention(input.detach() if self.detach_attention else input)
+        output = autofocus_conv(
+            input, self.weight, attention.to(input.dtype), self.bias,
+            dilations=self.dilations, stride=self.stride, padding=self.padding, backend=self.backend,
+        )
+        return (output, attention) if return_attention else output
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f"dilations={_short(self.dilations)}"]
+        if not self.detach_attention:
+            parts.append("detach_attention=False")
+        if self.backend is not None:
+            parts.append(f"backend={self.backend!r}")
+        return ", ".join(parts)
+
+
+def _short(dilations) -> tuple:
+    """Dilations as they were most likely written: an int where all axes agree."""
+    return tuple(branch[0] if len(set(branch)) == 1 else branch for branch in dilations)
+
+
+_DOC = """``nn.Conv{n}d`` whose receptive field is chosen voxel by voxel among K dilations of one shared weight.
+
+Source: Qin et al., "Autofocus Layer for Semantic Segmentation", MICCAI 2018, section 2.
+
+Args:
+    in_channels, out_channels, kernel_size, stride, padding, bias, device, dtype: as in ``nn.Conv{n}d``;
+        kernel sizes are odd, and ``padding`` is read for the smallest dilation of each axis.
+    dilation: multiplies every entry of ``dilations``.
+    groups, padding_mode: only 1 and "zeros".
+    dilations: one int, or one int per axis, per branch.
+    attention: a module from ``[N, C, *S]`` to weights ``[N, K, *S_out]``; None makes a :class:`ScaleAttention`.
+    detach_attention: the paper's choice: no gradient reaches the input through the gate (its own parameters do
+        train). False lets it through.
+    backend: None chooses; see :func:`autofocus_kernels.autofocus_conv`.
+
+Shape:
+    ``[N, C, *S]`` -> ``[N, O, *S_out]``, or both without N; {n} spatial axes.
+    ``forward(x, return_attention=True)`` returns ``(output, attention [N, K, *S_out])``.
+
+Raises:
+    TypeError, ValueError: an argument of the wrong form; the message names it.
+"""
+
+
+class AutofocusConv1d(_AutofocusConv, nn.Conv1d):
+    __doc__ = _DOC.format(n=1)
+    spatial_dims = 1
+
+
+class AutofocusConv2d(_AutofocusConv, nn.Conv2d):
+    __doc__ = _DOC.format(n=2)
+    spatial_dims = 2
+
+
+class AutofocusConv3d(_AutofocusConv, nn.Conv3d):
+    __doc__ = _DOC.format(n=3)
+    spatial_dims = 3

@@ -1,0 +1,406 @@
+"""The autofocus convolution as torch.library operators, with everything PyTorch needs to see through them.
+
+``torch.ops.autofocus.forward`` and ``torch.ops.autofocus.backward`` carry fakes (for torch.compile and
+torch.export), vmap rules and autograd. The operator is linear in each of input, weight, attention and
+branch_scale, so one derivation serves double backward and forward mode: replace one argument by its tangent,
+sum over the arguments (docs/math.md, section 4). Only the arguments are saved for backward, never a branch.
+
+The operators take validated arguments; call :func:`autofocus_kernels.autofocus_conv`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose
+from .geometry import Geometry
+
+# The six tensor arguments, in the order of the operator's schema and of its gradients.
+INPUT, WEIGHT, ATTENTION, BIAS, SCALE, SHIFT = range(6)
+
+_TENSORS = (
+    "Tensor input, Tensor weight, Tensor attention, Tensor? bias, Tensor? branch_scale, "
+    "Tensor? branch_shift"
+)
+_SETTINGS = "int[] dilations, int[] stride, int[] origin, str? backend"
+torch.library.define("autofocus::forward", f"({_TENSORS}, {_SETTINGS}) -> Tensor")
+torch.library.define(
+    "autofocus::backward",
+    f"(Tensor grad_output, {_TENSORS}, {_SETTINGS}, bool[] output_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+class Settings(NamedTuple):
+    """The arguments of the operators that are no tensors. ``dilations`` is flat: K times one int per axis."""
+
+    dilations: list[int]
+    stride: list[int]
+    origin: list[int]
+    backend: Optional[str]
+
+    def geometry(self, input: Tensor, weight: Tensor, attention: Tensor) -> Geometry:
+        spatial_dims = len(self.stride)
+        return Geometry(
+            kernel_size=tuple(weight.shape[2:]),
+            dilations=tuple(zip(*[iter(self.dilations)] * spatial_dims)),
+            stride=tuple(self.stride),
+            origin=tuple(self.origin),
+            input_size=tuple(input.shape[2:]),
+            output_size=tuple(attention.shape[2:]),
+        )
+
+
+def apply(
+    geometry: Geometry,
+    input: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Optional[Tensor],
+    branch_scale: Optional[Tensor],
+    branch_shift: Optional[Tensor],
+    backend: Optional[str],
+) -> Tensor:
+    """One differentiable call, through the operator or, where its autograd cannot follow, a Function."""
+    settings = Settings(
+        [r for dilation in geometry.dilations for r in dilation],
+        list(geometry.stride),
+        list(geometry.origin),
+        backend,
+    )
+    tensors = (input, weight, attention, bias, branch_scale, branch_shift)
+    if not torch.compiler.is_compiling() and _transforms_active():
+        return _Autofocus.apply(*tensors, *settings)
+    return torch.ops.autofocus.forward(*tensors, *settings)
+
+
+def _transforms_active() -> bool:
+    """functorch or forward-mode AD: the autograd registered on an operator fails under the first and gives
+    silent zero tangents under the second; an autograd.Function serves both but breaks fullgraph compilation."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+# ------------------------------------------------------------------ the operators: allocate, choose, run
+
+
+def _allocate_output(input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
+    shape = (input.shape[0], weight.shape[0], *attention.shape[2:])
+    return torch.empty(
+        shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input)
+    )
+
+
+def _memory_format(input: Tensor) -> torch.memory_format:
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
+    if (
+        channels_last is not None
+        and input.is_contiguous(memory_format=channels_last)
+        and not input.is_contiguous()
+    ):
+        return channels_last
+    return torch.contiguous_format
+
+
+@torch.library.impl("autofocus::forward", "CompositeExplicitAutograd")
+def _forward(
+    input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, origin, backend
+):
+    settings = Settings(dilations, stride, origin, backend)
+    output = _allocate_output(input, weight, attention)
+    if output.numel() == 0:
+        return output
+    if input.numel() == 0:
+        return output.copy_(_constant_term(attention, bias, branch_shift, output))
+    geometry = settings.geometry(input, weight, attention)
+    branch_mode = branch_scale is not None or branch_shift is not None
+    module = choose(backend, geometry, input, weight, branch_mode)
+    module.forward(geometry, input, weight, attention, bias, branch_scale, branch_shift, output)
+    return output
+
+
+@torch.library.register_fake("autofocus::forward")
+def _forward_fake(
+    input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, origin, backend
+):
+    return _allocate_output(input, weight, attention)
+
+
+def _allocate_gradients(primals, output_mask) -> list[Tensor]:
+    """One tensor like each wanted primal; an empty one, never read, where no gradient is wanted."""
+    return [
+        torch.empty_like(primal) if wanted else primals[INPUT].new_empty(0)
+        for primal, wanted in zip(primals, output_mask)
+    ]
+
+
+@torch.library.impl("autofocus::backward", "CompositeExplicitAutograd")
+def _backward(
+    grad_output, input, weight, attention, bias, branch_scale, branch_shift,
+    dilations, stride, origin, backend, output_mask,
+):
+    settings = Settings(dilations, stride, origin, backend)
+    primals = (input, weight, attention, bias, branch_scale, branch_shift)
+    gradients = _allocate_gradients(primals, output_mask)
+    if output_mask[BIAS]:
+        gradients[BIAS].copy_(_attention_weighted_sum(attention.sum(1, keepdim=True), grad_output)[0])
+    if output_mask[SHIFT]:
+        gradients[SHIFT].copy_(_attention_weighted_sum(attention, grad_output))
+
+    of_backend = [
+        gradients[i] if output_mask[i] else None for i in (INPUT, WEIGHT, ATTENTION, SCALE)
+    ]
+    if all(gradient is None for gradient in of_backend):
+        pass
+    elif input.numel() == 0 or grad_output.numel() == 0:
+        for gradient in of_backend:
+            if gradient is not None:
+                gradient.zero_()
+        if output_mask[ATTENTION] and (bias is not None or branch_shift is not None):
+            gradients[ATTENTION].copy_(_constant_term_grad(grad_output, attention, bias, branch_shift))
+    else:
+        geometry = settings.geometry(input, weight, attention)
+        branch_mode = branch_scale is not None or branch_shift is not None
+        module = choose(backend, geometry, input, weight, branch_mode)
+        module.backward(geometry, grad_output, *primals, *of_backend)
+    return tuple(gradients)
+
+
+@torch.library.register_fake("autofocus::backward")
+def _backward_fake(
+    grad_output, input, weight, attention, bias, branch_scale, branch_shift,
+    dilations, stride, origin, backend, output_mask,
+):
+    primals = (input, weight, attention, bias, branch_scale, branch_shift)
+    return tuple(_allocate_gradients(primals, output_mask))
+
+
+# ------------------------------------------------------------------ terms that hold no convolution
+
+
+def _constant_term(attention, bias, branch_shift, like: Tensor) -> Tensor:
+    """``sum_k a_k h_k`` with ``h_k`` the bias or the branch shift; zeros if there is neither."""
+    if branch_shift is not None:
+        return torch.einsum("nk...,ko->no...", attention, branch_shift)
+    if bias is not None:
+        return torch.einsum("n...,o->no...", attention.sum(1), bias)
+    return torch.zeros_like(like)
+
+
+def _constant_term_grad(grad_output, attention, bias, branch_shift) -> Tensor:
+    """The gradient of :func:`_constant_term` for attention: ``<h_k, G(p)>``."""
+    if branch_shift is not None:
+        return torch.einsum("no...,ko->nk...", grad_output, branch_shift)
+    return torch.einsum("no...,o->n...", grad_output, bias).unsqueeze(1).expand_as(attention)
+
+
+def _attention_weighted_sum(attention: Tensor, grad_output: Tensor) -> Tensor:
+    """``[K, O]``: ``sum_p a_k(p) G(p)``, as matrix products in the layout grad_output already has."""
+    if _memory_format(grad_output) is torch.contiguous_format:
+        return torch.bmm(attention.flatten(2), grad_output.flatten(2).transpose(1, 2)).sum(0)
+    rows_a, rows_g = (tensor.movedim(1, -1).flatten(0, -2) for tensor in (attention, grad_output))
+    return rows_a.t() @ rows_g
+
+
+# ------------------------------------------------------------------ autograd
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.settings = Settings(*inputs[6:])
+
+
+def _gradients(ctx, grad_output):
+    """The backward of the forward operator, and of the Function around it."""
+    mask = list(ctx.needs_input_grad[:6])
+    gradients = torch.ops.autofocus.backward(grad_output, *ctx.saved_tensors, *ctx.settings, mask)
+    return *(g if wanted else None for g, wanted in zip(gradients, mask)), None, None, None, None
+
+
+torch.library.register_autograd("autofocus::forward", _gradients, setup_context=_save)
+
+
+def _tangent_terms(primals, tangents):
+    """For each tangent of an argument that meets the weight: its slot and the arguments of the term it gives.
+
+    Bias and shift do not multiply input, weight or scale, so they drop out of those terms.
+    """
+    for slot in (INPUT, WEIGHT, ATTENTION, SCALE):
+        if tangents[slot] is not None:
+            term = list(primals)
+            term[slot] = tangents[slot]
+            if slot != ATTENTION:
+                term[BIAS] = term[SHIFT] = None
+            yield slot, term
+
+
+def _tangent(primals, tangents, settings: Settings) -> Optional[Tensor]:
+    """The directional derivative of the forward; None if every tangent is None."""
+    terms = [
+        torch.ops.autofocus.forward(*term, *settings) for _, term in _tangent_terms(primals, tangents)
+    ]
+    if tangents[BIAS] is not None or tangents[SHIFT] is not None:
+        terms.append(_constant_term(primals[ATTENTION], tangents[BIAS], tangents[SHIFT], None))
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def _save_for_double_backward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.settings = Settings(*inputs[7:11])
+    ctx.output_mask = inputs[11]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients_tangent(grad_output, primals, tangents, settings: Settings, mask):
+    """The directional derivative, along ``tangents`` of the primals, of the gradients named by ``mask``.
+
+    It is also, by symmetry, the gradient for the primals of ``<G, tangent(tangents)>``.
+    """
+    results: list[Optional[Tensor]] = [None] * 6
+
+    def accumulate(slot: int, value: Tensor) -> None:
+        results[slot] = value if results[slot] is None else results[slot] + value
+
+    for slot, term in _tangent_terms(primals, tangents):
+        term_mask = [
+            wanted and i != slot and argument is not None
+            for i, (wanted, argument) in enumerate(zip(mask, term))
+        ]
+        if any(term_mask):
+            gradients = torch.ops.autofocus.backward(grad_output, *term, *settings, term_mask)
+            for i in range(6):
+                if term_mask[i]:
+                    accumulate(i, gradients[i])
+    if mask[ATTENTION] and (tangents[BIAS] is not None or tangents[SHIFT] is not None):
+        accumulate(
+            ATTENTION,
+            _constant_term_grad(grad_output, primals[ATTENTION], tangents[BIAS], tangents[SHIFT]),
+        )
+    return results
+
+
+def _double_gradients(ctx, *grad_gradients):
+    """With ``t_i`` the gradients of the wanted gradients, the loss is ``<G, tangent(t)>``: differentiate that."""
+    grad_output, *primals = ctx.saved_tensors
+    tangents = [
+        grad if wanted else None for grad, wanted in zip(grad_gradients, ctx.output_mask)
+    ]
+    needs_grad_output, *needs = ctx.needs_input_grad[:7]
+    results = _gradients_tangent(grad_output, primals, tangents, ctx.settings, needs)
+    grad_grad_output = _tangent(primals, tangents, ctx.settings) if needs_grad_output else None
+    return grad_grad_output, *results, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "autofocus::backward", _double_gradients, setup_context=_save_for_double_backward
+)
+
+
+class _Autofocus(torch.autograd.Function):
+    """The forward operator for functorch transforms and forward-mode AD."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return torch.ops.autofocus.forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _save(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:6])
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        mask = tuple(ctx.needs_input_grad[:6])
+        gradients = _AutofocusBackward.apply(grad_output, *ctx.saved_tensors, *ctx.settings, mask)
+        return *(g if wanted else None for g, wanted in zip(gradients, mask)), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return _tangent(ctx.saved_tensors, tangents[:6], ctx.settings)
+
+
+class _AutofocusBackward(torch.autograd.Function):
+    """The backward operator for functorch transforms (a gradient of a gradient) and forward-mode AD over it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return torch.ops.autofocus.backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _save_for_double_backward(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:7])
+
+    @staticmethod
+    def backward(ctx, *grad_gradients):
+        return _double_gradients(ctx, *grad_gradients)
+
+    @staticmethod
+    def jvp(ctx, grad_output_tangent, *tangents):
+        grad_output, *primals = ctx.saved_tensors
+        mask = ctx.output_mask
+        results = _gradients_tangent(grad_output, primals, tangents[:6], ctx.settings, mask)
+        if grad_output_tangent is not None:
+            along = torch.ops.autofocus.backward(grad_output_tangent, *primals, *ctx.settings, mask)
+            results = [r if l is None else l if r is None else r + l for r, l in zip(results, along)]
+        return tuple(
+            primals[INPUT].new_zeros(0) if not wanted
+            else torch.zeros_like(primal) if result is None
+            else result
+            for wanted, primal, result in zip(mask, primals, results)
+        )
+
+
+# ------------------------------------------------------------------ vmap
+
+
+def _vmap(op, per_sample: tuple[int, ...], foldable: bool, batch_size: int, in_dims, tensors, settings):
+    """The results of ``op`` with the vmapped axis in front.
+
+    Where only ``per_sample`` tensors are batched (slots whose first axis is N) the vmapped axis folds into N and
+    one call serves all; otherwise there is one call per vmapped sample.
+    """
+    dims = in_dims[: len(tensors)]
+    tensors = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(tensors, dims)]
+    batched = [slot for slot, dim in enumerate(dims) if dim is not None]
+    if foldable and set(batched) <= set(per_sample):
+        for slot in per_sample:
+            if slot not in batched:
+                tensors[slot] = tensors[slot].expand(batch_size, *tensors[slot].shape)
+            tensors[slot] = tensors[slot].flatten(0, 1)
+        return [result.unflatten(0, (batch_size, -1)) for result in _as_list(op(*tensors, *settings))]
+    samples = [
+        _as_list(op(*(t[i] if slot in batched else t for slot, t in enumerate(tensors)), *settings))
+        for i in range(batch_size)
+    ]
+    return [torch.stack(column) for column in zip(*samples)]
+
+
+def _as_list(result) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+@torch.library.register_vmap("autofocus::forward")
+def _forward_vmap(info, in_dims, *arguments):
+    tensors, settings = arguments[:6], arguments[6:]
+    op = torch.ops.autofocus.forward
+    (output,) = _vmap(op, (INPUT, ATTENTION), True, info.batch_size, in_dims, tensors, settings)
+    return output, 0
+
+
+@torch.library.register_vmap("autofocus::backward")
+def _backward_vmap(info, in_dims, *arguments):
+    tensors, settings = arguments[:7], arguments[7:]
+    mask = settings[-1]
+    # A parameter's gradient is wanted per vmapped sample, and one folded call would sum over them.
+    foldable = not (mask[WEIGHT] or mask[BIAS] or mask[SCALE] or mask[SHIFT])
+    slots = (0, 1 + INPUT, 1 + ATTENTION)
+    op = torch.ops.autofocus.backward
+    results = _vmap(op, slots, foldable, info.batch_size, in_dims, tensors, settings)
+    return tuple(results), (0,) * 6

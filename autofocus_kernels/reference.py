@@ -1,0 +1,118 @@
+"""The autofocus convolution in plain PyTorch: definition, truth (in float64), fallback and export path.
+
+One convolution per branch with the shared weight, then the attention-weighted sum, as in Qin et al.,
+"Autofocus Layer for Semantic Segmentation" (MICCAI 2018), section 2. Every other backend is tested against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .arguments import check_arguments
+from .geometry import Geometry
+
+
+def autofocus_conv(
+    input: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Optional[Tensor] = None,
+    *,
+    dilations,
+    stride=1,
+    padding="same",
+    branch_scale: Optional[Tensor] = None,
+    branch_shift: Optional[Tensor] = None,
+) -> Tensor:
+    """The contract of :func:`autofocus_kernels.autofocus_conv`, computed branch by branch.
+
+    Differentiable any number of times, on every device and floating dtype, under ``torch.compile`` and
+    ``torch.export``. Takes batched inputs only.
+    """
+    geometry = check_arguments(
+        input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, padding
+    )
+    return weighted_sum(geometry, input, weight, attention, bias, branch_scale, branch_shift)
+
+
+def weighted_sum(
+    geometry: Geometry,
+    input: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Optional[Tensor],
+    branch_scale: Optional[Tensor],
+    branch_shift: Optional[Tensor],
+) -> Tensor:
+    """``sum_k a_k (s_k y_k + h_k)`` for validated arguments; returns ``[N, O, *S_out]``."""
+    output = None
+    for k, branch in enumerate(branches(geometry, input, weight, bias)):
+        if branch_scale is not None:
+            branch = branch * per_channel(branch_scale[k], geometry)
+        if branch_shift is not None:
+            branch = branch + per_channel(branch_shift[k], geometry)
+        gate = attention[:, k : k + 1]
+        output = gate * branch if output is None else output.addcmul(gate, branch)
+    return output
+
+
+def branches(
+    geometry: Geometry, input: Tensor, weight: Tensor, bias: Optional[Tensor] = None
+) -> Iterator[Tensor]:
+    """The branches ``y_k`` (plus ``bias``), each ``[N, O, *S_out]``, one plain dilated convolution after another."""
+    if input.numel() == 0:
+        # F.conv refuses empty axes. The products keep both arguments in the autograd graph.
+        shape = (input.shape[0], weight.shape[0], *geometry.output_size)
+        empty = input.new_zeros(shape) + 0 * input.sum() + 0 * weight.sum()
+        for _ in geometry.dilations:
+            yield empty if bias is None else empty + per_channel(bias, geometry)
+        return
+    for k in range(geometry.num_branches):
+        # As 2D: oneDNN in torch 2.13 returns wrong float32 weight gradients for strided, dilated conv1d.
+        stride, padding, dilation = _conv_arguments(geometry, k)
+        if geometry.spatial_dims == 1:
+            yield F.conv2d(
+                input.unsqueeze(2), weight.unsqueeze(2), bias, stride, padding, dilation
+            ).squeeze(2)
+        else:
+            conv = F.conv2d if geometry.spatial_dims == 2 else F.conv3d
+            yield conv(input, weight, bias, stride, padding, dilation)
+
+
+def branch_gradients(
+    geometry: Geometry, k: int, grad_branch: Tensor, input: Tensor, weight: Tensor,
+    needs_input: bool, needs_weight: bool,
+) -> tuple[Optional[Tensor], Optional[Tensor]]:
+    """The gradients of branch ``k`` for input and weight, where autograd does not record."""
+    flat = geometry.spatial_dims == 1
+    if flat:
+        grad_branch, input, weight = (t.unsqueeze(2) for t in (grad_branch, input, weight))
+    stride, padding, dilation = _conv_arguments(geometry, k)
+    gradients = torch.ops.aten.convolution_backward(
+        grad_branch, input, weight, None, stride, padding, dilation, False, [0] * len(stride), 1,
+        [needs_input, needs_weight, False],
+    )[:2]
+    if flat:
+        gradients = tuple(g if g is None else g.squeeze(2) for g in gradients)
+    return gradients
+
+
+def _conv_arguments(geometry: Geometry, k: int):
+    """Stride, padding and dilation of branch ``k``, with a leading axis of size one for a 1D problem."""
+    dilation = geometry.dilations[k]
+    padding = tuple(
+        r * (size - 1) // 2 - o
+        for r, size, o in zip(dilation, geometry.kernel_size, geometry.origin)
+    )
+    if geometry.spatial_dims == 1:
+        return (1, *geometry.stride), (0, *padding), (1, *dilation)
+    return geometry.stride, padding, dilation
+
+
+def per_channel(vector: Tensor, geometry: Geometry) -> Tensor:
+    return vector.view(-1, *(1,) * geometry.spatial_dims)
