@@ -1,0 +1,46 @@
+# make demo | make test | make bench: each works alone on a fresh clone and is quick the second time.
+#
+# They install the versions of constraints.txt into .venv and compile csrc/ in place. On a machine that has its own
+# torch (a CUDA build, say), name its interpreter to use it as it is, with nothing installed: make test PYTHON=python3
+# AUTOFOCUS_BUILD (see setup.py) says which libraries are compiled.
+
+AUTOFOCUS_BUILD ?= auto
+export AUTOFOCUS_BUILD
+
+ifdef PYTHON
+export PYTHONPATH := $(CURDIR):$(PYTHONPATH)
+else
+PYTHON := .venv/bin/python
+INSTALLED := .venv/.installed
+endif
+# One stamp at a time: another interpreter or another AUTOFOCUS_BUILD builds anew.
+BUILT := build/.built-$(subst /,-,$(PYTHON))-$(AUTOFOCUS_BUILD)
+
+.PHONY: demo test bench clean
+
+demo: $(BUILT)
+	$(PYTHON) benchmarks/demo.py
+
+test: $(BUILT)
+	$(PYTHON) -m pytest tests
+
+bench: $(BUILT)
+	$(PYTHON) benchmarks/run.py
+
+$(BUILT): setup.py $(shell find csrc -type f -not -path '*/__pycache__/*') $(INSTALLED)
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m autofocus_kernels
+	mkdir -p build && rm -f build/.built-*
+	touch $@
+
+# The package itself is installed without its libraries, in editable mode: the rule above compiles them in place, and only
+# the files that changed.
+.venv/.installed: pyproject.toml constraints.txt
+	python3 -m venv .venv
+	.venv/bin/pip install -c constraints.txt torch numpy setuptools ninja
+	.venv/bin/python -c "import triton" 2>/dev/null || .venv/bin/pip install "triton==3.6.0; platform_system == 'Linux'"
+	AUTOFOCUS_BUILD=none .venv/bin/pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build dist demo *.egg-info autofocus_kernels/_build.json autofocus_kernels/*.so

@@ -1,0 +1,58 @@
+"""Finds and loads the compiled libraries, or says why it cannot. Importing this loads nothing."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def load(name: str) -> None:
+    """Loads library ``name`` ("cpu" or "cuda"), which registers ``torch.ops.autofocus_<name>``.
+
+    Raises:
+        RuntimeError: it is not built or does not load; the message gives the reason of :func:`unavailable`.
+    """
+    reason = unavailable(name)
+    if reason is not None:
+        raise RuntimeError(f"the {name} library cannot be used: {reason}")
+
+
+@lru_cache(maxsize=None)
+def unavailable(name: str) -> Optional[str]:
+    """Loads library ``name`` at the first call and returns None, or the reason it cannot be used."""
+    built = build_record().get(name, {})
+    how = f"reinstall from source with AUTOFOCUS_BUILD={name} to build it or to see why that fails"
+    library = _find(name)
+    if library is None:
+        return f"not built: {built.get('skipped', 'the package was never installed')}; {how}"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return (
+            f"{library.name} was built for torch {built.get('torch')} (CUDA {built.get('cuda')}), you have torch "
+            f"{torch.__version__} (CUDA {torch.version.cuda}), and it does not load: {error}; {how}"
+        )
+    return None
+
+
+def build_record() -> dict:
+    """What setup.py noted of the build.
+
+    Returns:
+        library name -> ``{"torch": version, "cuda": version or None, "flags": {compiler: options}}`` if it was
+        built, ``{"skipped": reason}`` if not; empty if there was no build.
+    """
+    record = PACKAGE / "_build.json"
+    return json.loads(record.read_text()) if record.exists() else {}
+
+
+def _find(name: str) -> Optional[Path]:
+    candidates = (PACKAGE / f"_{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in candidates if path.exists()), None)

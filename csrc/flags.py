@@ -1,0 +1,23 @@
+"""Build flags of the compiled libraries. setup.py and the tests that call a compiler themselves read them here."""
+
+# Torch's stable ABI as of 2.10, so that a library built with a newer torch still loads with an older one.
+MINIMUM_TORCH = (2, 10)
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+# No -march=native: the instruction set is chosen at run time. No -ffast-math: NaN and Inf must travel. What it would
+# have brought for vectorising without changing a value is named instead.
+CXX = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI]
+
+# USE_CUDA uncovers the CUDA part of the stable ABI (the current stream).
+CXX_CUDA = [*CXX, "-DUSE_CUDA"]
+NVCC = ["-std=c++17", "-O3", STABLE_ABI, "-DUSE_CUDA"]
+
+# Machine code per architecture; PTX of the newest lets later GPUs compile for themselves.
+CUDA_ARCHITECTURES = (80, 90, 100, 120)
+
+
+def gencode(architectures=CUDA_ARCHITECTURES):
+    """The nvcc options for ``architectures``."""
+    newest = max(architectures)
+    machine_code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    return [*machine_code, f"-gencode=arch=compute_{newest},code=compute_{newest}"]

@@ -1,0 +1,178 @@
+"""Builds the two optional compiled libraries; everything else about the package is in pyproject.toml.
+
+AUTOFOCUS_BUILD says which:
+    auto   what this machine can build; the rest is skipped and the reason printed (the default)
+    cpu    the CPU library; an error if it cannot be built
+    cuda   the CPU and the CUDA library; an error if either cannot be built
+    none   neither: a pure Python package
+What was built, and why the rest was not, is kept in autofocus_kernels/_build.json for backends/native.py.
+"""
+
+import glob
+import json
+import os
+import runpy
+import shlex
+import site
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+
+WANTED = {"auto": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cpu", "cuda"), "none": ()}
+MODE = os.environ.get("AUTOFOCUS_BUILD", "auto")
+FLAGS = runpy.run_path(str(Path(__file__).parent / "csrc" / "flags.py"))
+# These commands only read metadata: probing the machine for them would cost seconds and change nothing.
+BUILDING = not {"egg_info", "dist_info", "sdist"} & set(sys.argv)
+
+
+class CannotBuild(Exception):
+    """Why a library cannot be built on this machine."""
+
+
+def say(message):
+    print(f"autofocus_kernels: {message}", file=sys.stderr)
+
+
+def find_torch():
+    """torch and its build helpers, also from within pip's build isolation."""
+    # An isolated build sees only its own packages. The torch that the library will meet at run time is in the
+    # site-packages of the interpreter that pip serves, so look there last.
+    sys.path.extend(path for path in site.getsitepackages() if path not in sys.path)
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except Exception as error:
+        raise CannotBuild(
+            f"torch cannot be imported at build time ({type(error).__name__}: {error}); install torch first"
+        ) from error
+    minimum = FLAGS["MINIMUM_TORCH"]
+    if tuple(map(int, torch.__version__.split(".")[:2])) < minimum:
+        raise CannotBuild(f"torch >= {'.'.join(map(str, minimum))} is needed, {torch.__version__} is installed")
+    return torch, cpp_extension
+
+
+def check_compiler():
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <vector>\nint probe() { return std::vector<int>(1).size(); }\n")
+        command = [*compiler, "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(Path(folder, "probe.so"))]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise CannotBuild(f"no C++ compiler: {error}") from error
+    if result.returncode:
+        raise CannotBuild(f"the C++ compiler does not work: {shlex.join(command)}: {result.stderr.strip()}")
+
+
+def cpu_library():
+    _, cpp_extension = find_torch()
+    check_compiler()
+    return cpp_extension.CppExtension(
+        "autofocus_kernels._cpu",
+        sources=["csrc/binding_cpu.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
+        depends=glob.glob("csrc/**/*.h", recursive=True),
+        include_dirs=["csrc"],
+        extra_compile_args={"cxx": list(FLAGS["CXX"])},
+        py_limited_api=True,
+    )
+
+
+def cuda_library():
+    torch, cpp_extension = find_torch()
+    if torch.version.cuda is None:
+        raise CannotBuild(f"torch {torch.__version__} is a build without CUDA")
+    if cpp_extension.CUDA_HOME is None or not Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists():
+        raise CannotBuild(f"no CUDA compiler: no bin/nvcc in CUDA_HOME={cpp_extension.CUDA_HOME}")
+    check_compiler()
+    # TORCH_CUDA_ARCH_LIST is torch's own variable; torch adds its flags where we give none.
+    architectures = [] if "TORCH_CUDA_ARCH_LIST" in os.environ else FLAGS["gencode"]()
+    return cpp_extension.CUDAExtension(
+        "autofocus_kernels._cuda",
+        sources=["csrc/binding_cuda.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))],
+        depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True),
+        include_dirs=["csrc"],
+        extra_compile_args={"cxx": list(FLAGS["CXX_CUDA"]), "nvcc": FLAGS["NVCC"] + architectures},
+        py_limited_api=True,
+    )
+
+
+def plan():
+    """The extensions to build, and for each other library a record of why it is skipped."""
+    if MODE not in WANTED:
+        sys.exit(f"AUTOFOCUS_BUILD must be one of {', '.join(WANTED)}, got {MODE!r}")
+    makers = {"cpu": cpu_library, "cuda": cuda_library}
+    extensions, record = [], {}
+    for name, make in makers.items():
+        if name not in WANTED[MODE]:
+            record[name] = {"skipped": f"AUTOFOCUS_BUILD={MODE}"}
+            continue
+        try:
+            extensions.append(make())
+        except CannotBuild as reason:
+            if MODE != "auto":
+                sys.exit(f"AUTOFOCUS_BUILD={MODE}: the {name} library cannot be built: {reason}")
+            record[name] = {"skipped": str(reason)}
+    return extensions, record
+
+
+EXTENSIONS, RECORD = plan() if BUILDING else ([], {})
+if EXTENSIONS:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension
+else:
+    BuildExtension = build_ext
+
+
+class BuildLibraries(BuildExtension):
+    """Builds each library on its own, so that in auto mode one that fails leaves the others; then writes the record."""
+
+    def run(self):
+        package = Path(self.get_finalized_command("build_py").get_package_dir("autofocus_kernels"))
+        if not self.inplace:
+            package = Path(self.build_lib, package.name)
+        # A library of an earlier build must not outlive it: what is there matches the sources, or nothing is.
+        for stale in [*package.glob("_cpu*.so"), *package.glob("_cuda*.so")]:
+            stale.unlink()
+        super().run()
+        for name, entry in RECORD.items():
+            say(f"{name} library: " + (f"skipped: {entry['skipped']}" if "skipped" in entry else "built"))
+        package.mkdir(parents=True, exist_ok=True)
+        Path(package, "_build.json").write_text(json.dumps(RECORD, indent=1) + "\n")
+
+    def build_extensions(self):
+        wanted, built = self.extensions, []
+        for extension in wanted:
+            name = extension.name.rpartition("._")[2]
+            flags = dict(extension.extra_compile_args)
+            self.extensions = [extension]
+            # Without ninja torch wraps this method at every call; a second wrap would repeat the flags.
+            vars(self.compiler).pop("_compile", None)
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if MODE != "auto":
+                    raise
+                RECORD[name] = {"skipped": f"its compilation failed ({error})"}
+            else:
+                built.append(extension)
+                RECORD[name] = {"torch": torch.__version__, "cuda": torch.version.cuda, "flags": flags}
+        self.extensions = built
+
+
+class Build(build):
+    # setuptools leaves build_ext out where there is no extension; the record is written all the same.
+    sub_commands = [(name, None if name == "build_ext" else test) for name, test in build.sub_commands]
+
+
+setup(
+    ext_modules=EXTENSIONS,
+    cmdclass={"build": Build, "build_ext": BuildLibraries},
+    # One wheel for every Python: the libraries use torch's stable ABI and nothing of Python's.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
+)
