@@ -251,14 +251,15 @@ def tolerances(case: Case, tensors: Tensors, expected: dict[str, Tensor]) -> dic
     float32, float64: a sum of n terms of random sign, each rounded, is off by about ``eps * sqrt(n) / 4`` when added
     one by one and by less when blocked. A factor 4 is left for luck and for sums with cancellation; eps itself is
     added for each of the few roundings outside the sum (blend, scale, shift, the final store).
-    float16, bfloat16: twice the error of the reference in the same dtype, plus the rounding of the result.
+    float16, bfloat16: twice the error of the reference in the same dtype, plus one rounding of the result, eps / 2.
     """
     dtype = tensors.input.dtype
     eps = torch.finfo(dtype).eps
     if dtype in (torch.float16, torch.bfloat16):
         same_dtype = evaluate(reference.autofocus_conv, case, tensors)
         return {
-            name: 2 * relative_error(same_dtype[name], exact) + eps for name, exact in expected.items()
+            name: 2 * relative_error(same_dtype[name], exact) + eps / 2
+            for name, exact in expected.items()
         }
     geometry = case.geometry
     taps = geometry.num_taps

@@ -1,0 +1,18 @@
+"""What every test file shares: the backends that can run here, and deterministic examples."""
+
+import pytest
+from hypothesis import settings
+
+from autofocus_kernels.dispatch import backend_module
+
+settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+settings.load_profile("tests")
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    """Each backend that runs on CPU tensors. tests/test_environment.py sees to it that none is missing unnoticed."""
+    reason = backend_module(request.param).unavailable()
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param

@@ -1,0 +1,29 @@
+"""A backend that was built must run: a skipped backend fixture elsewhere is only honest because of this file."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import autofocus_kernels
+from autofocus_kernels.dispatch import backend_module
+
+LIBRARIES = sorted(Path(autofocus_kernels.__file__).parent.glob("_cpu*.so"))
+
+
+def test_cpu_library_that_was_built_loads():
+    if LIBRARIES:
+        assert backend_module("cpu").unavailable() is None, f"{LIBRARIES} exists but does not load"
+
+
+def test_cpu_library_was_built_where_a_compiler_is():
+    if os.environ.get("AUTOFOCUS_BUILD") == "none":
+        pytest.skip("AUTOFOCUS_BUILD=none asks for no library")
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        pytest.skip("no C++ compiler")
+    assert LIBRARIES, "there is a C++ compiler but no autofocus_kernels/_cpu*.so: build the package first"
+
+
+def test_reference_is_always_available():
+    assert backend_module("reference").unavailable() is None
