@@ -1,0 +1,314 @@
+"""Every backend against float64 truth, forward and each gradient."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from autofocus_kernels import autofocus_conv, reference, testing
+from autofocus_kernels.dispatch import backend_module
+from autofocus_kernels.testing import Case
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", testing.CASES, ids=str)
+def test_truth(backend, case, dtype):
+    testing.check(backend, case, dtype)
+
+
+# ------------------------------------------------------------------ drawn geometry
+
+
+@st.composite
+def cases(draw):
+    dims = draw(st.integers(1, 3))
+    largest = (40, 16, 9)[dims - 1]
+    kernel_size = tuple(draw(st.sampled_from((1, 3, 3, 5))) for _ in range(dims))
+    dilations = tuple(
+        tuple(draw(st.integers(1, 6)) for _ in range(dims)) for _ in range(draw(st.integers(1, 5)))
+    )
+    reach = [min(axis) * (size - 1) // 2 for axis, size in zip(zip(*dilations), kernel_size)]
+    padding = tuple(draw(st.integers(0, r + 2)) for r in reach)
+    # At least one output voxel on every axis.
+    size = tuple(draw(st.integers(max(1, 2 * (r - p) + 1), largest + 2 * r)) for r, p in zip(reach, padding))
+    return Case(
+        "drawn",
+        size,
+        channels=draw(st.sampled_from((1, 2, 3, 7, 8, 16, 17, 33))),
+        out_channels=draw(st.sampled_from((1, 2, 5, 8, 16, 20, 33))),
+        batch=draw(st.integers(1, 3)),
+        kernel_size=kernel_size,
+        dilations=dilations,
+        stride=tuple(draw(st.sampled_from((1, 1, 2, 3))) for _ in range(dims)),
+        padding=padding,
+        mode=draw(st.sampled_from(testing.MODES)),
+        bias=draw(st.booleans()),
+        layout=draw(st.sampled_from(testing.LAYOUTS)),
+    )
+
+
+@settings(max_examples=60)
+@given(case=cases(), dtype=st.sampled_from((torch.float32, torch.float64)))
+def check_drawn(backend, case, dtype):
+    testing.check(backend, case, dtype)
+
+
+def test_truth_on_drawn_geometry(backend):
+    check_drawn(backend)
+
+
+# ------------------------------------------------------------------ what the layer means
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("chosen", [0, 1, 2])
+def test_one_hot_attention_is_a_plain_dilated_convolution(backend, dims, chosen):
+    dilations = (1, 3, 4)
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](
+        3, 4, 3, padding="same", dilation=dilations[chosen], dtype=torch.float64
+    )
+    input = torch.randn(2, 3, *(9, 6, 7)[:dims], dtype=torch.float64, generator=generator())
+    attention = torch.zeros(2, 3, *input.shape[2:], dtype=torch.float64)
+    attention[:, chosen] = 1
+    output = autofocus_conv(
+        input, conv.weight, attention, conv.bias, dilations=dilations, backend=backend
+    )
+    torch.testing.assert_close(output, conv(input), rtol=0, atol=1e-14)
+
+
+def test_an_impulse_shows_the_taps(backend):
+    """One voxel of ones answers at its dilated neighbours with the mirrored weight times the gate there."""
+    dilations = (2, 3)
+    input = torch.zeros(1, 1, 11, 13)
+    input[0, 0, 5, 6] = 1
+    weight = torch.arange(1.0, 10.0).view(1, 1, 3, 3)
+    attention = torch.tensor([1.0, 100.0]).view(1, 2, 1, 1).expand(1, 2, 11, 13)
+    output = autofocus_conv(input, weight, attention, dilations=dilations, backend=backend)
+    expected = torch.zeros(11, 13)
+    for gate, r in zip((1, 100), dilations):
+        for i, j in itertools.product((-1, 0, 1), repeat=2):
+            expected[5 - r * i, 6 - r * j] += gate * weight[0, 0, i + 1, j + 1]
+    assert torch.equal(output[0, 0], expected)
+
+
+def test_bias_counts_once_for_every_branch_by_its_gate(backend):
+    attention = torch.tensor([0.5, 2.0, -1.0]).view(1, 3, 1).expand(1, 3, 4)
+    output = autofocus_conv(
+        torch.zeros(1, 2, 4), torch.ones(2, 2, 3), attention, torch.tensor([2.0, 4.0]),
+        dilations=(1, 2, 3), backend=backend,
+    )
+    assert torch.equal(output, torch.tensor([3.0, 6.0]).view(1, 2, 1).expand(1, 2, 4))
+
+
+def test_unbatched_input_is_a_batch_of_one(backend):
+    tensors = testing.make_tensors(Case("unbatched", (5, 6), dilations=(1, 2)))
+    options = {"dilations": (1, 2), "backend": backend}
+    input, weight, attention, bias, *_ = tensors
+    output = autofocus_conv(input[0], weight, attention[0], bias, **options)
+    assert torch.equal(output, autofocus_conv(input, weight, attention, bias, **options)[0])
+
+
+@pytest.mark.parametrize("stride, dilation, kernel_size", [(2, 20, 3), (3, 17, 3), (2, 10, 5)])
+def test_conv1d_weight_gradient_in_float32(backend, stride, dilation, kernel_size):
+    """torch 2.13 gets float32 weight gradients of strided, dilated conv1d on the CPU wrong by about their norm."""
+    case = Case(
+        "conv1d", (128,), batch=3, kernel_size=kernel_size, stride=stride,
+        dilations=(dilation, dilation + 3), padding=dilation,
+    )
+    testing.check(backend, case)
+
+
+# ------------------------------------------------------------------ nothing there
+
+
+EMPTY = (
+    Case("batch_0", (5, 6), batch=0),
+    Case("batch_0_branch", (5, 6), batch=0, mode="branch"),
+    Case("axis_0", (5, 0, 4), batch=2),
+    Case("axis_0_shift", (0,), mode="shift"),
+    Case("all_axes_0", (0, 0, 0)),
+)
+
+
+@pytest.mark.parametrize("case", EMPTY, ids=str)
+def test_empty_problem_has_an_empty_output_and_zero_gradients(backend, case):
+    tensors = testing.make_tensors(case)
+    with testing.poisoned_memory():
+        results = testing.evaluate(
+            lambda **arguments: autofocus_conv(**arguments, backend=backend), case, tensors
+        )
+    assert results.pop("output").shape == (case.batch, case.out_channels, *case.size)
+    for name, argument in tensors.arguments().items():
+        assert torch.equal(results[name], torch.zeros_like(argument)), name
+
+
+@pytest.mark.parametrize("mode", ["plain", "branch", "scale"])
+def test_padding_around_an_empty_axis_gives_the_constant_term(backend, mode):
+    """A zero-size axis with padding has output voxels: each is sum_k a_k h_k."""
+    case = Case("padded", (0, 4), padding=(3, 1), dilations=(1, 2), mode=mode)
+    tensors = testing.make_tensors(case, torch.float64)
+    assert 0 not in tensors.grad_output.shape
+    with testing.poisoned_memory():
+        results = testing.evaluate(
+            lambda **arguments: autofocus_conv(**arguments, backend=backend), case, tensors
+        )
+    testing.judge(results, case, tensors)
+
+
+# ------------------------------------------------------------------ repeatable, on any number of threads
+
+
+def results_of(backend, case, dtype):
+    tensors = testing.make_tensors(case, dtype)
+    return testing.evaluate(
+        lambda **arguments: autofocus_conv(**arguments, backend=backend), case, tensors
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["plain", "branch"])
+def test_repeats_bit_for_bit(backend, mode, dtype):
+    case = Case("repeated", (17, 15, 16), 16, 20, batch=2, dilations=(2, 6, 10, 14), mode=mode)
+    first, second = (results_of(backend, case, dtype) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.fixture
+def restored_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["plain", "branch"])
+def test_right_on_any_number_of_threads(backend, mode, threads, restored_threads):
+    torch.set_num_threads(threads)
+    case = Case("threads", (9, 15, 16), 16, 20, batch=2, dilations=(2, 6, 10), mode=mode)
+    testing.check(backend, case)
+
+
+# ------------------------------------------------------------------ only the gradients that are wanted
+
+
+NAMES = ("input", "weight", "attention", "bias", "branch_scale", "branch_shift")
+
+
+@pytest.mark.parametrize("mode", ["plain", "branch"])
+def test_each_subset_of_gradients_equals_the_full_ones(backend, mode):
+    case = Case("subsets", (6, 7), mode=mode, dilations=(1, 2))
+    tensors = testing.make_tensors(case, torch.float64)
+    full = results_of(backend, case, torch.float64)
+    names = tuple(tensors.arguments())
+    for count in range(1, len(names)):
+        for subset in itertools.combinations(names, count):
+            arguments = {
+                name: tensor.detach().requires_grad_(name in subset)
+                for name, tensor in tensors.arguments().items()
+            }
+            output = autofocus_conv(**arguments, **case.options, backend=backend)
+            output.backward(tensors.grad_output)
+            for name, argument in arguments.items():
+                if name in subset:
+                    assert testing.relative_error(argument.grad, full[name]) < 1e-14, (subset, name)
+                else:
+                    assert argument.grad is None, (subset, name)
+
+
+@pytest.mark.parametrize("mode", ["plain", "branch"])
+def test_the_kernel_is_asked_for_wanted_gradients_only(backend, mode, monkeypatch):
+    case = Case("asked", (6, 7), mode=mode, dilations=(1, 2))
+    tensors = testing.make_tensors(case)
+    module = backend_module(backend)
+    kernel, asked = module.backward, []
+
+    def spy(*arguments):
+        asked.append([gradient is not None for gradient in arguments[-4:]])
+        kernel(*arguments)
+
+    monkeypatch.setattr(module, "backward", spy)
+    of_kernel = ("input", "weight", "attention", "branch_scale")
+    for wanted in tensors.arguments():
+        asked.clear()
+        arguments = {
+            name: tensor.detach().requires_grad_(name == wanted)
+            for name, tensor in tensors.arguments().items()
+        }
+        autofocus_conv(**arguments, **case.options, backend=backend).sum().backward()
+        # Bias and shift gradients need no kernel at all.
+        assert asked == ([[name == wanted for name in of_kernel]] if wanted in of_kernel else [])
+
+
+# ------------------------------------------------------------------ NaN and Inf travel as in the reference
+
+
+def kinds(tensor):
+    """0 finite, 1 infinite, 2 NaN."""
+    return tensor.isinf().int() + 2 * tensor.isnan().int()
+
+
+SPREAD = Case("spread", (9, 10, 7), channels=5, out_channels=6, batch=2, dilations=(1, 2, 5))
+# Voxel (4, 5, 3) of the second sample, and the centre tap, which no output voxel reads from the padding.
+PLACES = {"input": (1, 2, 4, 5, 3), "attention": (1, 1, 4, 5, 3), "weight": (3, 2, 1, 1, 1), "bias": (3,)}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", PLACES)
+def test_nan_and_inf_reach_what_they_reach_in_the_reference(backend, name, value):
+    tensors = testing.make_tensors(SPREAD)
+    tensors.arguments()[name][PLACES[name]] = value
+    results, expected = (
+        testing.evaluate(function, SPREAD, tensors)
+        for function in (
+            lambda **arguments: autofocus_conv(**arguments, backend=backend),
+            reference.autofocus_conv,
+        )
+    )
+    assert not expected["output"].isfinite().all()
+    for quantity in expected:
+        assert torch.equal(results[quantity].isfinite(), expected[quantity].isfinite()), quantity
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_inf_stays_inf_in_the_output(backend, name, value):
+    """Not for attention: a blend sums +Inf and -Inf over channels before the weight can part them."""
+    tensors = testing.make_tensors(SPREAD)
+    tensors.arguments()[name][PLACES[name]] = value
+    output = autofocus_conv(**tensors.arguments(), **SPREAD.options, backend=backend)
+    expected = reference.autofocus_conv(**tensors.arguments(), **SPREAD.options)
+    assert torch.equal(kinds(output), kinds(expected))
+
+
+def test_nan_in_a_gradient_stays_in_its_neighbourhood(backend):
+    tensors = testing.make_tensors(SPREAD)
+    tensors.grad_output[1, 3, 4, 5, 3] = torch.nan
+    results, expected = (
+        testing.evaluate(function, SPREAD, tensors)
+        for function in (
+            lambda **arguments: autofocus_conv(**arguments, backend=backend),
+            reference.autofocus_conv,
+        )
+    )
+    for quantity in ("input", "attention", "bias"):
+        assert torch.equal(results[quantity].isnan(), expected[quantity].isnan()), quantity
+
+
+def test_zero_attention_does_not_hide_a_nan(backend):
+    """0 * NaN is NaN, as in the reference: a one-hot gate is no mask."""
+    input = torch.zeros(1, 1, 9)
+    input[0, 0, 0] = torch.nan
+    attention = torch.zeros(1, 2, 9)
+    attention[:, 0] = 1
+    output = autofocus_conv(input, torch.ones(1, 1, 3), attention, dilations=(1, 4), backend=backend)
+    assert output[0, 0].isnan().nonzero().flatten().tolist() == [0, 1, 4]
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
