@@ -1,0 +1,373 @@
+// Plain-mode backward: project once, then dot, blend and scatter in one pass over the taps (docs/math.md, section 3).
+//
+//   g_t(p)    = W_t^T G(p)                          one GEMM serves both gradients below
+//   da_k(p)  += <g_t(p), x(q_k(p))>                 dot
+//   u_t(p)   += a_k(p) x(q_k(p))                    blend, from the same loads of x
+//   dx(q_k(p)) += a_k(p) g_t(p)                     scatter
+//   dW_t      = sum_p u_t(p) G(p)^T                 the second GEMM
+//
+// A job owns one lattice of one sample and one group of input channels: no other job touches its part of dx, so the
+// scatter needs no atomics. Partial sums of dW and da are kept per job group and added in a fixed order; how many there
+// are depends on the problem alone, so results are bitwise the same for any number of threads.
+#pragma once
+
+#include <algorithm>
+
+#include "arguments.h"
+#include "forward.h"
+#include "gemm.h"
+#include "pack.h"
+#include "tile.h"
+
+namespace autofocus {
+namespace AUTOFOCUS_ISA {
+
+enum Wanted { kInput = 1, kWeight = 2, kAttention = 4 };
+
+// One run of one tap and branch: see the table above. g, u and x hold `width` vectors a voxel.
+template <typename A>
+struct TapPass {
+  const A* g;           // projected gradient of this tap
+  A* u;                 // blended input of this tap
+  int64_t tile_step;    // distance of voxels in g and u
+  const A* x[kMaxBranches];
+  A* dx[kMaxBranches];
+  const A* a[kMaxBranches];
+  A* da[kMaxBranches];  // one vector of partial sums a voxel
+  int64_t x_step, da_step;
+};
+
+template <typename A, int N, int wanted, int width, bool add>
+void tap_pass(const TapPass<A>& t, int first, int64_t count) {
+  using V = Vec<A>;
+  using Native = typename V::Native;
+  for (int64_t p = 0; p < count; ++p) {
+    Native g[width], u[width];
+#pragma GCC unroll 4
+    for (int v = 0; v < width; ++v) {
+      g[v] = V::load(t.g + p * t.tile_step + v * V::kLanes);
+      u[v] = add ? V::load(t.u + p * t.tile_step + v * V::kLanes) : Native{};
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      const int k = first + i;
+      const Native a = V::broadcast(t.a[k][p]);
+      Native dot = {};
+#pragma GCC unroll 4
+      for (int v = 0; v < width; ++v) {
+        const int64_t at = p * t.x_step + v * V::kLanes;
+        if (wanted & (kWeight | kAttention)) {
+          const Native x = V::load(t.x[k] + at);
+          if (wanted & kWeight) u[v] += a * x;
+          if (wanted & kAttention) dot += g[v] * x;
+        }
+        if (wanted & kInput) V::store(t.dx[k] + at, V::load(t.dx[k] + at) + a * g[v]);
+      }
+      if (wanted & kAttention) {
+        A* da = t.da[k] + p * t.da_step;
+        V::store(da, V::load(da) + dot);
+      }
+    }
+    if (wanted & kWeight)
+#pragma GCC unroll 4
+      for (int v = 0; v < width; ++v) V::store(t.u + p * t.tile_step + v * V::kLanes, u[v]);
+  }
+}
+
+template <typename A, int wanted, int width>
+void tap_branches(const TapPass<A>& t, int active, int64_t count) {
+  if (active == 0 && (wanted & kWeight))
+    for (int64_t p = 0; p < count; ++p)
+      for (int v = 0; v < width; ++v) Vec<A>::store(t.u + p * t.tile_step + v * Vec<A>::kLanes, typename Vec<A>::Native{});
+  for (int done = 0; done < active; done += 4) {
+    switch (std::min(active - done, 4)) {
+#define AUTOFOCUS_CASE(N)                                                         \
+  case N:                                                                         \
+    done > 0 ? tap_pass<A, N, wanted, width, true>(t, done, count)                \
+             : tap_pass<A, N, wanted, width, false>(t, done, count);              \
+    break;
+      AUTOFOCUS_CASE(1)
+      AUTOFOCUS_CASE(2)
+      AUTOFOCUS_CASE(3)
+      AUTOFOCUS_CASE(4)
+#undef AUTOFOCUS_CASE
+    }
+  }
+}
+
+template <typename A>
+using TapFunction = void (*)(const TapPass<A>&, int, int64_t);
+
+constexpr int kMaxGroupVectors = 2;
+
+template <typename A>
+TapFunction<A> tap_function(int wanted, int width) {
+  static constexpr TapFunction<A> table[8][kMaxGroupVectors] = {
+#define AUTOFOCUS_ROW(w) {tap_branches<A, w, 1>, tap_branches<A, w, 2>}
+      AUTOFOCUS_ROW(0), AUTOFOCUS_ROW(1), AUTOFOCUS_ROW(2), AUTOFOCUS_ROW(3),
+      AUTOFOCUS_ROW(4), AUTOFOCUS_ROW(5), AUTOFOCUS_ROW(6), AUTOFOCUS_ROW(7),
+#undef AUTOFOCUS_ROW
+  };
+  return table[wanted][width - 1];
+}
+
+// How the work is cut: by the problem alone, never by the number of threads.
+template <typename A>
+struct BackwardPlan {
+  explicit BackwardPlan(const Problem& g) {
+    // The x axis is cut too: smaller lattices keep x and dx of a job in the cache and give more jobs.
+    step = {axis_factor(g, &Index3::z, 8), axis_factor(g, &Index3::y, 8), axis_factor(g, &Index3::x, 16)};
+    lattices = g.N * volume(step);
+    // Narrow channel groups only where there are few lattices to share out.
+    group_vectors = lattices >= 16 ? std::min<int64_t>(kMaxGroupVectors, vectors<A>(g.C)) : 1;
+    group_width = group_vectors * Vec<A>::kLanes;
+    groups = (g.C + group_width - 1) / group_width;
+    constexpr int64_t kPartials = 32;
+    partials = std::clamp<int64_t>(kPartials / groups, 1, lattices);
+    constexpr int64_t kTileBytes = 20 * 1024;
+    const int64_t row = 2 * g.kernel.x * group_width + padded<A>(g.O) + g.K * Vec<A>::kLanes;
+    voxels = std::clamp<int64_t>(kTileBytes / sizeof(A) / row, 12, 64);
+  }
+  Index3 step;
+  int64_t lattices;       // lattices of all samples
+  int64_t group_vectors;  // input channels of a job, in vectors
+  int64_t group_width;
+  int64_t groups;
+  int64_t partials;  // partial sums of dW per channel group
+  int64_t voxels;    // of a tile
+};
+
+template <typename T, typename A>
+class Backward {
+  using V = Vec<A>;
+
+ public:
+  explicit Backward(const BackwardArguments<T>& args)
+      : args_(args),
+        g_(args.g),
+        plan_(args.g),
+        wanted_((args.grad_input.data ? kInput : 0) | (args.grad_weight.data ? kWeight : 0) |
+                (args.grad_attention.data ? kAttention : 0)),
+        out_width_(padded<A>(g_.O)),
+        tap_columns_(g_.kernel.x * plan_.group_width),
+        weight_size_(num_taps(g_) * plan_.group_width * out_width_),
+        output_size_(volume(g_.output)),
+        weight_(needs_projection() ? plan_.groups * num_taps(g_) * g_.O * plan_.group_width : 0),
+        bias_(out_width_),
+        grad_weight_(wanted_ & kWeight ? plan_.groups * plan_.partials * weight_size_ : 0),
+        grad_attention_(wanted_ & kAttention ? plan_.groups * g_.N * g_.K * output_size_ : 0) {
+    std::fill(bias_.get(), bias_ + out_width_, A(0));
+    if (args.bias != nullptr) pack_row(args.bias, 0, 1, 1, g_.O, bias_.get(), out_width_);
+    if (needs_projection()) pack_weight();
+  }
+
+  void run() {
+    // Jobs of one partial sum follow each other in one thread: lattices partial, partial + partials, ...
+    args_.parallel(plan_.groups * plan_.partials, [&](int64_t begin, int64_t end) {
+      Workspace workspace(*this);
+      for (int64_t job = begin; job < end; ++job) {
+        const int64_t group = job % plan_.groups, partial = job / plan_.groups;
+        A* grad_weight = grad_weight_ + (group * plan_.partials + partial) * weight_size_;
+        if (wanted_ & kWeight) std::fill(grad_weight, grad_weight + weight_size_, A(0));
+        for (int64_t lattice = partial; lattice < plan_.lattices; lattice += plan_.partials)
+          run_lattice(lattice, group, grad_weight, workspace);
+      }
+    });
+    if (wanted_ & kWeight) reduce_weight();
+    if (wanted_ & kAttention) reduce_attention();
+  }
+
+ private:
+  struct Workspace {
+    explicit Workspace(const Backward& b)
+        : x(b.wanted_ & (kWeight | kAttention) ? b.lattice_points() * b.plan_.group_width : 0),
+          dx(b.wanted_ & kInput ? b.lattice_points() * b.plan_.group_width : 0),
+          attention((b.g_.K + 1) * b.plan_.voxels),
+          grad_output(b.plan_.voxels * b.out_width_),
+          projected(b.plan_.voxels * b.tap_columns_),
+          blended(b.plan_.voxels * b.tap_columns_),
+          grad_attention(b.plan_.voxels * b.g_.K * V::kLanes) {}
+    Scratch<A> x, dx, attention, grad_output, projected, blended, grad_attention;
+    std::vector<Segment> segments;
+    TapRuns tap;
+  };
+
+  bool needs_projection() const { return wanted_ & (kInput | kAttention); }
+
+  int64_t lattice_points() const {
+    const Index3& s = plan_.step;
+    return (g_.input.z / s.z + 1) * (g_.input.y / s.y + 1) * (g_.input.x / s.x + 1);
+  }
+
+  // [group][tap row][O][tap x][channels of the group]
+  void pack_weight() {
+    A* to = weight_;
+    for (int64_t group = 0; group < plan_.groups; ++group) {
+      const int64_t first = group * plan_.group_width;
+      const int64_t channels = std::min(plan_.group_width, g_.C - first);
+      for (int64_t z = 0; z < g_.kernel.z; ++z)
+        for (int64_t y = 0; y < g_.kernel.y; ++y)
+          for (int64_t o = 0; o < g_.O; ++o)
+            for (int64_t x = 0; x < g_.kernel.x; ++x, to += plan_.group_width)
+              pack_row(args_.weight.data + o * args_.weight.n + first * args_.weight.c + z * args_.weight.s.z +
+                           y * args_.weight.s.y + x * args_.weight.s.x,
+                       0, args_.weight.c, 1, channels, to, plan_.group_width);
+    }
+  }
+
+  void run_lattice(int64_t index, int64_t group, A* grad_weight, Workspace& w) {
+    const int64_t per_sample = volume(plan_.step);
+    const int64_t n = index / per_sample;
+    const Lattice lattice = lattice_at(g_, plan_.step, index % per_sample);
+    const Problem& sub = lattice.problem;
+    const int64_t first = group * plan_.group_width;
+    const int64_t channels = std::min(plan_.group_width, g_.C - first);
+    if (wanted_ & (kWeight | kAttention)) move_rows(lattice, [&](int64_t z, int64_t y, int64_t at) {
+        pack_row(lattice_row(args_.input, n, first, lattice.first_input, lattice.step, z, y, 0),
+                 lattice.step.x * args_.input.s.x, args_.input.c, sub.input.x, channels, w.x + at,
+                 plan_.group_width);
+      });
+    if (wanted_ & kInput)
+      std::fill(w.dx.get(), w.dx + volume(sub.input) * plan_.group_width, A(0));
+
+    const TileGrid grid(sub.output, plan_.voxels);
+    for (int64_t tile = 0; tile < grid.count(); ++tile) run_tile(lattice, grid, tile, n, group, grad_weight, w);
+
+    if (wanted_ & kInput) move_rows(lattice, [&](int64_t z, int64_t y, int64_t at) {
+        unpack_row(w.dx + at, plan_.group_width, sub.input.x, channels,
+                   lattice_row(args_.grad_input, n, first, lattice.first_input, lattice.step, z, y, 0),
+                   lattice.step.x * args_.grad_input.s.x, args_.grad_input.c);
+      });
+  }
+
+  template <typename Move>
+  void move_rows(const Lattice& lattice, const Move& move) const {
+    const Index3& size = lattice.problem.input;
+    for (int64_t z = 0; z < size.z; ++z)
+      for (int64_t y = 0; y < size.y; ++y) move(z, y, (z * size.y + y) * size.x * plan_.group_width);
+  }
+
+  void run_tile(const Lattice& lattice, const TileGrid& grid, int64_t tile, int64_t n, int64_t group, A* grad_weight,
+                Workspace& w) {
+    const Problem& sub = lattice.problem;
+    const int64_t voxels = plan_.voxels, lanes = V::kLanes;
+    const int64_t count = grid.at(tile, w.segments);
+    pack_attention(lattice, args_.attention, n, w.segments, w.attention.get(), voxels);
+    for (const Segment& s : w.segments)
+      pack_row(lattice_row(args_.grad_output, n, 0, lattice.first_output, lattice.step, s.z, s.y, s.x),
+               lattice.step.x * args_.grad_output.s.x, args_.grad_output.c, s.count, g_.O,
+               w.grad_output + s.offset * out_width_, out_width_);
+    if (wanted_ & kAttention) {
+      A* da = w.grad_attention;
+      std::fill(da, da + count * g_.K * lanes, A(0));
+    }
+    const TapFunction<A> pass = tap_function<A>(wanted_, int(plan_.group_vectors));
+    const int64_t tap_rows = g_.kernel.z * g_.kernel.y;
+    for (int64_t tap_row = 0; tap_row < tap_rows; ++tap_row) {
+      Index3 offset = tap_offset(sub, tap_row * g_.kernel.x);
+      if (!row_of_taps_inside(sub, w.segments, offset)) continue;
+      if (needs_projection())
+        gemm<A>({w.grad_output, out_width_, 1, weight_ + (group * tap_rows + tap_row) * g_.O * tap_columns_,
+                 tap_columns_, w.projected, tap_columns_, g_.O},
+                count, tap_columns_, false);
+      for (int64_t x = 0; x < g_.kernel.x; ++x) {
+        offset.x = x - g_.kernel.x / 2;
+        for (const Segment& s : w.segments) {
+          find_runs(sub, s, offset, w.tap);
+          for (const Run& run : w.tap.runs) {
+            const int64_t at = s.offset + run.begin;
+            TapPass<A> t;
+            t.g = w.projected + at * tap_columns_ + x * plan_.group_width;
+            t.u = w.blended + at * tap_columns_ + x * plan_.group_width;
+            t.tile_step = tap_columns_;
+            t.x_step = sub.stride.x * plan_.group_width;
+            t.da_step = g_.K * lanes;
+            for (int i = 0; i < run.active; ++i) {
+              const int k = run.branch[i];
+              const int64_t voxel = (w.tap.voxel[k] + run.begin * sub.stride.x) * plan_.group_width;
+              t.x[i] = w.x + voxel;
+              t.dx[i] = w.dx + voxel;
+              t.a[i] = w.attention + k * voxels + at;
+              t.da[i] = w.grad_attention + (at * g_.K + k) * lanes;
+            }
+            pass(t, run.active, run.count);
+          }
+        }
+      }
+      if (wanted_ & kWeight)
+        gemm<A>({w.blended, 1, tap_columns_, w.grad_output, out_width_,
+                 grad_weight + tap_row * tap_columns_ * out_width_, out_width_, count},
+                tap_columns_, out_width_, true);
+    }
+    if (wanted_ & kAttention) store_attention(lattice, n, group, w);
+  }
+
+  void store_attention(const Lattice& lattice, int64_t n, int64_t group, Workspace& w) {
+    for (const Segment& s : w.segments)
+      for (int64_t p = 0; p < s.count; ++p) {
+        const A* G = w.grad_output + (s.offset + p) * out_width_;
+        A of_bias = 0;
+        if (group == 0 && args_.bias != nullptr)
+          for (int64_t o = 0; o < g_.O; ++o) of_bias += bias_[o] * G[o];
+        const Index3 at{lattice.first_output.z + lattice.step.z * s.z, lattice.first_output.y + lattice.step.y * s.y,
+                        lattice.first_output.x + lattice.step.x * (s.x + p)};
+        A* to = grad_attention_ + (group * g_.N + n) * g_.K * output_size_ + ravel(at, g_.output);
+        for (int64_t k = 0; k < g_.K; ++k)
+          to[k * output_size_] =
+              V::sum(V::load(w.grad_attention + ((s.offset + p) * g_.K + k) * V::kLanes)) + of_bias;
+      }
+  }
+
+  void reduce_weight() {
+    const View<T>& to = args_.grad_weight;
+    args_.parallel(num_taps(g_), [&](int64_t begin, int64_t end) {
+      for (int64_t tap = begin; tap < end; ++tap) {
+        const Index3 j = unravel(tap, g_.kernel);
+        T* at_tap = to.data + j.z * to.s.z + j.y * to.s.y + j.x * to.s.x;
+        for (int64_t c = 0; c < g_.C; ++c) {
+          const int64_t group = c / plan_.group_width, lane = c % plan_.group_width;
+          for (int64_t o = 0; o < g_.O; ++o) {
+            A total = 0;
+            for (int64_t partial = 0; partial < plan_.partials; ++partial)
+              total += grad_weight_[(group * plan_.partials + partial) * weight_size_ +
+                                    (tap * plan_.group_width + lane) * out_width_ + o];
+            from_accumulator(total, at_tap[o * to.n + c * to.c]);
+          }
+        }
+      }
+    });
+  }
+
+  void reduce_attention() {
+    const View<T>& to = args_.grad_attention;
+    const Index3& size = g_.output;
+    const int64_t planes = g_.N * g_.K, rows = size.z * size.y;
+    args_.parallel(planes * rows, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t plane = row / rows, z = row % rows / size.y, y = row % size.y;
+        T* at = to.data + plane / g_.K * to.n + plane % g_.K * to.c + z * to.s.z + y * to.s.y;
+        for (int64_t x = 0; x < size.x; ++x) {
+          A total = 0;
+          for (int64_t group = 0; group < plan_.groups; ++group)
+            total += grad_attention_[(group * planes + plane) * output_size_ + (z * size.y + y) * size.x + x];
+          from_accumulator(total, at[x * to.s.x]);
+        }
+      }
+    });
+  }
+
+  const BackwardArguments<T>& args_;
+  const Problem& g_;
+  const BackwardPlan<A> plan_;
+  const int wanted_;
+  const int64_t out_width_, tap_columns_, weight_size_, output_size_;
+  Scratch<A> weight_, bias_, grad_weight_, grad_attention_;
+};
+
+template <typename T, typename A>
+void backward(const BackwardArguments<T>& args) {
+  Backward<T, A>(args).run();
+}
+
+}  // namespace AUTOFOCUS_ISA
+}  // namespace autofocus

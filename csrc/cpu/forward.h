@@ -1,0 +1,162 @@
+// Plain-mode forward: blend, then project (docs/math.md, section 2).
+//
+// Per lattice: pack the input to [voxel][channel], then per tile of output voxels and row of taps blend the K branches
+// into a tile that stays in the L1 cache and multiply it by the weights of those taps. No branch ever exists.
+#pragma once
+
+#include <algorithm>
+
+#include "arguments.h"
+#include "blend.h"
+#include "gemm.h"
+#include "pack.h"
+
+namespace autofocus {
+namespace AUTOFOCUS_ISA {
+
+// Channels are reduced in chunks, so that a blended tile of all taps of a row fits the L1 cache for any C.
+struct Chunks {
+  explicit Chunks(int64_t channels, int64_t largest = 64)
+      : channels(channels), count((channels + largest - 1) / largest) {}
+  int64_t begin(int64_t chunk) const { return channels * chunk / count; }
+  int64_t size(int64_t chunk) const { return begin(chunk + 1) - begin(chunk); }
+  int64_t channels, count;
+};
+
+// Weights as the projection reads them: [tap row][chunk][tap x][channel of the chunk][O padded].
+template <typename T, typename A>
+void pack_forward_weight(const Problem& g, const View<const T>& weight, const Chunks& chunks, A* to) {
+  const int64_t width = padded<A>(g.O);
+  for (int64_t z = 0; z < g.kernel.z; ++z)
+    for (int64_t y = 0; y < g.kernel.y; ++y)
+      for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
+        for (int64_t x = 0; x < g.kernel.x; ++x)
+          for (int64_t c = chunks.begin(chunk); c < chunks.begin(chunk + 1); ++c, to += width)
+            pack_row(weight.data + c * weight.c + z * weight.s.z + y * weight.s.y + x * weight.s.x, 0, weight.n, 1,
+                     g.O, to, width);
+}
+
+// The weights of attention for one tile: rows 0..K-1 the branches, row K their sum.
+template <typename T, typename A>
+void pack_attention(const Lattice& lattice, const View<const T>& attention, int64_t n,
+                    const std::vector<Segment>& segments, A* to, int64_t row) {
+  const int64_t K = lattice.problem.K;
+  for (const Segment& s : segments) {
+    A* sum = to + K * row + s.offset;
+    std::fill(sum, sum + s.count, A(0));
+    for (int64_t k = 0; k < K; ++k) {
+      A* ak = to + k * row + s.offset;
+      pack_row(lattice_row(attention, n, k, lattice.first_output, lattice.step, s.z, s.y, s.x),
+               lattice.step.x * attention.s.x, 1, s.count, 1, ak, 1);
+      for (int64_t p = 0; p < s.count; ++p) sum[p] += ak[p];
+    }
+  }
+}
+
+template <typename T, typename A>
+void pack_input(const ForwardArguments<T>& args, const Lattice& lattice, int64_t n, A* to) {
+  const Index3& size = lattice.problem.input;
+  const int64_t width = padded<A>(args.g.C);
+  args.parallel(size.z * size.y, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      pack_row(lattice_row(args.input, n, 0, lattice.first_input, lattice.step, row / size.y, row % size.y, 0),
+               lattice.step.x * args.input.s.x, args.input.c, size.x, args.g.C, to + row * size.x * width, width);
+  });
+}
+
+template <typename T, typename A>
+void forward(const ForwardArguments<T>& args) {
+  using V = Vec<A>;
+  const Problem& g = args.g;
+  const Chunks chunks(g.C);
+  const int64_t chunk_width = padded<A>(chunks.size(chunks.count - 1));
+  const int64_t in_width = padded<A>(g.C), out_width = padded<A>(g.O);
+  // A row of the blended tile: the taps of a row side by side, then room for the last vector's spill.
+  const int64_t blended_width = (g.kernel.x - 1) * chunks.size(chunks.count - 1) + chunk_width;
+  constexpr int64_t kTileBytes = 24 * 1024;
+  const int64_t voxels = std::clamp<int64_t>(kTileBytes / sizeof(A) / (blended_width + out_width), 12, 64);
+
+  Scratch<A> weight(num_taps(g) * g.C * out_width);
+  pack_forward_weight(g, args.weight, chunks, weight.get());
+  Scratch<A> bias(out_width);
+  std::fill(bias.get(), bias + out_width, A(0));
+  if (args.bias != nullptr) pack_row(args.bias, 0, 1, 1, g.O, bias.get(), out_width);
+
+  const Index3 step{axis_factor(g, &Index3::z, 8), axis_factor(g, &Index3::y, 8), 1};
+  const Lattice largest = lattice_at(g, step, 0);
+  const Index3 most{largest.problem.input.z + 1, largest.problem.input.y + 1, largest.problem.input.x};
+  Scratch<A> packed(volume(most) * in_width);
+
+  for (int64_t job = 0; job < g.N * volume(step); ++job) {
+    const int64_t n = job / volume(step);
+    const Lattice lattice = lattice_at(g, step, job % volume(step));
+    const Problem& sub = lattice.problem;
+    if (volume(sub.output) == 0) continue;
+    pack_input(args, lattice, n, packed.get());
+    const TileGrid grid(sub.output, voxels);
+
+    args.parallel(grid.count(), [&](int64_t begin, int64_t end) {
+      Scratch<A> attention((g.K + 1) * voxels), blended(voxels * blended_width), out(voxels * out_width);
+      std::vector<Segment> segments;
+      TapRuns tap;
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t count = grid.at(tile, segments);
+        pack_attention(lattice, args.attention, n, segments, attention.get(), voxels);
+        const A* w = weight;
+        bool first = true;
+        for (int64_t tap_row = 0; tap_row < g.kernel.z * g.kernel.y; ++tap_row) {
+          Index3 offset = tap_offset(sub, tap_row * g.kernel.x);
+          const A* w_row = w + tap_row * g.kernel.x * g.C * out_width;
+          if (!row_of_taps_inside(sub, segments, offset)) continue;
+          for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+            const int64_t channels = chunks.size(chunk);
+            const int64_t width = vectors<A>(channels);
+            for (int64_t x = 0; x < g.kernel.x; ++x) {
+              offset.x = x - g.kernel.x / 2;
+              const bool centre = offset.z == 0 && offset.y == 0 && offset.x == 0;
+              for (const Segment& s : segments) {
+                find_runs(sub, s, offset, tap);
+                for (const Run& run : tap.runs) {
+                  const A *coefficient[kMaxBranches], *source[kMaxBranches];
+                  for (int i = 0; i < run.active; ++i) {
+                    const int k = run.branch[i];
+                    coefficient[i] = attention + k * voxels + s.offset + run.begin;
+                    source[i] = packed + (tap.voxel[k] + run.begin * sub.stride.x) * in_width + chunks.begin(chunk);
+                  }
+                  int active = run.active;
+                  if (centre && active > 0) {  // all branches read the same voxel
+                    coefficient[0] = attention + g.K * voxels + s.offset + run.begin;
+                    active = 1;
+                  }
+                  blend(active, coefficient, source, sub.stride.x * in_width,
+                        blended + (s.offset + run.begin) * blended_width + x * channels, blended_width, run.count,
+                        width);
+                }
+              }
+            }
+            gemm<A>({blended, blended_width, 1, w_row + g.kernel.x * chunks.begin(chunk) * out_width, out_width, out,
+                     out_width, g.kernel.x * channels},
+                    count, out_width, !first);
+            first = false;
+          }
+        }
+        for (const Segment& s : segments) {
+          const A* sum = attention + g.K * voxels + s.offset;
+          A* rows = out + s.offset * out_width;
+          if (first) std::fill(rows, rows + s.count * out_width, A(0));
+          if (args.bias != nullptr)
+            for (int64_t p = 0; p < s.count; ++p)
+              for (int64_t v = 0; v < out_width; v += V::kLanes)
+                V::store(rows + p * out_width + v, V::load(rows + p * out_width + v) +
+                                                       V::broadcast(sum[p]) * V::load(bias + v));
+          unpack_row(rows, out_width, s.count, g.O,
+                     lattice_row(args.output, n, 0, lattice.first_output, lattice.step, s.z, s.y, s.x),
+                     lattice.step.x * args.output.s.x, args.output.c);
+        }
+      }
+    });
+  }
+}
+
+}  // namespace AUTOFOCUS_ISA
+}  // namespace autofocus

@@ -1,0 +1,38 @@
+// The kernels for AVX-512.
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "arguments.h"
+#include "kernels.h"
+#include "lattice.h"
+#include "tile.h"
+
+#if defined(__x86_64__)
+// Only what follows is compiled for these instructions: shared inline functions above must run on every CPU.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+#define AUTOFOCUS_ISA avx512
+#define AUTOFOCUS_VECTOR_BYTES 64
+#include "kernels_isa.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace autofocus {
+const Kernels avx512_kernels = {"avx512", avx512::forward_of, avx512::backward_of};
+}
+#endif

@@ -1,0 +1,23 @@
+// The kernels for no particular instruction set: vectors of 16 bytes, which every 64-bit CPU has.
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "arguments.h"
+#include "kernels.h"
+#include "lattice.h"
+#include "tile.h"
+
+#define AUTOFOCUS_ISA generic
+#define AUTOFOCUS_VECTOR_BYTES 16
+#include "kernels_isa.h"
+namespace autofocus {
+const Kernels generic_kernels = {"generic", generic::forward_of, generic::backward_of};
+}
