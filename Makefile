@@ -1,7 +1,8 @@
-# make demo | make test | make bench: each works alone on a fresh clone and is quick the second time.
+# make demo | make test | make bench: each works alone on a fresh clone and is quick from then on.
 #
-# They install the versions of constraints.txt into .venv and compile csrc/ in place. On a machine that has its own
-# torch (a CUDA build, say), name its interpreter to use it as it is, with nothing installed: make test PYTHON=python3
+# They install the versions of constraints.txt into .venv and compile csrc/ in place. On a machine
+# with its own torch (a CUDA build, say), name its interpreter to use it as it is, with nothing
+# installed: make test PYTHON=python3
 # AUTOFOCUS_BUILD (see setup.py) says which libraries are compiled.
 
 AUTOFOCUS_BUILD ?= auto
@@ -33,12 +34,13 @@ $(BUILT): setup.py $(shell find csrc -type f -not -path '*/__pycache__/*') $(INS
 	mkdir -p build && rm -f build/.built-*
 	touch $@
 
-# The package itself is installed without its libraries, in editable mode: the rule above compiles them in place, and only
-# the files that changed.
+# The package is installed in editable mode without its libraries: the rule above compiles them in
+# place, and only the files that changed. A CUDA build of torch brings its own Triton.
 .venv/.installed: pyproject.toml constraints.txt
 	python3 -m venv .venv
 	.venv/bin/pip install -c constraints.txt torch numpy setuptools ninja
-	.venv/bin/python -c "import triton" 2>/dev/null || .venv/bin/pip install "triton==3.6.0; platform_system == 'Linux'"
+	.venv/bin/python -c "import triton" 2>/dev/null \
+	    || .venv/bin/pip install "triton==3.6.0; platform_system == 'Linux'"
 	AUTOFOCUS_BUILD=none .venv/bin/pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 

@@ -1,11 +1,12 @@
-"""Builds the two optional compiled libraries; everything else about the package is in pyproject.toml.
+"""Builds the two optional compiled libraries; the rest of the package is in pyproject.toml.
 
 AUTOFOCUS_BUILD says which:
     auto   what this machine can build; the rest is skipped and the reason printed (the default)
     cpu    the CPU library; an error if it cannot be built
     cuda   the CPU and the CUDA library; an error if either cannot be built
     none   neither: a pure Python package
-What was built, and why the rest was not, is kept in autofocus_kernels/_build.json for backends/native.py.
+What was built, and why the rest was not, is kept in autofocus_kernels/_build.json, which
+backends/native.py reads.
 """
 
 import glob
@@ -26,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 WANTED = {"auto": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cpu", "cuda"), "none": ()}
 MODE = os.environ.get("AUTOFOCUS_BUILD", "auto")
 FLAGS = runpy.run_path(str(Path(__file__).parent / "csrc" / "flags.py"))
-# These commands only read metadata: probing the machine for them would cost seconds and change nothing.
+# These commands only read metadata; probing the machine for them would cost seconds.
 BUILDING = not {"egg_info", "dist_info", "sdist"} & set(sys.argv)
 
 
@@ -34,40 +35,42 @@ class CannotBuild(Exception):
     """Why a library cannot be built on this machine."""
 
 
-def say(message):
-    print(f"autofocus_kernels: {message}", file=sys.stderr)
-
-
 def find_torch():
     """torch and its build helpers, also from within pip's build isolation."""
-    # An isolated build sees only its own packages. The torch that the library will meet at run time is in the
-    # site-packages of the interpreter that pip serves, so look there last.
+    # An isolated build sees only its own packages. The torch that the library will meet at run
+    # time is in the site-packages of the interpreter that pip serves, so look there last.
     sys.path.extend(path for path in site.getsitepackages() if path not in sys.path)
     try:
         import torch
         from torch.utils import cpp_extension
     except Exception as error:
         raise CannotBuild(
-            f"torch cannot be imported at build time ({type(error).__name__}: {error}); install torch first"
+            "torch cannot be imported at build time, install it first "
+            f"({type(error).__name__}: {error})"
         ) from error
-    minimum = FLAGS["MINIMUM_TORCH"]
-    if tuple(map(int, torch.__version__.split(".")[:2])) < minimum:
-        raise CannotBuild(f"torch >= {'.'.join(map(str, minimum))} is needed, {torch.__version__} is installed")
+    major, minor = FLAGS["MINIMUM_TORCH"]
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (major, minor):
+        raise CannotBuild(f"torch >= {major}.{minor} is needed, {torch.__version__} is installed")
     return torch, cpp_extension
 
 
 def check_compiler():
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text("#include <vector>\nint probe() { return std::vector<int>(1).size(); }\n")
-        command = [*compiler, "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(Path(folder, "probe.so"))]
+        source, library = f"{folder}/probe.cpp", f"{folder}/probe.so"
+        Path(source).write_text("#include <vector>\nstd::vector<int> probe() { return {1}; }\n")
+        command = [*compiler, "-std=c++17", "-shared", "-fPIC", source, "-o", library]
         try:
             result = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
             raise CannotBuild(f"no C++ compiler: {error}") from error
     if result.returncode:
-        raise CannotBuild(f"the C++ compiler does not work: {shlex.join(command)}: {result.stderr.strip()}")
+        error = result.stderr.strip()
+        raise CannotBuild(f"the C++ compiler does not work: {shlex.join(command)}: {error}")
+
+
+def headers():
+    return [*glob.glob("csrc/**/*.h", recursive=True), *glob.glob("csrc/**/*.cuh", recursive=True)]
 
 
 def cpu_library():
@@ -76,7 +79,7 @@ def cpu_library():
     return cpp_extension.CppExtension(
         "autofocus_kernels._cpu",
         sources=["csrc/binding_cpu.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
-        depends=glob.glob("csrc/**/*.h", recursive=True),
+        depends=headers(),
         include_dirs=["csrc"],
         extra_compile_args={"cxx": list(FLAGS["CXX"])},
         py_limited_api=True,
@@ -95,7 +98,7 @@ def cuda_library():
     return cpp_extension.CUDAExtension(
         "autofocus_kernels._cuda",
         sources=["csrc/binding_cuda.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))],
-        depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True),
+        depends=headers(),
         include_dirs=["csrc"],
         extra_compile_args={"cxx": list(FLAGS["CXX_CUDA"]), "nvcc": FLAGS["NVCC"] + architectures},
         py_limited_api=True,
@@ -130,18 +133,19 @@ else:
 
 
 class BuildLibraries(BuildExtension):
-    """Builds each library on its own, so that in auto mode one that fails leaves the others; then writes the record."""
+    """Builds each library on its own: in auto mode one that fails leaves the other."""
 
     def run(self):
         package = Path(self.get_finalized_command("build_py").get_package_dir("autofocus_kernels"))
         if not self.inplace:
             package = Path(self.build_lib, package.name)
-        # A library of an earlier build must not outlive it: what is there matches the sources, or nothing is.
+        # A library of an earlier build must not outlive it: it matches the sources or it goes.
         for stale in [*package.glob("_cpu*.so"), *package.glob("_cuda*.so")]:
             stale.unlink()
         super().run()
         for name, entry in RECORD.items():
-            say(f"{name} library: " + (f"skipped: {entry['skipped']}" if "skipped" in entry else "built"))
+            outcome = f"skipped: {entry['skipped']}" if "skipped" in entry else "built"
+            print(f"autofocus_kernels: {name} library: {outcome}", file=sys.stderr)
         package.mkdir(parents=True, exist_ok=True)
         Path(package, "_build.json").write_text(json.dumps(RECORD, indent=1) + "\n")
 
@@ -151,7 +155,7 @@ class BuildLibraries(BuildExtension):
             name = extension.name.rpartition("._")[2]
             flags = dict(extension.extra_compile_args)
             self.extensions = [extension]
-            # Without ninja torch wraps this method at every call; a second wrap would repeat the flags.
+            # Without ninja torch wraps this method at every call; wrapped twice it repeats flags.
             vars(self.compiler).pop("_compile", None)
             try:
                 super().build_extensions()
@@ -161,13 +165,15 @@ class BuildLibraries(BuildExtension):
                 RECORD[name] = {"skipped": f"its compilation failed ({error})"}
             else:
                 built.append(extension)
-                RECORD[name] = {"torch": torch.__version__, "cuda": torch.version.cuda, "flags": flags}
+                RECORD[name] = {"torch": torch.__version__, "flags": flags}
         self.extensions = built
 
 
 class Build(build):
-    # setuptools leaves build_ext out where there is no extension; the record is written all the same.
-    sub_commands = [(name, None if name == "build_ext" else test) for name, test in build.sub_commands]
+    # setuptools leaves build_ext out where there is no extension; the record is wanted there too.
+    sub_commands = [
+        (name, None if name == "build_ext" else predicate) for name, predicate in build.sub_commands
+    ]
 
 
 setup(

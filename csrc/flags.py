@@ -1,11 +1,11 @@
-"""Build flags of the compiled libraries. setup.py and the tests that call a compiler themselves read them here."""
+"""Build flags of the compiled libraries, for setup.py and for tests that call a compiler."""
 
-# Torch's stable ABI as of 2.10, so that a library built with a newer torch still loads with an older one.
+# Torch's stable ABI as of 2.10: a library built with a newer torch still loads with an older one.
 MINIMUM_TORCH = (2, 10)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
-# No -march=native: the instruction set is chosen at run time. No -ffast-math: NaN and Inf must travel. What it would
-# have brought for vectorising without changing a value is named instead.
+# No -march=native: the instruction set is chosen at run time. No -ffast-math: NaN and Inf must
+# travel; the parts of it that help vectorising and change no value are named instead.
 CXX = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI]
 
 # USE_CUDA uncovers the CUDA part of the stable ABI (the current stream).

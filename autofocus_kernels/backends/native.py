@@ -17,7 +17,7 @@ def load(name: str) -> None:
     """Loads library ``name`` ("cpu" or "cuda"), which registers ``torch.ops.autofocus_<name>``.
 
     Raises:
-        RuntimeError: it is not built or does not load; the message gives the reason of :func:`unavailable`.
+        RuntimeError: it is not built or does not load; the message says why.
     """
     reason = unavailable(name)
     if reason is not None:
@@ -26,7 +26,7 @@ def load(name: str) -> None:
 
 @lru_cache(maxsize=None)
 def unavailable(name: str) -> Optional[str]:
-    """Loads library ``name`` at the first call and returns None, or the reason it cannot be used."""
+    """Loads library ``name`` at the first call; returns None, or the reason it cannot be used."""
     built = build_record().get(name, {})
     how = f"reinstall from source with AUTOFOCUS_BUILD={name} to build it or to see why that fails"
     library = _find(name)
@@ -35,9 +35,10 @@ def unavailable(name: str) -> Optional[str]:
     try:
         torch.ops.load_library(library)
     except OSError as error:
+        # torch raises an error of its own from the one that names the missing symbol or file.
         return (
-            f"{library.name} was built for torch {built.get('torch')} (CUDA {built.get('cuda')}), you have torch "
-            f"{torch.__version__} (CUDA {torch.version.cuda}), and it does not load: {error}; {how}"
+            f"{library.name} was built for torch {built.get('torch')}, you have "
+            f"{torch.__version__}, and it does not load: {error.__cause__ or error}; {how}"
         )
     return None
 
@@ -46,8 +47,8 @@ def build_record() -> dict:
     """What setup.py noted of the build.
 
     Returns:
-        library name -> ``{"torch": version, "cuda": version or None, "flags": {compiler: options}}`` if it was
-        built, ``{"skipped": reason}`` if not; empty if there was no build.
+        library name -> ``{"torch": version, "flags": {compiler: options}}`` if it was built,
+        ``{"skipped": reason}`` if not; empty if there was no build.
     """
     record = PACKAGE / "_build.json"
     return json.loads(record.read_text()) if record.exists() else {}

@@ -1,0 +1,74 @@
+"""Finding and loading the compiled libraries."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from autofocus_kernels.backends import native
+
+BUILT = [name for name, entry in native.build_record().items() if "torch" in entry]
+
+
+def output(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An empty folder in the place of the package, and nothing remembered."""
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
+    native.unavailable.cache_clear()
+    yield tmp_path
+    native.unavailable.cache_clear()
+
+
+def test_import_loads_nothing():
+    code = "import autofocus_kernels, torch; print(sorted(map(str, torch.ops.loaded_libraries)))"
+    assert output(sys.executable, "-c", code).strip() == "[]"
+
+
+def test_never_installed(package):
+    reason = native.unavailable("cpu")
+    assert reason.startswith("not built: the package was never installed; reinstall")
+    assert "AUTOFOCUS_BUILD=cpu" in reason
+
+
+def test_skipped_when_built(package):
+    (package / "_build.json").write_text(json.dumps({"cuda": {"skipped": "no CUDA compiler"}}))
+    assert native.unavailable("cuda").startswith("not built: no CUDA compiler; reinstall")
+
+
+def test_does_not_load(package):
+    (package / "_cpu.abi3.so").write_bytes(b"no library")
+    (package / "_build.json").write_text(json.dumps({"cpu": {"torch": "9.9.9", "flags": {}}}))
+    expected = f"_cpu.abi3.so was built for torch 9.9.9, you have {torch.__version__}, and it does "
+    assert native.unavailable("cpu").startswith(expected)
+    with pytest.raises(RuntimeError, match="the cpu library cannot be used: _cpu.abi3.so was "):
+        native.load("cpu")
+
+
+def test_reason_is_remembered(package):
+    before = native.unavailable("cpu")
+    (package / "_cpu.abi3.so").write_bytes(b"no library")
+    assert native.unavailable("cpu") is before
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_what_was_built_loads(name):
+    native.load(name)
+    assert hasattr(getattr(torch.ops, f"autofocus_{name}"), "forward")
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="reads symbols with nm, which is not here")
+@pytest.mark.parametrize("name", BUILT)
+def test_needs_only_the_stable_abi(name):
+    """No C++ symbol of torch: those change between releases. Weak ones (brgemm) may be absent."""
+    library = next(native.PACKAGE.glob(f"_{name}*.so"))
+    symbols = [line.split() for line in output("nm", "-D", "-u", library).splitlines()]
+    unstable = re.compile("_ZNK?(2at|3c10|5torch)")
+    assert [name for kind, name in symbols if kind == "U" and unstable.match(name)] == []
