@@ -81,7 +81,8 @@ def autofocus_conv(
 
 def _autocast(device_type: str, *tensors):
     """The tensors as autocast would cast a convolution's: floating ones but float64, to its dtype."""
-    if not torch.is_autocast_enabled(device_type):
+    # Some devices (meta) know no autocast, and asking whether it is on is an error there.
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
