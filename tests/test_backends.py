@@ -1,6 +1,7 @@
 """Every backend against float64 truth, forward and each gradient."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -139,9 +140,7 @@ EMPTY = (
 def test_empty_problem_has_an_empty_output_and_zero_gradients(backend, case):
     tensors = testing.make_tensors(case)
     with testing.poisoned_memory():
-        results = testing.evaluate(
-            lambda **arguments: autofocus_conv(**arguments, backend=backend), case, tensors
-        )
+        results = testing.evaluate(partial(autofocus_conv, backend=backend), case, tensors)
     assert results.pop("output").shape == (case.batch, case.out_channels, *case.size)
     for name, argument in tensors.arguments().items():
         assert torch.equal(results[name], torch.zeros_like(argument)), name
@@ -154,9 +153,7 @@ def test_padding_around_an_empty_axis_gives_the_constant_term(backend, mode):
     tensors = testing.make_tensors(case, torch.float64)
     assert 0 not in tensors.grad_output.shape
     with testing.poisoned_memory():
-        results = testing.evaluate(
-            lambda **arguments: autofocus_conv(**arguments, backend=backend), case, tensors
-        )
+        results = testing.evaluate(partial(autofocus_conv, backend=backend), case, tensors)
     testing.judge(results, case, tensors)
 
 
@@ -165,9 +162,7 @@ def test_padding_around_an_empty_axis_gives_the_constant_term(backend, mode):
 
 def results_of(backend, case, dtype):
     tensors = testing.make_tensors(case, dtype)
-    return testing.evaluate(
-        lambda **arguments: autofocus_conv(**arguments, backend=backend), case, tensors
-    )
+    return testing.evaluate(partial(autofocus_conv, backend=backend), case, tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -266,7 +261,7 @@ def test_nan_and_inf_reach_what_they_reach_in_the_reference(backend, name, value
     results, expected = (
         testing.evaluate(function, SPREAD, tensors)
         for function in (
-            lambda **arguments: autofocus_conv(**arguments, backend=backend),
+            partial(autofocus_conv, backend=backend),
             reference.autofocus_conv,
         )
     )
@@ -292,7 +287,7 @@ def test_nan_in_a_gradient_stays_in_its_neighbourhood(backend):
     results, expected = (
         testing.evaluate(function, SPREAD, tensors)
         for function in (
-            lambda **arguments: autofocus_conv(**arguments, backend=backend),
+            partial(autofocus_conv, backend=backend),
             reference.autofocus_conv,
         )
     )
