@@ -7,9 +7,19 @@ from typing import Optional
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import check_input
+from .branch_norm import BATCH_NORM, normed_autofocus_conv
 from .dispatch import check_backend_name
-from .functional import autofocus_conv
-from .geometry import IntOrTuple, Padding, per_axis, resolve, resolve_dilations
+from .functional import autocasts, autofocus_conv
+from .geometry import (
+    IntOrTuple,
+    Padding,
+    odd_sizes,
+    per_axis,
+    resolve,
+    resolve_dilations,
+    resolve_padding,
+)
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -57,8 +67,9 @@ class ScaleAttention(nn.Module):
             raise ValueError(f"num_branches must be at least 1, got {num_branches!r}")
         if hidden_channels is None:
             hidden_channels = max(in_channels // 2, 1)
-        self.kernel_size = per_axis("kernel_size", kernel_size, spatial_dims, minimum=1)
+        self.kernel_size = odd_sizes("kernel_size", kernel_size, spatial_dims)
         self.stride = per_axis("stride", stride, spatial_dims, minimum=1)
+        resolve_padding(padding, self.stride, (0,) * spatial_dims)  # raises now what forward would
         self.dilation = per_axis("dilation", dilation, spatial_dims, minimum=1)
         self.padding = padding
         conv = CONV[spatial_dims]
@@ -102,6 +113,8 @@ class _AutofocusConv:
         dtype=None,
         *,
         dilations=(2, 6, 10, 14),
+        branch_norm: bool = False,
+        save_branches: bool = False,
         attention: Optional[nn.Module] = None,
         detach_attention: bool = True,
         backend: Optional[str] = None,
@@ -111,9 +124,9 @@ class _AutofocusConv:
         if padding_mode != "zeros":
             raise ValueError(f'padding_mode must be "zeros", got {padding_mode!r}')
         check_backend_name(backend)
-        kernel_size = per_axis("kernel_size", kernel_size, self.spatial_dims, minimum=1)
-        if any(size % 2 == 0 for size in kernel_size):
-            raise ValueError(f"kernel_size must be odd (branches share a centre), got {kernel_size}")
+        kernel_size = odd_sizes("kernel_size", kernel_size, self.spatial_dims)
+        stride = per_axis("stride", stride, self.spatial_dims, minimum=1)
+        resolve_padding(padding, stride, (0,) * self.spatial_dims)  # raises now what forward would
         dilation = per_axis("dilation", dilation, self.spatial_dims, minimum=1)
         branches = resolve_dilations(dilations, self.spatial_dims)
         super().__init__(
@@ -123,6 +136,13 @@ class _AutofocusConv:
         self.dilations = tuple(
             tuple(r * factor for r, factor in zip(branch, dilation)) for branch in branches
         )
+        self.branch_norm = None
+        if branch_norm:
+            norm = BATCH_NORM[self.spatial_dims]
+            self.branch_norm = nn.ModuleList(
+                norm(out_channels, device=device, dtype=dtype) for _ in branches
+            )
+        self.save_branches = save_branches
         self.detach_attention = detach_attention
         self.backend = backend
         if attention is None:
@@ -135,15 +155,27 @@ class _AutofocusConv:
         self.attention = attention
 
     def forward(self, input: Tensor, return_attention: bool = False):
+        # Before the gate, whose convolutions would complain first and without naming an argument of the layer.
+        unbatched = isinstance(input, Tensor) and input.dim() == self.spatial_dims + 1
+        check_input(input.unsqueeze(0) if unbatched else input, self.weight, mixed=autocasts(input))
         attention = self.attention(input.detach() if self.detach_attention else input)
-        output = autofocus_conv(
-            input, self.weight, attention.to(input.dtype), self.bias,
-            dilations=self.dilations, stride=self.stride, padding=self.padding, backend=self.backend,
-        )
+        tensors = (input, self.weight, attention.to(input.dtype), self.bias)
+        options = {
+            "dilations": self.dilations, "stride": self.stride, "padding": self.padding,
+            "backend": self.backend,
+        }
+        if self.branch_norm is None:
+            output = autofocus_conv(*tensors, **options)
+        else:
+            output = normed_autofocus_conv(
+                *tensors, self.branch_norm, save_branches=self.save_branches, **options
+            )
         return (output, attention) if return_attention else output
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"dilations={_short(self.dilations)}"]
+        if self.save_branches:
+            parts.append("save_branches=True")
         if not self.detach_attention:
             parts.append("detach_attention=False")
         if self.backend is not None:
@@ -166,6 +198,12 @@ Args:
     dilation: multiplies every entry of ``dilations``.
     groups, padding_mode: only 1 and "zeros".
     dilations: one int, or one int per axis, per branch.
+    branch_norm: normalise every branch by its own batch norm before the sum, as the paper does:
+        ``layer.branch_norm`` is then a ``ModuleList`` of K ``nn.BatchNorm{n}d``. Their own mode, momentum, running
+        statistics and parameters count, and ``nn.SyncBatchNorm`` may replace them; their forward (and so a hook) is
+        not called. The bias is added to the first branch only, as in the paper's code: batch norm
+        makes any bias redundant, and new networks do better with ``bias=False``.
+    save_branches: with ``branch_norm``, keep the K branches for backward instead of computing them again.
     attention: a module from ``[N, C, *S]`` to weights ``[N, K, *S_out]``; None makes a :class:`ScaleAttention`.
     detach_attention: the paper's choice: no gradient reaches the input through the gate (its own parameters do
         train). False lets it through.

@@ -59,3 +59,57 @@ def backward(
         shift = bias.expand(geometry.num_branches, -1) if bias is not None else branch_shift
         if shift is not None:
             grad_attention += torch.einsum("no...,ko->nk...", grad_output, shift)
+
+
+def branch_statistics(geometry, input, weight, branches, mean, var) -> None:
+    for k, branch in enumerate(reference.branches(geometry, input, weight)):
+        branches[k].copy_(branch)
+        if mean is not None:
+            # What nn.BatchNorm computes: a mean, then the mean square distance from it.
+            mean[k], var[k] = torch.batch_norm_update_stats(branch.to(mean.dtype), None, None, 0.0)
+
+
+def branch_combine(branches, attention, scale, shift, output) -> None:
+    total = None
+    for k, branch in enumerate(branches):
+        normed = torch.addcmul(_per_channel(shift[k], branch), branch, _per_channel(scale[k], branch))
+        term = normed.mul_(attention[:, k : k + 1])
+        total = term if total is None else total.add_(term)
+    output.copy_(total)
+
+
+def branch_reduce(
+    grad_output, branches, attention, mean, scale, shift, grad_attention, grad_scale, grad_shift
+) -> None:
+    over = (0, *range(2, grad_output.dim()))
+    grad_output = grad_output.to(mean.dtype)
+    for k, branch in enumerate(branches):
+        gated = grad_output * attention[:, k : k + 1]
+        grad_shift[k] = gated.sum(over)
+        grad_scale[k] = gated.mul_(branch - _per_channel(mean[k], branch)).sum(over)
+        if grad_attention is not None:
+            normed = torch.addcmul(_per_channel(shift[k], branch), branch, _per_channel(scale[k], branch))
+            grad_attention[:, k] = normed.mul_(grad_output).sum(1)
+
+
+def branch_norm_backward(
+    geometry, grad_output, input, weight, attention, branches, a_coef, b_coef, c_coef,
+    grad_branches, grad_input, grad_weight,
+) -> None:
+    for gradient in (grad_input, grad_weight):
+        if gradient is not None:
+            gradient.zero_()
+    for k, branch in enumerate(branches):
+        a, b, c = (_per_channel(coef[k], branch) for coef in (a_coef, b_coef, c_coef))
+        grad_branches[k] = torch.addcmul(c, branch, b).addcmul_(grad_output * a, attention[:, k : k + 1])
+        of_input, of_weight = reference.branch_gradients(
+            geometry, k, grad_branches[k], input, weight, grad_input is not None, grad_weight is not None
+        )
+        if grad_input is not None:
+            grad_input += of_input
+        if grad_weight is not None:
+            grad_weight += of_weight
+
+
+def _per_channel(vector, branch):
+    return vector.view(-1, *(1,) * (branch.dim() - 2))

@@ -1,0 +1,167 @@
+"""The paper's batch normalisation of every branch: ``out = sum_k a_k BN_k(y_k)``, with real ``nn.BatchNormNd``.
+
+The modules hold parameters, running statistics and mode; their own forward is never called. By running statistics
+each is a scale and a shift, so the layer is one call in branch mode; by batch statistics it is the operator of
+norm_ops.py (docs/branch_norm.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import norm_ops, ops
+from .arguments import check_arguments
+from .dispatch import check_backend_name
+from .functional import _autocast
+from .geometry import Geometry
+
+BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def normed_autofocus_conv(
+    input: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Optional[Tensor],
+    norms: Sequence[nn.Module],
+    *,
+    dilations,
+    stride=1,
+    padding="same",
+    save_branches: bool = False,
+    backend: Optional[str] = None,
+) -> Tensor:
+    """``sum_k a_k norms[k](y_k)``, with running statistics updated as ``norms[k](y_k)`` would update them.
+
+    Source: Qin et al., MICCAI 2018, section 2; docs/branch_norm.md.
+
+    Args:
+        bias: ``[O]`` or None, added to the first branch only, before its norm, as in the paper's code. Normalising
+            by batch statistics removes it (its gradient is zero); the first running mean includes it.
+        norms: K ``nn.BatchNormNd`` or ``nn.SyncBatchNorm``; the latter share statistics between processes.
+        save_branches: keep the branches for backward instead of computing them again; for batch statistics only,
+            as no branch is ever kept with running ones.
+        The others are those of :func:`autofocus_kernels.autofocus_conv`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`autofocus_kernels.autofocus_conv`; also for ``norms`` that do
+            not fit or are not all in one mode, and for a single value per channel to normalise by itself.
+    """
+    check_backend_name(backend)
+    conv_bias = bias
+    if isinstance(input, Tensor):
+        input, weight, attention, bias = _autocast(input.device.type, input, weight, attention, bias)
+    unbatched = (
+        isinstance(input, Tensor) and isinstance(weight, Tensor) and isinstance(attention, Tensor)
+        and input.dim() == attention.dim() == weight.dim() - 1
+    )
+    if unbatched:
+        input, attention = input.unsqueeze(0), attention.unsqueeze(0)
+    geometry = check_arguments(input, weight, attention, bias, None, None, dilations, stride, padding)
+    _check_norms(norms, geometry.num_branches, weight.shape[0])
+    apply = _by_batch_statistics if _uses_batch_statistics(norms) else _by_running_statistics
+    output = apply(geometry, input, weight, attention, conv_bias, norms, save_branches, backend)
+    return output.squeeze(0) if unbatched else output
+
+
+def _check_norms(norms: Sequence[nn.Module], K: int, O: int) -> None:
+    if len(norms) != K:
+        raise ValueError(f"branch_norm must hold one norm for each of the {K} dilations, got {len(norms)}")
+    for k, norm in enumerate(norms):
+        if not isinstance(norm, _BatchNorm):
+            raise TypeError(f"branch_norm[{k}] must be a batch norm, got {type(norm).__name__}")
+        if norm.num_features != O:
+            raise ValueError(f"branch_norm[{k}] must have num_features = {O}, got {norm.num_features}")
+
+
+def _uses_batch_statistics(norms: Sequence[_BatchNorm]) -> bool:
+    modes = [norm.training or norm.running_mean is None for norm in norms]
+    if any(modes) and not all(modes):
+        raise RuntimeError(
+            "the norms of branch_norm must use either all batch or all running statistics, got "
+            + ", ".join("batch" if mode else "running" for mode in modes)
+        )
+    return modes[0]
+
+
+def _by_running_statistics(
+    geometry: Geometry, input, weight, attention, bias, norms, save_branches, backend
+) -> Tensor:
+    norm_weight, norm_bias = _affine(norms, input)
+    mean = torch.stack([norm.running_mean for norm in norms]).to(norm_weight.dtype)
+    var = torch.stack([norm.running_var for norm in norms]).to(norm_weight.dtype)
+    _, scale, shift = norm_ops.fold(norm_weight, norm_bias, mean, var, [norm.eps for norm in norms])
+    if bias is not None:
+        shift = torch.cat([shift[:1] + scale[:1] * bias, shift[1:]])
+    return ops.apply(
+        geometry, input, weight, attention, None, scale.to(input.dtype), shift.to(input.dtype), backend
+    )
+
+
+def _by_batch_statistics(
+    geometry: Geometry, input, weight, attention, bias, norms, save_branches, backend
+) -> Tensor:
+    group = _process_group(norms)
+    if group is None and attention[:, 0].numel() == 1:
+        raise ValueError(
+            "branch_norm needs more than one value per channel to normalise by batch statistics, "
+            f"got an output of shape {[attention.shape[0], weight.shape[0], *geometry.output_size]}"
+        )
+    norm_weight, norm_bias = _affine(norms, input)
+    output, statistics = norm_ops.apply(
+        geometry, input, weight, attention, bias, norm_weight, norm_bias,
+        eps=[norm.eps for norm in norms], save_branches=save_branches, group=group, backend=backend,
+    )
+    empty = group is None and attention.numel() == 0
+    _update_running_statistics(norms, None if empty else statistics, bias)
+    return output
+
+
+def _affine(norms: Sequence[_BatchNorm], input: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and biases of the norms, ``[K, O]``, in the precision of statistics."""
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if norms[0].affine:
+        return tuple(
+            torch.stack([getattr(norm, name) for norm in norms]).to(dtype) for name in ("weight", "bias")
+        )
+    shape = (len(norms), norms[0].num_features)
+    return input.new_ones(shape, dtype=dtype), input.new_zeros(shape, dtype=dtype)
+
+
+def _process_group(norms: Sequence[_BatchNorm]) -> Optional[str]:
+    """The name of the group that ``nn.SyncBatchNorm`` would share statistics in; None if nothing is shared."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    names = set()
+    for norm in norms:
+        group = None
+        if isinstance(norm, nn.SyncBatchNorm) and norm.training:
+            group = norm.process_group or dist.group.WORLD
+        names.add(group.group_name if group is not None and dist.get_world_size(group) > 1 else None)
+    if len(names) > 1:
+        raise RuntimeError(f"the norms of branch_norm must share one process group, got {sorted(map(str, names))}")
+    return names.pop()
+
+
+@torch.no_grad()
+def _update_running_statistics(
+    norms: Sequence[_BatchNorm], statistics: Optional[norm_ops.Statistics], bias: Optional[Tensor]
+) -> None:
+    """As ``nn.BatchNormNd`` does; an empty batch (None) is counted and changes nothing else."""
+    for k, norm in enumerate(norms):
+        if not (norm.training and norm.track_running_stats):
+            continue
+        norm.num_batches_tracked.add_(1)
+        if statistics is None:
+            continue
+        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        mean = statistics.mean[k] if k > 0 or bias is None else statistics.mean[k] + bias
+        unbiased = statistics.var[k] * (statistics.count / (statistics.count - 1))
+        norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        norm.running_var.mul_(1 - momentum).add_(unbiased, alpha=momentum)
