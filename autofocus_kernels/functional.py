@@ -60,7 +60,7 @@ def autofocus_conv(
         RuntimeError: a forced backend cannot run the call; the message says why.
     """
     check_backend_name(backend)
-    if isinstance(input, Tensor):
+    if autocasts(input):
         input, weight, attention, bias, branch_scale, branch_shift = _autocast(
             input.device.type, input, weight, attention, bias, branch_scale, branch_shift
         )
@@ -79,11 +79,17 @@ def autofocus_conv(
     return output.squeeze(0) if unbatched else output
 
 
+def autocasts(input: Tensor) -> bool:
+    """Whether autocast is on for the device of ``input``; some devices (meta) know none."""
+    return (
+        isinstance(input, Tensor)
+        and torch.amp.is_autocast_available(input.device.type)
+        and torch.is_autocast_enabled(input.device.type)
+    )
+
+
 def _autocast(device_type: str, *tensors):
-    """The tensors as autocast would cast a convolution's: floating ones but float64, to its dtype."""
-    # Some devices (meta) know no autocast, and asking whether it is on is an error there.
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return tensors
+    """The tensors as autocast casts a convolution's: floating ones but float64, to its dtype."""
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         tensor.to(dtype)

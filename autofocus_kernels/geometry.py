@@ -78,6 +78,28 @@ def per_axis(name: str, value: IntOrTuple, spatial_dims: int, minimum: int) -> t
     return entries
 
 
+def require_odd(name: str, sizes: tuple[int, ...]) -> None:
+    if any(size % 2 == 0 for size in sizes):
+        raise ValueError(f"{name} must be odd on every axis (branches share a centre), got {sizes}")
+
+
+def resolve_padding(
+    padding: Padding, stride: tuple[int, ...], reach: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Zeros per side and axis around the input, for a kernel that reaches ``reach`` voxels from its centre.
+
+    Raises:
+        TypeError, ValueError: ``padding`` of the wrong form, or "same" with a stride.
+    """
+    if not isinstance(padding, str):
+        return per_axis("padding", padding, len(stride), minimum=0)
+    if padding not in ("same", "valid"):
+        raise ValueError(f'padding must be "same", "valid" or ints, got {padding!r}')
+    if padding == "same" and max(stride) > 1:
+        raise ValueError(f'padding="same" needs stride 1, got stride {stride}; give the padding as ints')
+    return reach if padding == "same" else (0,) * len(stride)
+
+
 def resolve_dilations(dilations: Sequence[IntOrTuple], spatial_dims: int) -> tuple[tuple[int, ...], ...]:
     """One dilation tuple per branch, from ints or per-axis tuples."""
     if isinstance(dilations, (int, str)) or not isinstance(dilations, Iterable):
@@ -110,20 +132,12 @@ def resolve(
     spatial_dims = len(input_size)
     input_size = tuple(input_size)
     kernel_size = tuple(kernel_size)
-    if any(size < 1 or size % 2 == 0 for size in kernel_size):
-        raise ValueError(f"weight must have odd kernel sizes (branches share a centre), got {kernel_size}")
+    require_odd("the kernel of weight", kernel_size)
     branches = resolve_dilations(dilations, spatial_dims)
     stride = per_axis("stride", stride, spatial_dims, minimum=1)
     smallest = tuple(min(axis) for axis in zip(*branches))
     reach = tuple(r * (size - 1) // 2 for r, size in zip(smallest, kernel_size))
-    if isinstance(padding, str):
-        if padding not in ("same", "valid"):
-            raise ValueError(f'padding must be "same", "valid" or ints, got {padding!r}')
-        if padding == "same" and max(stride) > 1:
-            raise ValueError(f'padding="same" needs stride 1, got stride {stride}; give the padding as ints')
-        pad = reach if padding == "same" else (0,) * spatial_dims
-    else:
-        pad = per_axis("padding", padding, spatial_dims, minimum=0)
+    pad = resolve_padding(padding, stride, reach)
     origin = tuple(r - p for r, p in zip(reach, pad))
     spans = tuple(size - 2 * o for size, o in zip(input_size, origin))
     if any(span < 0 or (span == 0 and size > 0) for span, size in zip(spans, input_size)):

@@ -14,8 +14,8 @@ from .functional import autocasts, autofocus_conv
 from .geometry import (
     IntOrTuple,
     Padding,
-    odd_sizes,
     per_axis,
+    require_odd,
     resolve,
     resolve_dilations,
     resolve_padding,
@@ -67,7 +67,8 @@ class ScaleAttention(nn.Module):
             raise ValueError(f"num_branches must be at least 1, got {num_branches!r}")
         if hidden_channels is None:
             hidden_channels = max(in_channels // 2, 1)
-        self.kernel_size = odd_sizes("kernel_size", kernel_size, spatial_dims)
+        self.kernel_size = per_axis("kernel_size", kernel_size, spatial_dims, minimum=1)
+        require_odd("kernel_size", self.kernel_size)
         self.stride = per_axis("stride", stride, spatial_dims, minimum=1)
         resolve_padding(padding, self.stride, (0,) * spatial_dims)  # raises now what forward would
         self.dilation = per_axis("dilation", dilation, spatial_dims, minimum=1)
@@ -124,7 +125,8 @@ class _AutofocusConv:
         if padding_mode != "zeros":
             raise ValueError(f'padding_mode must be "zeros", got {padding_mode!r}')
         check_backend_name(backend)
-        kernel_size = odd_sizes("kernel_size", kernel_size, self.spatial_dims)
+        kernel_size = per_axis("kernel_size", kernel_size, self.spatial_dims, minimum=1)
+        require_odd("kernel_size", kernel_size)
         stride = per_axis("stride", stride, self.spatial_dims, minimum=1)
         resolve_padding(padding, stride, (0,) * self.spatial_dims)  # raises now what forward would
         dilation = per_axis("dilation", dilation, self.spatial_dims, minimum=1)
