@@ -26,7 +26,8 @@ from setuptools.command.build_ext import build_ext
 
 WANTED = {"auto": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cpu", "cuda"), "none": ()}
 MODE = os.environ.get("AUTOFOCUS_BUILD", "auto")
-FLAGS = runpy.run_path(str(Path(__file__).parent / "csrc" / "flags.py"))
+CSRC = Path(__file__).resolve().parent / "csrc"
+FLAGS = runpy.run_path(str(CSRC / "flags.py"))
 # These commands only read metadata; probing the machine for them would cost seconds.
 BUILDING = not {"egg_info", "dist_info", "sdist"} & set(sys.argv)
 
@@ -80,7 +81,7 @@ def cpu_library():
         "autofocus_kernels._cpu",
         sources=["csrc/binding_cpu.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
         depends=headers(),
-        include_dirs=["csrc"],
+        include_dirs=[str(CSRC)],  # absolute, since ninja runs elsewhere
         extra_compile_args={"cxx": list(FLAGS["CXX"])},
         py_limited_api=True,
     )
@@ -90,16 +91,23 @@ def cuda_library():
     torch, cpp_extension = find_torch()
     if torch.version.cuda is None:
         raise CannotBuild(f"torch {torch.__version__} is a build without CUDA")
-    if cpp_extension.CUDA_HOME is None or not Path(cpp_extension.CUDA_HOME, "bin", "nvcc").exists():
-        raise CannotBuild(f"no CUDA compiler: no bin/nvcc in CUDA_HOME={cpp_extension.CUDA_HOME}")
+    nvcc = Path(cpp_extension.CUDA_HOME or "/usr/local/cuda", "bin", "nvcc")
+    if not nvcc.exists():
+        raise CannotBuild(f"no CUDA compiler: {nvcc} is not there (CUDA_HOME names its folder)")
     check_compiler()
-    # TORCH_CUDA_ARCH_LIST is torch's own variable; torch adds its flags where we give none.
-    architectures = [] if "TORCH_CUDA_ARCH_LIST" in os.environ else FLAGS["gencode"]()
+    if "TORCH_CUDA_ARCH_LIST" in os.environ:
+        architectures = []  # torch reads its own variable and adds the flags
+    else:
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+        chosen = [a for a in FLAGS["CUDA_ARCHITECTURES"] if f"sm_{a}" in known.split()]
+        if not chosen:
+            raise CannotBuild(f"{nvcc} knows no architecture of {FLAGS['CUDA_ARCHITECTURES']}")
+        architectures = FLAGS["gencode"](chosen)
     return cpp_extension.CUDAExtension(
         "autofocus_kernels._cuda",
         sources=["csrc/binding_cuda.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))],
         depends=headers(),
-        include_dirs=["csrc"],
+        include_dirs=[str(CSRC)],  # absolute, since ninja runs elsewhere
         extra_compile_args={"cxx": list(FLAGS["CXX_CUDA"]), "nvcc": FLAGS["NVCC"] + architectures},
         py_limited_api=True,
     )

@@ -5,14 +5,15 @@ MINIMUM_TORCH = (2, 10)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 # No -march=native: the instruction set is chosen at run time. No -ffast-math: NaN and Inf must
-# travel; the parts of it that help vectorising and change no value are named instead.
-CXX = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI]
+# travel; the parts of it that help vectorising and change no value are named instead. -g0: many a
+# Python asks for debug information, which makes the library seven times as large.
+CXX = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI]
 
 # USE_CUDA uncovers the CUDA part of the stable ABI (the current stream).
 CXX_CUDA = [*CXX, "-DUSE_CUDA"]
 NVCC = ["-std=c++17", "-O3", STABLE_ABI, "-DUSE_CUDA"]
 
-# Machine code per architecture; PTX of the newest lets later GPUs compile for themselves.
+# Machine code for each that nvcc knows; PTX of the newest lets later GPUs compile for themselves.
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
 
 
