@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import norm_ops, ops
 from .arguments import check_arguments
 from .dispatch import check_backend_name
-from .functional import _autocast
+from .functional import _autocast, autocasts
 from .geometry import Geometry
 
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -55,7 +55,7 @@ def normed_autofocus_conv(
     """
     check_backend_name(backend)
     conv_bias = bias
-    if isinstance(input, Tensor):
+    if autocasts(input):
         input, weight, attention, bias = _autocast(input.device.type, input, weight, attention, bias)
     unbatched = (
         isinstance(input, Tensor) and isinstance(weight, Tensor) and isinstance(attention, Tensor)

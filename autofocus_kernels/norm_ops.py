@@ -294,6 +294,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad_output, *_):
+    if grad_output is None:
+        return (None,) * len(ctx.needs_input_grad)
     *saved, bias = ctx.saved_tensors
     needs = list(ctx.needs_input_grad)
     mask = [*needs[:3], *needs[4:6]]
@@ -337,11 +339,13 @@ def _double_gradients(ctx, *grad_gradients):
             for gradient, grad, wanted in zip(gradients, grad_gradients, ctx.output_mask)
             if wanted and grad is not None
         ]
+        if not pairs:
+            return (None,) * len(ctx.needs_input_grad)
         results = torch.autograd.grad(
             [gradient for gradient, _ in pairs], aliases, [grad for _, grad in pairs],
             allow_unused=True, create_graph=create_graph,
         )
-    return *results, *(None,) * (4 + len(ctx.settings) + 1)
+    return *results, *(None,) * (len(ctx.needs_input_grad) - len(results))
 
 
 torch.library.register_autograd(

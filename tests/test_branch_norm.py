@@ -1,0 +1,544 @@
+"""Batch-normalised branches against the layer written out: a convolution and an ``nn.BatchNormNd`` per branch."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.library import opcheck
+
+from autofocus_kernels import AutofocusConv2d, AutofocusConv3d, norm_ops, testing
+from autofocus_kernels.branch_norm import normed_autofocus_conv
+from autofocus_kernels.testing import Case, relative_error
+
+CASES = (
+    Case("3d", (5, 6, 7), dilations=(2, 4, 6), batch=2),
+    Case("2d", (9, 7), dilations=(1, 3, 5, 7), batch=2),
+    Case("1d", (17,), dilations=(2, 5), batch=2),
+    Case("no_bias", (4, 5, 3), bias=False),
+    Case("normal_gate", (6, 7), gate="normal"),
+    Case("valid", (9, 8, 10), padding="valid", dilations=(2, 3, 7)),
+    Case("stride", (9, 8), stride=(2, 1), padding=1),
+    Case("dilation_per_axis", (6, 7), dilations=((1, 2), (3, 1))),
+    Case("dilation_beyond_volume", (4, 5, 3), dilations=(2, 8, 16)),
+    Case("one_branch", (6, 7), dilations=(2,)),
+    Case("kernel_1", (5, 6, 7), kernel_size=1),
+    Case("one_channel", (6, 7), channels=1, out_channels=1),
+    Case("channels_30_to_40", (4, 5, 6), channels=30, out_channels=40, batch=2),
+    Case("channels_last", (5, 6, 7), layout="channels_last", batch=2),
+    Case("channels_last_2d", (9, 7), layout="channels_last", channels=7, batch=2),
+    Case("transposed", (5, 6, 7), layout="transposed", batch=2),
+    Case("sliced", (5, 6, 7), layout="sliced", batch=2),
+    Case("expanded", (5, 6, 7), layout="expanded", batch=3),
+)
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_choice = pytest.mark.parametrize("save_branches", [False, True], ids=["recompute", "save"])
+NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def plain(input, weight, attention, bias, norms, *, dilations, stride=1, padding="same"):
+    """``sum_k a_k norms[k](conv(x, W, r_k))`` with the bias in the first branch: independent of the package's own."""
+    dims = input.dim() - 2
+    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
+    each = lambda value: (value,) * dims if isinstance(value, int) else tuple(value)  # noqa: E731
+    rates = [each(dilation) for dilation in dilations]
+    halves = [size // 2 for size in weight.shape[2:]]
+    smallest = [min(rate[axis] for rate in rates) for axis in range(dims)]
+    if padding == "same":
+        padding = [smallest[axis] * halves[axis] for axis in range(dims)]
+    padding = (0,) * dims if padding == "valid" else each(padding)
+    total = 0
+    for k, rate in enumerate(rates):
+        pads = [padding[i] + (rate[i] - smallest[i]) * halves[i] for i in range(dims)]
+        around = [side for pad in reversed(pads) for side in (pad, pad)]
+        branch = conv(F.pad(input, around), weight, bias if k == 0 else None, stride, 0, rate)
+        total = total + attention[:, k : k + 1] * norms[k](branch)
+    return total
+
+
+def make_norms(case, dtype=torch.float64, device="cpu"):
+    """K norms with nothing at its initial value."""
+    generator = torch.Generator().manual_seed(1)
+    norms = nn.ModuleList(NORM[case.spatial_dims](case.out_channels) for _ in case.dilations)
+    for norm in norms:
+        for tensor in (norm.weight.data, norm.bias.data, norm.running_mean):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        norm.running_var.copy_(torch.rand(norm.running_var.shape, generator=generator) + 0.5)
+    return norms.to(device=device, dtype=dtype)
+
+
+def evaluate(function, case, tensors, norms):
+    """Output, gradients of all arguments and parameters, and running statistics after the call."""
+    names = [name for name in ("input", "weight", "attention", "bias") if getattr(tensors, name) is not None]
+    leaves = {name: getattr(tensors, name).detach().requires_grad_() for name in names}
+    output = function(*(leaves.get(n) for n in ("input", "weight", "attention", "bias")), norms, **case.options)
+    parameters = dict(norms.named_parameters())
+    gradients = torch.autograd.grad(output, [*leaves.values(), *parameters.values()], tensors.grad_output)
+    return {
+        "output": output.detach(),
+        **{f"gradient of {name}": g for name, g in zip([*leaves, *parameters], gradients)},
+        **dict(norms.named_buffers()),
+    }
+
+
+def assert_same(results, expected, limit=1e-11):
+    for name, value in expected.items():
+        if name == "gradient of bias" and value.abs().max() < 1e-9:
+            assert results[name].abs().max() <= limit, name  # zero but for rounding in the plain layer
+        else:
+            error = relative_error(results[name], value)
+            assert error <= limit, f"{name}: relative error {error:.1e}, allowed {limit:.1e}"
+    assert results.keys() == expected.keys()
+
+
+def run_both(case, tensors, norms, backend, **options):
+    def fused(*arguments, **settings):
+        return normed_autofocus_conv(*arguments, **settings, backend=backend, **options)
+
+    with testing.poisoned_memory():
+        results = evaluate(fused, case, tensors, copy.deepcopy(norms))
+    return results, evaluate(plain, case, tensors, norms)
+
+
+# ------------------------------------------------------------------ numbers
+
+
+@each_choice
+@each_case
+def test_batch_statistics(backend, case, save_branches):
+    tensors = testing.make_tensors(case, torch.float64)
+    results, expected = run_both(case, tensors, make_norms(case), backend, save_branches=save_branches)
+    assert_same(results, expected)
+    assert results["output"].is_contiguous(memory_format=case.memory_format)
+
+
+@each_case
+def test_running_statistics(backend, case):
+    tensors = testing.make_tensors(case, torch.float64)
+    results, expected = run_both(case, tensors, make_norms(case).eval(), backend)
+    assert_same(results, expected)
+
+
+@each_choice
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
+def test_rounding_is_no_worse_than_the_plain_layers(backend, dtype, save_branches, training):
+    """Twice the error of the plain layer in the same dtype, plus a rounding; parameters of norms stay float32."""
+    case = Case("rounding", (9, 10, 11), channels=24, out_channels=17, dilations=(1, 2, 4), batch=2)
+    tensors = testing.make_tensors(case, dtype)
+    norms = make_norms(case, torch.float32).train(training)
+    exact = testing.Tensors(*(t if t is None else t.double() for t in tensors))
+    truth = evaluate(plain, case, exact, copy.deepcopy(norms).double())
+    results, same_dtype = run_both(case, tensors, norms, backend, save_branches=save_branches)
+    for name, value in truth.items():
+        if name == "gradient of bias" and training:
+            assert not results[name].any()
+            continue
+        # By running statistics scale and shift, and so their gradients, pass through the dtype of the tensors.
+        eps = torch.finfo(same_dtype[name].dtype if training and "gradient" in name else dtype).eps
+        limit = 2 * relative_error(same_dtype[name], value) + eps
+        error = relative_error(results[name], value)
+        assert error <= limit, f"{name}: relative error {error:.1e}, allowed {limit:.1e}"
+        assert results[name].dtype == same_dtype[name].dtype
+
+
+@each_choice
+def test_means_far_from_zero(backend, save_branches):
+    """A mean 1000 times the deviation: sums of squares would lose every digit of a float32 variance."""
+    case = Case("offset", (16, 17), dilations=(1, 2), padding=0, channels=3, out_channels=4, bias=False)
+    tensors = testing.make_tensors(case)
+    tensors = tensors._replace(input=tensors.input + 1000)
+    norms = make_norms(case, torch.float32)
+    exact = testing.Tensors(*(t if t is None else t.double() for t in tensors))
+    truth = evaluate(plain, case, exact, copy.deepcopy(norms).double())
+    results, same_dtype = run_both(case, tensors, norms, backend, save_branches=save_branches)
+    for name, value in truth.items():
+        limit = 4 * relative_error(same_dtype[name], value) + 1e-6
+        error = relative_error(results[name], value)
+        assert error <= limit, f"{name}: relative error {error:.1e}, allowed {limit:.1e}"
+
+
+# ------------------------------------------------------------------ what is kept for backward
+
+LAYER_CASE = Case("layer", (6, 7, 8), channels=3, out_channels=5, dilations=(1, 2, 3), batch=2)
+
+
+def test_bytes_saved_for_backward(backend):
+    case = LAYER_CASE
+    tensors = testing.make_tensors(case, requires_grad=True)
+    primals = sum(t.numel() for t in tensors[:4])
+    branches = case.num_branches * case.out_channels * tensors.attention[:, 0].numel()
+
+    def saved(training, **options):
+        norms = make_norms(case, torch.float32).train(training)
+        return testing.saved_bytes(
+            lambda: normed_autofocus_conv(*tensors[:4], norms, **case.options, backend=backend, **options)
+        )
+
+    vectors = 10 * 4 * case.num_branches * case.out_channels
+    assert 4 * primals <= saved(True) <= 4 * primals + vectors
+    assert 4 * (primals + branches) <= saved(True, save_branches=True) <= 4 * (primals + branches) + vectors
+    assert saved(False) <= 4 * primals + vectors
+
+
+@each_choice
+def test_backward_twice_gives_the_same(backend, save_branches):
+    """Nothing that is saved is overwritten."""
+    tensors = testing.make_tensors(LAYER_CASE, requires_grad=True)
+    norms = make_norms(LAYER_CASE, torch.float32)
+    output = normed_autofocus_conv(
+        *tensors[:4], norms, **LAYER_CASE.options, backend=backend, save_branches=save_branches
+    )
+    leaves = [*tensors[:4], *norms.parameters()]
+    first = torch.autograd.grad(output, leaves, tensors.grad_output, retain_graph=True)
+    second = torch.autograd.grad(output, leaves, tensors.grad_output)
+    assert all(map(torch.equal, first, second))
+
+
+@each_choice
+def test_only_what_is_wanted(backend, save_branches):
+    """Frozen arguments get no gradient and change none of the others."""
+    tensors = testing.make_tensors(LAYER_CASE, torch.float64)
+    norms = make_norms(LAYER_CASE)
+    expected = evaluate(plain, LAYER_CASE, tensors, copy.deepcopy(norms))
+    for name in ("input", "weight", "attention", "0.weight"):
+        leaf = {**dict(norms.named_parameters()), **tensors.arguments()}[name]
+        arguments = [t.detach() for t in tensors[:4]]
+        for parameter in norms.parameters():
+            parameter.requires_grad_(parameter is leaf)
+        if name in tensors.arguments():
+            slot = tensors._fields.index(name)
+            leaf = arguments[slot] = arguments[slot].requires_grad_()
+        output = normed_autofocus_conv(
+            *arguments, norms, **LAYER_CASE.options, backend=backend, save_branches=save_branches
+        )
+        (gradient,) = torch.autograd.grad(output, leaf, tensors.grad_output)
+        assert relative_error(gradient, expected[f"gradient of {name}"]) < 1e-12
+
+
+# ------------------------------------------------------------------ the norms are real batch norms
+
+
+def make_layer(backend=None, dtype=torch.float64, **options):
+    torch.manual_seed(3)
+    return AutofocusConv2d(
+        3, 4, dilations=(1, 2, 3), branch_norm=True, backend=backend, dtype=dtype, **options
+    )
+
+
+def plain_layer(layer, input):
+    attention = layer.attention(input.detach() if layer.detach_attention else input)
+    return plain(
+        input, layer.weight, attention, layer.bias, layer.branch_norm,
+        dilations=layer.dilations, stride=layer.stride, padding=layer.padding,
+    )
+
+
+@pytest.mark.parametrize("change", ["momentum", "cumulative", "no_affine", "no_tracking", "eps"])
+def test_three_steps_and_evaluation(backend, change):
+    """Running statistics and optimiser steps as in the plain layer, whatever is set on the norms."""
+    layer = make_layer(backend)
+    if change in ("no_affine", "no_tracking"):
+        layer.branch_norm = nn.ModuleList(
+            nn.BatchNorm2d(4, affine=change != "no_affine", track_running_stats=change != "no_tracking")
+            for _ in layer.dilations
+        ).double()
+    for k, norm in enumerate(layer.branch_norm):
+        norm.momentum = {"momentum": 0.2 + 0.1 * k, "cumulative": None}.get(change, norm.momentum)
+        norm.eps = 0.1 * (k + 1) if change == "eps" else norm.eps
+    other = copy.deepcopy(layer)
+    optimisers = [
+        torch.optim.RMSprop(
+            [{"params": m.branch_norm.parameters(), "weight_decay": 0.0},
+             {"params": [m.weight, m.bias, *m.attention.parameters()]}],
+            lr=1e-2, weight_decay=1e-2,
+        )
+        for m in (layer, other)
+    ]
+    for step in range(4):
+        input = torch.randn(2, 3, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        if step == 3:
+            layer.eval()
+            other.eval()
+        outputs = layer(input), plain_layer(other, input)
+        assert relative_error(*outputs) < 1e-10
+        for output, optimiser in zip(outputs, optimisers):
+            optimiser.zero_grad()
+            output.square().sum().backward()
+            if step < 3:
+                optimiser.step()
+    for name, value in other.state_dict().items():
+        assert relative_error(layer.state_dict()[name], value) < 1e-9, name
+    for (name, parameter), expected in zip(layer.named_parameters(), other.parameters()):
+        assert relative_error(parameter.grad, expected.grad) < 1e-8 or name == "bias", name
+
+
+@each_choice
+def test_bias_goes_to_the_first_branch(backend, save_branches):
+    """As in the paper's code: absorbed in training, with a gradient of zeros so that weight decay reaches it."""
+    layer, free = make_layer(backend, save_branches=save_branches), make_layer(backend)
+    with torch.no_grad():
+        layer.bias.copy_(torch.arange(1.0, 5.0))
+        free.bias = None
+    input = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    output = layer(input)
+    assert relative_error(output, free(input)) < 1e-13
+    output.square().sum().backward()
+    assert torch.equal(layer.bias.grad, torch.zeros_like(layer.bias))
+    for k, (norm, other) in enumerate(zip(layer.branch_norm, free.branch_norm)):
+        moved = 0.1 * layer.bias if k == 0 else torch.zeros_like(layer.bias)
+        torch.testing.assert_close(norm.running_mean - other.running_mean, moved, rtol=0, atol=1e-12)
+        assert torch.equal(norm.running_var, other.running_var)
+
+
+def test_state_dict_and_deep_copy():
+    layer = make_layer()
+    names = set(layer.state_dict())
+    entries = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    assert {f"branch_norm.{k}.{entry}" for k in range(3) for entry in entries} < names
+    assert names - {n for n in names if n.startswith("branch_norm")} == set(
+        AutofocusConv2d(3, 4, dilations=(1, 2, 3)).state_dict()
+    )
+    other = copy.deepcopy(layer)
+    other.load_state_dict(layer.state_dict())
+    assert all(isinstance(norm, nn.BatchNorm2d) for norm in other.branch_norm)
+
+
+def test_frozen_norms_in_a_layer_that_trains(backend):
+    """The usual way to freeze batch norm: eval() on the norms alone."""
+    layer = make_layer(backend)
+    layer(torch.randn(2, 3, 6, 7, dtype=torch.float64))
+    for module in layer.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    before = copy.deepcopy(layer.state_dict())
+    input = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    assert layer.training
+    assert relative_error(layer(input), plain_layer(layer, input)) < 1e-12
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+
+
+def test_unbatched_input_is_a_batch_of_one(backend):
+    layer = make_layer(backend)
+    input = torch.randn(3, 6, 7, dtype=torch.float64)
+    for training in (True, False):
+        layer.train(training)
+        torch.testing.assert_close(layer(input), layer(input.unsqueeze(0)).squeeze(0))
+
+
+@each_choice
+def test_empty_batch(backend, save_branches):
+    """No output, gradients of zeros, and running statistics that stay, as with nn.BatchNorm2d."""
+    layer = make_layer(backend, save_branches=save_branches)
+    input = torch.randn(0, 3, 6, 7, dtype=torch.float64, requires_grad=True)
+    output = layer(input)
+    assert output.shape == (0, 4, 6, 7)
+    output.sum().backward()
+    assert input.grad.shape == input.shape
+    for name, parameter in layer.named_parameters():
+        assert "attention" in name or torch.equal(parameter.grad, torch.zeros_like(parameter))
+    for norm in layer.branch_norm:
+        assert norm.num_batches_tracked == 1
+        assert torch.equal(norm.running_mean, torch.zeros_like(norm.running_mean))
+
+
+def test_input_of_which_only_padding_is_left(backend):
+    """An empty axis that padding fills: every branch is zero, and so is its variance."""
+    layer = make_layer(backend, padding=2)
+    nn.init.ones_(layer.branch_norm[0].bias)
+    output = layer(torch.randn(2, 3, 0, 7, dtype=torch.float64))
+    assert output.shape == (2, 4, 2, 9) and (output > 0).all()
+    output.sum().backward()
+    assert torch.equal(layer.weight.grad, torch.zeros_like(layer.weight))
+
+
+# ------------------------------------------------------------------ errors
+
+
+def test_errors_say_what_is_needed(backend):
+    layer = make_layer(backend)
+    input = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"more than one value per channel .* got an output of shape \[1, 4, 1, 1\]"):
+        layer(input[:1, :, :1, :1])
+    layer.branch_norm[1].eval()
+    with pytest.raises(RuntimeError, match="all batch or all running statistics, got batch, running, batch"):
+        layer(input)
+    layer.branch_norm[1] = nn.GroupNorm(1, 4)
+    with pytest.raises(TypeError, match=r"branch_norm\[1\] must be a batch norm, got GroupNorm"):
+        layer(input)
+    layer.branch_norm[1] = nn.BatchNorm2d(5)
+    with pytest.raises(ValueError, match=r"branch_norm\[1\] must have num_features = 4, got 5"):
+        layer(input)
+    layer.branch_norm = layer.branch_norm[:1]
+    with pytest.raises(ValueError, match="one norm for each of the 3 dilations, got 1"):
+        layer(input)
+
+
+def test_a_backend_without_the_functions_falls_back_and_says_so(monkeypatch, caplog):
+    from autofocus_kernels import dispatch
+
+    class Forward:
+        __name__ = "autofocus_kernels.backends.bare"
+
+    dispatch.log_refusal.cache_clear()
+    monkeypatch.setattr(norm_ops, "choose", lambda *_, **__: Forward())
+    layer = make_layer()
+    input = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    with caplog.at_level(logging.WARNING):
+        assert relative_error(layer(input), plain_layer(layer, input)) < 1e-12
+        layer(input)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"backend 'bare' is not used: it has no {name}; the reference computes it"
+        for name in ("branch_statistics", "branch_combine")
+    ]
+
+
+# ------------------------------------------------------------------ derivatives of every kind
+
+
+def layer_loss(layer, function=None):
+    generator = torch.Generator().manual_seed(5)
+    input = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    output = (function or layer)(input)
+    return (output**3).sum(), [input, *layer.parameters()]
+
+
+@each_choice
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
+def test_gradient_of_a_gradient(backend, training, save_branches):
+    layer = make_layer(backend, detach_attention=False, save_branches=save_branches).train(training)
+    plain_one = copy.deepcopy(layer)
+
+    def second_order(layer, function=None):
+        loss, leaves = layer_loss(layer, function)
+        gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+        penalty = sum((g**2).sum() for g in gradients)
+        return torch.autograd.grad(penalty, leaves, materialize_grads=True)
+
+    expected = second_order(plain_one, lambda input: plain_layer(plain_one, input))
+    largest = max(g.abs().max() for g in expected)
+    for result, exact in zip(second_order(layer), expected):
+        torch.testing.assert_close(result, exact, rtol=1e-8, atol=1e-10 * largest)
+
+
+def test_gradgradcheck(backend):
+    """Numerically, with each argument independent of the others."""
+    case = Case("tiny", (3, 4), dilations=(1, 2), channels=2, out_channels=2, batch=2)
+    tensors = testing.make_tensors(case, torch.float64, requires_grad=True)
+    norms = make_norms(case)
+
+    def function(input, weight, attention, norm_weight, norm_bias):
+        output, _ = norm_ops.apply(
+            case.geometry, input, weight, attention, None, norm_weight, norm_bias,
+            eps=[0.1, 0.2], save_branches=False, group=None, backend=backend,
+        )
+        return output
+
+    vectors = [torch.stack([getattr(norm, name) for norm in norms]) for name in ("weight", "bias")]
+    leaves = [*tensors[:3], *(v.detach().requires_grad_() for v in vectors)]
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
+def test_functorch_and_forward_mode(backend, training):
+    layer = make_layer(backend).train(training)
+    for norm in layer.branch_norm:
+        norm.track_running_stats = not training  # a transform may not update buffers that it does not own
+    input = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    tangent = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+
+    def loss(function):
+        return lambda input: (function(input) ** 3).sum()
+
+    gradient = torch.func.grad(loss(layer))(input)
+    expected = torch.func.grad(loss(lambda input: plain_layer(layer, input)))(input)
+    assert relative_error(gradient, expected) < 1e-12
+    _, moved = torch.func.jvp(loss(layer), (input,), (tangent,))
+    torch.testing.assert_close(moved, (expected * tangent).sum())
+    samples = torch.randn(3, 2, 3, 4, 5, dtype=torch.float64)
+    mapped = torch.func.vmap(layer)(samples)
+    torch.testing.assert_close(mapped, torch.stack([layer(sample) for sample in samples]))
+
+
+# ------------------------------------------------------------------ torch.library, torch.compile, autocast
+
+
+def operator_arguments(case, save_branches, backend):
+    tensors = testing.make_tensors(case, torch.float64, requires_grad=True)
+    vectors = [torch.randn(case.num_branches, case.out_channels, dtype=torch.float64) for _ in range(2)]
+    geometry = case.geometry
+    return tensors, [v.requires_grad_() for v in vectors], (
+        [1e-5] * case.num_branches, save_branches, None, [r for d in geometry.dilations for r in d],
+        list(geometry.stride), list(geometry.origin), backend,
+    )
+
+
+@each_choice
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_opcheck(backend, save_branches, layout):
+    case = Case("opcheck", (4, 5), channels=2, out_channels=3, dilations=(1, 2), batch=2, layout=layout)
+    tensors, vectors, settings = operator_arguments(case, save_branches, backend)
+    opcheck(torch.ops.autofocus.branch_norm.default, (*tensors[:4], *vectors, *settings))
+    with torch.no_grad():
+        _, *saved = torch.ops.autofocus.branch_norm(*tensors[:4], *vectors, *settings)
+    for mask in ([True] * 5, [False, True, False, True, True]):
+        arguments = (tensors.grad_output, *tensors[:3], *vectors, *saved, *settings, mask)
+        # Its gradient is that of plain convolutions' gradients, which PyTorch cannot trace with symbolic sizes.
+        static = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+        opcheck(torch.ops.autofocus.branch_norm_backward.default, arguments, test_utils=static)
+        arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+        opcheck(torch.ops.autofocus.branch_norm_backward.default, tuple(arguments))
+
+
+@each_choice
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
+def test_compiled_steps(backend, training, save_branches):
+    """One graph for forward and backward, running statistics included, and no recompile."""
+    torch.compiler.reset()
+    layer = make_layer(backend, torch.float32, save_branches=save_branches).train(training)
+    other = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        input = torch.randn(2, 3, 6, 7, generator=torch.Generator().manual_seed(step)).requires_grad_()
+        for function in (compiled, other):
+            function(input).square().sum().backward()
+        if step == 0:
+            torch.compiler.set_stance("fail_on_recompile")
+    torch.compiler.set_stance("default")
+    for (name, value), expected in zip(layer.state_dict().items(), other.state_dict().values()):
+        torch.testing.assert_close(value, expected, msg=lambda text: f"{name}: {text}")
+    for parameter, expected in zip(layer.parameters(), other.parameters()):
+        torch.testing.assert_close(parameter.grad, expected.grad)
+
+
+@each_choice
+@pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
+def test_autocast(backend, training, save_branches):
+    """The convolution in bfloat16, the norms in float32, as the plain layer under autocast."""
+    torch.manual_seed(0)
+    layer = AutofocusConv3d(
+        6, 7, dilations=(1, 2), branch_norm=True, save_branches=save_branches, backend=backend
+    ).train(training)
+    other, exact = copy.deepcopy(layer), copy.deepcopy(layer).double()
+    input = torch.randn(2, 6, 7, 8, 9)
+    grad_output = torch.randn(2, 7, 7, 8, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = layer(input), plain_layer(other, input)
+    truth = plain_layer(exact, input.double())
+    assert outputs[0].dtype == torch.bfloat16
+    for output in (*outputs, truth):
+        output.backward(grad_output.to(output.dtype))
+    assert relative_error(outputs[0], truth) < 2 * relative_error(outputs[1], truth) + 2**-9
+    for (name, parameter), plain_one, double in zip(
+        layer.named_parameters(), other.parameters(), exact.parameters()
+    ):
+        assert parameter.grad.dtype == torch.float32
+        if name != "bias" or not training:
+            limit = 2 * relative_error(plain_one.grad, double.grad) + 2**-8
+            assert relative_error(parameter.grad, double.grad) < limit, name
+    for norm, double in zip(layer.branch_norm, exact.branch_norm):
+        assert norm.running_mean.dtype == torch.float32
+        assert relative_error(norm.running_var, double.running_var) < 2**-8
