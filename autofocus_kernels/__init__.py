@@ -1,6 +1,6 @@
 """The autofocus layer (Qin et al., MICCAI 2018): K dilated convolutions, one weight, in a single fused pass."""
 
-from . import reference
+from . import networks, reference
 from .dispatch import available_backends, show_config
 from .functional import autofocus_conv
 from .modules import AutofocusConv1d, AutofocusConv2d, AutofocusConv3d, ScaleAttention
@@ -14,6 +14,7 @@ __all__ = [
     "ScaleAttention",
     "autofocus_conv",
     "available_backends",
+    "networks",
     "reference",
     "show_config",
 ]

@@ -1,0 +1,121 @@
+"""Residual blocks and heads of the paper's networks (Qin et al., MICCAI 2018, sections 2 and 3)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..branch_norm import BATCH_NORM
+from ..modules import CONV, AutofocusConv1d, AutofocusConv2d, AutofocusConv3d
+
+AUTOFOCUS = {1: AutofocusConv1d, 2: AutofocusConv2d, 3: AutofocusConv3d}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all layers of a network share; ``dilations`` holds one tuple of ``spatial_dims`` ints per branch."""
+
+    spatial_dims: int
+    dilations: tuple[tuple[int, ...], ...]
+    padding: str
+    save_branches: bool
+    backend: Optional[str]
+    factory: dict  # device and dtype
+
+    @property
+    def smallest_dilation(self) -> tuple[int, ...]:
+        return tuple(min(axis) for axis in zip(*self.dilations))
+
+    def conv(self, in_channels: int, out_channels: int, kernel_size=3, dilation=1, padding=None) -> nn.Module:
+        return CONV[self.spatial_dims](
+            in_channels, out_channels, kernel_size, dilation=dilation,
+            padding=self.padding if padding is None else padding, **self.factory,
+        )
+
+    def norm(self, channels: int) -> nn.Module:
+        return BATCH_NORM[self.spatial_dims](channels, **self.factory)
+
+    def conv_norm(self, *arguments, **keywords) -> nn.Sequential:
+        conv = self.conv(*arguments, **keywords)
+        return nn.Sequential(OrderedDict(conv=conv, norm=self.norm(conv.out_channels)))
+
+    def autofocus(self, in_channels: int, out_channels: int) -> nn.Module:
+        return AUTOFOCUS[self.spatial_dims](
+            in_channels, out_channels, padding=self.padding, dilations=self.dilations, branch_norm=True,
+            save_branches=self.save_branches, backend=self.backend, **self.factory,
+        )
+
+
+class Block(nn.Module):
+    """Two layers and a shortcut; ``autofocus`` says which of the two is an autofocus layer.
+
+    The others are a convolution of the smallest dilation and a batch norm. With ``padding="valid"`` the shortcut is
+    cropped to the size of the result, before its convolution and batch norm where the channel count changes.
+    """
+
+    def __init__(
+        self, options: Options, in_channels: int, out_channels: int, autofocus: tuple[bool, bool]
+    ) -> None:
+        super().__init__()
+
+        def layer(in_channels: int, is_autofocus: bool) -> nn.Module:
+            if is_autofocus:
+                return options.autofocus(in_channels, out_channels)
+            return options.conv_norm(in_channels, out_channels, dilation=options.smallest_dilation)
+
+        self.layer1 = layer(in_channels, autofocus[0])
+        self.layer2 = layer(out_channels, autofocus[1])
+        self.shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = options.conv_norm(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = self.layer2(F.relu(self.layer1(input)))
+        return F.relu(output + self.shortcut(_centre(input, output.shape[2:])))
+
+
+def _centre(input: Tensor, size: torch.Size) -> Tensor:
+    for axis, length in enumerate(size, start=2):
+        input = input.narrow(axis, (input.shape[axis] - length) // 2, length)
+    return input
+
+
+class ConcatHead(nn.Module):
+    """ASPP-c: a convolution per dilation, concatenated, batch norm, ReLU, 1 x 1 x 1 convolution to the classes."""
+
+    def __init__(self, options: Options, in_channels: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            options.conv(in_channels, channels, dilation=dilation, padding="same")
+            for dilation in options.dilations
+        )
+        self.norm = options.norm(len(self.branches) * channels)
+        self.classes = options.conv(len(self.branches) * channels, num_classes, kernel_size=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        features = torch.cat([branch(input) for branch in self.branches], dim=1)
+        return self.classes(F.relu(self.norm(features)))
+
+
+class SumHead(nn.Module):
+    """ASPP-s: per dilation a convolution, batch norm, ReLU and 1 x 1 x 1 convolution to the classes, summed."""
+
+    def __init__(self, options: Options, in_channels: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            options.conv_norm(in_channels, channels, dilation=dilation, padding="same")
+            for dilation in options.dilations
+        )
+        self.classes = nn.ModuleList(
+            options.conv(channels, num_classes, kernel_size=1) for _ in options.dilations
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        return sum(
+            classes(F.relu(branch(input))) for branch, classes in zip(self.branches, self.classes)
+        )

@@ -1,0 +1,141 @@
+"""The nine networks of the paper by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..geometry import IntOrTuple, resolve_dilations
+from ..modules import CONV
+from .blocks import Block, ConcatHead, Options, SumHead
+
+# Which of the two layers of each of the three blocks are autofocus layers.
+_B, _S, _A = (False, False), (False, True), (True, True)
+_BLOCKS = {
+    "Basic": (_B, _B, _B),
+    "ASPP-c": (_B, _B, _B),
+    "ASPP-s": (_B, _B, _B),
+    "AFN-1": (_B, _B, _S),
+    "AFN-2": (_B, _B, _A),
+    "AFN-3": (_B, _S, _A),
+    "AFN-4": (_B, _A, _A),
+    "AFN-5": (_S, _A, _A),
+    "AFN-6": (_A, _A, _A),
+}
+_HEADS = {"ASPP-c": ConcatHead, "ASPP-s": SumHead}
+_WIDTHS = {"ASPP-c": (30, 40, 40, 50, 30), "ASPP-s": (30, 40, 40, 50, 120)}
+
+NAMES = tuple(_BLOCKS)
+
+
+def build(
+    name: str,
+    in_channels: int = 4,
+    num_classes: int = 5,
+    spatial_dims: int = 3,
+    *,
+    widths: Optional[Sequence[int]] = None,
+    dilations: Sequence[IntOrTuple] = (2, 6, 10, 14),
+    padding: str = "valid",
+    save_branches: bool = False,
+    backend: Optional[str] = None,
+    device=None,
+    dtype=None,
+) -> SegmentationNetwork:
+    """A network of the paper with its initial weights.
+
+    Source: Qin et al., MICCAI 2018, section 3.
+
+    Args:
+        name: one of :data:`NAMES`.
+        in_channels, num_classes, spatial_dims: of the images, of the logits, and 1 to 3.
+        widths: channels of the stem and of the three blocks, and for ASPP-c and ASPP-s of each parallel
+            convolution; None for those of the paper, (30, 40, 40, 50) and then 30 or 120.
+        dilations: rates of the autofocus or ASPP branches, each an int or one int per axis. The smallest is also
+            that of the plain convolutions in the blocks.
+        padding: "valid" as published (a 75^3 input gives 47^3 logits) or "same" (logits of the input's size).
+        save_branches, backend: see :class:`autofocus_kernels.AutofocusConv3d`.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong form; the message names it.
+    """
+    if name not in _BLOCKS:
+        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
+    if spatial_dims not in CONV:
+        raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
+    if padding not in ("valid", "same"):
+        raise ValueError(f'padding must be "valid" or "same", got {padding!r}')
+    widths = _WIDTHS.get(name, (30, 40, 40, 50)) if widths is None else tuple(widths)
+    if len(widths) != 4 + (name in _HEADS):
+        raise ValueError(f"widths must hold {4 + (name in _HEADS)} channel counts for {name}, got {widths}")
+    for argument, value in (
+        ("in_channels", in_channels), ("num_classes", num_classes), *(("widths", w) for w in widths)
+    ):
+        if value < 1:
+            raise ValueError(f"{argument} must be at least 1, got {value!r}")
+    options = Options(
+        spatial_dims, resolve_dilations(dilations, spatial_dims), padding, save_branches, backend,
+        {"device": device, "dtype": dtype},
+    )
+    return SegmentationNetwork(name, options, in_channels, num_classes, widths)
+
+
+class SegmentationNetwork(nn.Module):
+    """Stem of two 3^3 convolutions, three residual blocks and a head; made by :func:`build`.
+
+    Shape:
+        ``[N, in_channels, *S]`` -> logits ``[N, num_classes, *S]``; with ``padding="valid"`` each axis is shorter by
+        ``crop``, and must be longer than that.
+    """
+
+    def __init__(
+        self, name: str, options: Options, in_channels: int, num_classes: int, widths: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.in_channels = in_channels
+        self.crop = tuple(
+            4 + 12 * dilation if options.padding == "valid" else 0 for dilation in options.smallest_dilation
+        )
+        self.stem = nn.ModuleList(
+            options.conv_norm(channels, widths[0]) for channels in (in_channels, widths[0])
+        )
+        self.blocks = nn.ModuleList(
+            Block(options, widths[i], widths[i + 1], autofocus)
+            for i, autofocus in enumerate(_BLOCKS[name])
+        )
+        if name in _HEADS:
+            self.head = _HEADS[name](options, widths[3], widths[4], num_classes)
+        else:
+            self.head = options.conv(widths[3], num_classes, kernel_size=1)
+        for module in self.modules():
+            if isinstance(module, nn.modules.conv._ConvNd):
+                nn.init.normal_(module.weight, std=0.01)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input(input)
+        for layer in self.stem:
+            input = F.relu(layer(input))
+        for block in self.blocks:
+            input = block(input)
+        return self.head(input)
+
+    def _check_input(self, input: Tensor) -> None:
+        dims = len(self.crop)
+        if input.dim() != dims + 2 or input.shape[1] != self.in_channels:
+            raise ValueError(
+                f"input must be [N, {self.in_channels}, *S] with {dims} spatial axes, got {list(input.shape)}"
+            )
+        if any(size <= crop < size + crop for size, crop in zip(input.shape[2:], self.crop)):
+            raise ValueError(
+                f"input must be at least {[crop + 1 for crop in self.crop]} voxels, as the unpadded convolutions of "
+                f'{self.name} take {list(self.crop)} away (padding="same" keeps the size), '
+                f"got {list(input.shape[2:])}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"name={self.name!r}"
