@@ -189,7 +189,7 @@ class Backward {
           grad_attention(b.plan_.voxels * b.g_.K * V::kLanes) {}
     Scratch<A> x, dx, attention, grad_output, projected, blended, grad_attention;
     std::vector<Segment> segments;
-    TapRuns tap;
+    std::vector<TapRow> rows;
   };
 
   bool needs_projection() const { return wanted_ & (kInput | kAttention); }
@@ -231,7 +231,9 @@ class Backward {
       std::fill(w.dx.get(), w.dx + volume(sub.input) * plan_.group_width, A(0));
 
     const TileGrid grid(sub.output, plan_.voxels);
-    for (int64_t tile = 0; tile < grid.count(); ++tile) run_tile(lattice, grid, tile, n, group, grad_weight, w);
+    const RunTable runs(sub, grid);
+    for (int64_t tile = 0; tile < grid.count(); ++tile)
+      run_tile(lattice, grid, runs, tile, n, group, grad_weight, w);
 
     if (wanted_ & kInput) move_rows(lattice, [&](int64_t z, int64_t y, int64_t at) {
         unpack_row(w.dx + at, plan_.group_width, sub.input.x, channels,
@@ -247,8 +249,8 @@ class Backward {
       for (int64_t y = 0; y < size.y; ++y) move(z, y, (z * size.y + y) * size.x * plan_.group_width);
   }
 
-  void run_tile(const Lattice& lattice, const TileGrid& grid, int64_t tile, int64_t n, int64_t group, A* grad_weight,
-                Workspace& w) {
+  void run_tile(const Lattice& lattice, const TileGrid& grid, const RunTable& runs, int64_t tile, int64_t n,
+                int64_t group, A* grad_weight, Workspace& w) {
     const Problem& sub = lattice.problem;
     const int64_t voxels = plan_.voxels, lanes = V::kLanes;
     const int64_t count = grid.at(tile, w.segments);
@@ -264,36 +266,32 @@ class Backward {
     const TapFunction<A> pass = tap_function<A>(wanted_, int(plan_.group_vectors));
     const int64_t tap_rows = g_.kernel.z * g_.kernel.y;
     for (int64_t tap_row = 0; tap_row < tap_rows; ++tap_row) {
-      Index3 offset = tap_offset(sub, tap_row * g_.kernel.x);
-      if (!row_of_taps_inside(sub, w.segments, offset)) continue;
+      const Index3 offset = tap_offset(sub, tap_row * g_.kernel.x);
+      if (!find_tap_rows(sub, w.segments, offset, w.rows)) continue;
       if (needs_projection())
         gemm<A>({w.grad_output, out_width_, 1, weight_ + (group * tap_rows + tap_row) * g_.O * tap_columns_,
                  tap_columns_, w.projected, tap_columns_, g_.O},
                 count, tap_columns_, false);
-      for (int64_t x = 0; x < g_.kernel.x; ++x) {
-        offset.x = x - g_.kernel.x / 2;
-        for (const Segment& s : w.segments) {
-          find_runs(sub, s, offset, w.tap);
-          for (const Run& run : w.tap.runs) {
-            const int64_t at = s.offset + run.begin;
+      for (int64_t x = 0; x < g_.kernel.x; ++x)
+        for (size_t i = 0; i < w.segments.size(); ++i)
+          for (const Run& run : runs.at(w.segments[i].part, x)) {
+            const int64_t at = w.segments[i].offset + run.begin;
             TapPass<A> t;
             t.g = w.projected + at * tap_columns_ + x * plan_.group_width;
             t.u = w.blended + at * tap_columns_ + x * plan_.group_width;
             t.tile_step = tap_columns_;
             t.x_step = sub.stride.x * plan_.group_width;
             t.da_step = g_.K * lanes;
-            for (int i = 0; i < run.active; ++i) {
-              const int k = run.branch[i];
-              const int64_t voxel = (w.tap.voxel[k] + run.begin * sub.stride.x) * plan_.group_width;
-              t.x[i] = w.x + voxel;
-              t.dx[i] = w.dx + voxel;
-              t.a[i] = w.attention + k * voxels + at;
-              t.da[i] = w.grad_attention + (at * g_.K + k) * lanes;
-            }
-            pass(t, run.active, run.count);
+            const int active = for_each_branch(run.branches & w.rows[i].inside, [&](int slot, int k) {
+              const int64_t voxel = w.rows[i].voxel[k] + sub.dilation[k].x * (x - g_.kernel.x / 2) +
+                                    run.begin * sub.stride.x;
+              t.x[slot] = w.x + voxel * plan_.group_width;
+              t.dx[slot] = w.dx + voxel * plan_.group_width;
+              t.a[slot] = w.attention + k * voxels + at;
+              t.da[slot] = w.grad_attention + (at * g_.K + k) * lanes;
+            });
+            pass(t, active, run.count);
           }
-        }
-      }
       if (wanted_ & kWeight)
         gemm<A>({w.blended, 1, tap_columns_, w.grad_output, out_width_,
                  grad_weight + tap_row * tap_columns_ * out_width_, out_width_, count},

@@ -8,20 +8,29 @@ namespace autofocus {
 namespace AUTOFOCUS_ISA {
 
 template <typename A, int N, bool add>
-void blend_branches(const A* const* coefficient, const A* const* source, int64_t source_step, A* to, int64_t to_step,
+void blend_branches(const A* const* coefficients, const A* const* sources, int64_t source_step, A* to, int64_t to_step,
                     int64_t count, int64_t width) {
   using V = Vec<A>;
+  // Local copies: the compiler cannot know that the stores leave the callers' arrays alone.
+  const A *coefficient[N], *source[N];
+#pragma GCC unroll 4
+  for (int k = 0; k < N; ++k) {
+    coefficient[k] = coefficients[k];
+    source[k] = sources[k];
+  }
   for (int64_t p = 0; p < count; ++p) {
     typename V::Native a[N];
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) a[k] = V::broadcast(coefficient[k][p]);
-    for (int64_t v = 0; v < width; ++v) {
-      const int64_t at = p * source_step + v * V::kLanes;
-      typename V::Native sum = add ? V::load(to + p * to_step + v * V::kLanes) : typename V::Native{};
+    for (int64_t v = 0; v < width * V::kLanes; v += V::kLanes) {
+      typename V::Native sum = add ? V::load(to + v) : typename V::Native{};
 #pragma GCC unroll 4
-      for (int k = 0; k < N; ++k) sum += a[k] * V::load(source[k] + at);
-      V::store(to + p * to_step + v * V::kLanes, sum);
+      for (int k = 0; k < N; ++k) sum += a[k] * V::load(source[k] + v);
+      V::store(to + v, sum);
     }
+    to += to_step;
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) source[k] += source_step;
   }
 }
 

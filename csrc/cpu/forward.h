@@ -94,43 +94,42 @@ void forward(const ForwardArguments<T>& args) {
     if (volume(sub.output) == 0) continue;
     pack_input(args, lattice, n, packed.get());
     const TileGrid grid(sub.output, voxels);
+    const RunTable runs(sub, grid);
 
     args.parallel(grid.count(), [&](int64_t begin, int64_t end) {
       Scratch<A> attention((g.K + 1) * voxels), blended(voxels * blended_width), out(voxels * out_width);
       std::vector<Segment> segments;
-      TapRuns tap;
+      std::vector<TapRow> rows;
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t count = grid.at(tile, segments);
         pack_attention(lattice, args.attention, n, segments, attention.get(), voxels);
-        const A* w = weight;
         bool first = true;
         for (int64_t tap_row = 0; tap_row < g.kernel.z * g.kernel.y; ++tap_row) {
-          Index3 offset = tap_offset(sub, tap_row * g.kernel.x);
-          const A* w_row = w + tap_row * g.kernel.x * g.C * out_width;
-          if (!row_of_taps_inside(sub, segments, offset)) continue;
+          const Index3 offset = tap_offset(sub, tap_row * g.kernel.x);
+          const A* w_row = weight + tap_row * g.kernel.x * g.C * out_width;
+          if (!find_tap_rows(sub, segments, offset, rows)) continue;
           for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
             const int64_t channels = chunks.size(chunk);
-            const int64_t width = vectors<A>(channels);
             for (int64_t x = 0; x < g.kernel.x; ++x) {
-              offset.x = x - g.kernel.x / 2;
-              const bool centre = offset.z == 0 && offset.y == 0 && offset.x == 0;
-              for (const Segment& s : segments) {
-                find_runs(sub, s, offset, tap);
-                for (const Run& run : tap.runs) {
+              const int64_t offset_x = x - g.kernel.x / 2;
+              const bool centre = offset.z == 0 && offset.y == 0 && offset_x == 0;
+              for (size_t i = 0; i < segments.size(); ++i) {
+                const Segment& s = segments[i];
+                for (const Run& run : runs.at(s.part, x)) {
+                  const int64_t at = s.offset + run.begin;
                   const A *coefficient[kMaxBranches], *source[kMaxBranches];
-                  for (int i = 0; i < run.active; ++i) {
-                    const int k = run.branch[i];
-                    coefficient[i] = attention + k * voxels + s.offset + run.begin;
-                    source[i] = packed + (tap.voxel[k] + run.begin * sub.stride.x) * in_width + chunks.begin(chunk);
-                  }
-                  int active = run.active;
+                  int active = for_each_branch(run.branches & rows[i].inside, [&](int slot, int k) {
+                    const int64_t voxel =
+                        rows[i].voxel[k] + sub.dilation[k].x * offset_x + run.begin * sub.stride.x;
+                    coefficient[slot] = attention + k * voxels + at;
+                    source[slot] = packed + voxel * in_width + chunks.begin(chunk);
+                  });
                   if (centre && active > 0) {  // all branches read the same voxel
-                    coefficient[0] = attention + g.K * voxels + s.offset + run.begin;
+                    coefficient[0] = attention + g.K * voxels + at;
                     active = 1;
                   }
                   blend(active, coefficient, source, sub.stride.x * in_width,
-                        blended + (s.offset + run.begin) * blended_width + x * channels, blended_width, run.count,
-                        width);
+                        blended + at * blended_width + x * channels, blended_width, run.count, vectors<A>(channels));
                 }
               }
             }
@@ -142,14 +141,14 @@ void forward(const ForwardArguments<T>& args) {
         }
         for (const Segment& s : segments) {
           const A* sum = attention + g.K * voxels + s.offset;
-          A* rows = out + s.offset * out_width;
-          if (first) std::fill(rows, rows + s.count * out_width, A(0));
+          A* result = out + s.offset * out_width;
+          if (first) std::fill(result, result + s.count * out_width, A(0));
           if (args.bias != nullptr)
             for (int64_t p = 0; p < s.count; ++p)
               for (int64_t v = 0; v < out_width; v += V::kLanes)
-                V::store(rows + p * out_width + v, V::load(rows + p * out_width + v) +
+                V::store(result + p * out_width + v, V::load(result + p * out_width + v) +
                                                        V::broadcast(sum[p]) * V::load(bias + v));
-          unpack_row(rows, out_width, s.count, g.O,
+          unpack_row(result, out_width, s.count, g.O,
                      lattice_row(args.output, n, 0, lattice.first_output, lattice.step, s.z, s.y, s.x),
                      lattice.step.x * args.output.s.x, args.output.c);
         }
