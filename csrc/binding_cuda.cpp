@@ -1,0 +1,223 @@
+// torch.ops.autofocus_cuda: checks what would otherwise read outside a tensor, and picks the tier of every pass.
+//
+// Everything is in the 3D form: five-dimensional tensors of any strides, geometry lists of three ints (dilations K times
+// three). The operators of autofocus_kernels/ops.py validate for users and allocate; these checks only keep a wrong direct
+// call from crashing the process.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cuda/kernels.h"
+
+// The tests build this file for CPU tensors, over the emulation of tests/cuda_host.
+#ifndef AUTOFOCUS_CUDA_DISPATCH_KEY
+#define AUTOFOCUS_CUDA_DISPATCH_KEY CUDA
+#endif
+
+namespace {
+
+using namespace autofocus;
+using namespace autofocus::cuda;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+
+DType dtype_of(const Tensor& input) {
+  switch (input.scalar_type()) {
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "input must be float64, float32, float16 or bfloat16");
+  return DType::kFloat32;
+}
+
+Index3 index3(const char* name, const Ints& values, size_t at, int64_t minimum) {
+  STD_TORCH_CHECK(at + 3 <= values.size(), name, " must have three ints, got ", values.size());
+  for (size_t i = at; i < at + 3; ++i)
+    STD_TORCH_CHECK(values[i] >= minimum && values[i] <= INT32_MAX, name, " must be at least ", minimum,
+                    " and fit 32 bits, got ", values[i]);
+  return {values[at], values[at + 1], values[at + 2]};
+}
+
+void check_tensor(const char* name, const Tensor& tensor, const Tensor& input, const Ints& shape) {
+  STD_TORCH_CHECK(tensor.is_cuda() == input.is_cuda() && tensor.get_device_index() == input.get_device_index(), name,
+                  " must be on the device of input");
+  STD_TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), name, " must have the dtype of input");
+  STD_TORCH_CHECK(tensor.dim() == int64_t(shape.size()), name, " must have ", shape.size(), " axes, got ",
+                  tensor.dim());
+  for (size_t i = 0; i < shape.size(); ++i)
+    STD_TORCH_CHECK(tensor.size(i) == shape[i], name, " must have size ", shape[i], " on axis ", i, ", got ",
+                    tensor.size(i));
+}
+
+Problem make_problem(const Tensor& input, const Tensor& weight, const Ints& output_size, const Ints& dilations,
+                     const Ints& stride, const Ints& origin) {
+  for (const Tensor* tensor : {&input, &weight})
+    STD_TORCH_CHECK(tensor->dim() == 5, "input and weight must have five axes, got ", tensor->dim());
+  Problem g{};
+  g.N = input.size(0);
+  g.C = input.size(1);
+  g.O = weight.size(0);
+  g.K = int64_t(dilations.size()) / 3;
+  STD_TORCH_CHECK(g.K >= 1 && g.K <= kMaxBranches && int64_t(dilations.size()) == 3 * g.K,
+                  "dilations must hold three ints for each of 1 to ", kMaxBranches, " branches, got ", dilations.size());
+  g.kernel = {weight.size(2), weight.size(3), weight.size(4)};
+  g.input = {input.size(2), input.size(3), input.size(4)};
+  g.output = index3("the output size", output_size, 0, 1);
+  g.stride = index3("stride", stride, 0, 1);
+  g.origin = index3("origin", origin, 0, INT32_MIN);
+  for (int64_t k = 0; k < g.K; ++k) g.dilation[k] = index3("dilations", dilations, 3 * k, 1);
+  STD_TORCH_CHECK(g.kernel.z % 2 == 1 && g.kernel.y % 2 == 1 && g.kernel.x % 2 == 1,
+                  "weight must have odd kernel sizes");
+  check_tensor("weight", weight, input, {g.O, g.C, g.kernel.z, g.kernel.y, g.kernel.x});
+  STD_TORCH_CHECK(input.numel() > 0 && weight.numel() > 0, "input and weight must not be empty");
+  return g;
+}
+
+TensorArgument argument(const OptionalTensor& tensor) {
+  if (!tensor.has_value()) return {};
+  TensorArgument result{tensor->data_ptr(), tensor->stride(0), tensor->stride(1), {0, 0, 0}};
+  if (tensor->dim() == 5) result.s = {tensor->stride(2), tensor->stride(3), tensor->stride(4)};
+  return result;
+}
+
+TensorArgument checked(const char* name, const OptionalTensor& tensor, const Tensor& input, const Ints& shape) {
+  if (tensor.has_value()) check_tensor(name, *tensor, input, shape);
+  return argument(tensor);
+}
+
+Inputs make_inputs(const Tensor& input, const Tensor& weight, const Tensor& attention, const OptionalTensor& bias,
+                   const OptionalTensor& scale, const OptionalTensor& shift, const Ints& dilations, const Ints& stride,
+                   const Ints& origin) {
+  STD_TORCH_CHECK(attention.dim() == 5, "attention must have five axes, got ", attention.dim());
+  const Ints output_size = {attention.size(2), attention.size(3), attention.size(4)};
+  const Problem g = make_problem(input, weight, output_size, dilations, stride, origin);
+  STD_TORCH_CHECK(!bias.has_value() || !shift.has_value(), "bias and branch_shift exclude each other");
+  Inputs in{};
+  in.g = g;
+  in.dtype = dtype_of(input);
+  in.input = argument(input);
+  in.weight = argument(weight);
+  in.attention = checked("attention", attention, input, {g.N, g.K, g.output.z, g.output.y, g.output.x});
+  in.scale = checked("branch_scale", scale, input, {g.K, g.O});
+  in.shift = checked("branch_shift", shift, input, {g.K, g.O});
+  if (bias.has_value()) {
+    check_tensor("bias", *bias, input, {g.O});
+    in.shift = {bias->data_ptr(), 0, bias->stride(0), {0, 0, 0}};
+  }
+  return in;
+}
+
+// The device of `input` made current, its current stream, and scratch memory of torch's own allocator, which orders its
+// reuse by that stream.
+class Launches {
+ public:
+  explicit Launches(const Tensor& input) : guard_(input.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream));
+    context_ = {stream, [this, input](int64_t bytes) {
+                  scratch_.push_back(torch::stable::new_empty(input, {bytes}, ScalarType::Byte));
+                  return scratch_.back().data_ptr();
+                }};
+  }
+  Launches(const Launches&) = delete;
+  const Context& context() const { return context_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  std::vector<Tensor> scratch_;
+  Context context_;
+};
+
+void forward(const Tensor& input, const Tensor& weight, const Tensor& attention, const OptionalTensor& bias,
+             const OptionalTensor& branch_scale, const OptionalTensor& branch_shift, const Tensor& output, Ints dilations,
+             Ints stride, Ints origin, bool fast) {
+  const Inputs in = make_inputs(input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, origin);
+  const Problem& g = in.g;
+  const TensorArgument to = checked("output", output, input, {g.N, g.O, g.output.z, g.output.y, g.output.x});
+  const Launches launches(input);
+  const bool take_fast = fast && fast_refusal(Pass::kForward, g, in.dtype, branch_scale.has_value()) == nullptr;
+  (take_fast ? fast_forward : simple_forward)(in, to, launches.context());
+}
+
+void backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& attention,
+              const OptionalTensor& bias, const OptionalTensor& branch_scale, const OptionalTensor& branch_shift,
+              const OptionalTensor& grad_input, const OptionalTensor& grad_weight, const OptionalTensor& grad_attention,
+              const OptionalTensor& grad_branch_scale, Ints dilations, Ints stride, Ints origin, bool fast) {
+  const Inputs in = make_inputs(input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, origin);
+  const Problem& g = in.g;
+  const TensorArgument from =
+      checked("grad_output", grad_output, input, {g.N, g.O, g.output.z, g.output.y, g.output.x});
+  const TensorArgument to_input =
+      checked("grad_input", grad_input, input, {g.N, g.C, g.input.z, g.input.y, g.input.x});
+  const TensorArgument to_weight =
+      checked("grad_weight", grad_weight, input, {g.O, g.C, g.kernel.z, g.kernel.y, g.kernel.x});
+  const TensorArgument to_attention =
+      checked("grad_attention", grad_attention, input, {g.N, g.K, g.output.z, g.output.y, g.output.x});
+  const TensorArgument to_scale = checked("grad_branch_scale", grad_branch_scale, input, {g.K, g.O});
+  STD_TORCH_CHECK(!grad_branch_scale.has_value() || branch_scale.has_value(),
+                  "grad_branch_scale needs branch_scale");
+  const Launches launches(input);
+  const Context& context = launches.context();
+  const auto take_fast = [&](Pass pass) {
+    return fast && fast_refusal(pass, g, in.dtype, branch_scale.has_value()) == nullptr;
+  };
+  if (to_input.data != nullptr)
+    (take_fast(Pass::kGradInput) ? fast_grad_input : simple_grad_input)(in, from, to_input, context);
+  if (to_attention.data != nullptr)
+    (take_fast(Pass::kGradAttention) ? fast_grad_attention : simple_grad_attention)(in, from, to_attention, context);
+  if (to_weight.data != nullptr && to_scale.data == nullptr && take_fast(Pass::kGradWeight))
+    fast_grad_weight(in, from, to_weight, context);
+  else if (to_weight.data != nullptr || to_scale.data != nullptr)
+    simple_grad_weight(in, from, to_weight, to_scale, context);
+}
+
+// Why the fast tier does not take a pass ("forward", "grad_input", "grad_attention", "grad_weight"); empty if it does.
+std::string fast_tier_refusal(std::string pass, const Tensor& input, const Tensor& weight, Ints output_size, bool scaled,
+                              Ints dilations, Ints stride, Ints origin) {
+  const Problem g = make_problem(input, weight, output_size, dilations, stride, origin);
+  const Launches launches(input);
+  const char* names[] = {"forward", "grad_input", "grad_attention", "grad_weight"};
+  const Pass passes[] = {Pass::kForward, Pass::kGradInput, Pass::kGradAttention, Pass::kGradWeight};
+  for (int i = 0; i < 4; ++i)
+    if (pass == names[i]) {
+      const char* refusal = fast_refusal(passes[i], g, dtype_of(input), scaled);
+      return refusal == nullptr ? "" : refusal;
+    }
+  STD_TORCH_CHECK(false, "the pass must be forward, grad_input, grad_attention or grad_weight, got ", pass);
+  return "";
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(autofocus_cuda, m) {
+  m.def(
+      "forward(Tensor input, Tensor weight, Tensor attention, Tensor? bias, Tensor? branch_scale, "
+      "Tensor? branch_shift, Tensor(a!) output, int[] dilations, int[] stride, int[] origin, bool fast=True) -> ()");
+  m.def(
+      "backward(Tensor grad_output, Tensor input, Tensor weight, Tensor attention, Tensor? bias, "
+      "Tensor? branch_scale, Tensor? branch_shift, Tensor(a!)? grad_input, Tensor(b!)? grad_weight, "
+      "Tensor(c!)? grad_attention, Tensor(d!)? grad_branch_scale, int[] dilations, int[] stride, int[] origin, "
+      "bool fast=True) -> ()");
+  m.def(
+      "fast_refusal(str tier_pass, Tensor input, Tensor weight, int[] output_size, bool scaled, int[] dilations, "
+      "int[] stride, int[] origin) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(autofocus_cuda, AUTOFOCUS_CUDA_DISPATCH_KEY, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("backward", TORCH_BOX(&backward));
+  m.impl("fast_refusal", TORCH_BOX(&fast_tier_refusal));
+}

@@ -1,0 +1,69 @@
+// Typed views, accumulators, and the dtype switch of the CUDA kernels.
+#pragma once
+
+#include "device.h"
+#include "kernels.h"
+
+namespace autofocus::cuda {
+
+// Sums of double are double, all others float.
+template <typename T>
+struct AccumulatorOf {
+  using Type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using Type = double;
+};
+template <typename T>
+using Accumulator = typename AccumulatorOf<T>::Type;
+
+__device__ inline double to_accumulator(double value) { return value; }
+__device__ inline float to_accumulator(float value) { return value; }
+__device__ inline float to_accumulator(Half value) { return to_float(value); }
+__device__ inline float to_accumulator(BFloat16 value) { return to_float(value); }
+
+__device__ inline void store(double* to, double value) { *to = value; }
+__device__ inline void store(float* to, float value) { *to = value; }
+__device__ inline void store(Half* to, float value) { from_float(*to, value); }
+__device__ inline void store(BFloat16* to, float value) { from_float(*to, value); }
+
+// A TensorArgument whose element type is known. Offsets are 64-bit throughout.
+template <typename T>
+struct Strided {
+  T* data;
+  int64_t n, c;
+  Index3 s;
+
+  explicit Strided(const TensorArgument& tensor)
+      : data(static_cast<T*>(tensor.data)), n(tensor.n), c(tensor.c), s(tensor.s) {}
+
+  AUTOFOCUS_HD T* at(int64_t i, int64_t j, const Index3& p) const {
+    return data + i * n + j * c + p.z * s.z + p.y * s.y + p.x * s.x;
+  }
+};
+
+// Element [k, o] of a branch scale or shift.
+template <typename T>
+__device__ inline Accumulator<T> branch_value(const Strided<const T>& matrix, int64_t k, int64_t o) {
+  return to_accumulator(matrix.data[k * matrix.n + o * matrix.c]);
+}
+
+// Calls function(T{}) with the element type of `dtype`.
+template <typename Function>
+void for_dtype(DType dtype, Function&& function) {
+  switch (dtype) {
+    case DType::kFloat64: return function(double{});
+    case DType::kFloat32: return function(float{});
+    case DType::kFloat16: return function(Half{});
+    case DType::kBFloat16: return function(BFloat16{});
+  }
+}
+
+template <typename Function>
+void for_16_bit(DType dtype, Function&& function) {
+  if (dtype == DType::kFloat16) return function(Half{});
+  return function(BFloat16{});
+}
+
+}  // namespace autofocus::cuda

@@ -1,0 +1,149 @@
+// Blend, then project, on staged tiles: the fast forward, and, run backwards, the fast gradient of the input.
+//
+// A warp owns 32 target points, four rows of eight. A lane holds two channels of four of them: the layout of MMA operand a,
+// so a blended value goes from its register straight into the tensor cores. One accumulator serves all branches.
+#pragma once
+
+#include "fast.h"
+
+namespace autofocus::cuda {
+
+template <typename T>
+struct BlendArguments {
+  const unsigned char* points;  // packed source, [N, chunks, points]
+  const unsigned char* gates;   // packed attention, adjoint only
+  const uint2* weight;          // pack_blend_weight
+  int chunks;
+  int64_t targets;
+  Strided<const T> attention, shift;  // forward only
+  Strided<T> target;
+};
+
+// Grid (blocks, blocks of 8 * kTargetTiles target channels).
+template <typename T, int kTargetTiles, bool kAdjoint>
+__global__ __launch_bounds__(kMaxThreads, 1) void fast_blend(Lattice g, BlendArguments<T> args) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int x = lane / 4, channels = lane % 4 * 2;  // this lane's column, and the first of its two channels
+  const int z = warp / 2, y0 = warp % 2 * kRowsPerWarp;
+  const int centre = centre_point(g, y0, x);
+  const int64_t target0 = int64_t(blockIdx.y) * (8 * kTargetTiles);
+  const uint2* weight = args.weight + int64_t(blockIdx.y) * args.chunks * (3 * kPlanePairs * kTargetTiles * 32) + lane;
+
+  float sum[2][kTargetTiles][4];
+  float a[kRowsPerWarp][kLatticeBranches];
+  Pipeline<kAdjoint> pipeline(g, args.points, args.chunks, 0, args.chunks, args.gates, blockIdx.x, gridDim.x);
+  for (pipeline.start(); pipeline.running(); pipeline.advance()) {
+    if (pipeline.chunk() == 0) {
+      for (auto& tile : sum)
+        for (auto& fragment : tile)
+          for (float& value : fragment) value = 0.0f;
+      if (!kAdjoint) load_attention(g, pipeline.tile(), args.attention, z, y0, x, a);
+    }
+    const uint2* chunk_weight = weight + int64_t(pipeline.chunk()) * (3 * kPlanePairs * kTargetTiles * 32);
+#pragma unroll 1
+    for (int tz = -1; tz <= 1; ++tz) {
+      pipeline.enter(tz);
+      // Where this lane's first point lies through tap (tz, 0, 0) of each branch.
+      const unsigned char* from[kLatticeBranches];
+      const unsigned char* gate[kLatticeBranches];
+#pragma unroll
+      for (int k = 0; k < kLatticeBranches; ++k) {
+        const int plane = tap_plane(g, z, tz, k);
+        from[k] = pipeline.points() + (slot(g, plane) * plane_size(g) + centre) * kPointBytes + channels * 2;
+        if (kAdjoint) gate[k] = pipeline.gates() + (plane * plane_size(g) + centre) * kGateBytes + k * 2;
+      }
+#pragma unroll 1
+      for (int step = 0; step < kPlanePairs; ++step) {
+        const uint2* step_weight = chunk_weight + ((tz + 1) * kPlanePairs + step) * (kTargetTiles * 32);
+        uint32_t blended[2][4];  // MMA operand a of rows 0, 1 and of rows 2, 3
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int tap = 2 * step + half;
+          float2 u[kRowsPerWarp] = {};
+          if (tap < kPlaneTaps) {
+#pragma unroll
+            for (int k = 0; k < kLatticeBranches; ++k) {
+              if (k >= g.K) break;
+              const int shift = g.tap_points[tap][k];
+#pragma unroll
+              for (int r = 0; r < kRowsPerWarp; ++r) {
+                const float2 value = unpack(
+                    load_shared<uint32_t>(from[k] + shift * kPointBytes + r * (kPitch * kPointBytes)), T{});
+                const float w = kAdjoint ? to_float(load_shared<T>(gate[k] + shift * kGateBytes +
+                                                                   r * (kPitch * kGateBytes)))
+                                         : a[r][k];
+                u[r].x += w * value.x;
+                u[r].y += w * value.y;
+              }
+            }
+          }
+#pragma unroll
+          for (int r = 0; r < kRowsPerWarp; ++r) blended[r / 2][2 * half + r % 2] = pack(u[r].x, u[r].y, T{});
+        }
+#pragma unroll
+        for (int tile = 0; tile < kTargetTiles; ++tile) {
+          const uint2 b = step_weight[tile * 32];
+          mma<T>(sum[0][tile], blended[0], b);
+          mma<T>(sum[1][tile], blended[1], b);
+        }
+      }
+      pipeline.leave(tz);
+    }
+    if (!pipeline.last_chunk()) continue;
+#pragma unroll
+    for (int r = 0; r < kRowsPerWarp; ++r) {
+      const Index3 p = target_position(g, pipeline.tile(), z, y0 + r, x);
+      if (!inside(p, g.target)) continue;
+#pragma unroll
+      for (int tile = 0; tile < kTargetTiles; ++tile)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int64_t channel = target0 + tile * 8 + channels + e;
+          if (channel >= args.targets) continue;
+          float value = sum[r / 2][tile][r % 2 * 2 + e];
+          if (!kAdjoint && args.shift.data != nullptr) {
+#pragma unroll
+            for (int k = 0; k < kLatticeBranches; ++k)
+              if (k < g.K) value += a[r][k] * branch_value(args.shift, k, channel);
+          }
+          store(args.target.at(pipeline.tile().n, channel, p), value);
+        }
+    }
+  }
+}
+
+template <typename T, int kTargetTiles, bool kAdjoint>
+void launch_blend(const char* name, const Plan& plan, const Inputs& in, const TensorArgument& source,
+                  const TensorArgument& target, const Context& context) {
+  const Problem& g = in.g;
+  const int64_t sources = kAdjoint ? g.O : g.C, targets = kAdjoint ? g.C : g.O;
+  const int64_t target_blocks = ceil_div(targets, 8 * kTargetTiles);
+  const BlendArguments<T> args{
+      pack_points(plan.lattice, source, sources, kPointBytes, context),
+      kAdjoint ? pack_points(plan.lattice, in.attention, g.K, kGateBytes, context) : nullptr,
+      pack_blend_weight(in, kAdjoint, kTargetTiles, context),
+      num_chunks(sources),
+      targets,
+      Strided<const T>(in.attention),
+      Strided<const T>(in.shift),
+      Strided<T>(target)};
+  const int64_t wanted = ceil_div(plan.blocks, target_blocks), tiles = num_tiles(plan.lattice);
+  const dim3 grid(static_cast<unsigned int>(wanted < tiles ? wanted : tiles), static_cast<unsigned int>(target_blocks));
+  launch(name, &fast_blend<T, kTargetTiles, kAdjoint>, grid, plan.threads, plan.shared_bytes, context.stream,
+         plan.lattice, args);
+}
+
+// Target channels go by 32 or by 64; with more than that the blend is repeated for every 64.
+template <bool kAdjoint>
+void fast_blend_pass(const char* name, const Plan& plan, const Inputs& in, const TensorArgument& source,
+                     const TensorArgument& target, const Context& context) {
+  for_16_bit(in.dtype, [&](auto element) {
+    using T = decltype(element);
+    if ((kAdjoint ? in.g.C : in.g.O) <= 32)
+      launch_blend<T, 4, kAdjoint>(name, plan, in, source, target, context);
+    else
+      launch_blend<T, 8, kAdjoint>(name, plan, in, source, target, context);
+  });
+}
+
+}  // namespace autofocus::cuda

@@ -1,0 +1,206 @@
+// The gather on sub-lattices: which points a tile loads and where each tap lands in it (docs/cuda.md).
+//
+// With stride 1 and all dilations of an axis multiples of `step`, target positions of one class modulo `step` read source
+// positions of one class only. Such a class is a lattice on which the dilations are small: rate_k = dilation_k / step. A
+// tile is tile_z x 8 x 8 target points of one class; the block of source points it reads is larger by `reach`, the
+// largest rate, on every side. Everything here is plain integer arithmetic, tested point by point on the host.
+#pragma once
+
+#include "../geometry.h"
+
+namespace autofocus::cuda {
+
+constexpr int kLatticeBranches = 4;  // a thread holds the attention of every branch in registers
+constexpr int kTileY = 8;
+constexpr int kTileX = 8;  // eight points of 16 bytes side by side fill the 32 banks of shared memory once
+constexpr int kMaxReachX = 7;
+constexpr int kPitch = kTileX + 2 * kMaxReachX;  // points of a row in shared memory; a constant, so row offsets are too
+constexpr int kPlaneTaps = 9;                    // taps (ty, tx) of one tz, in this order
+
+struct Int3 {
+  int z, y, x;
+};
+
+struct Lattice {
+  int64_t N;
+  int K;
+  Int3 step;
+  Int3 rate[kLatticeBranches];  // zero from K on
+  Int3 reach;
+  Index3 origin;          // source position under target position 0
+  Index3 source, target;  // sizes
+  Int3 points;            // lattice points of a source class per axis; the last may lie outside the source
+  Int3 tiles;             // tiles of a target class per axis; the last ones may lie outside the target
+  int tile_z;
+  int ring;                                       // planes of points held in shared memory
+  int tap_points[kPlaneTaps][kLatticeBranches];   // where tap (ty, tx) of branch k lies in its plane, in points
+};
+
+// One tile: its target class and first target point, and the source class and point at plane 0, row 0, column 0.
+struct Tile {
+  int64_t n;
+  Int3 target_class, target_first, source_class, source_first;
+};
+
+AUTOFOCUS_HD inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+AUTOFOCUS_HD inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
+
+AUTOFOCUS_HD inline int64_t num_classes(const Lattice& g) { return int64_t(g.step.z) * g.step.y * g.step.x; }
+AUTOFOCUS_HD inline int64_t num_tiles(const Lattice& g) {
+  return g.N * g.tiles.z * g.tiles.y * g.tiles.x * num_classes(g);
+}
+// Points of one source class, and of all of them: the packed source holds every class in full.
+AUTOFOCUS_HD inline int64_t class_points(const Lattice& g) { return int64_t(g.points.z) * g.points.y * g.points.x; }
+AUTOFOCUS_HD inline int64_t packed_points(const Lattice& g) { return num_classes(g) * class_points(g); }
+
+// The block of source points under a tile.
+AUTOFOCUS_HD inline int planes(const Lattice& g) { return g.tile_z + 2 * g.reach.z; }
+AUTOFOCUS_HD inline int rows(const Lattice& g) { return kTileY + 2 * g.reach.y; }
+AUTOFOCUS_HD inline int columns(const Lattice& g) { return kTileX + 2 * g.reach.x; }
+AUTOFOCUS_HD inline int plane_size(const Lattice& g) { return rows(g) * kPitch; }  // in points
+
+// Planes in the order the taps need them: all tz = -1 and tz = 0 read lies in [0, tile_z + reach), all tz = 0 and
+// tz = +1 read in [reach, planes). So [0, reach) is free after tz = -1, and with ring = tile_z + reach the planes from
+// there on take its place.
+AUTOFOCUS_HD inline int slot(const Lattice& g, int plane) { return plane < g.ring ? plane : plane - g.ring; }
+
+// Tile number `index`. Classes vary fastest: neighbouring classes read and write the same memory sectors.
+AUTOFOCUS_HD inline Tile tile_at(const Lattice& g, int64_t index) {
+  const int64_t classes = num_classes(g);
+  const int64_t in_class = index % classes;
+  int64_t rest = index / classes;
+  Tile tile;
+  tile.target_class.x = int(in_class % g.step.x);
+  tile.target_class.y = int(in_class / g.step.x % g.step.y);
+  tile.target_class.z = int(in_class / g.step.x / g.step.y);
+  tile.target_first.x = int(rest % g.tiles.x) * kTileX;
+  rest /= g.tiles.x;
+  tile.target_first.y = int(rest % g.tiles.y) * kTileY;
+  rest /= g.tiles.y;
+  tile.target_first.z = int(rest % g.tiles.z) * g.tile_z;
+  tile.n = rest / g.tiles.z;
+  // Under target point l of class c lies source position origin + c + step l.
+  const Index3 shift = {floor_div(g.origin.z + tile.target_class.z, g.step.z),
+                        floor_div(g.origin.y + tile.target_class.y, g.step.y),
+                        floor_div(g.origin.x + tile.target_class.x, g.step.x)};
+  tile.source_class = {int(g.origin.z + tile.target_class.z - shift.z * g.step.z),
+                       int(g.origin.y + tile.target_class.y - shift.y * g.step.y),
+                       int(g.origin.x + tile.target_class.x - shift.x * g.step.x)};
+  tile.source_first = {int(tile.target_first.z + shift.z - g.reach.z), int(tile.target_first.y + shift.y - g.reach.y),
+                       int(tile.target_first.x + shift.x - g.reach.x)};
+  return tile;
+}
+
+// Target position of point (z, y, x) of a tile; outside the target for the surplus points of border tiles.
+AUTOFOCUS_HD inline Index3 target_position(const Lattice& g, const Tile& tile, int z, int y, int x) {
+  return {int64_t(g.step.z) * (tile.target_first.z + z) + tile.target_class.z,
+          int64_t(g.step.y) * (tile.target_first.y + y) + tile.target_class.y,
+          int64_t(g.step.x) * (tile.target_first.x + x) + tile.target_class.x};
+}
+
+// Whether the source lattice has the point at (plane, row, column) of the tile's block; zero is read otherwise.
+AUTOFOCUS_HD inline bool has_point(const Lattice& g, const Tile& tile, int plane, int row, int column) {
+  const int z = tile.source_first.z + plane, y = tile.source_first.y + row, x = tile.source_first.x + column;
+  return z >= 0 && z < g.points.z && y >= 0 && y < g.points.y && x >= 0 && x < g.points.x;
+}
+
+// Its number among the packed points of one sample and channel chunk, classes outermost.
+AUTOFOCUS_HD inline int64_t packed_index(const Lattice& g, const Tile& tile, int plane, int row, int column) {
+  const int64_t in_class = (int64_t(tile.source_class.z) * g.step.y + tile.source_class.y) * g.step.x + tile.source_class.x;
+  const int64_t z = tile.source_first.z + plane, y = tile.source_first.y + row, x = tile.source_first.x + column;
+  return ((in_class * g.points.z + z) * g.points.y + y) * g.points.x + x;
+}
+
+// Source position of packed point number `index`, counted with the position fastest and the class per axis inside it,
+// so that neighbouring threads of the packing kernel read neighbouring memory. `packed` is where it goes.
+AUTOFOCUS_HD inline Index3 unpacked_position(const Lattice& g, int64_t index, int64_t& packed) {
+  const Index3 size = {int64_t(g.points.z) * g.step.z, int64_t(g.points.y) * g.step.y, int64_t(g.points.x) * g.step.x};
+  const Index3 p = unravel(index, size);
+  const int64_t in_class = ((p.z % g.step.z) * g.step.y + p.y % g.step.y) * g.step.x + p.x % g.step.x;
+  packed = ((in_class * g.points.z + p.z / g.step.z) * g.points.y + p.y / g.step.y) * g.points.x + p.x / g.step.x;
+  return p;
+}
+
+// The point of the block under point (0, y, x) of a tile through tap (0, 0, 0), in points, without its plane.
+AUTOFOCUS_HD inline int centre_point(const Lattice& g, int y, int x) {
+  return (g.reach.y + y) * kPitch + g.reach.x + x;
+}
+// The plane read by tile plane z through tap tz of branch k.
+AUTOFOCUS_HD inline int tap_plane(const Lattice& g, int z, int tz, int k) { return g.reach.z + z + tz * g.rate[k].z; }
+
+// ------------------------------------------------------------------ host: from a problem to its lattices
+
+inline int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
+
+// Which way the gather goes: outputs from inputs (forward), or inputs from outputs (its adjoint). The adjoint is the same
+// gather with the origin negated and the taps counted backwards.
+enum class Direction { kForward, kAdjoint };
+
+struct StepAndReach {
+  int step, reach;
+};
+
+inline StepAndReach step_and_reach(const Problem& g, int64_t Index3::*axis) {
+  int64_t step = 0, largest = 0;
+  for (int64_t k = 0; k < g.K; ++k) {
+    step = common_divisor(step, g.dilation[k].*axis);
+    largest = g.dilation[k].*axis > largest ? g.dilation[k].*axis : largest;
+  }
+  return {int(step), int(largest / step)};
+}
+
+// Why a problem has no lattice form, or null. `scaled`: a scale per branch and channel, which no blend can hold.
+inline const char* lattice_refusal(const Problem& g, bool scaled) {
+  if (g.kernel.z != 3 || g.kernel.y != 3 || g.kernel.x != 3) return "the kernel is not 3x3x3";
+  if (g.stride.z != 1 || g.stride.y != 1 || g.stride.x != 1) return "the stride is not 1";
+  if (scaled) return "branch_scale does not commute with the blend";
+  if (g.K > kLatticeBranches) return "there are more than 4 branches";
+  constexpr int64_t kLimit = int64_t(1) << 28;  // positions and their sums fit an int
+  for (int64_t Index3::*axis : {&Index3::z, &Index3::y, &Index3::x}) {
+    if (g.input.*axis >= kLimit || g.output.*axis >= kLimit || g.origin.*axis >= kLimit || g.origin.*axis <= -kLimit)
+      return "an axis or its padding is too long for 32-bit lattice indices";
+    for (int64_t k = 0; k < g.K; ++k)
+      if (g.dilation[k].*axis >= kLimit) return "a dilation is too large for 32-bit lattice indices";
+    // Classes without a single point would make the packed source far larger than the source.
+    const int step = step_and_reach(g, axis).step;
+    if (step > g.input.*axis || step > g.output.*axis) return "the dilations have a common factor larger than the volume";
+  }
+  if (step_and_reach(g, &Index3::x).reach > kMaxReachX)
+    return "the dilations of the last axis reach further than 7 lattice points";
+  return nullptr;
+}
+
+// The lattices of a problem that lattice_refusal lets pass; tile_z and what follows from it are set by set_tile.
+inline Lattice make_lattice(const Problem& g, Direction direction) {
+  const bool forward = direction == Direction::kForward;
+  Lattice lattice{};
+  lattice.N = g.N;
+  lattice.K = int(g.K);
+  lattice.source = forward ? g.input : g.output;
+  lattice.target = forward ? g.output : g.input;
+  lattice.origin = forward ? g.origin : Index3{-g.origin.z, -g.origin.y, -g.origin.x};
+  const StepAndReach z = step_and_reach(g, &Index3::z), y = step_and_reach(g, &Index3::y),
+                     x = step_and_reach(g, &Index3::x);
+  lattice.step = {z.step, y.step, x.step};
+  lattice.reach = {z.reach, y.reach, x.reach};
+  for (int k = 0; k < lattice.K; ++k) {
+    const Index3& r = g.dilation[k];
+    Int3& rate = lattice.rate[k];
+    rate = {int(r.z / lattice.step.z), int(r.y / lattice.step.y), int(r.x / lattice.step.x)};
+    for (int tap = 0; tap < kPlaneTaps; ++tap)
+      lattice.tap_points[tap][k] = (tap / 3 - 1) * rate.y * kPitch + (tap % 3 - 1) * rate.x;
+  }
+  lattice.points = {int(ceil_div(lattice.source.z, lattice.step.z)), int(ceil_div(lattice.source.y, lattice.step.y)),
+                    int(ceil_div(lattice.source.x, lattice.step.x))};
+  return lattice;
+}
+
+inline void set_tile(Lattice& g, int tile_z, bool recycle) {
+  g.tile_z = tile_z;
+  g.tiles = {int(ceil_div(ceil_div(g.target.z, g.step.z), tile_z)),
+             int(ceil_div(ceil_div(g.target.y, g.step.y), kTileY)),
+             int(ceil_div(ceil_div(g.target.x, g.step.x), kTileX))};
+  g.ring = recycle ? tile_z + g.reach.z : planes(g);
+}
+
+}  // namespace autofocus::cuda

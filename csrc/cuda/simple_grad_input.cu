@@ -1,0 +1,11 @@
+// Gradient of the input, simple tier: the forward's blend run backwards (docs/math.md, section 3).
+#include "simple_blend.h"
+
+namespace autofocus::cuda {
+
+void simple_grad_input(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_input,
+                       const Context& context) {
+  launch_simple_blend<true>("simple_grad_input", in, grad_output, grad_input, context);
+}
+
+}  // namespace autofocus::cuda

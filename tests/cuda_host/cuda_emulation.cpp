@@ -1,0 +1,280 @@
+// Blocks as fibers: see cuda_emulation.h.
+#include "cuda_emulation.h"
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <deque>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace autofocus::cuda {
+
+namespace {
+
+// Set by the test through autofocus_emulation_configure.
+DeviceLimits limits{3, 227 * 1024, 90};
+bool copies_are_late = true;
+unsigned int order_seed = 0;  // 0: threads in order, 1: backwards, else shuffled anew at every turn
+
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kGuardBytes = 4096;
+constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point format
+
+struct Copy {
+  unsigned char* to;
+  const void* from;
+  int bytes;
+  bool valid;
+  void run() const {
+    if (valid)
+      std::memcpy(to, from, bytes);
+    else
+      std::memset(to, 0, bytes);
+  }
+};
+
+struct Fiber {
+  enum class State { kRunnable, kAtBarrier, kAtWarpInstruction, kDone } state = State::kRunnable;
+  unsigned int index = 0;
+  bool started = false;
+  ucontext_t context;
+  jmp_buf jump;
+  std::deque<std::vector<Copy>> groups;  // committed
+  std::vector<Copy> open;
+};
+
+struct Warp {
+  emulation::WarpFunction function = nullptr;
+  void* operands[32];
+  int arrived = 0;
+};
+
+class Block {
+ public:
+  void run(const char* name, int threads, int shared_bytes, const std::function<void()>& kernel) {
+    kernel_ = &kernel;
+    threads_ = threads;
+    shared_.assign(shared_bytes + kGuardBytes + 16, kPoison);
+    while (stacks_.size() < size_t(threads)) stacks_.push_back(std::make_unique<char[]>(kStackBytes));
+    fibers_ = std::vector<Fiber>(threads);
+    warps_.assign((threads + 31) / 32, Warp{});
+    at_barrier_ = done_ = 0;
+    std::vector<int> order(threads);
+    std::iota(order.begin(), order.end(), 0);
+    if (order_seed == 1) std::reverse(order.begin(), order.end());
+    for (int i = 0; i < threads; ++i) {
+      Fiber& fiber = fibers_[i];
+      fiber.index = i;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = stacks_[i].get();
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &Block::enter, 0);
+    }
+    while (done_ < threads) {
+      bool progress = false;
+      if (order_seed > 1) std::shuffle(order.begin(), order.end(), random_);
+      for (const int i : order) {
+        if (fibers_[i].state != Fiber::State::kRunnable) continue;
+        progress = true;
+        resume(fibers_[i]);
+        if (!error_.empty()) fail(name, error_);
+      }
+      if (!progress) fail(name, "some threads wait where others never come");
+    }
+    for (size_t i = 0; i < kGuardBytes; ++i)
+      if (shared()[shared_bytes + i] != kPoison) fail(name, "a thread wrote behind the block's shared memory");
+  }
+
+  unsigned char* shared() {
+    const auto address = reinterpret_cast<uintptr_t>(shared_.data());
+    return shared_.data() + (16 - address % 16) % 16;
+  }
+
+  void barrier() {
+    current_->state = Fiber::State::kAtBarrier;
+    ++at_barrier_;
+    release_barrier();
+    if (current_->state != Fiber::State::kRunnable) yield();
+  }
+
+  void warp_instruction(emulation::WarpFunction function, void* operands) {
+    Warp& warp = warps_[current_->index / 32];
+    const int first = int(current_->index) / 32 * 32, lanes = std::min(32, threads_ - first);
+    if (warp.arrived == 0) warp.function = function;
+    if (warp.function != function) error_ = "lanes of a warp execute different warp instructions";
+    warp.operands[current_->index % 32] = operands;
+    if (++warp.arrived < lanes) {
+      current_->state = Fiber::State::kAtWarpInstruction;
+      yield();
+      return;
+    }
+    warp.arrived = 0;
+    if (lanes < 32)
+      error_ = "a warp instruction in a warp of fewer than 32 lanes";
+    else
+      function(warp.operands);
+    for (int i = first; i < first + lanes; ++i) fibers_[i].state = Fiber::State::kRunnable;
+  }
+
+  Fiber& current() { return *current_; }
+
+  // An exception cannot leave a fiber: the scheduler throws it.
+  void report(const std::string& error) { error_ = error; }
+
+ private:
+  static void enter();
+
+  void resume(Fiber& fiber) {
+    current_ = &fiber;
+    threadIdx = dim3(fiber.index, 0, 0);
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber.started) _longjmp(fiber.jump, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
+  }
+
+  void yield() {
+    if (_setjmp(current_->jump) == 0) _longjmp(scheduler_, 1);
+  }
+
+  void finish() {
+    current_->state = Fiber::State::kDone;
+    ++done_;
+    release_barrier();
+    _longjmp(scheduler_, 1);
+  }
+
+  // A barrier waits for every thread that has not returned.
+  void release_barrier() {
+    if (at_barrier_ == 0 || at_barrier_ + done_ < threads_) return;
+    at_barrier_ = 0;
+    for (Fiber& fiber : fibers_)
+      if (fiber.state == Fiber::State::kAtBarrier) fiber.state = Fiber::State::kRunnable;
+  }
+
+  [[noreturn]] void fail(const char* name, const std::string& what) {
+    const std::string message = std::string(name) + ": " + what;
+    error_.clear();
+    throw std::runtime_error(message);
+  }
+
+  const std::function<void()>* kernel_ = nullptr;
+  int threads_ = 0, at_barrier_ = 0, done_ = 0;
+  std::vector<unsigned char> shared_;
+  std::vector<std::unique_ptr<char[]>> stacks_;
+  std::vector<Fiber> fibers_;
+  std::vector<Warp> warps_;
+  Fiber* current_ = nullptr;
+  jmp_buf scheduler_;
+  std::string error_;
+  std::mt19937 random_{order_seed};
+};
+
+Block block;
+
+void Block::enter() {
+  (*block.kernel_)();
+  block.finish();
+}
+
+}  // namespace
+
+namespace emulation {
+
+void run_blocks(const char* name, dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel) {
+  gridDim = grid;
+  blockDim = dim3(threads);
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) block.run(name, threads, shared_bytes, kernel);
+}
+
+unsigned char* shared_memory() { return block.shared(); }
+
+void copy_async(unsigned char* to, const void* from, int bytes, bool valid) {
+  const Copy copy{to, from, bytes, valid};
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0)
+    return block.report("an asynchronous copy is not aligned to its size");
+  if (copies_are_late)
+    block.current().open.push_back(copy);
+  else
+    copy.run();
+}
+
+void copy_async_commit() {
+  block.current().groups.push_back(std::move(block.current().open));
+  block.current().open.clear();
+}
+
+void copy_async_wait(int pending) {
+  auto& groups = block.current().groups;
+  for (; groups.size() > size_t(pending); groups.pop_front())
+    for (const Copy& copy : groups.front()) copy.run();
+}
+
+void warp_instruction(WarpFunction function, void* operands) { block.warp_instruction(function, operands); }
+
+float half_to_float(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  float magnitude;
+  if (exponent == 31)
+    magnitude = fraction ? NAN : INFINITY;
+  else if (exponent == 0)
+    magnitude = std::ldexp(float(fraction), -24);
+  else
+    magnitude = std::ldexp(float(fraction + 1024), exponent - 25);
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+uint16_t float_to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  const float magnitude = std::fabs(value);
+  if (std::isnan(value)) return sign | 0x7e00;
+  if (magnitude >= 65520.0f) return sign | 0x7c00;  // rounds past the largest finite number, 65504
+  // nearbyint rounds to even; numbers below the smallest normal one share its spacing.
+  int exponent;
+  std::frexp(std::max(magnitude, 6.103515625e-5f), &exponent);
+  const float rounded = std::ldexp(std::nearbyint(std::ldexp(magnitude, 11 - exponent)), exponent - 11);
+  if (rounded < 6.103515625e-5f) return sign | uint16_t(std::ldexp(rounded, 24));
+  std::frexp(rounded, &exponent);
+  return sign | uint16_t(((exponent + 14) << 10) + (int(std::ldexp(rounded, 11 - exponent)) - 1024));
+}
+
+float bfloat16_to_float(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+uint16_t float_to_bfloat16(float value) {
+  if (std::isnan(value)) return 0x7fff;
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace emulation
+
+DeviceLimits device_limits() { return limits; }
+
+}  // namespace autofocus::cuda
+
+void __syncthreads() { autofocus::cuda::block.barrier(); }
+
+extern "C" void autofocus_emulation_configure(int multiprocessors, int shared_bytes, int capability, int late_copies,
+                                              unsigned int order) {
+  autofocus::cuda::limits = {multiprocessors, shared_bytes, capability};
+  autofocus::cuda::copies_are_late = late_copies != 0;
+  autofocus::cuda::order_seed = order;
+}

@@ -1,0 +1,180 @@
+// The names of csrc/cuda/device.h on a CPU: the threads of a block run as fibers, in an order of the test's choice, from
+// one barrier or warp instruction to the next. What this cannot show: speed, registers, real memory ordering.
+//
+// Strictness, so that a kernel that is right here has little room to be wrong:
+//   * shared memory starts as NaN in every block, with guard bytes behind it;
+//   * a barrier that not every thread reaches, or a warp instruction that not every lane reaches, is an error;
+//   * asynchronous copies land either at once or only when waited for: both must give the same result.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned int x, y, z;
+  dim3(unsigned int x_ = 1, unsigned int y_ = 1, unsigned int z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct uint2 {
+  uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+void __syncthreads();
+
+namespace autofocus::cuda {
+
+namespace emulation {
+
+void run_blocks(const char* name, dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel);
+unsigned char* shared_memory();
+void copy_async(unsigned char* to, const void* from, int bytes, bool valid);
+void copy_async_commit();
+void copy_async_wait(int pending);
+
+// Waits for all 32 lanes, then calls function(lanes) once with every lane's `operands`.
+using WarpFunction = void (*)(void* const* lanes);
+void warp_instruction(WarpFunction function, void* operands);
+
+// Round to nearest even, as the GPU does; NaN stays NaN.
+float half_to_float(uint16_t bits);
+uint16_t float_to_half(float value);
+float bfloat16_to_float(uint16_t bits);
+uint16_t float_to_bfloat16(float value);
+
+}  // namespace emulation
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float to_float(Half value) { return emulation::half_to_float(value.bits); }
+inline float to_float(BFloat16 value) { return emulation::bfloat16_to_float(value.bits); }
+inline void from_float(Half& to, float value) { to.bits = emulation::float_to_half(value); }
+inline void from_float(BFloat16& to, float value) { to.bits = emulation::float_to_bfloat16(value); }
+
+inline unsigned char* shared_memory() { return emulation::shared_memory(); }
+template <int kBytes>
+void copy_async(unsigned char* to, const void* from, bool valid) {
+  emulation::copy_async(to, from, kBytes, valid);
+}
+inline void copy_async_commit() { emulation::copy_async_commit(); }
+template <int kPending>
+void copy_async_wait() {
+  emulation::copy_async_wait(kPending);
+}
+
+template <typename T>
+float2 unpack(uint32_t pair, T) {
+  return {to_float(T{uint16_t(pair)}), to_float(T{uint16_t(pair >> 16)})};
+}
+template <typename T>
+uint32_t pack(float low, float high, T) {
+  T l, h;
+  from_float(l, low);
+  from_float(h, high);
+  return l.bits | uint32_t(h.bits) << 16;
+}
+
+// Layouts as in the PTX manual: lane = 4 * group + member.
+//   a [16, 16]: register i holds row group + 8 (i % 2), columns 2 member + 8 (i / 2), + 1
+//   b [16, 8]:  register i holds rows 2 member + 8 i, + 1, column group
+//   d [16, 8]:  register i holds row group + 8 (i / 2), column 2 member + i % 2
+template <typename T>
+void mma(float (&d)[4], const uint32_t (&a)[4], uint2 b) {
+  struct Operands {
+    float* d;
+    const uint32_t* a;
+    uint2 b;
+  } operands{d, a, b};
+  emulation::warp_instruction(
+      [](void* const* lanes) {
+        float left[16][16], right[16][8];
+        for (int lane = 0; lane < 32; ++lane) {
+          const Operands& own = *static_cast<const Operands*>(lanes[lane]);
+          const int group = lane / 4, member = lane % 4;
+          for (int i = 0; i < 4; ++i) {
+            const float2 pair = unpack(own.a[i], T{});
+            left[group + 8 * (i % 2)][2 * member + 8 * (i / 2)] = pair.x;
+            left[group + 8 * (i % 2)][2 * member + 8 * (i / 2) + 1] = pair.y;
+          }
+          for (int i = 0; i < 2; ++i) {
+            const float2 pair = unpack(i == 0 ? own.b.x : own.b.y, T{});
+            right[2 * member + 8 * i][group] = pair.x;
+            right[2 * member + 8 * i + 1][group] = pair.y;
+          }
+        }
+        for (int lane = 0; lane < 32; ++lane)
+          for (int i = 0; i < 4; ++i) {
+            float& sum = static_cast<const Operands*>(lanes[lane])->d[i];
+            for (int k = 0; k < 16; ++k) sum += left[lane / 4 + 8 * (i / 2)][k] * right[k][lane % 4 * 2 + i % 2];
+          }
+      },
+      &operands);
+}
+
+inline uint32_t transpose_8x8(uint32_t fragment) {
+  uint32_t value = fragment;
+  emulation::warp_instruction(
+      [](void* const* lanes) {
+        uint16_t matrix[8][8];
+        for (int lane = 0; lane < 32; ++lane) {
+          const uint32_t pair = *static_cast<uint32_t*>(lanes[lane]);
+          matrix[lane / 4][lane % 4 * 2] = uint16_t(pair);
+          matrix[lane / 4][lane % 4 * 2 + 1] = uint16_t(pair >> 16);
+        }
+        for (int lane = 0; lane < 32; ++lane)
+          *static_cast<uint32_t*>(lanes[lane]) =
+              matrix[lane % 4 * 2][lane / 4] | uint32_t(matrix[lane % 4 * 2 + 1][lane / 4]) << 16;
+      },
+      &value);
+  return value;
+}
+
+inline float shuffle_xor(float value, int mask) {
+  struct Operands {
+    float value;
+    int mask;
+    float result;
+  } operands{value, mask, 0.0f};
+  emulation::warp_instruction(
+      [](void* const* lanes) {
+        for (int lane = 0; lane < 32; ++lane) {
+          Operands& own = *static_cast<Operands*>(lanes[lane]);
+          own.result = static_cast<const Operands*>(lanes[lane ^ own.mask])->value;
+        }
+      },
+      &operands);
+  return operands.result;
+}
+
+struct DeviceLimits {
+  int multiprocessors, shared_bytes, capability;
+};
+DeviceLimits device_limits();
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, void*,
+            Arguments... arguments) {
+  if (shared_bytes > device_limits().shared_bytes)
+    throw std::runtime_error(std::string(name) + " asks for more shared memory than the device has");
+  emulation::run_blocks(name, grid, threads, shared_bytes, [&] { kernel(arguments...); });
+}
+
+}  // namespace autofocus::cuda
