@@ -1,0 +1,379 @@
+"""From tensors to launches: views, packing, grids, scratch memory.
+
+Axes: N batch, C input channels, O output channels, K branches, T kernel taps, D H W space.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import reference
+from ...geometry import Geometry
+from .. import reference as reference_backend
+from . import interpreted, kernels, tuning
+from .configs import Config, Tiling, choose_tiling, configurations
+
+DOT_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+class Launch(NamedTuple):
+    """One kernel call. ``finish`` turns what the kernel left in scratch memory into the result."""
+
+    kernel: object
+    grid: tuple[int, int]
+    arguments: tuple
+    constants: dict
+    finish: Callable[[], None] = lambda: None
+
+
+def submit(launch: Launch) -> None:
+    launch.kernel[launch.grid](*launch.arguments, **launch.constants)
+    launch.finish()
+
+
+# ------------------------------------------------------------------ the two entry points
+
+
+def forward(geometry, input, weight, attention, bias, branch_scale, branch_shift, output) -> None:
+    def expected() -> list[Tensor]:
+        exact = map(_wider, (input, weight, attention, bias, branch_scale, branch_shift))
+        return [reference.weighted_sum(geometry, *exact)]
+
+    problem = geometry.as_3d()
+    shift = _shift(problem, bias, branch_shift)
+    with _on_device_of(input):
+        source = gather_source(as_3d(input))
+        tensors = (source, as_3d(weight), as_3d(attention), branch_scale, shift, as_3d(output))
+        make = _forward if branch_scale is None else _forward_scaled
+        _run(make, problem, tensors, weight, [output], expected)
+
+
+def backward(
+    geometry, grad_output, input, weight, attention, bias, branch_scale, branch_shift,
+    grad_input, grad_weight, grad_attention, grad_branch_scale,
+) -> None:
+    def expected(*wanted: Optional[Tensor]) -> list[Tensor]:
+        exact = map(_wider, (grad_output, input, weight, attention, bias, branch_scale, branch_shift))
+        gradients = [_wider(tensor) for tensor in wanted]
+        reference_backend.backward(geometry, *exact, *gradients)
+        return [gradient for gradient in gradients if gradient is not None]
+
+    def run(make, tensors: tuple, *wanted: Optional[Tensor]) -> None:
+        outputs = [tensor for tensor in wanted if tensor is not None]
+        _run(make, problem, tensors, weight, outputs, lambda: expected(*wanted))
+
+    problem = geometry.as_3d()
+    shift = _shift(problem, bias, branch_shift)
+    grad_output_3d, input_3d, weight_3d, attention_3d = map(as_3d, (grad_output, input, weight, attention))
+    with _on_device_of(input):
+        if grad_input is not None or grad_weight is not None:
+            tensors = (
+                gather_source(grad_output_3d), input_3d, weight_3d, attention_3d, branch_scale,
+                as_3d(grad_input), as_3d(grad_weight),
+            )
+            run(_grad_input_weight, tensors, grad_input, grad_weight, None, None)
+            del tensors  # a packed copy is freed before the next one is made
+        if grad_attention is None and grad_branch_scale is None:
+            return
+        source = gather_source(input_3d)
+        if branch_scale is None:
+            tensors = (grad_output_3d, source, weight_3d, shift, as_3d(grad_attention))
+            run(_grad_attention, tensors, None, None, grad_attention, None)
+        else:
+            tensors = (
+                grad_output_3d, source, weight_3d, attention_3d, branch_scale, shift,
+                as_3d(grad_attention), grad_branch_scale,
+            )
+            run(_grad_scaled, tensors, None, None, grad_attention, grad_branch_scale)
+
+
+def _run(make, problem: Geometry, tensors: tuple, weight: Tensor, outputs: list[Tensor], expected) -> None:
+    """One kernel, by the configuration that ``tuning`` settles on for its class of problems."""
+    O, C = weight.shape[:2]
+    kernel = make.__name__.lstrip("_")
+    precision = dot_precision(weight)
+    key = (
+        kernel, weight.device, weight.dtype, precision, C, O, problem.kernel_size, problem.dilations, problem.stride,
+    )
+    tuning.run(
+        key,
+        configurations(kernel, weight.dtype.itemsize, precision, C, O),
+        lambda config: submit(make(config, problem, *tensors)),
+        outputs,
+        expected,
+    )
+
+
+# ------------------------------------------------------------------ one function per kernel
+# Each turns (config, problem, *tensors) into a Launch; ``source`` is the Source of the gathered tensor.
+
+
+def _forward(config, problem, source, weight, attention, branch_scale, shift, output) -> Launch:
+    """For branches without a scale: ``branch_scale`` is None."""
+    walk = Walk(problem, config, source.tensor.shape[0])
+    return Launch(
+        kernels.forward_kernel,
+        (walk.num_tiles, triton.cdiv(weight.shape[0], config.block_o)),
+        (
+            source.tensor, repack(weight, config, (2, 1, 0)), attention, shift, output,
+            source.stride, attention.stride(), _stride(shift), output.stride(), *walk.arguments,
+        ),
+        _constants(config, walk, source, weight) | {"HAS_SHIFT": shift is not None},
+    )
+
+
+def _forward_scaled(config, problem, source, weight, attention, branch_scale, shift, output) -> Launch:
+    walk = Walk(problem, config, source.tensor.shape[0])
+    return Launch(
+        kernels.forward_scaled_kernel,
+        (walk.num_tiles, triton.cdiv(weight.shape[0], config.block_o)),
+        (
+            source.tensor, repack(weight, config, (2, 1, 0)), attention, branch_scale, shift, output,
+            source.stride, attention.stride(), branch_scale.stride(), _stride(shift), output.stride(),
+            *walk.arguments,
+        ),
+        _constants(config, walk, source, weight) | {"HAS_SHIFT": shift is not None},
+    )
+
+
+def _grad_input_weight(
+    config, problem, source, input, weight, attention, branch_scale, grad_input, grad_weight
+) -> Launch:
+    O, C = weight.shape[:2]
+    walk = Walk(problem, config, input.shape[0], transposed=True)
+    blocks = triton.cdiv(C, config.block_c)
+    splits, sums = walk.num_tiles, None
+    if grad_weight is not None:
+        splits = min(splits, triton.cdiv(_resident_programs(input.device), blocks))
+        sums = torch.zeros((splits, problem.num_taps, O, C), dtype=torch.float32, device=input.device)
+
+    def finish() -> None:
+        if grad_weight is not None:
+            grad_weight.copy_(sums.sum(0).permute(1, 2, 0).view_as(grad_weight))
+
+    return Launch(
+        kernels.grad_input_weight_kernel,
+        (splits, blocks),
+        (
+            source.tensor, attention, branch_scale, repack(weight, config, (2, 0, 1)), input, grad_input, sums,
+            source.stride, attention.stride(), _stride(branch_scale), input.stride(), _stride(grad_input),
+            *walk.arguments, walk.num_tiles,
+        ),
+        _constants(config, walk, source, weight)
+        | {
+            "HAS_SCALE": branch_scale is not None,
+            "WANT_INPUT": grad_input is not None,
+            "WANT_WEIGHT": grad_weight is not None,
+        },
+        finish,
+    )
+
+
+def _grad_attention(config, problem, grad_output, source, weight, shift, grad_attention) -> Launch:
+    """For branches without a scale, whose gradients share ``g_t = W_t^T G``."""
+    walk = Walk(problem, config, grad_output.shape[0])
+    return Launch(
+        kernels.grad_attention_kernel,
+        (walk.num_tiles, 1),
+        (
+            grad_output, source.tensor, repack(weight, config, (2, 0, 1)), shift, grad_attention,
+            grad_output.stride(), source.stride, _stride(shift), grad_attention.stride(), *walk.arguments,
+        ),
+        _constants(config, walk, source, weight) | {"HAS_SHIFT": shift is not None},
+    )
+
+
+def _grad_scaled(
+    config, problem, grad_output, source, weight, attention, branch_scale, shift, grad_attention, grad_branch_scale
+) -> Launch:
+    walk = Walk(problem, config, grad_output.shape[0])
+    sums = None
+    if grad_branch_scale is not None:
+        sums = torch.empty(
+            (walk.num_tiles, *branch_scale.shape), dtype=torch.float32, device=grad_output.device
+        )
+
+    def finish() -> None:
+        if grad_branch_scale is not None:
+            grad_branch_scale.copy_(sums.sum(0))
+
+    return Launch(
+        kernels.grad_scaled_kernel,
+        (walk.num_tiles, 1),
+        (
+            grad_output, source.tensor, repack(weight, config, (2, 1, 0)), attention, branch_scale, shift,
+            grad_attention, sums,
+            grad_output.stride(), source.stride, attention.stride(), branch_scale.stride(), _stride(shift),
+            _stride(grad_attention), *walk.arguments,
+        ),
+        _constants(config, walk, source, weight)
+        | {
+            "HAS_SHIFT": shift is not None,
+            "WANT_ATTENTION": grad_attention is not None,
+            "WANT_SCALE": grad_branch_scale is not None,
+        },
+        finish,
+    )
+
+
+def _constants(config: Config, walk: Walk, source: Source, weight: Tensor) -> dict:
+    return {
+        "C": weight.shape[1],
+        "O": weight.shape[0],
+        "G": walk.tiling,
+        "BLOCK_C": config.block_c,
+        "BLOCK_O": config.block_o,
+        "READ": source.tensor.shape[1],
+        "ALIGN": source.align,
+        # The interpreter's bfloat16 arithmetic is wrong: there bfloat16 is only loaded and stored.
+        "DOT": tl.float32 if interpreted() else DOT_DTYPES[weight.dtype],
+        "PRECISION": dot_precision(weight),
+        "num_warps": config.num_warps,
+        # More stages would copy what is gathered past L1 into shared memory, and L1 is where its reuse is.
+        "num_stages": 1,
+    }
+
+
+def _resident_programs(device: torch.device) -> int:
+    """How many programs of one kernel share the sum of grad_weight: as many as run at once."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 3
+
+
+# ------------------------------------------------------------------ tensors as the kernels want them
+
+
+class Walk:
+    """The tiles of one kernel on one problem; ``arguments`` are the kernel's integers."""
+
+    def __init__(self, problem: Geometry, config: Config, batch: int, transposed: bool = False) -> None:
+        self.tiling: Tiling = choose_tiling(problem, config.rows, transposed)
+        sizes = problem.input_size if transposed else problem.output_size
+        cosets = tuple(map(min, self.tiling.step, sizes))
+        tiles = tuple(
+            triton.cdiv(triton.cdiv(size, step), tile)
+            for size, step, tile in zip(sizes, self.tiling.step, self.tiling.tile)
+        )
+        self.num_tiles = batch * math.prod(cosets) * math.prod(tiles)
+        self.arguments = (problem.input_size, problem.output_size, problem.origin, tiles, cosets)
+
+
+class Source(NamedTuple):
+    """A tensor [N, C', D, H, W] fit to be gathered from: adjacent channels, every row aligned.
+
+    Attributes:
+        stride: in units of ``align`` elements, except that of the channels, which the kernels take as 1.
+        align: elements of the widest load, at most 16 bytes.
+    """
+
+    tensor: Tensor
+    stride: tuple[int, ...]
+    align: int
+
+
+def gather_source(tensor: Tensor) -> Source:
+    """``tensor`` itself if its channels are adjacent and aligned to at least 4 bytes, else a packed copy.
+
+    A copy costs a pass over the tensor and its memory, while narrow loads cost instructions: each of the K T reads of a
+    row would take several. Packed channels are padded with zeros.
+    """
+    C = tensor.shape[1]
+    widest = min(16 // tensor.itemsize, triton.next_power_of_2(C))
+    strides = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride())]
+    align = math.gcd(widest, strides[0], *strides[2:])
+    adjacent = C == 1 or strides[1] == 1
+    wide_enough = align == widest or align * tensor.itemsize >= 4
+    if not (adjacent and wide_enough and tensor.data_ptr() % 16 == 0):
+        tensor = pack(tensor, triton.cdiv(C, widest) * widest)
+        strides = tensor.stride()
+        align = widest
+    return Source(tensor, tuple(stride // align for stride in strides), align)
+
+
+def pack(tensor: Tensor, channels: int) -> Tensor:
+    """A copy [N, channels, D, H, W] with adjacent channels, zero past those of ``tensor``."""
+    N, C, *size = tensor.shape
+    packed = tensor.new_empty((N, *size, channels)).movedim(-1, 1)
+    points = math.prod(size)
+    collapsed = _collapsed_stride(tensor)
+    if collapsed is None:
+        packed[:, C:] = 0
+        packed[:, :C] = tensor
+        return packed
+    rows, block = 128, min(32, triton.next_power_of_2(channels))
+    submit(
+        Launch(
+            kernels.pack_kernel,
+            (N * triton.cdiv(points, rows), triton.cdiv(channels, block)),
+            (tensor, packed, tensor.stride(0), tensor.stride(1), collapsed, points),
+            {"C": C, "C_PADDED": channels, "BLOCK_P": rows, "BLOCK_C": block},
+        )
+    )
+    return packed
+
+
+def _collapsed_stride(tensor: Tensor) -> Optional[int]:
+    """The stride of D, H and W seen as one axis, or None if they are not one."""
+    axes = [(size, stride) for size, stride in zip(tensor.shape[2:], tensor.stride()[2:]) if size > 1]
+    for (_, outer), (size, inner) in zip(axes, axes[1:]):
+        if outer != size * inner:
+            return None
+    return axes[-1][1] if axes else 1
+
+
+def repack(weight: Tensor, config: Config, order: tuple[int, int, int]) -> Tensor:
+    """[O, C, *kernel] to [T, C, O] (``order`` (2, 1, 0)) or [T, O, C] ((2, 0, 1)), zero-padded to whole blocks."""
+    O, C = weight.shape[:2]
+    padded = weight.new_zeros(
+        [
+            (triton.cdiv(O, config.block_o) * config.block_o, triton.cdiv(C, config.block_c) * config.block_c,
+             math.prod(weight.shape[2:]))[axis]
+            for axis in order
+        ]
+    )
+    rows, columns = (weight.shape[axis] for axis in order[1:])
+    padded[:, :rows, :columns] = weight.flatten(2).permute(order)
+    return padded
+
+
+def as_3d(tensor: Optional[Tensor]) -> Optional[Tensor]:
+    """A view with leading spatial axes of size one."""
+    if tensor is None or tensor.dim() == 5:
+        return tensor
+    return tensor[(slice(None), slice(None)) + (None,) * (5 - tensor.dim())]
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """TF32 where torch would use it for a float32 convolution on this device, else "ieee"."""
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if tensor.dtype == torch.float32 and tf32 else "ieee"
+
+
+def _shift(problem: Geometry, bias: Optional[Tensor], branch_shift: Optional[Tensor]) -> Optional[Tensor]:
+    """What is added to each branch, [K, O]: a bias is the same shift for all."""
+    return branch_shift if bias is None else bias.expand(problem.num_branches, -1)
+
+
+def _stride(tensor: Optional[Tensor]) -> tuple[int, ...]:
+    return (0,) * 5 if tensor is None else tensor.stride()
+
+
+def _wider(tensor: Optional[Tensor]) -> Optional[Tensor]:
+    """A copy in the next wider dtype."""
+    if tensor is None:
+        return None
+    return tensor.to(torch.float64 if tensor.dtype == torch.float32 else torch.float32)
+
+
+def _on_device_of(tensor: Tensor):
+    """Triton launches on the current device's current stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
