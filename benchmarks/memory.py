@@ -1,0 +1,105 @@
+"""Peak memory of one pass beyond what it is given.
+
+On a GPU the caching allocator counts, cuDNN's workspaces included. On the CPU nothing counts every allocation
+(oneDNN and C++ take theirs from malloc), so the kernel does: the resident set's high-water mark during the first call
+of its size, in a process where every block of 64 KiB or more is a mapping of its own and so comes and goes with its
+owner. Pages are counted when first written. The mark is right to about 0.3 MB.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from autofocus_kernels.testing import Case
+from contenders import COMPILED, Contender, layer, make_tensors, precision, runner
+
+SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+
+
+def can_measure_cpu() -> bool:
+    """Whether the kernel lets a process reset its high-water mark (Linux, /proc/self/clear_refs)."""
+    return os.access("/proc/self/clear_refs", os.W_OK)
+
+
+def peak_cuda(call: Callable) -> int:
+    """Bytes beyond what was allocated before, in the caching allocator. The call must have run before."""
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_here(call: Callable) -> int:
+    """Bytes by which the resident set of this process grew at most; see the head of this file for the settings."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    result = call()
+    peak = _resident("VmHWM")
+    del result
+    return max(0, peak - before)
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def peaks_cpu(
+    case: Case, dtype: str, threads: int, wanted: list[tuple[Contender, str]]
+) -> Iterator[tuple[Contender, str, int]]:
+    """Measures each (contender, pass) in one fresh process; yields as they come."""
+    job = {"case": asdict(case), "dtype": dtype, "threads": threads, "wanted": wanted}
+    process = subprocess.Popen(
+        [sys.executable, __file__, json.dumps(job)],
+        env={**os.environ, **SETTINGS, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            for line in process.stdout:
+                name, layout, pass_name, peak = json.loads(line)
+                yield Contender(name, layout), pass_name, peak
+        finally:
+            process.kill()
+
+
+def main(job: dict) -> None:
+    torch.set_num_threads(job["threads"])
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in job["case"].items()
+    }
+    case = Case(**fields)
+    small = replace(case, name="warm-up", size=tuple(min(size, 9) for size in case.size), batch=1)
+    for (name, layout), pass_name in job["wanted"]:
+        function = layer(name)
+        with precision(job["dtype"]):
+            # Libraries load and threads start here. What is compiled for one size compiles here too.
+            warm = case if name == COMPILED else small
+            call = runner(pass_name, function, warm, make_tensors(warm, layout, job["dtype"], "cpu"))
+            call()
+            if name != COMPILED:
+                call = runner(pass_name, function, case, make_tensors(case, layout, job["dtype"], "cpu"))
+            print(json.dumps([name, layout, pass_name, peak_here(call)]), flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

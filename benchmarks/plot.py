@@ -1,0 +1,107 @@
+"""Draws a CSV of run.py: python benchmarks/plot.py build/benchmark-cpu.csv picture.png"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import harness
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from contenders import COMPILED, NAIVE
+
+COLOURS = {NAIVE: "#9a9a9a", COMPILED: "#d9b44a", "cpu": "#2a6fbb", "triton": "#2a6fbb", "cuda": "#7a3e9d"}
+TITLES = {
+    "inference": "Forward, no gradients",
+    "forward": "Forward, recorded for backward",
+    "training": "Forward and backward, every gradient",
+}
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 2:
+        print(__doc__)
+        return 2
+    rows = harness.read(Path(arguments[0]))
+    draw(rows).savefig(arguments[1], dpi=130)
+    print(arguments[1])
+    return 0
+
+
+def draw(rows: list[dict]) -> plt.Figure:
+    """A row of panels per dtype: speed in each pass, then peak memory of the heaviest pass."""
+    groups = harness.groups(rows)
+    dtypes = list(dict.fromkeys(dtype for _, dtype, _ in groups))
+    passes = list(dict.fromkeys(pass_name for *_, pass_name in groups))
+    cases = {dtype: list(dict.fromkeys(c for c, d, _ in groups if d == dtype)) for dtype in dtypes}
+    names = [name for name in COLOURS if any(row["contender"] == name for row in rows)]
+    height = [0.7 + len(cases[dtype]) * (0.3 + 0.14 * len(names)) for dtype in dtypes]
+    figure, axes = plt.subplots(
+        len(dtypes), len(passes) + 1, figsize=(4.6 * (len(passes) + 1), 1.3 + sum(height)),
+        squeeze=False, sharey="row", gridspec_kw={"height_ratios": height}, layout="constrained",
+    )
+    for line, dtype in zip(axes, dtypes):
+        for axis, pass_name in zip(line, passes):
+            _speed(axis, [groups.get((case, dtype, pass_name), []) for case in cases[dtype]], names)
+            axis.set_title(f"{dtype}: {TITLES[pass_name].lower()}", fontsize=10)
+        heaviest = passes[-1]
+        _memory(line[-1], [groups.get((case, dtype, heaviest), []) for case in cases[dtype]], names)
+        line[-1].set_title(f"{dtype}: peak memory, {heaviest}", fontsize=10)
+        line[0].set_yticks(range(len(cases[dtype])), cases[dtype])
+        line[0].invert_yaxis()
+    first = rows[0]
+    machine = first["device"] if first["device"] != "cpu" else f"{first['cpu']}, {first['threads']} threads"
+    figure.suptitle(
+        f"Autofocus layer: fused against naive. {machine}, torch {first['torch']}, {first['commit']}\n"
+        "Every bar is for the memory layout (contiguous or channels-last) in which the naive layer is faster.",
+        fontsize=10,
+    )
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in names]
+    figure.legend(handles, [f"{n}, eager" if n == NAIVE else n for n in names], loc="outside lower center", ncols=4)
+    return figure
+
+
+def _bars(axis, groups: list[list[dict]], names: list[str], value, label) -> None:
+    """A bar per case and contender in the naive layer's faster layout; ``value(row)`` may be None."""
+    width = 0.8 / len(names)
+    for y, group in enumerate(groups):
+        best = harness.best_naive(group)
+        for row in group:
+            if best is None or row["layout"] != best["layout"]:
+                continue
+            at = y + (names.index(row["contender"]) - (len(names) - 1) / 2) * width
+            note = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
+            if row["status"] != "ok":
+                axis.annotate(row["status"], (0, at), color="red", **note)
+            elif value(row) is not None:
+                axis.barh(at, value(row), height=0.9 * width, color=COLOURS[row["contender"]])
+                axis.annotate(label(row), (value(row), at), **note)
+    axis.margins(x=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+
+
+def _speed(axis, groups, names) -> None:
+    def label(row: dict) -> str:
+        return f"{row['ratio']:.2f}x, {row['min_ms']:.3g} ms"
+
+    _bars(axis, groups, names, lambda row: row["ratio"], label)
+    axis.axvline(1, color=COLOURS[NAIVE], linewidth=0.8, linestyle=":")
+    axis.set_xlabel("times as fast as the naive layer", fontsize=8)
+    axis.set_xlim(left=0)
+
+
+def _memory(axis, groups, names) -> None:
+    def value(row: dict) -> float | None:
+        return None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20
+
+    _bars(axis, groups, names, value, lambda row: f"{value(row):.3g} MiB")
+    axis.set_xlabel("MiB beyond the layer's arguments", fontsize=8)
+    axis.set_xlim(left=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

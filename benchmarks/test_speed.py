@@ -1,0 +1,37 @@
+"""The same race for pytest-benchmark: pytest benchmarks/test_speed.py
+
+run.py interleaves the contenders and is what results are quoted from; this one compares commits
+(--benchmark-autosave, then --benchmark-compare).
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import cases
+from contenders import NAIVE, Contender, Judge, backends_of, layer, make_tensors, runner
+
+DEVICE = "cpu"
+TIMED = [cases.BY_NAME[name] for name in ("32x64^3", "64x48^3", "odd-7x33x21x18")]
+
+
+@pytest.fixture(scope="module", params=TIMED, ids=str)
+def judge(request):
+    return Judge(request.param, "float32", DEVICE)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", [NAIVE, *backends_of(DEVICE)])
+@pytest.mark.parametrize("pass_name", ["inference", "training"])
+def test_speed(benchmark, judge, name, layout, pass_name):
+    reason = backends_of(DEVICE).get(name)
+    if reason is not None:
+        pytest.skip(reason)
+    tensors = make_tensors(judge.case, layout, "float32", DEVICE)
+    errors = judge.errors(Contender(name, layout), layer(name), tensors)
+    assert not judge.complaints(errors)
+    benchmark.group = f"{judge.case.name} {pass_name}"
+    benchmark(runner(pass_name, layer(name), judge.case, tensors))
