@@ -70,25 +70,30 @@ class ScaleAttention(nn.Module):
         self.kernel_size = per_axis("kernel_size", kernel_size, spatial_dims, minimum=1)
         require_odd("kernel_size", self.kernel_size)
         self.stride = per_axis("stride", stride, spatial_dims, minimum=1)
-        resolve_padding(padding, self.stride, (0,) * spatial_dims)  # raises now what forward would
         self.dilation = per_axis("dilation", dilation, spatial_dims, minimum=1)
         self.padding = padding
+        halves = [size // 2 for size in self.kernel_size]
+        reach = tuple(r * half for r, half in zip(self.dilation, halves))
+        pads = resolve_padding(padding, self.stride, reach)
+        # What the layer pads for its smallest dilation, less what that dilation reaches beyond this convolution.
+        # Below zero it is a crop: a view, of which autograd keeps no copy.
+        margins = [pad - r + half for pad, r, half in zip(pads, reach, halves)]
+        self.crop = tuple(max(-margin, 0) for margin in margins)
         conv = CONV[spatial_dims]
         options = {"device": device, "dtype": dtype}
-        self.conv1 = conv(in_channels, hidden_channels, self.kernel_size, self.stride, **options)
+        self.conv1 = conv(
+            in_channels, hidden_channels, self.kernel_size, self.stride,
+            padding=tuple(max(margin, 0) for margin in margins), **options,
+        )
         self.conv2 = conv(hidden_channels, num_branches, 1, **options)
 
     def forward(self, input: Tensor) -> Tensor:
-        geometry = resolve(
-            input.shape[-len(self.kernel_size) :], self.kernel_size, (self.dilation,), self.stride, self.padding
-        )
-        pads: list[int] = []
-        for axis in reversed(range(geometry.spatial_dims)):
-            left = (geometry.kernel_size[axis] - 1) // 2 - geometry.origin[axis]
-            needed = geometry.stride[axis] * (geometry.output_size[axis] - 1) + geometry.kernel_size[axis]
-            pads += [left, needed - left - geometry.input_size[axis]]
-        hidden = F.relu(self.conv1(F.pad(input, pads)))
-        return self.conv2(hidden).softmax(dim=-1 - geometry.spatial_dims)
+        spatial_dims = len(self.kernel_size)
+        size = input.shape[-spatial_dims:]
+        resolve(size, self.kernel_size, (self.dilation,), self.stride, self.padding)  # raises if it is too small
+        for axis, crop in enumerate(self.crop):
+            input = input.narrow(axis - spatial_dims, crop, size[axis] - 2 * crop)
+        return self.conv2(F.relu(self.conv1(input))).softmax(dim=-1 - spatial_dims)
 
     def extra_repr(self) -> str:
         return f"stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}"

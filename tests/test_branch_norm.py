@@ -183,6 +183,18 @@ def test_bytes_saved_for_backward(backend):
     assert saved(False) <= 4 * primals + vectors
 
 
+@pytest.mark.parametrize("padding", ["same", "valid", 1])
+def test_bytes_saved_by_a_whole_layer(backend, padding):
+    """Input, hidden channels of the gate and attention, each once: no padded or cropped copy of the input."""
+    layer = AutofocusConv3d(8, 8, padding=padding, dilations=(2, 3), branch_norm=True, backend=backend)
+    input = torch.randn(1, 8, 12, 13, 14, requires_grad=True)
+    output, attention = layer(input, return_attention=True)
+    hidden = 4 * attention[:, 0].numel()
+    parameters = sum(p.numel() for p in layer.parameters())
+    expected = 4 * (input.numel() + hidden + attention.numel() + parameters)
+    assert testing.saved_bytes(lambda: layer(input)) <= expected + 10 * 4 * 2 * 8
+
+
 @each_choice
 def test_backward_twice_gives_the_same(backend, save_branches):
     """Nothing that is saved is overwritten."""
