@@ -1,0 +1,232 @@
+"""Times the paper's networks against their plain transcription: python benchmarks/networks.py [--device cuda].
+
+Per network a training step (forward, cross-entropy, backward, RMSprop) and the inference of one segment, both in both
+memory layouts, by turns. Our logits and gradients are first checked against float64, and nothing is timed if they
+are worse than the plain network's. Also counted: bytes that autograd keeps for backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import harness  # first: it puts this checkout on the path
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import memory
+from autofocus_kernels import networks, testing
+from contenders import DTYPES, LAYOUTS, clock, interleave, precision
+
+sys.path.insert(0, str(harness.ROOT / "tests"))
+from plain_networks import BLOCKS, PlainNetwork
+
+PLAIN, RECOMPUTE, SAVE = "plain", "ours", "ours, save_branches"
+PASSES = ("inference", "training")
+COLUMNS = (
+    "network", "pass", "dtype", "segment", "batch", "contender", "layout", "min_ms", "median_ms", "rounds",
+    "ratio",  # the best plain time of both layouts over this one
+    "saved_bytes", "saved_ratio",  # over the plain network's in the same layout
+    "peak_bytes",  # on a GPU, beyond parameters and input
+    "error", "plain_error",  # of logits and gradients against float64 on a small segment
+    "device", "cpu", "threads", "torch", "cuda", "cudnn", "onednn", "triton", "python", "commit", "source", "command",
+)
+CHECK_SIZE = 35  # voxels a side
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--networks", nargs="+", choices=tuple(BLOCKS), default=["AFN-1", "AFN-6"])
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), help="16-bit ones by autocast")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--training-size", type=int, help="voxels a side; default 75 on a GPU, 51 on a CPU")
+    parser.add_argument("--inference-size", type=int, default=75)
+    parser.add_argument("--batch", type=int, default=2, help="of training; inference takes one segment")
+    parser.add_argument("--seconds", type=float, default=20.0, help="timed rounds per network, pass and dtype")
+    parser.add_argument("--out", type=Path, help="CSV; default: build/networks-<device>.csv")
+    options = parser.parse_args(arguments)
+    on_gpu = options.device == "cuda"
+    options.dtypes = options.dtypes or (["float32", "tf32", "bfloat16"] if on_gpu else ["float32"])
+    options.training_size = options.training_size or (75 if on_gpu else 51)
+    options.out = options.out or harness.ROOT / "build" / f"networks-{options.device}.csv"
+    return options
+
+
+def build(name: str, contender: str) -> nn.Module:
+    """The contender's network; all have the same weights."""
+    torch.manual_seed(0)
+    plain = PlainNetwork(name, aspp=120 if name == "ASPP-s" else 30)
+    if contender == PLAIN:
+        return plain
+    network = networks.build(name, save_branches=contender == SAVE)
+    networks.load_original_state_dict(network, plain.state_dict())
+    return network
+
+
+def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
+    if DTYPES[dtype].itemsize > 2:
+        return contextlib.nullcontext()
+    return torch.autocast(device, DTYPES[dtype])
+
+
+def lay_out(value, layout: str):
+    return value.to(memory_format=torch.channels_last_3d) if layout == "channels_last" else value
+
+
+def make_input(size: int, batch: int, device: str, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(batch, 4, size, size, size, generator=generator)
+    labels = torch.randint(5, (batch, *[size - 28] * 3), generator=generator)
+    return lay_out(input.to(device), layout), labels.to(device)
+
+
+def inference(model: nn.Module, input, device: str, dtype: str) -> Callable:
+    def call():
+        with torch.no_grad(), autocast(device, dtype):
+            return model(input)
+
+    model.eval()
+    return call
+
+
+def training_step(model: nn.Module, input, labels, device: str, dtype: str) -> Callable:
+    optimiser = torch.optim.RMSprop(
+        model.parameters(), lr=1e-3, alpha=0.9, eps=1e-4, momentum=0.6, weight_decay=1e-4
+    )
+
+    def call():
+        optimiser.zero_grad()
+        loss_of(model, input, labels, device, dtype).backward()
+        optimiser.step()
+
+    model.train()
+    return call
+
+
+def loss_of(model: nn.Module, input, labels, device: str, dtype: str) -> torch.Tensor:
+    with autocast(device, dtype):
+        logits = model(input)
+    return F.cross_entropy(logits.float(), labels)
+
+
+def errors(name: str, contender: str, layout: str, device: str, dtype: str) -> float:
+    """The larger relative error of logits and of the whole gradient against float64, on a small segment."""
+    input, labels = make_input(CHECK_SIZE, 2, device, layout)
+    exact = build(name, PLAIN).double().to(device)
+    F.cross_entropy(exact(input.double()), labels).backward()
+    model = lay_out(build(name, contender).to(device), layout)
+    loss_of(model, input, labels, device, dtype).backward()
+    by_name = dict(exact.named_parameters())
+    results, expected = [], []
+    for original, parameter in original_parameters(model).items():
+        results.append(parameter.grad.flatten())
+        expected.append(by_name[original].grad.flatten())
+    gradient = testing.relative_error(torch.cat(results), torch.cat(expected))
+    model.eval(), exact.eval()
+    with torch.no_grad(), autocast(device, dtype):
+        logits = model(input)
+    with torch.no_grad():
+        return max(gradient, testing.relative_error(logits, exact(input.double())))
+
+
+def original_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    if isinstance(model, PlainNetwork):
+        return dict(model.named_parameters())
+    by_memory = {parameter.data_ptr(): parameter for parameter in model.parameters()}
+    state = networks.original_state_dict(model)
+    return {name: by_memory[tensor.data_ptr()] for name, tensor in state.items() if tensor.data_ptr() in by_memory}
+
+
+def measure(name: str, pass_name: str, dtype: str, options: argparse.Namespace) -> list[dict]:
+    """Rows of all contenders and layouts.
+
+    Raises:
+        AssertionError: a contender is wrong.
+    """
+    device, training = options.device, pass_name == "training"
+    size, batch = (options.training_size, options.batch) if training else (options.inference_size, 1)
+    names = (PLAIN, RECOMPUTE, SAVE) if training else (PLAIN, RECOMPUTE)
+    rows, calls = {}, {}
+    for layout in options.layouts:
+        input, labels = make_input(size, batch, device, layout)
+        plain_error = errors(name, PLAIN, layout, device, dtype)
+        for contender in names:
+            error = errors(name, contender, layout, device, dtype)
+            limit = 2 * plain_error + 16 * torch.finfo(DTYPES[dtype]).eps
+            if not error <= limit:
+                raise AssertionError(
+                    f"{contender} {name} {layout} {dtype}: relative error {error:.1e}, allowed {limit:.1e}"
+                )
+            model = lay_out(build(name, contender).to(device), layout)
+            key = contender, layout
+            rows[key] = {
+                "network": name, "pass": pass_name, "dtype": dtype, "segment": size, "batch": batch,
+                "contender": contender, "layout": layout, "error": error, "plain_error": plain_error,
+            }
+            if training:
+                calls[key] = training_step(model, input, labels, device, dtype)
+                rows[key]["saved_bytes"] = testing.saved_bytes(
+                    lambda: loss_of(model, input, labels, device, dtype)
+                )
+                saved_plain = rows[PLAIN, layout]["saved_bytes"]
+                rows[key]["saved_ratio"] = rows[key]["saved_bytes"] / saved_plain
+            else:
+                calls[key] = inference(model, input, device, dtype)
+            if device == "cuda":
+                rows[key]["peak_bytes"] = memory.peak_cuda(calls[key])
+    times = interleave(calls, clock(device), options.seconds)
+    best = min(min(times[key]) for key in calls if key[0] == PLAIN)
+    for key, row in rows.items():
+        fastest = min(times[key])
+        row.update(
+            min_ms=1e3 * fastest, median_ms=1e3 * median(times[key]), rounds=len(times[key]),
+            ratio=best / fastest,
+        )
+    return list(rows.values())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    where = {
+        **harness.environment(options.device),
+        "command": " ".join(["benchmarks/networks.py", *(arguments or sys.argv[1:])]),
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        print("| network | pass | dtype | contender | layout | ms (min) | against best plain | MiB saved | of plain |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for name in options.networks:
+            for pass_name in options.passes:
+                for dtype in options.dtypes:
+                    with precision(dtype):
+                        rows = measure(name, pass_name, dtype, options)
+                    for row in rows:
+                        writer.writerow({**where, **row})
+                        print(table_row(row), flush=True)
+                    file.flush()
+    print(f"\n{options.out}")
+    return 0
+
+
+def table_row(row: dict) -> str:
+    saved = row.get("saved_bytes")
+    cells = (
+        row["network"], f"{row['pass']}, {row['batch']} x {row['segment']}^3", row["dtype"], row["contender"],
+        row["layout"], f"{row['min_ms']:.1f}", f"{row['ratio']:.2f}x",
+        "" if saved is None else f"{saved / 2**20:.0f}", "" if saved is None else f"{row['saved_ratio']:.2f}",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
