@@ -30,14 +30,12 @@ struct Lattice {
 inline int64_t axis_factor(const Problem& g, int64_t Index3::*axis, int64_t extent_at_least) {
   if (g.stride.*axis != 1) return 1;
   if (g.kernel.*axis == 1) return 1;
-  int64_t factor = 0;
-  for (int64_t k = 0; k < g.K; ++k) factor = std::gcd(factor, g.dilation[k].*axis);
-  // Lattices of a few points would be all overhead: use the largest divisor that leaves enough.
-  while (factor > 1 && (g.output.*axis / factor < extent_at_least || factor == 0)) {
-    int64_t next = factor - 1;
-    while (factor % next != 0) --next;
-    factor = next;
-  }
+  int64_t common = 0;
+  for (int64_t k = 0; k < g.K; ++k) common = std::gcd(common, g.dilation[k].*axis);
+  // The largest divisor that leaves enough points: lattices of a few would be all overhead. Counted down from the
+  // size, not from the divisor, which may be huge.
+  int64_t factor = std::max<int64_t>(1, std::min(common, g.output.*axis / extent_at_least));
+  while (common % factor != 0) --factor;
   return factor;
 }
 
