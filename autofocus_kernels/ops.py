@@ -129,10 +129,14 @@ def _forward_fake(
 
 
 def _allocate_gradients(primals, output_mask) -> list[Tensor]:
-    """One tensor like each wanted primal; an empty one, never read, where no gradient is wanted."""
+    """One tensor like each wanted primal; an empty one, never read, where no gradient is wanted.
+
+    Volumes and weight keep their layout; the vectors become contiguous, so that no kernel needs strides for them.
+    """
+    formats = [torch.preserve_format] * 3 + [torch.contiguous_format] * 3
     return [
-        torch.empty_like(primal) if wanted else primals[INPUT].new_empty(0)
-        for primal, wanted in zip(primals, output_mask)
+        torch.empty_like(primal, memory_format=layout) if wanted else primals[INPUT].new_empty(0)
+        for primal, wanted, layout in zip(primals, output_mask, formats)
     ]
 
 

@@ -9,6 +9,7 @@ import torch
 from . import native
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MAX_BRANCHES = 32  # kMaxBranches of csrc/geometry.h
 
 
 def unavailable() -> Optional[str]:
@@ -23,12 +24,14 @@ def can_use(geometry, input, weight, branch_mode) -> Optional[str]:
         return f"tensors are on {input.device}, the cpu backend reads CPU memory"
     if input.dtype not in DTYPES:
         return f"dtype {input.dtype} is none of float32, float64, bfloat16, float16"
+    if geometry.num_branches > MAX_BRANCHES:
+        return f"{geometry.num_branches} branches are more than {MAX_BRANCHES}"
     return None
 
 
 def forward(geometry, input, weight, attention, bias, branch_scale, branch_shift, output) -> None:
     torch.ops.autofocus_cpu.forward(
-        *_as_3d(input, weight, attention), bias, branch_scale, branch_shift, *_as_3d(output),
+        *_as_3d(input, weight, attention), *_contiguous(bias, branch_scale, branch_shift), *_as_3d(output),
         *_integers(geometry),
     )
 
@@ -38,7 +41,7 @@ def backward(
     grad_input, grad_weight, grad_attention, grad_branch_scale,
 ) -> None:
     torch.ops.autofocus_cpu.backward(
-        *_as_3d(grad_output, input, weight, attention), bias, branch_scale, branch_shift,
+        *_as_3d(grad_output, input, weight, attention), *_contiguous(bias, branch_scale, branch_shift),
         *_as_3d(grad_input, grad_weight, grad_attention), grad_branch_scale,
         *_integers(geometry),
     )
@@ -51,6 +54,10 @@ def _as_3d(*tensors):
         else tensor[(slice(None), slice(None)) + (None,) * (5 - tensor.dim())]
         for tensor in tensors
     )
+
+
+def _contiguous(*vectors):
+    return tuple(vector if vector is None else vector.contiguous() for vector in vectors)
 
 
 def _integers(geometry):
