@@ -31,8 +31,9 @@ class Case:
         size: spatial size of the input; its length is the number of spatial axes.
         mode: "plain", or branch mode with scale and shift ("branch") or with only one of them ("scale", "shift").
         bias: whether plain mode has a bias.
-        layout: of input, attention and grad_output. "transposed" reverses the order of all axes in memory,
-            "sliced" is a window on a larger tensor of NaN, "expanded" repeats one sample with stride 0 over the batch.
+        layout: "transposed" reverses the order of all axes of every tensor in memory, "sliced" makes every tensor a
+            window on a larger one of NaN, "channels_last" is for volumes and weight, "expanded" repeats one sample of
+            each volume with stride 0 over the batch.
         gate: "softmax" (positive, sums to one over branches), "normal" (any sign) or "one_hot" (one branch a voxel).
     """
 
@@ -129,6 +130,7 @@ CASES = (
     Case("channels_last_branch", (7, 8, 5), layout="channels_last", mode="branch", channels=8, out_channels=9),
     Case("channels_last_stride", (9, 8, 7), layout="channels_last", stride=2, padding=1),
     Case("transposed", (7, 6, 5), layout="transposed", batch=2),
+    Case("transposed_branch", (9, 8), layout="transposed", mode="branch", batch=2),
     Case("sliced", (7, 6, 9), layout="sliced", batch=2),
     Case("sliced_branch", (7, 10), layout="sliced", mode="branch", batch=2),
     Case("expanded", (7, 6, 5), layout="expanded", batch=3),
@@ -170,10 +172,14 @@ def make_tensors(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
+    def lay_out(tensor: Tensor) -> Tensor:
+        return _lay_out(tensor.to(device=device, dtype=dtype), case)
+
     def volume(values: Callable[..., Tensor], channels: int, size: tuple[int, ...]) -> Tensor:
-        samples = 1 if case.layout == "expanded" else case.batch
-        tensor = values(samples, channels, *size).to(device=device, dtype=dtype)
-        return _lay_out(tensor, case)
+        if case.layout == "expanded":
+            sample = values(1, channels, *size).to(device=device, dtype=dtype)
+            return sample.expand(case.batch, *sample.shape[1:])
+        return lay_out(values(case.batch, channels, *size))
 
     def gate(*shape: int) -> Tensor:
         scores = normal(*shape)
@@ -184,7 +190,7 @@ def make_tensors(
         return torch.zeros_like(scores).scatter_(1, scores.argmax(1, keepdim=True), 1.0)
 
     def parameter(*shape: int, scale: float = 1.0) -> Tensor:
-        return (scale * normal(*shape)).to(device=device, dtype=dtype)
+        return lay_out(scale * normal(*shape))
 
     fan_in = case.channels * geometry.num_taps
     tensors = Tensors(
@@ -203,7 +209,7 @@ def make_tensors(
 
 
 def _lay_out(tensor: Tensor, case: Case) -> Tensor:
-    if case.layout == "channels_last":
+    if case.layout == "channels_last" and tensor.dim() == case.spatial_dims + 2:
         return tensor.contiguous(memory_format=case.memory_format)
     if case.layout == "transposed":
         axes = tuple(reversed(range(tensor.dim())))
@@ -213,8 +219,6 @@ def _lay_out(tensor: Tensor, case: Case) -> Tensor:
         around = tensor.new_full([2 * size + 3 for size in tensor.shape], math.nan)
         window = around[tuple(slice(1, 2 * size + 1, 2) for size in tensor.shape)]
         return window.copy_(tensor)
-    if case.layout == "expanded":
-        return tensor.expand(case.batch, *tensor.shape[1:])
     return tensor
 
 
