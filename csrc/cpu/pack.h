@@ -1,8 +1,11 @@
 // Moves rows of voxels between tensors of any strides and dtype and dense tiles [voxel][channel] of floats or doubles.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "lattice.h"
 #include "simd.h"
@@ -52,31 +55,89 @@ inline void from_accumulator(float value, Half& to) {
   to.bits = uint16_t(sign | result);
 }
 
+// Transposes a block of kLanes vectors in registers: in round s, rows i and i + s swap their off-diagonal blocks.
+template <typename A, int s, int... lane>
+inline __attribute__((always_inline)) void swap_blocks(typename Vec<A>::Native& a, typename Vec<A>::Native& b,
+                                                       std::integer_sequence<int, lane...>) {
+  constexpr int n = Vec<A>::kLanes;
+  const typename Vec<A>::Native low = __builtin_shufflevector(a, b, (lane & s ? n + lane - s : lane)...);
+  const typename Vec<A>::Native high = __builtin_shufflevector(a, b, (lane & s ? n + lane : lane + s)...);
+  a = low;
+  b = high;
+}
+
+template <typename A, int s = Vec<A>::kLanes / 2>
+inline __attribute__((always_inline)) void transpose(typename Vec<A>::Native* rows) {
+  if constexpr (s > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec<A>::kLanes; ++i)
+      if ((i & s) == 0) swap_blocks<A, s>(rows[i], rows[i + s], std::make_integer_sequence<int, Vec<A>::kLanes>{});
+    transpose<A, s / 2>(rows);
+  }
+}
+
+// One vector of elements `step` apart, of which the first `count` exist.
+template <typename T, typename A>
+inline __attribute__((always_inline)) typename Vec<A>::Native gather(const T* from, int64_t step, int64_t count) {
+  if constexpr (std::is_same_v<T, A>)
+    if (step == 1 && count == Vec<A>::kLanes) return Vec<A>::load(from);
+  A lanes[Vec<A>::kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = to_accumulator(from[i * step]);
+  return Vec<A>::load(lanes);
+}
+
+template <typename A, typename T>
+inline __attribute__((always_inline)) void scatter(typename Vec<A>::Native value, T* to, int64_t step, int64_t count) {
+  if constexpr (std::is_same_v<T, A>)
+    if (step == 1 && count == Vec<A>::kLanes) return Vec<A>::store(to, value);
+  A lanes[Vec<A>::kLanes];
+  Vec<A>::store(lanes, value);
+  for (int64_t i = 0; i < count; ++i) from_accumulator(lanes[i], to[i * step]);
+}
+
 // `count` voxels from `from` (voxel distance x, channel distance c) to rows of `width` channels; those past `channels`
 // are zeroed, so that whole vectors can be read.
 template <typename T, typename A>
 void pack_row(const T* from, int64_t x, int64_t c, int64_t count, int64_t channels, A* to, int64_t width) {
-  if (c == 1) {
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t j = 0; j < channels; ++j) to[i * width + j] = to_accumulator(from[i * x + j]);
-  } else {
-    for (int64_t j = 0; j < channels; ++j)
-      for (int64_t i = 0; i < count; ++i) to[i * width + j] = to_accumulator(from[i * x + j * c]);
+  constexpr int64_t n = Vec<A>::kLanes;
+  if (c == 1 || count == 1 || width % n != 0) {
+    for (int64_t i = 0; i < count; ++i, from += x, to += width) {
+      for (int64_t j = 0; j < channels; ++j) to[j] = to_accumulator(from[j * c]);
+      for (int64_t j = channels; j < width; ++j) to[j] = 0;
+    }
+    return;
   }
-  if (channels < width)
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t j = channels; j < width; ++j) to[i * width + j] = 0;
+  for (int64_t j = 0; j < width; j += n)
+    for (int64_t i = 0; i < count; i += n) {
+      typename Vec<A>::Native rows[n];
+      const int64_t voxels = std::min(n, count - i);
+      for (int64_t lane = 0; lane < n; ++lane)
+        rows[lane] = j + lane < channels ? gather<T, A>(from + i * x + (j + lane) * c, x, voxels)
+                                         : typename Vec<A>::Native{};
+      transpose<A>(rows);
+      for (int64_t lane = 0; lane < voxels; ++lane) Vec<A>::store(to + (i + lane) * width + j, rows[lane]);
+    }
 }
 
+// The way back. Rows of `from` hold whole vectors.
 template <typename A, typename T>
 void unpack_row(const A* from, int64_t width, int64_t count, int64_t channels, T* to, int64_t x, int64_t c) {
+  constexpr int64_t n = Vec<A>::kLanes;
   if (c == 1) {
     for (int64_t i = 0; i < count; ++i)
       for (int64_t j = 0; j < channels; ++j) from_accumulator(from[i * width + j], to[i * x + j]);
-  } else {
-    for (int64_t j = 0; j < channels; ++j)
-      for (int64_t i = 0; i < count; ++i) from_accumulator(from[i * width + j], to[i * x + j * c]);
+    return;
   }
+  for (int64_t j = 0; j < channels; j += n)
+    for (int64_t i = 0; i < count; i += n) {
+      typename Vec<A>::Native rows[n];
+      const int64_t voxels = std::min(n, count - i);
+      for (int64_t lane = 0; lane < n; ++lane)
+        rows[lane] = lane < voxels ? Vec<A>::load(from + (i + lane) * width + j) : typename Vec<A>::Native{};
+      transpose<A>(rows);
+      for (int64_t lane = 0; lane < std::min(n, channels - j); ++lane)
+        scatter<A>(rows[lane], to + i * x + (j + lane) * c, x, voxels);
+    }
 }
 
 // The element at lattice position (z, y, x) of a tensor, for lattice position 0 at `first`.
