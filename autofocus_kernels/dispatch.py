@@ -27,10 +27,10 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f"autofocus_kernels.backends.{name}")
 
 
-def check_backend_name(name: Optional[str]) -> None:
-    """Raises ValueError unless ``name`` is None or one of :data:`BACKENDS`."""
+def check_backend_name(name: Optional[str], source: str = "backend") -> None:
+    """Raises ValueError, naming ``source``, unless ``name`` is None or one of :data:`BACKENDS`."""
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {name!r}")
+        raise ValueError(f"{source} must be None or one of {', '.join(BACKENDS)}, got {name!r}")
 
 
 def choose(
@@ -45,7 +45,7 @@ def choose(
         RuntimeError: a forced backend cannot run this call; the message gives its reason.
     """
     forced = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
-    check_backend_name(forced)
+    check_backend_name(forced, "backend" if requested else ENVIRONMENT_VARIABLE)
     if forced is not None:
         module = backend_module(forced)
         reason = module.can_use(geometry, input, weight, branch_mode)
