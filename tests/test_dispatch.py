@@ -1,0 +1,200 @@
+"""Which backend runs, who can force one, and what is said about the others."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import autofocus_kernels as ak
+from autofocus_kernels import dispatch, testing
+from autofocus_kernels.testing import Case
+
+CASE = Case("small", (5, 6), dilations=(1, 2))
+ENVIRONMENT = "AUTOFOCUS_BACKEND"
+
+
+def call(**options):
+    return ak.autofocus_conv(**testing.make_tensors(CASE).arguments(), **CASE.options, **options)
+
+
+@pytest.fixture(autouse=True)
+def no_override(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    dispatch.log_refusal.cache_clear()
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The names of the backends whose forward ran."""
+    names = []
+    for name in ("reference", "cpu"):
+        module = dispatch.backend_module(name)
+
+        def forward(*arguments, name=name, kernel=module.forward):
+            names.append(name)
+            kernel(*arguments)
+
+        monkeypatch.setattr(module, "forward", forward)
+    return names
+
+
+@pytest.fixture
+def refuse(monkeypatch):
+    def set_reason(name, reason):
+        monkeypatch.setattr(dispatch.backend_module(name), "can_use", lambda *_: reason)
+
+    return set_reason
+
+
+# ------------------------------------------------------------------ the choice
+
+
+def test_every_backend_has_the_interface():
+    for name in dispatch.BACKENDS:
+        module = dispatch.backend_module(name)
+        for function in ("unavailable", "can_use", "forward", "backward"):
+            assert callable(getattr(module, function)), (name, function)
+
+
+def test_cpu_tensors_run_on_the_cpu_backend_where_it_is_built(ran):
+    call()
+    built = dispatch.backend_module("cpu").unavailable() is None
+    assert ran == (["cpu"] if built else ["reference"])
+
+
+def test_a_refusal_falls_back_to_the_reference(ran, refuse):
+    refuse("cpu", "it is Sunday")
+    call()
+    assert ran == ["reference"]
+
+
+def test_one_log_line_for_each_reason(refuse, caplog):
+    refuse("cpu", "it is Sunday")
+    with caplog.at_level(logging.DEBUG, logger="autofocus_kernels"):
+        call()
+        call()
+        refuse("cpu", "it is Monday")
+        call()
+    assert [record.getMessage() for record in caplog.records] == [
+        "backend 'cpu' is not used: it is Sunday",
+        "backend 'cpu' is not used: it is Monday",
+    ]
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
+
+
+def test_a_backend_that_takes_the_call_is_not_worth_a_line(backend, caplog):
+    with caplog.at_level(logging.DEBUG, logger="autofocus_kernels"):
+        call(backend=backend)
+    assert not caplog.records
+
+
+# ------------------------------------------------------------------ forcing one
+
+
+def test_argument_forces(ran, backend):
+    call(backend=backend)
+    assert ran == [backend]
+
+
+def test_environment_forces(ran, backend, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, backend)
+    call()
+    assert ran == [backend]
+
+
+def test_argument_wins_over_the_environment(ran, backend, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, "cuda")
+    call(backend=backend)
+    assert ran == [backend]
+
+
+def test_empty_environment_forces_nothing(ran, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, "")
+    call()
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_a_forced_backend_that_refuses_is_an_error_with_the_reason(by, refuse, monkeypatch):
+    refuse("cpu", "it is Sunday")
+    if by == "environment":
+        monkeypatch.setenv(ENVIRONMENT, "cpu")
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run this call: it is Sunday"):
+        call(backend="cpu" if by == "argument" else None)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_gpu_backends_refuse_cpu_tensors(name):
+    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run this call: "):
+        call(backend=name)
+
+
+def test_unknown_name_in_the_environment(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, "fast")
+    with pytest.raises(ValueError, match=f"{ENVIRONMENT} must be .*got 'fast'"):
+        call()
+
+
+def test_a_forced_backend_runs_the_backward_too(backend, monkeypatch):
+    module, names = dispatch.backend_module(backend), []
+
+    def backward(*arguments, kernel=module.backward):
+        names.append(backend)
+        kernel(*arguments)
+
+    monkeypatch.setattr(module, "backward", backward)
+    arguments = testing.make_tensors(CASE, requires_grad=True).arguments()
+    ak.autofocus_conv(**arguments, **CASE.options, backend=backend).sum().backward()
+    assert names == [backend]
+
+
+# ------------------------------------------------------------------ what a call is refused for
+
+
+def reason(name, case, dtype=torch.float32, device="cpu"):
+    tensors = testing.make_tensors(case, dtype, device)
+    module = dispatch.backend_module(name)
+    return module.can_use(case.geometry, tensors.input, tensors.weight, case.mode != "plain")
+
+
+def test_reasons_of_the_cpu_backend():
+    if dispatch.backend_module("cpu").unavailable() is not None:
+        assert reason("cpu", CASE) == dispatch.backend_module("cpu").unavailable()
+        return
+    assert reason("cpu", CASE) is None
+    assert "meta" in reason("cpu", CASE, device="meta")
+    assert "float8" in reason("cpu", CASE, torch.float8_e5m2)
+    assert "33 branches" in reason("cpu", Case("many", (5,), dilations=tuple(range(1, 34))))
+
+
+def test_the_reference_refuses_nothing():
+    assert reason("reference", CASE, torch.float64, "meta") is None
+
+
+# ------------------------------------------------------------------ telling the user
+
+
+def test_available_backends():
+    backends = ak.available_backends()
+    assert list(backends) == ["reference", "cpu", "triton", "cuda"]
+    assert backends["reference"] is None
+    assert all(reason is None or isinstance(reason, str) and reason for reason in backends.values())
+
+
+def test_show_config_names_versions_and_every_backend(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, "reference")
+    text = ak.show_config()
+    assert ak.__version__ in text and torch.__version__ in text
+    assert f"{ENVIRONMENT} reference" in text
+    for name, reason in ak.available_backends().items():
+        line = next(line for line in text.splitlines() if line.startswith(f"backend {name}"))
+        assert line.endswith("available") if reason is None else reason in text
+
+
+def test_command_line_prints_the_config():
+    printed = subprocess.run(
+        [sys.executable, "-m", "autofocus_kernels"], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.startswith(f"autofocus_kernels {ak.__version__}\n") and "backend cuda" in printed
