@@ -46,6 +46,20 @@ __device__ inline V load_shared(const unsigned char* from) {
   return *reinterpret_cast<const V*>(from);
 }
 
+// function(k) for each of K branches, without a jump between them when K is the usual 4: loads of one branch then need not
+// wait for the sums of another.
+template <typename Function>
+__device__ inline void for_branches(int K, Function&& function) {
+  if (K == kLatticeBranches) {
+#pragma unroll
+    for (int k = 0; k < kLatticeBranches; ++k) function(k);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kLatticeBranches - 1; ++k)
+      if (k < K) function(k);
+  }
+}
+
 // Copies planes [first, last) of a tile's block of points to their slots, kBytes a point. A warp takes a row at a time.
 template <int kBytes>
 __device__ inline void stage_planes(const Lattice& g, const Tile& tile, const unsigned char* packed,

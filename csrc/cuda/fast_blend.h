@@ -55,36 +55,38 @@ __global__ __launch_bounds__(kMaxThreads, 1) void fast_blend(Lattice g, BlendArg
 #pragma unroll 1
       for (int step = 0; step < kPlanePairs; ++step) {
         const uint2* step_weight = chunk_weight + ((tz + 1) * kPlanePairs + step) * (kTargetTiles * 32);
+        // Four are asked for before the blend, which hides their way from the L2 cache; registers hold no more.
+        uint2 b[kTargetTiles];
+#pragma unroll
+        for (int tile = 0; tile < 4; ++tile) b[tile] = step_weight[tile * 32];
         uint32_t blended[2][4];  // MMA operand a of rows 0, 1 and of rows 2, 3
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int tap = 2 * step + half;
           float2 u[kRowsPerWarp] = {};
-          if (tap < kPlaneTaps) {
+          const auto add_branch = [&](int k) {
+            const int shift = g.tap_points[tap][k];
 #pragma unroll
-            for (int k = 0; k < kLatticeBranches; ++k) {
-              if (k >= g.K) break;
-              const int shift = g.tap_points[tap][k];
-#pragma unroll
-              for (int r = 0; r < kRowsPerWarp; ++r) {
-                const float2 value = unpack(
-                    load_shared<uint32_t>(from[k] + shift * kPointBytes + r * (kPitch * kPointBytes)), T{});
-                const float w = kAdjoint ? to_float(load_shared<T>(gate[k] + shift * kGateBytes +
-                                                                   r * (kPitch * kGateBytes)))
-                                         : a[r][k];
-                u[r].x += w * value.x;
-                u[r].y += w * value.y;
-              }
+            for (int r = 0; r < kRowsPerWarp; ++r) {
+              const float2 value = unpack(
+                  load_shared<uint32_t>(from[k] + shift * kPointBytes + r * (kPitch * kPointBytes)), T{});
+              const float w =
+                  kAdjoint ? to_float(load_shared<T>(gate[k] + shift * kGateBytes + r * (kPitch * kGateBytes)))
+                           : a[r][k];
+              u[r].x += w * value.x;
+              u[r].y += w * value.y;
             }
-          }
+          };
+          if (tap < kPlaneTaps) for_branches(g.K, add_branch);
 #pragma unroll
           for (int r = 0; r < kRowsPerWarp; ++r) blended[r / 2][2 * half + r % 2] = pack(u[r].x, u[r].y, T{});
         }
 #pragma unroll
+        for (int tile = 4; tile < kTargetTiles; ++tile) b[tile] = step_weight[tile * 32];
+#pragma unroll
         for (int tile = 0; tile < kTargetTiles; ++tile) {
-          const uint2 b = step_weight[tile * 32];
-          mma<T>(sum[0][tile], blended[0], b);
-          mma<T>(sum[1][tile], blended[1], b);
+          mma<T>(sum[0][tile], blended[0], b[tile]);
+          mma<T>(sum[1][tile], blended[1], b[tile]);
         }
       }
       pipeline.leave(tz);

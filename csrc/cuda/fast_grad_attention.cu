@@ -115,17 +115,16 @@ __global__ __launch_bounds__(kMaxThreads, 1) void fast_grad_attention_kernel(Lat
           mma<T>(projected[0], grad[step][0], b);
           mma<T>(projected[1], grad[step][1], b);
         }
-#pragma unroll
-        for (int k = 0; k < kLatticeBranches; ++k) {
-          if (k >= g.K) break;
+        for_branches(g.K, [&](int k) {
           const int shift = g.tap_points[tap][k];
 #pragma unroll
           for (int r = 0; r < kRowsPerWarp; ++r) {
             const float2 value =
                 unpack(load_shared<uint32_t>(from[k] + shift * kPointBytes + r * (kPitch * kPointBytes)), T{});
-            sum[r][k] += projected[r / 2][r % 2 * 2] * value.x + projected[r / 2][r % 2 * 2 + 1] * value.y;
+            sum[r][k] += projected[r / 2][r % 2 * 2] * value.x;
+            sum[r][k] += projected[r / 2][r % 2 * 2 + 1] * value.y;
           }
-        }
+        });
       }
       pipeline.leave(tz);
     }

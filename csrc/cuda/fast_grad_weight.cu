@@ -103,9 +103,7 @@ __global__ __launch_bounds__(kWeightThreads, 1) void fast_weight_partial(Lattice
 #pragma unroll
           for (int tx = 0; tx < 3; ++tx) {
             float2 u[2] = {};
-#pragma unroll
-            for (int k = 0; k < kLatticeBranches; ++k) {
-              if (k >= g.K) break;
+            for_branches(g.K, [&](int k) {
               const int shift = g.tap_points[ty * 3 + tx][k] + 2 * step * kPitch;
 #pragma unroll
               for (int r = 0; r < 2; ++r) {
@@ -114,7 +112,7 @@ __global__ __launch_bounds__(kWeightThreads, 1) void fast_weight_partial(Lattice
                 u[r].x += a[r][k] * value.x;
                 u[r].y += a[r][k] * value.y;
               }
-            }
+            });
             const uint2 b = {transpose_8x8(pack(u[0].x, u[0].y, T{})), transpose_8x8(pack(u[1].x, u[1].y, T{}))};
 #pragma unroll
             for (int tile = 0; tile < kOutputTiles; ++tile) mma<T>(sum[tz][tx][tile], grad[tile], b);

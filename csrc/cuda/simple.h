@@ -6,8 +6,9 @@
 namespace autofocus::cuda {
 
 constexpr int kSimpleThreads = 128;
+constexpr int kSimpleBlocks = 2;  // at least, a multiprocessor; asked for, ptxas takes the registers it needs and spills none
 constexpr int kTargets = 16;  // channels a thread accumulates
-constexpr int kSources = 8;   // channels it gathers at a time, so that a position is computed once for all of them
+constexpr int kSources = 4;   // channels it gathers at a time, so that a position is computed once for all of them
 
 // One position of one sample for each thread; threads beyond the last have active = false but keep the barriers company.
 struct Position {

@@ -12,7 +12,7 @@ namespace autofocus::cuda {
 // input or grad_output [N, C or O, *], weight [O, C, *kernel], attention [N, K, *S_out], target [N, O or C, *].
 // Forward adds sum_k a_k shift_k; the adjoint multiplies the sources by scale. Either may be null.
 template <typename T, bool kAdjoint>
-__global__ __launch_bounds__(kSimpleThreads) void simple_blend(Problem g, Strided<const T> source,
+__global__ __launch_bounds__(kSimpleThreads, kSimpleBlocks) void simple_blend(Problem g, Strided<const T> source,
                                                                Strided<const T> weight, Strided<const T> attention,
                                                                Strided<const T> scale, Strided<const T> shift,
                                                                Strided<T> target) {

@@ -6,7 +6,7 @@ namespace autofocus::cuda {
 // With a branch scale the branches cannot be blended first: out = sum_k a_k (scale_k y_k + shift_k), branch by branch, no
 // branch leaving the registers.
 template <typename T>
-__global__ __launch_bounds__(kSimpleThreads) void simple_branches(Problem g, Strided<const T> input,
+__global__ __launch_bounds__(kSimpleThreads, kSimpleBlocks) void simple_branches(Problem g, Strided<const T> input,
                                                                   Strided<const T> weight, Strided<const T> attention,
                                                                   Strided<const T> scale, Strided<const T> shift,
                                                                   Strided<T> output) {

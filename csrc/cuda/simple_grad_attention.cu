@@ -5,11 +5,10 @@ namespace autofocus::cuda {
 
 constexpr int kBranchGroup = 4;  // branches a thread accumulates at a time
 
-// (Two blocks a multiprocessor are asked for so that ptxas takes the registers it needs instead of spilling.)
 // Without a branch scale g_t(p) = W_t^T G(p) is the same for all branches: project once, then one dot product with the
 // input a branch. blockIdx.y counts groups of branches.
 template <typename T>
-__global__ __launch_bounds__(kSimpleThreads, 2) void simple_grad_attention_shared(
+__global__ __launch_bounds__(kSimpleThreads, kSimpleBlocks) void simple_grad_attention_shared(
     Problem g, Strided<const T> grad_output, Strided<const T> input, Strided<const T> weight, Strided<const T> shift,
     Strided<T> grad_attention) {
   using A = Accumulator<T>;
@@ -58,7 +57,7 @@ __global__ __launch_bounds__(kSimpleThreads, 2) void simple_grad_attention_share
 
 // With one: da_k = sum_o G_o (scale_ko y_ko + shift_ko), blockIdx.y = k.
 template <typename T>
-__global__ __launch_bounds__(kSimpleThreads) void simple_grad_attention_scaled(
+__global__ __launch_bounds__(kSimpleThreads, kSimpleBlocks) void simple_grad_attention_scaled(
     Problem g, Strided<const T> grad_output, Strided<const T> input, Strided<const T> weight, Strided<const T> scale,
     Strided<const T> shift, Strided<T> grad_attention) {
   using A = Accumulator<T>;
