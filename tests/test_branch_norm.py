@@ -496,6 +496,9 @@ def test_opcheck(backend, save_branches, layout):
     opcheck(torch.ops.autofocus.branch_norm.default, (*tensors[:4], *vectors, *settings))
     with torch.no_grad():
         _, *saved = torch.ops.autofocus.branch_norm(*tensors[:4], *vectors, *settings)
+    if save_branches:
+        assert saved[-1].shape == (2, 2, 3, 4, 5)  # [K, N, O, *S_out], each branch laid out like the output
+        assert all(branch.is_contiguous(memory_format=case.memory_format) for branch in saved[-1])
     for mask in ([True] * 5, [False, True, False, True, True]):
         arguments = (tensors.grad_output, *tensors[:3], *vectors, *saved, *settings, mask)
         # Its gradient is that of plain convolutions' gradients, which PyTorch cannot trace with symbolic sizes.
