@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward.h"
+#include "branch.h"
 #include "forward.h"
 #include "kernels.h"
 
@@ -15,16 +16,24 @@ View<const T> cast(const View<const void>& v) { return {static_cast<const T*>(v.
 
 template <typename T, typename A>
 void run_forward(const ForwardArguments<void>& a) {
-  forward<T, A>({a.g, cast<T>(a.input), cast<T>(a.weight), cast<T>(a.attention), static_cast<const T*>(a.bias),
-                 static_cast<const T*>(a.scale), static_cast<const T*>(a.shift), cast<T>(a.output), a.parallel});
+  const ForwardArguments<T> args{a.g, cast<T>(a.input), cast<T>(a.weight), cast<T>(a.attention), static_cast<const T*>(a.bias),
+                 static_cast<const T*>(a.scale), static_cast<const T*>(a.shift), cast<T>(a.output), a.parallel};
+  if (args.scale || args.shift)
+    branch_forward<T, A>(args);
+  else
+    forward<T, A>(args);
 }
 
 template <typename T, typename A>
 void run_backward(const BackwardArguments<void>& a) {
-  backward<T, A>({a.g, cast<T>(a.grad_output), cast<T>(a.input), cast<T>(a.weight), cast<T>(a.attention),
+  const BackwardArguments<T> args{a.g, cast<T>(a.grad_output), cast<T>(a.input), cast<T>(a.weight), cast<T>(a.attention),
                   static_cast<const T*>(a.bias), static_cast<const T*>(a.scale), static_cast<const T*>(a.shift),
                   cast<T>(a.grad_input), cast<T>(a.grad_weight), cast<T>(a.grad_attention),
-                  static_cast<T*>(a.grad_scale), a.parallel});
+                  static_cast<T*>(a.grad_scale), a.parallel};
+  if (args.scale || args.shift)
+    branch_backward<T, A>(args);
+  else
+    backward<T, A>(args);
 }
 
 void forward_of(DType dtype, const ForwardArguments<void>& a) {
