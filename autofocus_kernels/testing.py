@@ -125,6 +125,8 @@ CASES = (
     Case("channels_130_to_65", (5, 4, 6), channels=130, out_channels=65, dilations=(1, 2)),
     Case("channels_16_to_140", (4, 5, 6), channels=16, out_channels=140, dilations=(1, 3), mode="branch"),
     Case("channels_32_to_32", (9, 10, 11), channels=32, out_channels=32, dilations=(2, 6)),
+    Case("many_rows", (5, 20, 70), channels=9, out_channels=10, dilations=(2, 4, 12)),
+    Case("many_rows_branch", (33, 40), channels=9, out_channels=10, dilations=(2, 3), mode="branch"),
     Case("channels_last", (7, 9, 11), layout="channels_last", batch=2),
     Case("channels_last_2d", (13, 9), layout="channels_last", channels=7, batch=2),
     Case("channels_last_branch", (7, 8, 5), layout="channels_last", mode="branch", channels=8, out_channels=9),

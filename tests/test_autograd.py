@@ -1,11 +1,13 @@
 """Derivatives of every order and kind: gradcheck, forward mode, torch.func, and what is saved for backward."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
 
 from autofocus_kernels import AutofocusConv2d, autofocus_conv, reference, testing
 from autofocus_kernels.testing import Case
@@ -204,6 +206,33 @@ def test_saved_for_backward_are_the_arguments_only(backend, case, branches):
 def test_nothing_is_saved_without_gradients(backend):
     arguments = testing.make_tensors(CASES[0]).arguments()
     assert testing.saved_bytes(lambda: autofocus_conv(**arguments, **CASES[0].options, backend=backend)) == 0
+
+
+def test_inference_mode(backend):
+    arguments = testing.make_tensors(CASES[0]).arguments()
+    with torch.inference_mode():
+        output = autofocus_conv(**arguments, **CASES[0].options, backend=backend)
+    assert output.is_inference()
+    assert torch.equal(output, autofocus_conv(**arguments, **CASES[0].options, backend=backend))
+
+
+def test_checkpoint_recomputes_the_same_gradients(backend):
+    function, inputs = positional(backend, CASES[1])
+    expected = torch.autograd.grad(function(*inputs).square().sum(), inputs)
+    again = torch.autograd.grad(checkpoint(function, *inputs, use_reentrant=False).square().sum(), inputs)
+    for one, other in zip(again, expected):
+        assert torch.equal(one, other)
+
+
+def test_calls_from_several_threads_do_not_meet(backend):
+    case = Case("threads", (9, 8, 10), channels=8, out_channels=8, dilations=(1, 2))
+    tensors = [testing.make_tensors(case, seed=seed) for seed in range(4)]
+    run = partial(testing.evaluate, partial(autofocus_conv, backend=backend), case)
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(run, tensors))
+    for results, expected in zip(together, map(run, tensors)):
+        for name in expected:
+            torch.testing.assert_close(results[name], expected[name], msg=lambda text: f"{name}: {text}")
 
 
 def test_in_place_change_before_backward_is_an_error(backend):

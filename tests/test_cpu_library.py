@@ -1,0 +1,186 @@
+"""torch.ops.autofocus_cpu itself: wrong direct calls raise, each instruction set is right."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from autofocus_kernels import autofocus_conv, testing
+from autofocus_kernels.backends import cpu
+from autofocus_kernels.testing import Case
+
+pytestmark = pytest.mark.skipif(
+    cpu.unavailable() is not None, reason=f"the cpu backend is unavailable: {cpu.unavailable()}"
+)
+
+def forward_arguments(mode="plain"):
+    case = Case("direct", (3, 4, 5), channels=2, out_channels=3, dilations=(1, 2), mode=mode)
+    tensors = testing.make_tensors(case)
+    return {
+        **dict(zip(tensors._fields[:6], tensors[:6])),
+        "output": torch.empty(1, 3, 3, 4, 5),
+        "dilations": [1, 1, 1, 2, 2, 2],
+        "stride": [1, 1, 1],
+        "origin": [0, 0, 0],
+    }
+
+
+def backward_arguments(mode="plain"):
+    arguments = forward_arguments(mode)
+    del arguments["output"]
+    return {
+        "grad_output": torch.ones(1, 3, 3, 4, 5),
+        **arguments,
+        "grad_input": torch.empty(1, 2, 3, 4, 5),
+        "grad_weight": torch.empty(3, 2, 3, 3, 3),
+        "grad_attention": torch.empty(1, 2, 3, 4, 5),
+        "grad_branch_scale": torch.empty(2, 3) if mode == "branch" else None,
+    }
+
+
+CALLS = {"forward": forward_arguments, "backward": backward_arguments}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("mode", ["plain", "branch"])
+def test_the_schema_says_what_is_written(name, mode):
+    getattr(torch.ops.autofocus_cpu, name)(**CALLS[name](mode))
+    opcheck(
+        getattr(torch.ops.autofocus_cpu, name).default, (), CALLS[name](mode), test_utils="test_schema"
+    )
+
+
+def zeros(*shape, **options):
+    return torch.zeros(shape, **options)
+
+
+WRONG = [
+    # ranks and shapes
+    {"input": zeros(2, 3, 4, 5)},
+    {"input": zeros(1, 7, 3, 4, 5)},
+    {"input": zeros(2, 2, 3, 4, 5)},
+    {"weight": zeros(3, 2, 3, 3)},
+    {"weight": zeros(3, 2, 2, 3, 3)},
+    {"weight": zeros(4, 2, 3, 3, 3)},
+    {"attention": zeros(1, 3, 3, 4, 5)},
+    {"attention": zeros(1, 2, 3, 4, 9)},
+    {"attention": zeros(1, 2, 60)},
+    {"bias": zeros(2)},
+    {"bias": zeros(3, 1)},
+    {"bias": None, "branch_scale": zeros(3, 2)},
+    {"bias": None, "branch_shift": zeros(6)},
+    # nothing there
+    {"input": zeros(0, 2, 3, 4, 5), "attention": zeros(0, 2, 3, 4, 5)},
+    {"weight": zeros(3, 0, 3, 3, 3), "input": zeros(1, 0, 3, 4, 5)},
+    # dtypes and devices
+    {"input": zeros(1, 2, 3, 4, 5, dtype=torch.int32)},
+    {"input": zeros(1, 2, 3, 4, 5, dtype=torch.float64)},
+    {"weight": zeros(3, 2, 3, 3, 3, dtype=torch.bfloat16)},
+    {"attention": zeros(1, 2, 3, 4, 5, dtype=torch.float16)},
+    {"bias": zeros(3, dtype=torch.float64)},
+    # integers
+    {"dilations": [1, 1, 1]},
+    {"dilations": [1, 1, 1, 2, 2]},
+    {"dilations": []},
+    {"dilations": [1, 1, 1, 0, 2, 2]},
+    {"dilations": [1, 1, 1, -2, 2, 2]},
+    {"stride": [1, 1]},
+    {"stride": [0, 1, 1]},
+    {"stride": [-1, 1, 1]},
+    {"stride": []},
+    {"origin": [0, 0]},
+    {"origin": []},
+]
+WRONG_FORWARD = WRONG + [
+    {"output": zeros(1, 3, 3, 4, 4)},
+    {"output": zeros(1, 3, 60)},
+    {"output": zeros(1, 3, 3, 4, 5, dtype=torch.float64)},
+]
+WRONG_BACKWARD = WRONG + [
+    {"grad_output": zeros(1, 3, 3, 4, 4)},
+    {"grad_output": zeros(1, 3, 3, 4, 5, dtype=torch.float64)},
+    {"grad_input": zeros(1, 2, 3, 4, 4)},
+    {"grad_weight": zeros(3, 2, 3, 3)},
+    {"grad_attention": zeros(1, 2, 3, 4, 5, dtype=torch.float64)},
+    {"grad_branch_scale": zeros(3, 2)},
+]
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [("forward", changes) for changes in WRONG_FORWARD] + [("backward", changes) for changes in WRONG_BACKWARD],
+)
+def test_a_wrong_call_raises(name, changes):
+    with pytest.raises(RuntimeError):
+        getattr(torch.ops.autofocus_cpu, name)(**{**CALLS[name](), **changes})
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_tensor_on_another_device_raises(name):
+    arguments = CALLS[name]()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        getattr(torch.ops.autofocus_cpu, name)(**{**arguments, "weight": arguments["weight"].to("meta")})
+
+
+@pytest.mark.parametrize("origin", [-(2**31), 2**31 - 1, 2**40, -(2**40)])
+@pytest.mark.parametrize("name", CALLS)
+def test_an_origin_far_outside_reads_zeros_or_raises(name, origin):
+    arguments = {**CALLS[name](), "origin": [origin, 0, 0]}
+    try:
+        getattr(torch.ops.autofocus_cpu, name)(**arguments)
+    except RuntimeError:
+        return
+    if name == "forward":
+        bias = arguments["bias"].view(1, 3, 1, 1, 1)
+        torch.testing.assert_close(arguments["output"], bias * arguments["attention"].sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("argument", ["input", "attention", "grad_output"])
+def test_offsets_are_64_bit(argument):
+    """Channels 2^31 elements apart. The pages between them are never touched, so this needs little memory."""
+    case = Case("far", (5, 6), channels=2, out_channels=2, dilations=(1, 2))
+    tensors = testing.make_tensors(case, torch.float16)
+    near = getattr(tensors, argument)
+    step = 2**31 + 64
+    far = torch.empty(step + 64, dtype=near.dtype).as_strided(near.shape, (2 * step, step, 6, 1)).copy_(near)
+    tensors = tensors._replace(**{argument: far})
+    testing.judge(testing.evaluate(partial(autofocus_conv, backend="cpu"), case, tensors), case, tensors)
+
+
+# ------------------------------------------------------------------ instruction sets
+
+EACH_CASE = """
+import sys
+import torch
+from autofocus_kernels import testing
+from autofocus_kernels.backends import cpu
+
+assert cpu.unavailable() is None
+torch.set_num_threads(1)
+print(torch.ops.autofocus_cpu.isa())
+failures = []
+for case in testing.CASES:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        try:
+            testing.check("cpu", case, dtype)
+        except AssertionError as error:
+            failures.append(str(error))
+sys.exit("\\n".join(failures))
+"""
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2"])
+def test_every_case_on_a_lesser_cpu(isa):
+    """The kernels that this CPU would not choose by itself, in a process of their own."""
+    result = subprocess.run(
+        [sys.executable, "-c", EACH_CASE],
+        env={**os.environ, "AUTOFOCUS_CPU_ISA": isa}, capture_output=True, text=True,
+    )
+    if result.stdout.strip() == "generic" != isa:
+        pytest.skip(f"this CPU has no {isa}")
+    assert result.stdout.strip() == isa
+    assert result.returncode == 0, result.stderr
