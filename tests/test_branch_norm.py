@@ -358,12 +358,14 @@ def test_empty_batch(backend, save_branches):
 
 def test_input_of_which_only_padding_is_left(backend):
     """An empty axis that padding fills: every branch is zero, and so is its variance."""
-    layer = make_layer(backend, padding=2)
-    nn.init.ones_(layer.branch_norm[0].bias)
-    output = layer(torch.randn(2, 3, 0, 7, dtype=torch.float64))
-    assert output.shape == (2, 4, 2, 9) and (output > 0).all()
+    case = Case("filled", (0, 7), padding=2, dilations=(1, 2), batch=2)
+    tensors = testing.make_tensors(case, torch.float64, requires_grad=True)
+    norms = make_norms(case)
+    output = normed_autofocus_conv(*tensors[:4], norms, **case.options, backend=backend)
+    expected = sum(a.unsqueeze(1) * norm.bias.view(-1, 1, 1) for a, norm in zip(tensors.attention.unbind(1), norms))
+    torch.testing.assert_close(output, expected)
     output.sum().backward()
-    assert torch.equal(layer.weight.grad, torch.zeros_like(layer.weight))
+    assert torch.equal(tensors.weight.grad, torch.zeros_like(tensors.weight))
 
 
 # ------------------------------------------------------------------ errors
