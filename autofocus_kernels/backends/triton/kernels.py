@@ -1,144 +1,161 @@
 """The Triton kernels: `blend`, `project` and `gather` on tiles of a lattice.
 
-Axes: N batch, C input channels, O output channels, K branches, P rows (positions) of a tile, and always three spatial
-axes D H W. The arithmetic is docs/math.md; what is tiled, in which order and why is docs/triton.md.
+Axes: N batch, C input channels, O output channels, K branches, T kernel taps, P rows (positions) of a tile, and always
+three spatial axes D H W. The arithmetic is docs/math.md; what is tiled, in which order and why is docs/triton.md.
 
-A program owns a tile of lattice points: on every axis the positions ``coset + step * point``. For one branch and one tap,
-the coordinate read on an axis is ``base + move * point`` with a scalar ``base``: an address is one scalar offset plus a
-row offset that never changes, and a base of OUTSIDE switches a whole read off. ``G`` is the constexpr ``Tiling`` of
-configs.py, ``*_stride`` is (batch, channel or branch, d, h, w), and the tensor that is gathered (input, or grad_output
-in grad_input_weight_kernel) has adjacent channels and strides in units of ALIGN elements, which shows the compiler how
-wide its loads may be. DOT is the dtype of the operands of tl.dot.
+A program owns a tile of lattice points: on every axis the positions ``start + step * point`` with a scalar ``start`` and
+``point`` in 0 .. tile - 1. For one branch and one tap, the coordinates read are ``corner + move * point``. So all that
+depends on tile, branch and tap is scalar, and the row tensors are small constants of each thread.
+
+``G`` is the constexpr ``Tiling`` of configs.py. ``*_stride`` is (batch, channel or branch, d, h, w). The tensor that is
+gathered (input, or grad_output in grad_input_weight_kernel) has READ adjacent channels and strides in units of ALIGN
+elements, which shows the compiler how wide its loads may be. DOT is the dtype of the operands of tl.dot, ROW that of
+offsets within a tile.
 """
 
 import triton
 import triton.language as tl
 
-# No admitted size or reach gets here (launch.py refuses them); twice it wraps to a negative int32, a huge uint32.
+# A corner that switches a read off: outside every admitted volume, and so is any row's move from there.
 OUTSIDE = tl.constexpr(1 << 30)
 
 
+# ------------------------------------------------------------------ where a tile is
+
+
 @triton.jit
-def tile_points(index, tiles, cosets, G: tl.constexpr):
-    """Batch entry, coset, lattice points ([P] per axis) and first lattice point of tile ``index``."""
+def tile_start(index, tiles, cosets, G: tl.constexpr):
+    """Batch entry and position of the first row of tile ``index``, scalars."""
     w = index % tiles[2]
     index = index // tiles[2]
     h = index % tiles[1]
     index = index // tiles[1]
     d = index % tiles[0]
     index = index // tiles[0]
-    coset_w = index % cosets[2]
+    w = index % cosets[2] + w * (G.step[2] * G.tile[2])
     index = index // cosets[2]
-    coset_h = index % cosets[1]
+    h = index % cosets[1] + h * (G.step[1] * G.tile[1])
     index = index // cosets[1]
-    coset_d = index % cosets[0]
-    n = (index // cosets[0]).to(tl.int64)
-    first = (d * G.tile[0], h * G.tile[1], w * G.tile[2])
+    d = index % cosets[0] + d * (G.step[0] * G.tile[0])
+    return (index // cosets[0]).to(tl.int64), (d, h, w)
+
+
+@triton.jit
+def tile_rows(G: tl.constexpr):
+    """How far the rows lie from the first, as positions and as coordinates read: [P] per axis, twice."""
     row = tl.arange(0, G.tile[0] * G.tile[1] * G.tile[2])
-    point_d = first[0] + row // (G.tile[1] * G.tile[2])
-    point_h = first[1] + row // G.tile[2] % G.tile[1]
-    point_w = first[2] + row % G.tile[2]
-    return n, (coset_d, coset_h, coset_w), (point_d, point_h, point_w), first
+    d = row // (G.tile[1] * G.tile[2])
+    h = row // G.tile[2] % G.tile[1]
+    w = row % G.tile[2]
+    return (d * G.step[0], h * G.step[1], w * G.step[2]), (d * G.move[0], h * G.move[1], w * G.move[2])
 
 
 @triton.jit
-def positions(coset, point, G: tl.constexpr):
-    return coset[0] + G.step[0] * point[0], coset[1] + G.step[1] * point[1], coset[2] + G.step[2] * point[2]
+def row_offsets(rows, stride, ALIGN: tl.constexpr, ROW: tl.constexpr):
+    """Element offsets of rows from the first [P]."""
+    return (rows[0].to(ROW) * stride[2] + rows[1].to(ROW) * stride[3] + rows[2].to(ROW) * stride[4]) * ALIGN
 
 
 @triton.jit
-def moves(point, G: tl.constexpr):
-    return point[0] * G.move[0], point[1] * G.move[1], point[2] * G.move[2]
-
-
-@triton.jit
-def within(position, size):
-    """Which rows hold a position of the volume [P]; positions are never negative."""
-    return (position[0] < size[0]) & (position[1] < size[1]) & (position[2] < size[2])
-
-
-@triton.jit
-def offset_of(point, stride, ALIGN: tl.constexpr):
-    """Element offset of a point, in 64 bits."""
+def offset_of(n, point, stride, ALIGN: tl.constexpr):
+    """Element offset of a point of batch entry ``n``, a scalar in 64 bits."""
     d = point[0].to(tl.int64) * stride[2]
     h = point[1].to(tl.int64) * stride[3]
     w = point[2].to(tl.int64) * stride[4]
-    return (d + h + w) * ALIGN
+    return (n * stride[0] + d + h + w) * ALIGN
+
+
+@triton.jit
+def rows_inside(corner, rows, size):
+    """Which rows, counted from ``corner``, lie inside the volume [P]; a negative coordinate is a huge unsigned one."""
+    mask = (corner[0] + rows[0]).to(tl.uint32, bitcast=True) < size[0]
+    mask = mask & ((corner[1] + rows[1]).to(tl.uint32, bitcast=True) < size[1])
+    return mask & ((corner[2] + rows[2]).to(tl.uint32, bitcast=True) < size[2])
+
+
+# ------------------------------------------------------------------ where a branch and a tap read
+
+
+@triton.jit
+def constant_dilation(k: tl.constexpr, G: tl.constexpr):
+    d: tl.constexpr = G.dilations[k][0]
+    h: tl.constexpr = G.dilations[k][1]
+    w: tl.constexpr = G.dilations[k][2]
+    return d, h, w
 
 
 @triton.jit
 def dilation_of(k, G: tl.constexpr):
     """Dilation of a branch known at run time: selects over constants, so that no table has to be in memory."""
     K: tl.constexpr = G.branches
-    d = k * 0 + G.dilations[0][0]
-    h = k * 0 + G.dilations[0][1]
-    w = k * 0 + G.dilations[0][2]
+    d, h, w = constant_dilation(0, G)
     for other in tl.static_range(1, K):
-        d = tl.where(k == other, G.dilations[other][0], d)
-        h = tl.where(k == other, G.dilations[other][1], h)
-        w = tl.where(k == other, G.dilations[other][2], w)
+        other_d, other_h, other_w = constant_dilation(other, G)
+        d = tl.where(k == other, other_d, d)
+        h = tl.where(k == other, other_h, h)
+        w = tl.where(k == other, other_w, w)
     return d, h, w
 
 
 @triton.jit
-def base_on_axis(coset, origin, reach, STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Coordinate read by lattice point 0 on one axis, for a tap ``reach`` away from the centre.
+def corner_on_axis(start, origin, reach, STRIDE: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Coordinate that the first row reads on one axis, for a tap ``reach`` away from the centre.
 
     Output position p reads ``origin + stride * p + reach``. TRANSPOSED: input position q reads the p that reads it;
-    the step is then a multiple of the stride, so that either all points of a lattice have such a p or none has.
+    the step is then a multiple of the stride, so that either all rows have such a p or none has.
     """
     if TRANSPOSED:
-        distance = coset - origin - reach
-        base = tl.where(distance % STRIDE == 0, distance // STRIDE, OUTSIDE)
+        distance = start - origin - reach
+        corner = tl.where(distance % STRIDE == 0, distance // STRIDE, OUTSIDE)
     else:
-        base = coset * STRIDE + origin + reach
-    return base
+        corner = start * STRIDE + origin + reach
+    return corner
 
 
 @triton.jit
-def base_of(dilation, tap, coset, origin, G: tl.constexpr):
-    """Coordinates read by lattice point 0 for one branch's dilation and one tap."""
+def corner_of(dilation, tap, start, origin, G: tl.constexpr):
+    """Coordinates that the first row reads, for one branch's dilation and one tap: three scalars."""
     reach_d = dilation[0] * (tap[0] - G.kernel[0] // 2)
     reach_h = dilation[1] * (tap[1] - G.kernel[1] // 2)
     reach_w = dilation[2] * (tap[2] - G.kernel[2] // 2)
-    d = base_on_axis(coset[0], origin[0], reach_d, G.stride[0], G.transposed)
-    h = base_on_axis(coset[1], origin[1], reach_h, G.stride[1], G.transposed)
-    w = base_on_axis(coset[2], origin[2], reach_w, G.stride[2], G.transposed)
+    d = corner_on_axis(start[0], origin[0], reach_d, G.stride[0], G.transposed)
+    h = corner_on_axis(start[1], origin[1], reach_h, G.stride[1], G.transposed)
+    w = corner_on_axis(start[2], origin[2], reach_w, G.stride[2], G.transposed)
     return d, h, w
 
 
 @triton.jit
-def tile_reads(base, first, size, G: tl.constexpr):
-    """Whether any point of the tile's box reads inside the volume (a scalar)."""
-    d = base[0] + G.move[0] * first[0]
-    h = base[1] + G.move[1] * first[1]
-    w = base[2] + G.move[2] * first[2]
-    reads = (d < size[0]) & (d + G.move[0] * (G.tile[0] - 1) >= 0)
-    reads = reads & (h < size[1]) & (h + G.move[1] * (G.tile[1] - 1) >= 0)
-    return reads & (w < size[2]) & (w + G.move[2] * (G.tile[2] - 1) >= 0)
+def tile_reads(corner, size, G: tl.constexpr):
+    """Whether any row of the tile's box reads inside the volume (a scalar)."""
+    reads = (corner[0] < size[0]) & (corner[0] + G.move[0] * (G.tile[0] - 1) >= 0)
+    reads = reads & (corner[1] < size[1]) & (corner[1] + G.move[1] * (G.tile[1] - 1) >= 0)
+    return reads & (corner[2] < size[2]) & (corner[2] + G.move[2] * (G.tile[2] - 1) >= 0)
 
 
 @triton.jit
-def any_branch_reads(tap, coset, origin, first, size, G: tl.constexpr):
+def any_branch_reads(tap, start, origin, size, G: tl.constexpr):
     """Whether the tap reads anything for this tile (a scalar)."""
     K: tl.constexpr = G.branches
-    reads = tile_reads(base_of(G.dilations[0], tap, coset, origin, G), first, size, G)
+    reads = tile_reads(corner_of(constant_dilation(0, G), tap, start, origin, G), size, G)
     for k in tl.static_range(1, K):
-        reads = reads | tile_reads(base_of(G.dilations[k], tap, coset, origin, G), first, size, G)
+        reads = reads | tile_reads(corner_of(constant_dilation(k, G), tap, start, origin, G), size, G)
     return reads
 
 
 @triton.jit
-def rows_inside(base, moved, valid, size):
-    """Which rows read inside the volume [P]; a negative coordinate is a huge unsigned one."""
-    mask = valid & ((base[0] + moved[0]).to(tl.uint32, bitcast=True) < size[0])
-    mask = mask & ((base[1] + moved[1]).to(tl.uint32, bitcast=True) < size[1])
-    return mask & ((base[2] + moved[2]).to(tl.uint32, bitcast=True) < size[2])
+def centre_tap(G: tl.constexpr):
+    d: tl.constexpr = G.kernel[0] // 2
+    h: tl.constexpr = G.kernel[1] // 2
+    w: tl.constexpr = G.kernel[2] // 2
+    return d, h, w
 
 
 @triton.jit
-def is_centre(tap, G: tl.constexpr):
-    return (tap[0] == G.kernel[0] // 2) & (tap[1] == G.kernel[1] // 2) & (tap[2] == G.kernel[2] // 2)
+def off_centre_reads(tap, start, origin, size, G: tl.constexpr):
+    """``any_branch_reads``, but never for the centre tap, which is done apart."""
+    d, h, w = centre_tap(G)
+    centre = (tap[0] == d) & (tap[1] == h) & (tap[2] == w)
+    return any_branch_reads(tap, start, origin, size, G) & (centre == 0)
 
 
 @triton.jit
@@ -146,10 +163,13 @@ def tap_index(tap, G: tl.constexpr):
     return (tap[0] * G.kernel[1] + tap[1]) * G.kernel[2] + tap[2]
 
 
+# ------------------------------------------------------------------ loads and stores
+
+
 @triton.jit
 def load_rows(pointer, rows, mask, channel, channel_stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """A [P, BLOCK] tile, zero where masked and past the last channel."""
-    pointers = pointer + (rows[:, None] + channel[None, :].to(tl.int64) * channel_stride)
+    pointers = pointer + (rows[:, None] + channel[None, :] * channel_stride)
     if CHANNELS % BLOCK == 0:
         return tl.load(pointers, mask=mask[:, None], other=0.0)
     else:
@@ -158,14 +178,34 @@ def load_rows(pointer, rows, mask, channel, channel_stride, CHANNELS: tl.constex
 
 @triton.jit
 def store_rows(pointer, rows, mask, channel, channel_stride, tile, CHANNELS: tl.constexpr):
-    pointers = pointer + (rows[:, None] + channel[None, :].to(tl.int64) * channel_stride)
+    pointers = pointer + (rows[:, None] + channel[None, :] * channel_stride)
     tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=mask[:, None] & (channel < CHANNELS)[None, :])
 
 
 @triton.jit
-def load_weight(weight, tap, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr):
+def load_weight(weight, tap, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr, DOT: tl.constexpr):
     """A tile of the repacked weight [T, ROWS, COLUMNS], which is zero-padded to whole blocks and so needs no mask."""
-    return tl.load(weight + ((tap * ROWS + row).to(tl.int64)[:, None] * COLUMNS + column[None, :])).to(DOT)
+    pointers = weight + tap_index(tap, G) * (ROWS * COLUMNS) + (row[:, None] * COLUMNS + column[None, :])
+    return tl.load(pointers).to(DOT)
+
+
+@triton.jit
+def load_vector(vector, k, stride, channel, CHANNELS: tl.constexpr):
+    """Row ``k`` of a [K, CHANNELS] tensor, in fp32."""
+    return tl.load(vector + (k * stride[0] + channel * stride[1]), mask=channel < CHANNELS, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def pinned(rows):
+    """The same values, by way of a sum over an axis of one.
+
+    The compiler would move the conversion to the layout of tl.dot's operand up to the loads: K tiles through shared
+    memory instead of their blend. It does not move it past a reduction.
+    """
+    return tl.sum(rows[:, None], 1)
+
+
+# ------------------------------------------------------------------ branches without a scale: blend, then project
 
 
 @triton.jit
@@ -174,139 +214,61 @@ def forward_kernel(
     input_stride, attention_stride, shift_stride, output_stride,
     input_size, output_size, origin, tiles, cosets,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """out = sum_t W_t u_t + sum_k a_k shift_k, u_t the blend of tap t. Weight is [T, C, O]; grid (tiles, blocks of O)."""
     K: tl.constexpr = G.branches
     P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
     C_PADDED: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C * BLOCK_C
     O_PADDED: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O * BLOCK_O
-    n, coset, point, first = tile_points(tl.program_id(0), tiles, cosets, G)
-    position = positions(coset, point, G)
-    valid = within(position, output_size)
-    moved = moves(point, G)
-    input_rows = n * input_stride[0] * ALIGN + offset_of(moved, input_stride, ALIGN)
-    attention_rows = n * attention_stride[0] + offset_of(position, attention_stride, 1)
+    n, start = tile_start(tl.program_id(0), tiles, cosets, G)
+    position, moved = tile_rows(G)
+    valid = rows_inside(start, position, output_size)
+    input_rows = row_offsets(moved, input_stride, ALIGN, ROW)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
 
+    attention += offset_of(n, start, attention_stride, 1)
+    attention_rows = row_offsets(position, attention_stride, 1, ROW)
     gates = ()
     total = tl.zeros([P], tl.float32)
     for k in tl.static_range(K):
-        gate = tl.load(attention + (k * attention_stride[1] + attention_rows), mask=valid, other=0.0).to(tl.float32)
-        gates = gates + (gate,)
+        gate = tl.load(attention + k * attention_stride[1] + attention_rows, mask=valid, other=0.0).to(tl.float32)
+        gates = gates + (pinned(gate),)
         total += gate
+    total = pinned(total)
 
     result = tl.zeros([P, BLOCK_O], tl.float32)
     for c_start in range(0, C, BLOCK_C):
         c = c_start + tl.arange(0, BLOCK_C)
+        # The centre tap, which the branches share.
+        tap = centre_tap(G)
+        corner = corner_of(constant_dilation(0, G), tap, start, origin, G)
+        mask = valid & rows_inside(corner, moved, input_size)
+        x = load_rows(input + offset_of(n, corner, input_stride, ALIGN), input_rows, mask, c, 1, READ, BLOCK_C)
+        blend = total[:, None] * x.to(tl.float32)
+        w = load_weight(weight, tap, c, o, C_PADDED, O_PADDED, G, DOT)
+        result = tl.dot(blend.to(DOT), w, result, input_precision=PRECISION)
         for tap_d in range(G.kernel[0]):
             for tap_h in range(G.kernel[1]):
                 for tap_w in range(G.kernel[2]):
                     tap = (tap_d, tap_h, tap_w)
-                    if any_branch_reads(tap, coset, origin, first, input_size, G):
-                        centre = is_centre(tap, G)
+                    if off_centre_reads(tap, start, origin, input_size, G):
                         blend = tl.zeros([P, BLOCK_C], tl.float32)
                         for k in tl.static_range(K):
-                            base = base_of(G.dilations[k], tap, coset, origin, G)
-                            mask = rows_inside(base, moved, valid, input_size)
-                            gate = gates[k]
-                            # The branches share the centre tap: branch 0 reads it once, with the sum of the gates.
-                            if k == 0:
-                                gate = tl.where(centre, total, gate)
-                            else:
-                                mask = mask & (centre == 0)
-                            rows = input_rows + offset_of(base, input_stride, ALIGN)
-                            blend += gate[:, None] * load_rows(input, rows, mask, c, 1, READ, BLOCK_C).to(tl.float32)
-                        w = load_weight(weight, tap_index(tap, G), c, o, C_PADDED, O_PADDED, DOT)
+                            corner = corner_of(constant_dilation(k, G), tap, start, origin, G)
+                            mask = valid & rows_inside(corner, moved, input_size)
+                            source = input + offset_of(n, corner, input_stride, ALIGN)
+                            x = load_rows(source, input_rows, mask, c, 1, READ, BLOCK_C)
+                            blend += gates[k][:, None] * x.to(tl.float32)
+                        w = load_weight(weight, tap, c, o, C_PADDED, O_PADDED, G, DOT)
                         result = tl.dot(blend.to(DOT), w, result, input_precision=PRECISION)
 
     if HAS_SHIFT:
         for k in tl.static_range(K):
-            h = tl.load(shift + (k * shift_stride[0] + o * shift_stride[1]), mask=o < O, other=0.0).to(tl.float32)
-            result += gates[k][:, None] * h[None, :]
-    output_rows = n * output_stride[0] + offset_of(position, output_stride, 1)
-    store_rows(output, output_rows, valid, o, output_stride[1], result, O)
-
-
-@triton.jit
-def grad_input_weight_kernel(
-    grad_output, attention, scale, weight, input, grad_input, partial,
-    grad_output_stride, attention_stride, scale_stride, input_stride, grad_input_stride,
-    input_size, output_size, origin, tiles, cosets, num_tiles,
-    C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SCALE: tl.constexpr, WANT_INPUT: tl.constexpr, WANT_WEIGHT: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-):
-    """v_t once, then dx = sum_t W_t^T v_t and dW_t = sum_q v_t x^T. Weight is [T, O, C]; grid (splits, blocks of C).
-
-    A program walks its share of the tiles in a fixed order and keeps its own sum of dW in partial[split, T, O, C] (fp32,
-    zeroed by the launcher), which stays in L2: no atomics, so that the same call gives the same bits.
-    """
-    K: tl.constexpr = G.branches
-    P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
-    T: tl.constexpr = G.kernel[0] * G.kernel[1] * G.kernel[2]
-    C_PADDED: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C * BLOCK_C
-    O_PADDED: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O * BLOCK_O
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    split = tl.program_id(0)
-    index = split
-    while index < num_tiles:
-        n, coset, point, first = tile_points(index, tiles, cosets, G)
-        position = positions(coset, point, G)
-        valid = within(position, input_size)
-        moved = moves(point, G)
-        grad_rows = n * grad_output_stride[0] * ALIGN + offset_of(moved, grad_output_stride, ALIGN)
-        attention_rows = n * attention_stride[0] + offset_of(moved, attention_stride, 1)
-        if WANT_WEIGHT:
-            input_rows = n * input_stride[0] + offset_of(position, input_stride, 1)
-            x = load_rows(input, input_rows, valid, c, input_stride[1], C, BLOCK_C).to(DOT)
-        if WANT_INPUT:
-            result = tl.zeros([P, BLOCK_C], tl.float32)
-        for o_start in range(0, O, BLOCK_O):
-            o = o_start + tl.arange(0, BLOCK_O)
-            for tap_d in range(G.kernel[0]):
-                for tap_h in range(G.kernel[1]):
-                    for tap_w in range(G.kernel[2]):
-                        tap = (tap_d, tap_h, tap_w)
-                        if any_branch_reads(tap, coset, origin, first, output_size, G):
-                            # At the centre tap all branches read the same row of grad_output: their gates add up on
-                            # the way to branch 0, which reads it alone (unless a scale tells the branches apart).
-                            shared = is_centre(tap, G) & (not HAS_SCALE)
-                            carried = tl.zeros([P], tl.float32)
-                            v = tl.zeros([P, BLOCK_O], tl.float32)
-                            for back in tl.static_range(K):
-                                k: tl.constexpr = K - 1 - back
-                                base = base_of(G.dilations[k], tap, coset, origin, G)
-                                mask = rows_inside(base, moved, valid, output_size)
-                                rows = attention_rows + offset_of(base, attention_stride, 1)
-                                gate = tl.load(attention + (k * attention_stride[1] + rows), mask=mask, other=0.0)
-                                gate = gate.to(tl.float32) + carried
-                                carried = tl.where(shared, gate, 0.0)
-                                if k > 0:
-                                    mask = mask & (shared == 0)
-                                rows = grad_rows + offset_of(base, grad_output_stride, ALIGN)
-                                g = load_rows(grad_output, rows, mask, o, 1, READ, BLOCK_O).to(tl.float32)
-                                if HAS_SCALE:
-                                    s = tl.load(scale + (k * scale_stride[0] + o * scale_stride[1]), mask=o < O, other=0.0)
-                                    g = g * s.to(tl.float32)[None, :]
-                                v += gate[:, None] * g
-                            v = v.to(DOT)
-                            t = tap_index(tap, G)
-                            if WANT_INPUT:
-                                w = load_weight(weight, t, o, c, O_PADDED, C_PADDED, DOT)
-                                result = tl.dot(v, w, result, input_precision=PRECISION)
-                            if WANT_WEIGHT:
-                                rows = ((split * T + t).to(tl.int64) * O + o) * C
-                                pointers = partial + (rows[:, None] + c[None, :])
-                                mask = (o < O)[:, None] & (c < C)[None, :]
-                                old = tl.load(pointers, mask=mask, other=0.0)
-                                tl.store(pointers, tl.dot(tl.trans(v), x, old, input_precision=PRECISION), mask=mask)
-                                # The next tile's load may fall to another thread of this program.
-                                tl.debug_barrier()
-        if WANT_INPUT:
-            rows = n * grad_input_stride[0] + offset_of(position, grad_input_stride, 1)
-            store_rows(grad_input, rows, valid, c, grad_input_stride[1], result, C)
-        index += tl.num_programs(0)
+            result += gates[k][:, None] * load_vector(shift, k, shift_stride, o, O)[None, :]
+    output += offset_of(n, start, output_stride, 1)
+    store_rows(output, row_offsets(position, output_stride, 1, ROW), valid, o, output_stride[1], result, O)
 
 
 @triton.jit
@@ -315,19 +277,18 @@ def grad_attention_kernel(
     grad_output_stride, input_stride, shift_stride, grad_attention_stride,
     input_size, output_size, origin, tiles, cosets,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """da_k = sum_t <g_t, x(base_k + ...)> + <shift_k, G> with g_t = W_t^T G. Weight is [T, O, C]; grid (tiles,)."""
+    """da_k = sum_t <g_t, x read by branch k> + <shift_k, G> with g_t = W_t^T G. Weight is [T, O, C]; grid (tiles, 1)."""
     K: tl.constexpr = G.branches
     P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
-    C_PADDED: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C * BLOCK_C
-    O_PADDED: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O * BLOCK_O
-    n, coset, point, first = tile_points(tl.program_id(0), tiles, cosets, G)
-    position = positions(coset, point, G)
-    valid = within(position, output_size)
-    moved = moves(point, G)
-    input_rows = n * input_stride[0] * ALIGN + offset_of(moved, input_stride, ALIGN)
-    grad_rows = n * grad_output_stride[0] + offset_of(position, grad_output_stride, 1)
+    n, start = tile_start(tl.program_id(0), tiles, cosets, G)
+    position, moved = tile_rows(G)
+    valid = rows_inside(start, position, output_size)
+    input_rows = row_offsets(moved, input_stride, ALIGN, ROW)
+    grad_output += offset_of(n, start, grad_output_stride, 1)
+    grad_rows = row_offsets(position, grad_output_stride, 1, ROW)
 
     results = ()
     for k in tl.static_range(K):
@@ -335,58 +296,78 @@ def grad_attention_kernel(
         if HAS_SHIFT:
             for o_start in range(0, O, BLOCK_O):
                 o = o_start + tl.arange(0, BLOCK_O)
-                grad = load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O).to(tl.float32)
-                h = tl.load(shift + (k * shift_stride[0] + o * shift_stride[1]), mask=o < O, other=0.0)
-                result += tl.sum(grad * h.to(tl.float32)[None, :], 1)
+                block = load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O).to(tl.float32)
+                result += tl.sum(block * load_vector(shift, k, shift_stride, o, O)[None, :], 1)
         results = results + (result,)
 
+    grad = load_rows(grad_output, grad_rows, valid, tl.arange(0, BLOCK_O), grad_output_stride[1], O, BLOCK_O)
     shared = tl.zeros([P], tl.float32)
     for c_start in range(0, C, BLOCK_C):
         c = c_start + tl.arange(0, BLOCK_C)
+        # The centre tap, which the branches share.
+        tap = centre_tap(G)
+        g = tap_gradient(grad, grad_output, grad_rows, valid, grad_output_stride, weight, tap, c,
+                         C, O, G, BLOCK_C, BLOCK_O, DOT, PRECISION)
+        corner = corner_of(constant_dilation(0, G), tap, start, origin, G)
+        mask = valid & rows_inside(corner, moved, input_size)
+        x = load_rows(input + offset_of(n, corner, input_stride, ALIGN), input_rows, mask, c, 1, READ, BLOCK_C)
+        shared += tl.sum(g * x.to(tl.float32), 1)
         for tap_d in range(G.kernel[0]):
             for tap_h in range(G.kernel[1]):
                 for tap_w in range(G.kernel[2]):
                     tap = (tap_d, tap_h, tap_w)
-                    if any_branch_reads(tap, coset, origin, first, input_size, G):
-                        t = tap_index(tap, G)
-                        g = tl.zeros([P, BLOCK_C], tl.float32)
-                        for o_start in tl.static_range(0, O, BLOCK_O):
-                            o = o_start + tl.arange(0, BLOCK_O)
-                            grad = load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O).to(DOT)
-                            w = load_weight(weight, t, o, c, O_PADDED, C_PADDED, DOT)
-                            g = tl.dot(grad, w, g, input_precision=PRECISION)
-                        # At the centre tap branch 0 reads alone, for all.
-                        centre = is_centre(tap, G)
+                    if off_centre_reads(tap, start, origin, input_size, G):
+                        g = tap_gradient(grad, grad_output, grad_rows, valid, grad_output_stride, weight, tap, c,
+                                         C, O, G, BLOCK_C, BLOCK_O, DOT, PRECISION)
                         added = ()
                         for k in tl.static_range(K):
-                            base = base_of(G.dilations[k], tap, coset, origin, G)
-                            mask = rows_inside(base, moved, valid, input_size)
-                            if k > 0:
-                                mask = mask & (centre == 0)
-                            rows = input_rows + offset_of(base, input_stride, ALIGN)
-                            x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C).to(tl.float32)
-                            product = tl.sum(g * x, 1)
-                            if k == 0:
-                                shared += tl.where(centre, product, 0.0)
-                                product = tl.where(centre, 0.0, product)
-                            added = added + (results[k] + product,)
+                            corner = corner_of(constant_dilation(k, G), tap, start, origin, G)
+                            mask = valid & rows_inside(corner, moved, input_size)
+                            source = input + offset_of(n, corner, input_stride, ALIGN)
+                            x = load_rows(source, input_rows, mask, c, 1, READ, BLOCK_C)
+                            added = added + (results[k] + tl.sum(g * x.to(tl.float32), 1),)
                         results = added
 
-    rows = n * grad_attention_stride[0] + offset_of(position, grad_attention_stride, 1)
+    grad_attention += offset_of(n, start, grad_attention_stride, 1)
+    rows = row_offsets(position, grad_attention_stride, 1, ROW)
     for k in tl.static_range(K):
-        pointers = grad_attention + (k * grad_attention_stride[1] + rows)
+        pointers = grad_attention + k * grad_attention_stride[1] + rows
         tl.store(pointers, (results[k] + shared).to(grad_attention.dtype.element_ty), mask=valid)
 
 
 @triton.jit
+def tap_gradient(
+    grad, grad_output, grad_rows, valid, grad_output_stride, weight, tap, c,
+    C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """g_t of one tile and one block of C: [P, BLOCK_C] in fp32. ``grad`` is the tile's first block of grad_output."""
+    C_PADDED: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C * BLOCK_C
+    O_PADDED: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O * BLOCK_O
+    w = load_weight(weight, tap, tl.arange(0, BLOCK_O), c, O_PADDED, C_PADDED, G, DOT)
+    g = tl.dot(grad.to(DOT), w, input_precision=PRECISION)
+    for o_start in range(BLOCK_O, O, BLOCK_O):
+        o = o_start + tl.arange(0, BLOCK_O)
+        block = load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O).to(DOT)
+        w = load_weight(weight, tap, o, c, O_PADDED, C_PADDED, G, DOT)
+        g = tl.dot(block, w, g, input_precision=PRECISION)
+    # As for ``pinned``: g goes to the layout of the K tiles it meets, once, and not they to that of tl.dot's result.
+    return tl.sum(g.to(DOT)[:, :, None], 2).to(tl.float32)
+
+
+# ------------------------------------------------------------------ branches with a scale: project, then sum
+
+
+@triton.jit
 def project(
-    input, weight, input_rows, input_stride, input_size, moved, valid, coset, origin, first, k, o,
-    C: tl.constexpr, O_PADDED: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+    input, weight, input_rows, input_stride, input_size, moved, valid, n, start, origin, k, o,
+    C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
     READ: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """y_k of one tile and one block of O: [P, BLOCK_O] in fp32. Weight is [T, C, O]."""
     P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
     C_PADDED: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C * BLOCK_C
+    O_PADDED: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O * BLOCK_O
     dilation = dilation_of(k, G)
     y = tl.zeros([P, BLOCK_O], tl.float32)
     for c_start in range(0, C, BLOCK_C):
@@ -395,12 +376,12 @@ def project(
             for tap_h in range(G.kernel[1]):
                 for tap_w in range(G.kernel[2]):
                     tap = (tap_d, tap_h, tap_w)
-                    base = base_of(dilation, tap, coset, origin, G)
-                    if tile_reads(base, first, input_size, G):
-                        mask = rows_inside(base, moved, valid, input_size)
-                        rows = input_rows + offset_of(base, input_stride, ALIGN)
-                        x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C).to(DOT)
-                        w = load_weight(weight, tap_index(tap, G), c, o, C_PADDED, O_PADDED, DOT)
+                    corner = corner_of(dilation, tap, start, origin, G)
+                    if tile_reads(corner, input_size, G):
+                        mask = valid & rows_inside(corner, moved, input_size)
+                        source = input + offset_of(n, corner, input_stride, ALIGN)
+                        x = load_rows(source, input_rows, mask, c, 1, READ, BLOCK_C).to(DOT)
+                        w = load_weight(weight, tap, c, o, C_PADDED, O_PADDED, G, DOT)
                         y = tl.dot(x, w, y, input_precision=PRECISION)
     return y
 
@@ -411,78 +392,170 @@ def forward_scaled_kernel(
     input_stride, attention_stride, scale_stride, shift_stride, output_stride,
     input_size, output_size, origin, tiles, cosets,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """out = sum_k a_k (s_k y_k + h_k), branch by branch in the tile. Weight is [T, C, O]; grid (tiles, blocks of O)."""
     K: tl.constexpr = G.branches
     P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
-    O_PADDED: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O * BLOCK_O
-    n, coset, point, first = tile_points(tl.program_id(0), tiles, cosets, G)
-    position = positions(coset, point, G)
-    valid = within(position, output_size)
-    moved = moves(point, G)
-    input_rows = n * input_stride[0] * ALIGN + offset_of(moved, input_stride, ALIGN)
-    attention_rows = n * attention_stride[0] + offset_of(position, attention_stride, 1)
+    n, start = tile_start(tl.program_id(0), tiles, cosets, G)
+    position, moved = tile_rows(G)
+    valid = rows_inside(start, position, output_size)
+    input_rows = row_offsets(moved, input_stride, ALIGN, ROW)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    attention += offset_of(n, start, attention_stride, 1)
+    attention_rows = row_offsets(position, attention_stride, 1, ROW)
     result = tl.zeros([P, BLOCK_O], tl.float32)
     for k in range(K):
-        y = project(input, weight, input_rows, input_stride, input_size, moved, valid, coset, origin, first, k, o,
-                    C, O_PADDED, G, BLOCK_C, BLOCK_O, READ, ALIGN, DOT, PRECISION)
-        y *= tl.load(scale + (k * scale_stride[0] + o * scale_stride[1]), mask=o < O, other=0.0).to(tl.float32)[None, :]
+        y = project(input, weight, input_rows, input_stride, input_size, moved, valid, n, start, origin, k, o,
+                    C, O, G, BLOCK_C, BLOCK_O, READ, ALIGN, DOT, PRECISION)
+        y *= load_vector(scale, k, scale_stride, o, O)[None, :]
         if HAS_SHIFT:
-            h = tl.load(shift + (k * shift_stride[0] + o * shift_stride[1]), mask=o < O, other=0.0).to(tl.float32)
-            y += h[None, :]
-        gate = tl.load(attention + (k * attention_stride[1] + attention_rows), mask=valid, other=0.0)
+            y += load_vector(shift, k, shift_stride, o, O)[None, :]
+        gate = tl.load(attention + k * attention_stride[1] + attention_rows, mask=valid, other=0.0)
         result += gate.to(tl.float32)[:, None] * y
-    output_rows = n * output_stride[0] + offset_of(position, output_stride, 1)
-    store_rows(output, output_rows, valid, o, output_stride[1], result, O)
+    output += offset_of(n, start, output_stride, 1)
+    store_rows(output, row_offsets(position, output_stride, 1, ROW), valid, o, output_stride[1], result, O)
 
 
 @triton.jit
 def grad_scaled_kernel(
-    grad_output, input, weight, attention, scale, shift, grad_attention, partial,
+    grad_output, input, weight, attention, scale, shift, grad_attention, sums,
     grad_output_stride, input_stride, attention_stride, scale_stride, shift_stride, grad_attention_stride,
     input_size, output_size, origin, tiles, cosets,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr, WANT_ATTENTION: tl.constexpr, WANT_SCALE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    WANT_ATTENTION: tl.constexpr, WANT_SCALE: tl.constexpr,
+    DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """With y_k recomputed in the tile: da_k = sum_o G (s_k y_k + h_k) and dscale_k = sum_p a_k G y_k.
+    """With y_k recomputed in the tile: da_k = sum_o G (s_k y_k + h_k), dscale_k = sum_p a_k G y_k.
 
-    Weight is [T, C, O]; grid (tiles,). dscale leaves as partial[tile, K, O] in fp32, summed in order by the launcher.
+    Weight is [T, C, O]; grid (tiles, 1). Each tile leaves its part of dscale in sums[tile, K, O], fp32.
     """
     K: tl.constexpr = G.branches
     P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
-    O_PADDED: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O * BLOCK_O
-    n, coset, point, first = tile_points(tl.program_id(0), tiles, cosets, G)
-    position = positions(coset, point, G)
-    valid = within(position, output_size)
-    moved = moves(point, G)
-    input_rows = n * input_stride[0] * ALIGN + offset_of(moved, input_stride, ALIGN)
-    grad_rows = n * grad_output_stride[0] + offset_of(position, grad_output_stride, 1)
-    attention_rows = n * attention_stride[0] + offset_of(position, attention_stride, 1)
-    grad_attention_rows = n * grad_attention_stride[0] + offset_of(position, grad_attention_stride, 1)
+    n, start = tile_start(tl.program_id(0), tiles, cosets, G)
+    position, moved = tile_rows(G)
+    valid = rows_inside(start, position, output_size)
+    input_rows = row_offsets(moved, input_stride, ALIGN, ROW)
+    grad_output += offset_of(n, start, grad_output_stride, 1)
+    grad_rows = row_offsets(position, grad_output_stride, 1, ROW)
+    attention += offset_of(n, start, attention_stride, 1)
+    attention_rows = row_offsets(position, attention_stride, 1, ROW)
+    sums += tl.program_id(0).to(tl.int64) * (K * O)
     for k in range(K):
         result = tl.zeros([P], tl.float32)
         for o_start in range(0, O, BLOCK_O):
             o = o_start + tl.arange(0, BLOCK_O)
-            y = project(input, weight, input_rows, input_stride, input_size, moved, valid, coset, origin, first, k, o,
-                        C, O_PADDED, G, BLOCK_C, BLOCK_O, READ, ALIGN, DOT, PRECISION)
+            y = project(input, weight, input_rows, input_stride, input_size, moved, valid, n, start, origin, k, o,
+                        C, O, G, BLOCK_C, BLOCK_O, READ, ALIGN, DOT, PRECISION)
             grad = load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O).to(tl.float32)
             if WANT_SCALE:
-                gate = tl.load(attention + (k * attention_stride[1] + attention_rows), mask=valid, other=0.0)
-                rows = (tl.program_id(0).to(tl.int64) * K + k) * O + o
-                tl.store(partial + rows, tl.sum(gate.to(tl.float32)[:, None] * grad * y, 0), mask=o < O)
+                gate = tl.load(attention + k * attention_stride[1] + attention_rows, mask=valid, other=0.0)
+                tl.store(sums + k * O + o, tl.sum(gate.to(tl.float32)[:, None] * grad * y, 0), mask=o < O)
             if WANT_ATTENTION:
-                s = tl.load(scale + (k * scale_stride[0] + o * scale_stride[1]), mask=o < O, other=0.0).to(tl.float32)
-                y *= s[None, :]
+                y *= load_vector(scale, k, scale_stride, o, O)[None, :]
                 if HAS_SHIFT:
-                    h = tl.load(shift + (k * shift_stride[0] + o * shift_stride[1]), mask=o < O, other=0.0)
-                    y += h.to(tl.float32)[None, :]
+                    y += load_vector(shift, k, shift_stride, o, O)[None, :]
                 result += tl.sum(grad * y, 1)
         if WANT_ATTENTION:
-            pointers = grad_attention + (k * grad_attention_stride[1] + grad_attention_rows)
+            rows = row_offsets(position, grad_attention_stride, 1, ROW)
+            pointers = grad_attention + offset_of(n, start, grad_attention_stride, 1) + k * grad_attention_stride[1] + rows
             tl.store(pointers, result.to(grad_attention.dtype.element_ty), mask=valid)
+
+
+# ------------------------------------------------------------------ both: gather, blend, project back
+
+
+@triton.jit
+def gathered_blend(
+    grad_output, attention, scale, grad_rows, attention_rows, grad_output_stride, attention_stride, scale_stride,
+    output_size, moved, valid, n, start, origin, tap, o,
+    O: tl.constexpr, G: tl.constexpr, BLOCK_O: tl.constexpr, READ: tl.constexpr, ALIGN: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):
+    """v_t of one tile and one block of O: the sum over branches of a_k (s_k) G at the outputs that read the row."""
+    K: tl.constexpr = G.branches
+    P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
+    v = tl.zeros([P, BLOCK_O], tl.float32)
+    for k in tl.static_range(K):
+        corner = corner_of(constant_dilation(k, G), tap, start, origin, G)
+        mask = valid & rows_inside(corner, moved, output_size)
+        gates = attention + offset_of(n, corner, attention_stride, 1) + k * attention_stride[1]
+        gate = pinned(tl.load(gates + attention_rows, mask=mask, other=0.0).to(tl.float32))
+        source = grad_output + offset_of(n, corner, grad_output_stride, ALIGN)
+        g = load_rows(source, grad_rows, mask, o, 1, READ, BLOCK_O).to(tl.float32)
+        if HAS_SCALE:
+            g *= load_vector(scale, k, scale_stride, o, O)[None, :]
+        v += gate[:, None] * g
+    return v
+
+
+@triton.jit
+def grad_input_weight_kernel(
+    grad_output, attention, scale, weight, input, grad_input, sums,
+    grad_output_stride, attention_stride, scale_stride, input_stride, grad_input_stride,
+    input_size, output_size, origin, tiles, cosets, num_tiles,
+    C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+    READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SCALE: tl.constexpr,
+    WANT_INPUT: tl.constexpr, WANT_WEIGHT: tl.constexpr,
+    DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """v_t once, then dx = sum_t W_t^T v_t and dW_t = sum_q v_t x^T. Weight is [T, O, C]; grid (splits, blocks of C).
+
+    A program walks its share of the tiles in a fixed order and adds to its own part of dW in sums[split, T, O, C] (fp32,
+    zeroed by the launcher), which stays in L2: no atomics, so the same call gives the same bits.
+    """
+    P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
+    T: tl.constexpr = G.kernel[0] * G.kernel[1] * G.kernel[2]
+    C_PADDED: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C * BLOCK_C
+    O_PADDED: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O * BLOCK_O
+    position, moved = tile_rows(G)
+    grad_rows = row_offsets(moved, grad_output_stride, ALIGN, ROW)
+    attention_rows = row_offsets(moved, attention_stride, 1, ROW)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    if WANT_WEIGHT:
+        sums += tl.program_id(0).to(tl.int64) * (T * O * C)
+    index = tl.program_id(0)
+    while index < num_tiles:
+        n, start = tile_start(index, tiles, cosets, G)
+        valid = rows_inside(start, position, input_size)
+        if WANT_WEIGHT:
+            source = input + offset_of(n, start, input_stride, 1)
+            rows = row_offsets(position, input_stride, 1, ROW)
+            x = load_rows(source, rows, valid, c, input_stride[1], C, BLOCK_C).to(DOT)
+        result = tl.zeros([P, BLOCK_C], tl.float32)
+        for o_start in range(0, O, BLOCK_O):
+            o = o_start + tl.arange(0, BLOCK_O)
+            for tap_d in range(G.kernel[0]):
+                for tap_h in range(G.kernel[1]):
+                    for tap_w in range(G.kernel[2]):
+                        tap = (tap_d, tap_h, tap_w)
+                        if any_branch_reads(tap, start, origin, output_size, G):
+                            v = gathered_blend(
+                                grad_output, attention, scale, grad_rows, attention_rows,
+                                grad_output_stride, attention_stride, scale_stride,
+                                output_size, moved, valid, n, start, origin, tap, o,
+                                O, G, BLOCK_O, READ, ALIGN, HAS_SCALE,
+                            ).to(DOT)
+                            if WANT_INPUT:
+                                w = load_weight(weight, tap, o, c, O_PADDED, C_PADDED, G, DOT)
+                                result = tl.dot(v, w, result, input_precision=PRECISION)
+                            if WANT_WEIGHT:
+                                pointers = sums + (tap_index(tap, G) * O + o[:, None]) * C + c[None, :]
+                                mask = (o < O)[:, None] & (c < C)[None, :]
+                                old = tl.load(pointers, mask=mask, other=0.0)
+                                tl.store(pointers, tl.dot(tl.trans(v), x, old, input_precision=PRECISION), mask=mask)
+                                # The next tile may load with other threads than this one stores.
+                                tl.debug_barrier()
+        if WANT_INPUT:
+            target = grad_input + offset_of(n, start, grad_input_stride, 1)
+            rows = row_offsets(position, grad_input_stride, 1, ROW)
+            store_rows(target, rows, valid, c, grad_input_stride[1], result, C)
+        index += tl.num_programs(0)
+
+
+# ------------------------------------------------------------------ packing
 
 
 @triton.jit
@@ -490,12 +563,12 @@ def pack_kernel(
     source, target, source_batch, source_channel, source_space, points,
     C: tl.constexpr, C_PADDED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """source [N, C, points] with any strides to target [N, points, C_PADDED], zeros past C; grid (blocks of N * points, blocks of C)."""
+    """[N, C, points] of any strides to [N, points, C_PADDED], zero past C; grid (N * blocks of points, blocks of C)."""
     blocks = tl.cdiv(points, BLOCK_P)
     n = (tl.program_id(0) // blocks).to(tl.int64)
-    p = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    pointers = source + (n * source_batch + p.to(tl.int64) * source_space)[:, None] + (c.to(tl.int64) * source_channel)[None, :]
+    pointers = source + n * source_batch + (p[:, None] * source_space + c[None, :].to(tl.int64) * source_channel)
     tile = tl.load(pointers, mask=(p < points)[:, None] & (c < C)[None, :], other=0.0)
-    pointers = target + ((n * points + p) * C_PADDED)[:, None] + c[None, :]
+    pointers = target + n * points * C_PADDED + (p[:, None] * C_PADDED + c[None, :])
     tl.store(pointers, tile, mask=(p < points)[:, None] & (c < C_PADDED)[None, :])

@@ -235,6 +235,7 @@ def _constants(config: Config, walk: Walk, source: Source, weight: Tensor) -> di
         "ALIGN": source.align,
         # The interpreter's bfloat16 arithmetic is wrong: there bfloat16 is only loaded and stored.
         "DOT": tl.float32 if interpreted() else DOT_DTYPES[weight.dtype],
+        "ROW": tl.int32,
         "PRECISION": dot_precision(weight),
         "num_warps": config.num_warps,
         # More stages would copy what is gathered past L1 into shared memory, and L1 is where its reuse is.
