@@ -60,19 +60,24 @@ __device__ inline void for_branches(int K, Function&& function) {
   }
 }
 
-// Copies planes [first, last) of a tile's block of points to their slots, kBytes a point. A warp takes a row at a time.
+// Copies planes [first, last) of a tile's block of points to their slots, kBytes a point. A thread keeps to one place of
+// the plane, so that it counts from plane to plane and divides nothing.
 template <int kBytes>
 __device__ inline void stage_planes(const Lattice& g, const Tile& tile, const unsigned char* packed,
                                     unsigned char* shared, int first, int last, bool in_ring) {
-  const int lane = threadIdx.x % 32;
-  if (lane >= columns(g)) return;
-  const int height = rows(g);
-  for (int i = first * height + int(threadIdx.x) / 32; i < last * height; i += int(blockDim.x) / 32) {
-    const int plane = i / height, row = i % height;
-    const bool valid = has_point(g, tile, plane, row, lane);
-    const unsigned char* from = valid ? packed + packed_index(g, tile, plane, row, lane) * kBytes : packed;
-    const int held = in_ring ? slot(g, plane) : plane;
-    copy_async<kBytes>(shared + ((held * height + row) * kPitch + lane) * kBytes, from, valid);
+  const Tile block = tile;  // out of shared memory, which the copies are known to write
+  const int64_t plane_bytes = int64_t(g.points.y) * g.points.x * kBytes;
+  for (int place = threadIdx.x; place < plane_size(g); place += int(blockDim.x)) {
+    const int row = place / kPitch, column = place % kPitch;
+    if (column >= columns(g)) continue;
+    const bool in_plane = has_place(g, block, row, column);
+    const unsigned char* from = packed + packed_index(g, block, first, row, column) * kBytes;
+#pragma unroll 1
+    for (int plane = first; plane < last; ++plane, from += plane_bytes) {
+      const bool valid = in_plane && has_plane(g, block, plane);
+      const int held = in_ring ? slot(g, plane) : plane;
+      copy_async<kBytes>(shared + (held * plane_size(g) + place) * kBytes, valid ? from : packed, valid);
+    }
   }
 }
 

@@ -92,25 +92,32 @@ __global__ __launch_bounds__(kMaxThreads, 1) void fast_blend(Lattice g, BlendArg
       pipeline.leave(tz);
     }
     if (!pipeline.last_chunk()) continue;
+    T* row[kRowsPerWarp];  // channel target0 of each point; null outside the target
 #pragma unroll
     for (int r = 0; r < kRowsPerWarp; ++r) {
       const Index3 p = target_position(g, pipeline.tile(), z, y0 + r, x);
-      if (!inside(p, g.target)) continue;
-#pragma unroll
-      for (int tile = 0; tile < kTargetTiles; ++tile)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int64_t channel = target0 + tile * 8 + channels + e;
-          if (channel >= args.targets) continue;
-          float value = sum[r / 2][tile][r % 2 * 2 + e];
-          if (!kAdjoint && args.shift.data != nullptr) {
-#pragma unroll
-            for (int k = 0; k < kLatticeBranches; ++k)
-              if (k < g.K) value += a[r][k] * branch_value(args.shift, k, channel);
-          }
-          store(args.target.at(pipeline.tile().n, channel, p), value);
-        }
+      row[r] = inside(p, g.target) ? args.target.at(pipeline.tile().n, target0, p) : nullptr;
     }
+#pragma unroll
+    for (int tile = 0; tile < kTargetTiles; ++tile)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int channel = tile * 8 + channels + e;
+        if (target0 + channel >= args.targets) continue;
+        float shift[kLatticeBranches] = {};
+        if (!kAdjoint && args.shift.data != nullptr)
+#pragma unroll
+          for (int k = 0; k < kLatticeBranches; ++k)
+            if (k < g.K) shift[k] = branch_value(args.shift, k, target0 + channel);
+#pragma unroll
+        for (int r = 0; r < kRowsPerWarp; ++r) {
+          float value = sum[r / 2][tile][r % 2 * 2 + e];
+          if (!kAdjoint)
+#pragma unroll
+            for (int k = 0; k < kLatticeBranches; ++k) value += a[r][k] * shift[k];
+          if (row[r] != nullptr) store(row[r] + channel * args.target.c, value);
+        }
+      }
   }
 }
 

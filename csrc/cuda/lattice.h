@@ -98,13 +98,19 @@ AUTOFOCUS_HD inline Index3 target_position(const Lattice& g, const Tile& tile, i
           int64_t(g.step.x) * (tile.target_first.x + x) + tile.target_class.x};
 }
 
-// Whether the source lattice has the point at (plane, row, column) of the tile's block; zero is read otherwise.
-AUTOFOCUS_HD inline bool has_point(const Lattice& g, const Tile& tile, int plane, int row, int column) {
-  const int z = tile.source_first.z + plane, y = tile.source_first.y + row, x = tile.source_first.x + column;
-  return z >= 0 && z < g.points.z && y >= 0 && y < g.points.y && x >= 0 && x < g.points.x;
+// Whether the source lattice has points at (row, column) of the tile's block; if not, zeros are read there.
+AUTOFOCUS_HD inline bool has_place(const Lattice& g, const Tile& tile, int row, int column) {
+  const int y = tile.source_first.y + row, x = tile.source_first.x + column;
+  return y >= 0 && y < g.points.y && x >= 0 && x < g.points.x;
+}
+// And whether it has a plane there.
+AUTOFOCUS_HD inline bool has_plane(const Lattice& g, const Tile& tile, int plane) {
+  const int z = tile.source_first.z + plane;
+  return z >= 0 && z < g.points.z;
 }
 
-// Its number among the packed points of one sample and channel chunk, classes outermost.
+// The number of the point at (plane, row, column) among the packed points of one sample and channel chunk, classes
+// outermost.
 AUTOFOCUS_HD inline int64_t packed_index(const Lattice& g, const Tile& tile, int plane, int row, int column) {
   const int64_t in_class = (int64_t(tile.source_class.z) * g.step.y + tile.source_class.y) * g.step.x + tile.source_class.x;
   const int64_t z = tile.source_first.z + plane, y = tile.source_first.y + row, x = tile.source_first.x + column;

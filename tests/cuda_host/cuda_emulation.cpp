@@ -222,7 +222,9 @@ void copy_async_wait(int pending) {
 
 void warp_instruction(WarpFunction function, void* operands) { block.warp_instruction(function, operands); }
 
-float half_to_float(uint16_t bits) {
+namespace {
+
+float decode_half(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   float magnitude;
   if (exponent == 31)
@@ -232,6 +234,17 @@ float half_to_float(uint16_t bits) {
   else
     magnitude = std::ldexp(float(fraction + 1024), exponent - 25);
   return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+}  // namespace
+
+float half_to_float(uint16_t bits) {
+  static const std::vector<float> table = [] {
+    std::vector<float> values(65536);
+    for (int i = 0; i < 65536; ++i) values[i] = decode_half(uint16_t(i));
+    return values;
+  }();
+  return table[bits];
 }
 
 uint16_t float_to_half(float value) {
