@@ -47,6 +47,38 @@ def backward(
     )
 
 
+def branch_statistics(geometry, input, weight, branches, mean, var) -> None:
+    torch.ops.autofocus_cpu.branch_statistics(
+        *_as_3d(input, weight), _branches_as_3d(branches), mean, var, *_integers(geometry)
+    )
+
+
+def branch_combine(branches, attention, scale, shift, output) -> None:
+    torch.ops.autofocus_cpu.branch_combine(
+        _branches_as_3d(branches), *_as_3d(attention), *_contiguous(scale, shift), *_as_3d(output)
+    )
+
+
+def branch_reduce(
+    grad_output, branches, attention, mean, scale, shift, grad_attention, grad_scale, grad_shift
+) -> None:
+    torch.ops.autofocus_cpu.branch_reduce(
+        *_as_3d(grad_output), _branches_as_3d(branches), *_as_3d(attention),
+        *_contiguous(mean, scale, shift), *_as_3d(grad_attention), grad_scale, grad_shift,
+    )
+
+
+def branch_norm_backward(
+    geometry, grad_output, input, weight, attention, branches, a_coef, b_coef, c_coef,
+    grad_branches, grad_input, grad_weight,
+) -> None:
+    """Needs no ``grad_branches``: dy_k exists one lattice and channel group at a time."""
+    torch.ops.autofocus_cpu.branch_norm_backward(
+        *_as_3d(grad_output, input, weight, attention), _branches_as_3d(branches),
+        *_contiguous(a_coef, b_coef, c_coef), *_as_3d(grad_input, grad_weight), *_integers(geometry),
+    )
+
+
 def _as_3d(*tensors):
     """Views with leading spatial axes of size one."""
     return tuple(
@@ -54,6 +86,11 @@ def _as_3d(*tensors):
         else tensor[(slice(None), slice(None)) + (None,) * (5 - tensor.dim())]
         for tensor in tensors
     )
+
+
+def _branches_as_3d(branches):
+    """``[K, N, O, *S]`` with leading spatial axes of size one."""
+    return branches[(slice(None),) * 3 + (None,) * (6 - branches.dim())]
 
 
 def _contiguous(*vectors):

@@ -34,6 +34,25 @@ struct BackwardArguments {
   ParallelFor parallel;
 };
 
+// The branches [K, N, O, D, H, W] of a call: a view of the first, and the distance of the others.
+template <typename T>
+struct BranchViews {
+  View<T> first;
+  int64_t k;
+};
+
+// The functions of norm.h use what they need; vectors are contiguous [K, O] of the accumulator's type, or null.
+template <typename T, typename A>
+struct NormArguments {
+  Problem g;
+  View<const T> grad_output, input, weight, attention;
+  BranchViews<T> branches;
+  const A *scale, *slope, *shift;
+  A *mean, *var, *grad_scale, *grad_shift;
+  View<T> output, grad_input, grad_weight, grad_attention;
+  ParallelFor parallel;
+};
+
 // Uninitialised memory aligned for whole vectors, with one vector of slack behind it.
 template <typename A>
 class Scratch {

@@ -13,6 +13,8 @@ struct Kernels {
   const char* name;
   void (*forward)(DType, const ForwardArguments<void>&);
   void (*backward)(DType, const BackwardArguments<void>&);
+  using Norm = void (*)(DType, const NormArguments<void, void>&);
+  Norm branch_statistics, branch_combine, branch_reduce, branch_norm_backward;
 };
 
 extern const Kernels avx512_kernels, avx2_kernels, generic_kernels;

@@ -34,6 +34,14 @@
 #endif
 
 namespace autofocus {
-const Kernels avx2_kernels = {"avx2", avx2::forward_of, avx2::backward_of};
+const Kernels avx2_kernels = {
+    "avx2",
+    avx2::forward_of,
+    avx2::backward_of,
+    avx2::branch_statistics_of,
+    avx2::branch_combine_of,
+    avx2::branch_reduce_of,
+    avx2::branch_norm_backward_of,
+};
 }
 #endif

@@ -34,6 +34,14 @@
 #endif
 
 namespace autofocus {
-const Kernels avx512_kernels = {"avx512", avx512::forward_of, avx512::backward_of};
+const Kernels avx512_kernels = {
+    "avx512",
+    avx512::forward_of,
+    avx512::backward_of,
+    avx512::branch_statistics_of,
+    avx512::branch_combine_of,
+    avx512::branch_reduce_of,
+    avx512::branch_norm_backward_of,
+};
 }
 #endif

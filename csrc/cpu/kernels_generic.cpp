@@ -20,5 +20,13 @@
 #define AUTOFOCUS_VECTOR_BYTES 16
 #include "kernels_isa.h"
 namespace autofocus {
-const Kernels generic_kernels = {"generic", generic::forward_of, generic::backward_of};
+const Kernels generic_kernels = {
+    "generic",
+    generic::forward_of,
+    generic::backward_of,
+    generic::branch_statistics_of,
+    generic::branch_combine_of,
+    generic::branch_reduce_of,
+    generic::branch_norm_backward_of,
+};
 }

@@ -5,6 +5,7 @@
 #include "branch.h"
 #include "forward.h"
 #include "kernels.h"
+#include "norm.h"
 
 namespace autofocus {
 namespace AUTOFOCUS_ISA {
@@ -53,6 +54,31 @@ void backward_of(DType dtype, const BackwardArguments<void>& a) {
     case DType::kFloat16: return run_backward<Half, float>(a);
   }
 }
+
+template <typename T, typename A>
+NormArguments<T, A> cast(const NormArguments<void, void>& a) {
+  const auto vector = [](const void* data) { return static_cast<const A*>(data); };
+  const auto result = [](void* data) { return static_cast<A*>(data); };
+  return {a.g, cast<T>(a.grad_output), cast<T>(a.input), cast<T>(a.weight), cast<T>(a.attention),
+          {cast<T>(a.branches.first), a.branches.k}, vector(a.scale), vector(a.slope), vector(a.shift), result(a.mean),
+          result(a.var), result(a.grad_scale), result(a.grad_shift), cast<T>(a.output), cast<T>(a.grad_input),
+          cast<T>(a.grad_weight), cast<T>(a.grad_attention), a.parallel};
+}
+
+#define AUTOFOCUS_NORM(function)                                                         \
+  void function##_of(DType dtype, const NormArguments<void, void>& a) {                  \
+    switch (dtype) {                                                                     \
+      case DType::kFloat32: return function<float, float>(cast<float, float>(a));        \
+      case DType::kFloat64: return function<double, double>(cast<double, double>(a));    \
+      case DType::kBFloat16: return function<BFloat16, float>(cast<BFloat16, float>(a)); \
+      case DType::kFloat16: return function<Half, float>(cast<Half, float>(a));          \
+    }                                                                                    \
+  }
+AUTOFOCUS_NORM(branch_statistics)
+AUTOFOCUS_NORM(branch_combine)
+AUTOFOCUS_NORM(branch_reduce)
+AUTOFOCUS_NORM(branch_norm_backward)
+#undef AUTOFOCUS_NORM
 
 }  // namespace AUTOFOCUS_ISA
 }  // namespace autofocus
