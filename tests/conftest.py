@@ -1,12 +1,25 @@
 """What every test file shares: the backends that can run here, and deterministic examples."""
 
 import pytest
+import torch
 from hypothesis import settings
 
 from autofocus_kernels.dispatch import backend_module
 
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny problems on several threads spend their time at barriers, minutes of it on a busy machine.
+
+    Tests about threads set their own number.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["reference", "cpu"])

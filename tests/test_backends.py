@@ -167,26 +167,40 @@ def results_of(backend, case, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["plain", "branch"])
-def test_repeats_bit_for_bit(backend, mode, dtype):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_repeats_bit_for_bit(backend, mode, dtype, threads):
+    torch.set_num_threads(threads)
     case = Case("repeated", (17, 15, 16), 16, 20, batch=2, dilations=(2, 6, 10, 14), mode=mode)
     first, second = (results_of(backend, case, dtype) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.fixture
-def restored_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+THREADED = (
+    Case("threaded", (9, 15, 16), 16, 20, batch=2, dilations=(2, 6, 10)),
+    Case("threaded_branch", (9, 15, 16), 16, 20, batch=2, dilations=(2, 6, 10), mode="branch"),
+    # A problem with less to share out than there are threads.
+    Case("one_row", (1, 1, 70), 40, 33, dilations=(1, 2)),
+    Case("one_voxel", (1, 1), 3, 70, dilations=(1, 2), mode="branch"),
+)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("mode", ["plain", "branch"])
-def test_right_on_any_number_of_threads(backend, mode, threads, restored_threads):
+@pytest.mark.parametrize("case", THREADED, ids=str)
+def test_right_on_any_number_of_threads(backend, case, threads):
     torch.set_num_threads(threads)
-    case = Case("threads", (9, 15, 16), 16, 20, batch=2, dilations=(2, 6, 10), mode=mode)
     testing.check(backend, case)
+
+
+@pytest.mark.parametrize("case", THREADED, ids=str)
+def test_threads_1_and_2_agree(backend, case):
+    """Output and the gradients of volumes have one owner each; sums over voxels may be split otherwise."""
+    results = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results[threads] = results_of(backend, case, torch.float64)
+    for name, expected in results[1].items():
+        assert testing.relative_error(results[2][name], expected) < 1e-13, name
 
 
 # ------------------------------------------------------------------ only the gradients that are wanted
