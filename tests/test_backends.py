@@ -262,50 +262,74 @@ def kinds(tensor):
     return tensor.isinf().int() + 2 * tensor.isnan().int()
 
 
-SPREAD = Case("spread", (9, 10, 7), channels=5, out_channels=6, batch=2, dilations=(1, 2, 5))
+SPREAD = {
+    mode: Case("spread", (9, 10, 7), channels=5, out_channels=6, batch=2, dilations=(1, 2, 5), mode=mode)
+    for mode in ("plain", "branch")
+}
 # Voxel (4, 5, 3) of the second sample, and the centre tap, which no output voxel reads from the padding.
-PLACES = {"input": (1, 2, 4, 5, 3), "attention": (1, 1, 4, 5, 3), "weight": (3, 2, 1, 1, 1), "bias": (3,)}
+PLACES = {
+    "input": (1, 2, 4, 5, 3),
+    "attention": (1, 1, 4, 5, 3),
+    "weight": (3, 2, 1, 1, 1),
+    "bias": (3,),
+    "branch_scale": (1, 3),
+    "branch_shift": (1, 3),
+}
+INFECTED = [("plain", name) for name in ("input", "attention", "weight", "bias")]
+INFECTED += [("branch", name) for name in ("input", "attention", "weight", "branch_scale", "branch_shift")]
+each_value = pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", PLACES)
-def test_nan_and_inf_reach_what_they_reach_in_the_reference(backend, name, value):
-    tensors = testing.make_tensors(SPREAD)
+@each_value
+@pytest.mark.parametrize("mode, name", INFECTED)
+def test_nan_and_inf_reach_what_they_reach_in_the_reference(backend, mode, name, value):
+    case = SPREAD[mode]
+    tensors = testing.make_tensors(case)
     tensors.arguments()[name][PLACES[name]] = value
-    results, expected = (
-        testing.evaluate(function, SPREAD, tensors)
-        for function in (
-            partial(autofocus_conv, backend=backend),
-            reference.autofocus_conv,
-        )
-    )
+    results = testing.evaluate(partial(autofocus_conv, backend=backend), case, tensors)
+    expected = testing.evaluate(reference.autofocus_conv, case, tensors)
     assert not expected["output"].isfinite().all()
     for quantity in expected:
         assert torch.equal(results[quantity].isfinite(), expected[quantity].isfinite()), quantity
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("name", ["input", "weight", "bias"])
-def test_inf_stays_inf_in_the_output(backend, name, value):
-    """Not for attention: a blend sums +Inf and -Inf over channels before the weight can part them."""
-    tensors = testing.make_tensors(SPREAD)
+@each_value
+@pytest.mark.parametrize("mode, name", [pair for pair in INFECTED if pair[1] != "attention"])
+def test_inf_stays_inf_in_the_output(backend, mode, name, value):
+    """Not for attention: a blend sums +Inf and -Inf over channels before the weight can part them, so NaN for Inf."""
+    tensors = testing.make_tensors(SPREAD[mode])
     tensors.arguments()[name][PLACES[name]] = value
-    output = autofocus_conv(**tensors.arguments(), **SPREAD.options, backend=backend)
-    expected = reference.autofocus_conv(**tensors.arguments(), **SPREAD.options)
+    output = autofocus_conv(**tensors.arguments(), **SPREAD[mode].options, backend=backend)
+    expected = reference.autofocus_conv(**tensors.arguments(), **SPREAD[mode].options)
     assert torch.equal(kinds(output), kinds(expected))
 
 
-def test_nan_in_a_gradient_stays_in_its_neighbourhood(backend):
-    tensors = testing.make_tensors(SPREAD)
+@pytest.mark.parametrize("mode", ["plain", "branch"])
+def test_nan_weight_away_from_the_centre(backend, mode):
+    """NaN wherever a branch reads the tap inside the input, and in that output channel only.
+
+    Where every branch reads it in the padding PyTorch itself disagrees: 0 * NaN in float64, skipped in float32.
+    """
+    case = SPREAD[mode]
+    tensors = testing.make_tensors(case)
+    reads = torch.zeros_like(tensors.weight)
+    tensors.weight[3, 2, 0, 1, 2], reads[3, 2, 0, 1, 2] = torch.nan, 1
+    ones = torch.ones_like
+    inside = reference.autofocus_conv(ones(tensors.input), reads, ones(tensors.attention), **case.options) > 0
+    output = autofocus_conv(**tensors.arguments(), **case.options, backend=backend)
+    assert inside[:, 3].any() and not inside[:, 3].all()
+    assert output[inside].isnan().all()
+    assert output[:, [0, 1, 2, 4, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["plain", "branch"])
+def test_nan_in_a_gradient_stays_in_its_neighbourhood(backend, mode):
+    case = SPREAD[mode]
+    tensors = testing.make_tensors(case)
     tensors.grad_output[1, 3, 4, 5, 3] = torch.nan
-    results, expected = (
-        testing.evaluate(function, SPREAD, tensors)
-        for function in (
-            partial(autofocus_conv, backend=backend),
-            reference.autofocus_conv,
-        )
-    )
-    for quantity in ("input", "attention", "bias"):
+    results = testing.evaluate(partial(autofocus_conv, backend=backend), case, tensors)
+    expected = testing.evaluate(reference.autofocus_conv, case, tensors)
+    for quantity in expected.keys() - {"output"}:
         assert torch.equal(results[quantity].isnan(), expected[quantity].isnan()), quantity
 
 
