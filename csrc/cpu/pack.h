@@ -100,7 +100,14 @@ inline __attribute__((always_inline)) void scatter(typename Vec<A>::Native value
 template <typename T, typename A>
 void pack_row(const T* from, int64_t x, int64_t c, int64_t count, int64_t channels, A* to, int64_t width) {
   constexpr int64_t n = Vec<A>::kLanes;
-  if (c == 1 || count == 1 || width % n != 0) {
+  if (c == 1) {
+    for (int64_t i = 0; i < count; ++i, from += x, to += width) {
+      for (int64_t j = 0; j < channels; ++j) to[j] = to_accumulator(from[j]);
+      for (int64_t j = channels; j < width; ++j) to[j] = 0;
+    }
+    return;
+  }
+  if (count == 1 || width % n != 0) {
     for (int64_t i = 0; i < count; ++i, from += x, to += width) {
       for (int64_t j = 0; j < channels; ++j) to[j] = to_accumulator(from[j * c]);
       for (int64_t j = channels; j < width; ++j) to[j] = 0;
