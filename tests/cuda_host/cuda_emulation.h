@@ -120,11 +120,13 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint2 b) {
             right[2 * member + 8 * i + 1][group] = pair.y;
           }
         }
+        float product[16][8] = {};
+        for (int row = 0; row < 16; ++row)
+          for (int k = 0; k < 16; ++k)
+            for (int column = 0; column < 8; ++column) product[row][column] += left[row][k] * right[k][column];
         for (int lane = 0; lane < 32; ++lane)
-          for (int i = 0; i < 4; ++i) {
-            float& sum = static_cast<const Operands*>(lanes[lane])->d[i];
-            for (int k = 0; k < 16; ++k) sum += left[lane / 4 + 8 * (i / 2)][k] * right[k][lane % 4 * 2 + i % 2];
-          }
+          for (int i = 0; i < 4; ++i)
+            static_cast<const Operands*>(lanes[lane])->d[i] += product[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2];
       },
       &operands);
 }

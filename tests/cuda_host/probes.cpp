@@ -1,0 +1,181 @@
+// What tests/test_cuda_host.py asks of the emulation besides the operators: the lattice arithmetic point by point, the
+// rounding of 16-bit numbers, and kernels with a planted error that the emulation must notice.
+#include <cmath>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "cuda/lattice.h"
+#include "cuda_emulation.h"
+
+namespace {
+
+using namespace autofocus;
+using namespace autofocus::cuda;
+
+std::string show(const char* what, const Index3& p, int tz, int tap, int k) {
+  return std::string(what) + " at target " + std::to_string(p.z) + "," + std::to_string(p.y) + "," +
+         std::to_string(p.x) + " tz " + std::to_string(tz) + " tap " + std::to_string(tap) + " branch " +
+         std::to_string(k);
+}
+
+bool same(const Index3& a, const Index3& b) { return a.z == b.z && a.y == b.y && a.x == b.x; }
+
+// Goes through the tiles of one sample as the kernels do, with numbers instead of data, and compares every read with the
+// definition. Empty if all is right.
+std::string check_lattice(const Problem& g, bool adjoint, int tile_z, bool recycle) {
+  constexpr int64_t kZero = -1, kNothing = -2;
+  Lattice lattice = make_lattice(g, adjoint ? Direction::kAdjoint : Direction::kForward);
+  set_tile(lattice, tile_z, recycle);
+
+  const int64_t points = packed_points(lattice);
+  std::vector<Index3> position(points);
+  std::vector<bool> packed_once(points, false);
+  for (int64_t i = 0; i < points; ++i) {
+    int64_t packed = -1;
+    const Index3 p = unpacked_position(lattice, i, packed);
+    if (packed < 0 || packed >= points || packed_once[packed]) return "packing is no permutation";
+    packed_once[packed] = true;
+    position[packed] = p;
+  }
+
+  std::vector<int> covered(volume(lattice.target), 0);
+  const int64_t tiles_of_sample = num_tiles(lattice) / lattice.N;
+  for (int64_t index = 0; index < num_tiles(lattice); ++index) {
+    const Tile tile = tile_at(lattice, index);
+    if (tile.n != index / tiles_of_sample) return "a tile belongs to the wrong sample";
+    if (tile.n > 0) continue;
+    std::vector<int64_t> held(int64_t(lattice.ring) * plane_size(lattice), kNothing);
+    const int last_part = tile_z + lattice.reach.z;
+    const auto stage = [&](int first, int last) {
+      for (int plane = first; plane < last; ++plane)
+        for (int row = 0; row < rows(lattice); ++row)
+          for (int column = 0; column < columns(lattice); ++column) {
+            const bool there = has_place(lattice, tile, row, column) && has_plane(lattice, tile, plane);
+            held.at(int64_t(slot(lattice, plane)) * plane_size(lattice) + row * kPitch + column) =
+                there ? packed_index(lattice, tile, plane, row, column) : kZero;
+          }
+    };
+    stage(0, recycle ? last_part : planes(lattice));
+    for (int tz = -1; tz <= 1; ++tz) {
+      if (tz == 0 && recycle) stage(last_part, planes(lattice));  // while tz = 0 still reads
+      if (tz == 0 && !recycle)
+        for (int64_t i = 0; i < int64_t(lattice.reach.z) * plane_size(lattice); ++i) held[i] = kNothing;  // the next chunk's
+      for (int z = 0; z < tile_z; ++z)
+        for (int y = 0; y < kTileY; ++y)
+          for (int x = 0; x < kTileX; ++x) {
+            const Index3 p = target_position(lattice, tile, z, y, x);
+            if (!inside(p, lattice.target)) continue;
+            if (tz == 0) ++covered[ravel(p, lattice.target)];
+            for (int tap = 0; tap < kPlaneTaps; ++tap)
+              for (int k = 0; k < lattice.K; ++k) {
+                const int place = centre_point(lattice, y, x) + lattice.tap_points[tap][k];
+                if (place < 0 || place >= plane_size(lattice)) return show("a tap leaves its plane", p, tz, tap, k);
+                const int64_t read =
+                    held.at(int64_t(slot(lattice, tap_plane(lattice, z, tz, k))) * plane_size(lattice) + place);
+                // The definition: forward reads origin + p + r t. Adjoint: the output that reads p through -t.
+                const int64_t sign = adjoint ? -1 : 1;
+                const Index3 s = {sign * g.origin.z + p.z + g.dilation[k].z * tz,
+                                  sign * g.origin.y + p.y + g.dilation[k].y * (tap / 3 - 1),
+                                  sign * g.origin.x + p.x + g.dilation[k].x * (tap % 3 - 1)};
+                if (read == kNothing) return show("a tap reads a point that is not loaded", p, tz, tap, k);
+                const bool zero = read == kZero || !inside(position[read], lattice.source);
+                if (inside(s, lattice.source) ? zero || !same(position[read], s) : !zero)
+                  return show("a tap reads the wrong point", p, tz, tap, k);
+              }
+          }
+    }
+  }
+  for (const int count : covered)
+    if (count != 1) return "a target point is in " + std::to_string(count) + " tiles";
+  return "";
+}
+
+// ------------------------------------------------------------------ kernels with a planted error
+
+void unfinished_copy(const float* source, float* result) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  if (threadIdx.x == 0) copy_async<16>(shared_memory(), source, true);
+  copy_async_commit();
+  __syncthreads();  // without copy_async_wait
+  if (threadIdx.x < 4) result[threadIdx.x] = shared[threadIdx.x];
+}
+
+void missing_barrier(const float*, float* result) {
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  shared[threadIdx.x] = float(threadIdx.x);
+  if (threadIdx.x < 4) result[threadIdx.x] = shared[threadIdx.x + 1];
+}
+
+void split_barrier(const float*, float*) {
+  if (threadIdx.x < 8)
+    __syncthreads();
+  else
+    shuffle_xor(0.0f, 1);
+}
+
+void write_behind(const float*, float*) { shared_memory()[blockDim.x * 4 + threadIdx.x] = 1; }
+
+void misaligned_copy(const float* source, float*) { copy_async<16>(shared_memory() + 4, source, true); }
+
+using Faulty = void (*)(const float*, float*);
+struct NamedKernel {
+  const char* name;
+  Faulty kernel;
+};
+const NamedKernel kFaulty[] = {{"unfinished_copy", unfinished_copy},
+                               {"missing_barrier", missing_barrier},
+                               {"split_barrier", split_barrier},
+                               {"write_behind", write_behind},
+                               {"misaligned_copy", misaligned_copy}};
+
+}  // namespace
+
+extern "C" {
+
+// numbers: N, K, input z y x, output z y x, origin z y x, then K dilations z y x. True if all is right.
+bool autofocus_probe_lattice(const int64_t* numbers, bool adjoint, int tile_z, bool recycle, char* message, int size) {
+  Problem g{};
+  g.N = numbers[0];
+  g.C = g.O = 1;
+  g.K = numbers[1];
+  g.kernel = {3, 3, 3};
+  g.stride = {1, 1, 1};
+  g.input = {numbers[2], numbers[3], numbers[4]};
+  g.output = {numbers[5], numbers[6], numbers[7]};
+  g.origin = {numbers[8], numbers[9], numbers[10]};
+  for (int64_t k = 0; k < g.K; ++k) g.dilation[k] = {numbers[11 + 3 * k], numbers[12 + 3 * k], numbers[13 + 3 * k]};
+  const char* refusal = lattice_refusal(g, false);
+  const std::string problem = refusal != nullptr ? refusal : check_lattice(g, adjoint, tile_z, recycle);
+  std::snprintf(message, size, "%s", problem.c_str());
+  return problem.empty();
+}
+
+void autofocus_probe_decode(bool half, const uint16_t* bits, float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    values[i] = half ? emulation::half_to_float(bits[i]) : emulation::bfloat16_to_float(bits[i]);
+}
+
+void autofocus_probe_encode(bool half, const float* values, uint16_t* bits, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    bits[i] = half ? emulation::float_to_half(values[i]) : emulation::float_to_bfloat16(values[i]);
+}
+
+// Runs a faulty kernel on one warp; `result` holds four floats. True if the emulation ran it to the end.
+bool autofocus_probe_fault(const char* name, float* result, char* message, int size) {
+  alignas(16) const float source[4] = {1.0f, 2.0f, 3.0f, 4.0f};
+  for (const NamedKernel& faulty : kFaulty)
+    if (std::string(name) == faulty.name) {
+      try {
+        launch(name, faulty.kernel, dim3(1), 32, 128, nullptr, source, result);
+      } catch (const std::runtime_error& error) {
+        std::snprintf(message, size, "%s", error.what());
+        return false;
+      }
+      return true;
+    }
+  std::snprintf(message, size, "no such kernel");
+  return false;
+}
+
+}

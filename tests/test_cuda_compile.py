@@ -1,0 +1,151 @@
+"""The machine code of every CUDA kernel for every architecture, without a GPU: nvcc's own report of registers and spills."""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = runpy.run_path(str(ROOT / "csrc" / "flags.py"))
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = FLAGS["CUDA_ARCHITECTURES"]
+REGISTERS = 65536  # of a multiprocessor, on every architecture here
+STATIC_SHARED = 0  # bytes: every kernel takes what shared memory it needs at launch, from a plan that knows the GPU
+
+# Kernel -> most registers a thread may have: what lets the blocks named in docs/cuda.md run at once. A fast block of 512
+# threads leaves 128; one of 384 leaves 168; two simple blocks of 128 leave 255, the most there are.
+BUDGET = {
+    "fast_blend": 128,
+    "fast_grad_attention_kernel": 128,
+    "fast_weight_partial": 168,
+    "fast_weight_sum": 64,
+    "pack_points_kernel": 64,
+    "pack_blend_weight_kernel": 64,
+    "pack_projection_weight": 64,
+    "pack_grad_output": 64,
+    "simple_blend": 255,
+    "simple_branches": 255,
+    "simple_grad_attention_shared": 255,
+    "simple_grad_attention_scaled": 128,
+    "simple_weight_partial": 128,
+    "simple_weight_sum": 64,
+    "simple_scale_sum": 128,
+}
+# Instances of each kernel: element types times the few values of its template parameters. More cost build time.
+INSTANCES = {
+    "fast_blend": 8,
+    "fast_grad_attention_kernel": 4,
+    "fast_weight_partial": 2,
+    "fast_weight_sum": 2,
+    "pack_points_kernel": 2,
+    "pack_blend_weight_kernel": 1,
+    "pack_projection_weight": 1,
+    "pack_grad_output": 1,
+    "simple_blend": 8,
+    "simple_branches": 4,
+    "simple_grad_attention_shared": 4,
+    "simple_grad_attention_scaled": 4,
+    "simple_weight_partial": 4,
+    "simple_weight_sum": 4,
+    "simple_scale_sum": 4,
+}
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+
+class Kernel(NamedTuple):
+    name: str
+    symbol: str
+    registers: int
+    spills: int  # bytes stored and loaded
+    stack: int  # bytes; arrays that did not become registers
+    shared: int  # bytes, static
+
+
+def parse(report: str) -> list[Kernel]:
+    """The kernels of a report of ``ptxas -v``."""
+    kernels = []
+    for block in re.split(r"Compiling entry function ", report)[1:]:
+        symbol = re.match(r"'(\w+)'", block)[1]
+        numbers = [re.search(rf"(\d+) {words}", block) for words in
+                   ("registers", "bytes spill stores", "bytes spill loads", "bytes stack frame", "bytes smem")]
+        registers, stores, loads, stack, shared = (int(number[1]) if number else 0 for number in numbers)
+        # The source name of a mangled one: the last length-prefixed identifier of its nested name.
+        names = []
+        rest = symbol.removeprefix("_ZN")
+        while match := re.match(r"\d+", rest):
+            end = match.end() + int(match[0])
+            names.append(rest[match.end():end])
+            rest = rest[end:]
+        kernels.append(Kernel(names[-1], symbol, registers, stores + loads, stack, shared))
+    return kernels
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """(source, architecture) -> a future of (exit code, report)."""
+    folder = tmp_path_factory.mktemp("cuda_compile")
+    options = [*FLAGS["NVCC"], "-Xptxas", "-v", "-Werror", "all-warnings", "-cubin"]
+
+    def run(source, architecture):
+        target = folder / f"{source.stem}_{architecture}.cubin"
+        result = subprocess.run(
+            ["nvcc", *options, f"-arch=sm_{architecture}", "-o", str(target), str(source)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        return result.returncode, result.stdout
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {(s, a): pool.submit(run, s, a) for s in SOURCES for a in ARCHITECTURES}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_machine_code(compiled, source, architecture):
+    code, report = compiled[source, architecture].result()
+    assert code == 0, report
+    kernels = parse(report)
+    wrong = [
+        kernel for kernel in kernels
+        if kernel.spills or kernel.stack or kernel.shared > STATIC_SHARED or not 0 < kernel.registers <= BUDGET[kernel.name]
+    ]
+    assert kernels and not wrong, wrong
+
+
+@needs_nvcc
+def test_instances(compiled):
+    counted = {}
+    for (_, architecture), future in compiled.items():
+        for kernel in parse(future.result()[1]):
+            counted.setdefault(kernel.name, []).append(architecture)
+    expected = {name: sorted(ARCHITECTURES * number) for name, number in INSTANCES.items()}
+    assert {name: sorted(found) for name, found in counted.items()} == expected
+    assert INSTANCES.keys() == BUDGET.keys()
+
+
+def test_budget_fits_the_blocks():
+    """The launch bounds that the budget answers to."""
+    text = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").iterdir())
+    constant = {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
+    weight_threads = 3 * constant["kWeightSplits"] * 32
+    assert constant["kMaxThreads"] * BUDGET["fast_blend"] <= REGISTERS
+    assert constant["kMaxThreads"] * BUDGET["fast_grad_attention_kernel"] <= REGISTERS
+    assert weight_threads * BUDGET["fast_weight_partial"] <= REGISTERS
+    assert constant["kSimpleThreads"] * constant["kSimpleBlocks"] * BUDGET["simple_blend"] <= REGISTERS
+
+
+def test_report_with_spills_is_understood():
+    kernel, = parse("""
+ptxas info    : Compiling entry function '_ZN9autofocus4cuda10fast_blendIfEEvi' for 'sm_90'
+ptxas info    : Function properties for _ZN9autofocus4cuda10fast_blendIfEEvi
+    16 bytes stack frame, 20 bytes spill stores, 24 bytes spill loads
+ptxas info    : Used 96 registers, used 1 barriers, 16 bytes cumulative stack size, 64 bytes smem
+""")
+    assert kernel == Kernel("fast_blend", "_ZN9autofocus4cuda10fast_blendIfEEvi", 96, 44, 16, 64)

@@ -1,0 +1,432 @@
+"""The CUDA kernels, executed on the CPU.
+
+csrc/cuda and csrc/binding_cuda.cpp are compiled for the host against tests/cuda_host, which runs the threads of a block as
+fibers and emulates barriers, asynchronous copies and the tensor cores' instructions. So the operators
+``torch.ops.autofocus_cuda`` here take CPU tensors, and every line of index arithmetic, packing, staging and summation is the
+one a GPU gets. Not tested here: what the emulation replaces (csrc/cuda/device.h), speed, and real memory ordering;
+tests/test_cuda_compile.py sees to the machine code.
+"""
+
+import ctypes
+import itertools
+import os
+import random
+import runpy
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from autofocus_kernels import reference, testing
+from autofocus_kernels.backends import cuda, native
+from autofocus_kernels.geometry import resolve
+from autofocus_kernels.testing import CASES, Case, evaluate, make_tensors
+
+ROOT = Path(__file__).resolve().parents[1]
+EMULATION = ROOT / "tests" / "cuda_host"
+FLAGS = runpy.run_path(str(ROOT / "csrc" / "flags.py"))
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
+KILOBYTE = 1024
+# Largest dynamic shared memory of a block and compute capability, by GPU (CUDA C++ programming guide).
+A100, H100, RTX_5090 = (163 * KILOBYTE, 80), (227 * KILOBYTE, 90), (99 * KILOBYTE, 120)
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def compile_emulation(folder: Path) -> Path:
+    torch_folder = Path(torch.__file__).parent
+    flags = [
+        "-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered",
+        FLAGS["STABLE_ABI"], "-DUSE_CUDA", "-DAUTOFOCUS_CUDA_DISPATCH_KEY=CPU",
+        f"-I{ROOT / 'csrc'}", f"-I{EMULATION}", f"-isystem{torch_folder / 'include'}",
+    ]
+    sources = [*(ROOT / "csrc" / "cuda").glob("*.cu"), ROOT / "csrc" / "binding_cuda.cpp", *EMULATION.glob("*.cpp")]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+
+    def run(command):
+        result = subprocess.run([*COMPILER, *map(str, command)], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-4000:]
+
+    def compile_one(pair):
+        source, target = pair
+        run([*flags, "-x", "c++", "-c", source, "-o", target])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, zip(sources, objects)))
+    library = folder / "cuda_emulation.so"
+    # Symbolic: the stubs of tests/cuda_host come before torch's own functions of these names.
+    run(["-shared", "-Wl,-Bsymbolic", "-o", library, *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"])
+    return library
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if shutil.which(COMPILER[0]) is None:
+        pytest.skip("no C++ compiler")
+    if native.unavailable("cuda") is None:
+        pytest.skip("the real CUDA library is loaded; it defines the same operators")
+    path = compile_emulation(tmp_path_factory.mktemp("cuda_host"))
+    torch.ops.load_library(path)
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture
+def device(library, monkeypatch):
+    """Configures the emulated GPU; the cuda backend then takes CPU tensors."""
+    monkeypatch.setattr(cuda, "can_use", lambda *call: None)
+
+    def configure(gpu=H100, late_copies=True, order=0, multiprocessors=3):
+        library.autofocus_emulation_configure(multiprocessors, *gpu, int(late_copies), order)
+
+    configure()
+    yield configure
+    configure()
+
+
+@pytest.fixture
+def simple_tier(device, monkeypatch):
+    for name in ("forward", "backward"):
+        function = getattr(cuda, name)
+        monkeypatch.setattr(cuda, name, lambda *call, function=function: function(*call, fast=False))
+
+
+def refusals(case, dtype=torch.float16):
+    """Pass -> why the fast tier does not take it."""
+    tensors = make_tensors(case, dtype)
+    scaled = case.mode in ("branch", "scale")
+    return {name: cuda.fast_refusal(name, case.geometry, tensors.input, tensors.weight, scaled) for name in cuda.PASSES}
+
+
+# ------------------------------------------------------------------ the emulation itself
+
+
+def probe(function, *arguments):
+    message = ctypes.create_string_buffer(400)
+    function.restype = ctypes.c_bool
+    right = function(*arguments, message, len(message))
+    return right, message.value.decode()
+
+
+def run_fault(library, name):
+    result = (ctypes.c_float * 4)()
+    right, message = probe(library.autofocus_probe_fault, name.encode(), result)
+    return right, message, list(result)
+
+
+def test_emulation_shows_an_unfinished_copy(library, device):
+    device(late_copies=False)
+    assert run_fault(library, "unfinished_copy") == (True, "", [1.0, 2.0, 3.0, 4.0])
+    device(late_copies=True)
+    *_, result = run_fault(library, "unfinished_copy")
+    assert all(value != value for value in result)
+
+
+def test_emulation_shows_a_missing_barrier(library, device):
+    results = []
+    for order in (0, 1):
+        device(order=order)
+        results.append(run_fault(library, "missing_barrier")[2])
+    assert results[0] != results[1] == [1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    "name, error",
+    [
+        ("split_barrier", "some threads wait where others never come"),
+        ("write_behind", "wrote behind the block's shared memory"),
+        ("misaligned_copy", "not aligned"),
+    ],
+)
+def test_emulation_reports(library, device, name, error):
+    right, message, _ = run_fault(library, name)
+    assert not right and error in message
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_16_bit_numbers_round_as_in_torch(library, dtype):
+    half = dtype == torch.float16
+    patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+    values = torch.empty(65536)
+    library.autofocus_probe_decode(
+        ctypes.c_bool(half), ctypes.c_void_p(patterns.data_ptr()), ctypes.c_void_p(values.data_ptr()), ctypes.c_int64(65536)
+    )
+    torch.testing.assert_close(values, patterns.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
+    generator = torch.Generator().manual_seed(0)
+    random_bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator).to(torch.int32).view(torch.float32)
+    finite = values[values.isfinite()].sort().values
+    halfway = (finite[1:].double() + finite[:-1].double()).div(2).float()
+    numbers = torch.cat([random_bits[~random_bits.isnan()], halfway, torch.tensor([torch.inf, -torch.inf])]).contiguous()
+    rounded = torch.empty(len(numbers), dtype=torch.int16)
+    library.autofocus_probe_encode(
+        ctypes.c_bool(half), ctypes.c_void_p(numbers.data_ptr()), ctypes.c_void_p(rounded.data_ptr()),
+        ctypes.c_int64(len(numbers)),
+    )
+    assert torch.equal(rounded, numbers.to(dtype).view(torch.int16))
+
+
+# ------------------------------------------------------------------ lattices
+
+
+def random_problem(rng):
+    """Integers for autofocus_probe_lattice: dilations with and without a common factor, any origin and sizes."""
+    branches = rng.randint(1, 4)
+    factor = [rng.choice((1, 1, 2, 3)) for _ in range(3)]
+    dilations = [
+        [f * rng.randint(1, reach) for f, reach in zip(factor, (4, 5, 7))] for _ in range(branches)
+    ]
+    common = [max(column) for column in zip(*dilations)]  # at least the common factor of each axis
+    sizes = [[rng.randint(low, low + 14) for low in common] for _ in range(2)]
+    origin = [rng.randint(-8, 8) for _ in range(3)]
+    return [rng.randint(1, 2), branches, *sizes[0], *sizes[1], *origin, *itertools.chain(*dilations)]
+
+
+def check_lattice(library, numbers, adjoint, tile_z, recycle):
+    values = (ctypes.c_int64 * len(numbers))(*numbers)
+    return probe(
+        library.autofocus_probe_lattice, values, ctypes.c_bool(adjoint), tile_z, ctypes.c_bool(recycle)
+    )
+
+
+@pytest.mark.parametrize("recycle", [False, True], ids=["slot_per_plane", "ring"])
+@pytest.mark.parametrize("tile_z", [8, 4])
+@pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
+def test_every_tap_of_every_point_of_every_tile(library, adjoint, tile_z, recycle):
+    rng = random.Random(f"{adjoint}{tile_z}{recycle}")
+    for _ in range(150):
+        numbers = random_problem(rng)
+        right, message = check_lattice(library, numbers, adjoint, tile_z, recycle)
+        assert right, (message, numbers)
+
+
+@pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
+def test_lattice_of_the_papers_rates(library, adjoint):
+    rates = [rate for r in (2, 6, 10, 14) for rate in (r, r, r)]
+    numbers = [1, 4, 33, 32, 35, 33, 32, 35, 0, 0, 0, *rates]
+    assert check_lattice(library, numbers, adjoint, 8, False) == (True, "")
+
+
+# ------------------------------------------------------------------ results
+
+
+SLOW = ("channels_130_to_65", "channels_16_to_140", "papers_rates")  # one dtype is enough
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_simple_tier(simple_tier, case):
+    dtypes = (torch.float64,) if case.name in SLOW else (torch.float64, torch.float32, *HALVES)
+    for dtype in dtypes:
+        testing.check("cuda", case, dtype)
+
+
+FAST_CASES = tuple(
+    case for case in CASES
+    if case.name in (
+        "3d", "no_bias", "normal_gate", "shift_only", "valid", "padding_per_axis", "dilation_per_axis", "one_branch",
+        "equal_dilations", "one_voxel", "flat_axes", "one_channel", "channels_3_to_7", "channels_30_to_50",
+        "channels_130_to_65", "channels_32_to_32", "channels_last", "transposed", "sliced", "expanded",
+    )
+) + (
+    Case("papers_rates", (16, 15, 17), channels=9, out_channels=17, dilations=(2, 6, 10, 14)),
+    Case("three_tiles_in_x", (9, 10, 18), channels=4, out_channels=3, dilations=(1, 2)),
+    Case("rates_apart", (10, 9, 24), dilations=((1, 2, 6), (3, 4, 21))),
+)
+
+
+@pytest.mark.parametrize("case", FAST_CASES, ids=str)
+def test_fast_tier(device, case):
+    assert refusals(case) == dict.fromkeys(cuda.PASSES)
+    for dtype in HALVES[:1] if case.name in SLOW else HALVES:
+        testing.check("cuda", case, dtype)
+
+
+# (late_copies, order): threads forwards, backwards and shuffled, with copies that land early and late.
+SCHEDULES = ((True, 0), (False, 0), (True, 1), (False, 1), (True, 2))
+
+
+@pytest.mark.parametrize(
+    "gpu, case",
+    [
+        # A slot for every plane; two tiles and two chunks a block; then rings, with tiles of eight and four planes.
+        (H100, Case("near", (9, 5, 4), channels=9, out_channels=3, batch=2, dilations=(1, 2))),
+        (A100, Case("papers_rates", (5, 3, 18), channels=3, out_channels=35, dilations=(2, 6, 10, 14))),
+        (RTX_5090, Case("papers_rates", (5, 4, 4), channels=9, out_channels=3, dilations=(2, 6, 10, 14))),
+    ],
+    ids=["H100", "A100", "RTX 5090"],
+)
+def test_schedule_changes_no_bit(device, gpu, case):
+    """Whatever runs first, and whenever copies land, every pass gives the same bits; and the right ones."""
+    tensors = make_tensors(case, torch.bfloat16)
+    first = None
+    for late, order in SCHEDULES:
+        device(gpu, late, order)
+        results = evaluate(lambda **call: testing.autofocus_conv(**call, backend="cuda"), case, tensors)
+        first = first or results
+        assert all(torch.equal(results[name], first[name]) for name in first), (late, order)
+    testing.judge(first, case, tensors)
+
+
+def test_number_of_multiprocessors_changes_only_how_sums_split(device):
+    case = Case("five_tiles", (3, 4, 5), channels=9, out_channels=6, batch=5, dilations=(1, 2))
+    tensors = make_tensors(case, torch.float16)
+    for multiprocessors in (1, 2, 200):
+        device(multiprocessors=multiprocessors)
+        results = evaluate(lambda **call: testing.autofocus_conv(**call, backend="cuda"), case, tensors)
+        testing.judge(results, case, tensors, label=str(multiprocessors))
+
+
+def test_nan_stays_where_it_is_read(device):
+    case = Case("nan", (9, 10, 11), dilations=(2, 4), gate="normal")
+    tensors = make_tensors(case, torch.float16)
+    tensors.input[0, 1, 4, 5, 6] = torch.nan
+    arguments = tensors.arguments()
+    expected = reference.autofocus_conv(**arguments, **case.options).isnan()
+    output = testing.autofocus_conv(**arguments, **case.options, backend="cuda")
+    assert 0 < expected.sum() < expected.numel()
+    assert torch.equal(output.isnan(), expected)
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["simple", "fast"])
+def test_offsets_beyond_32_bits(device, fast):
+    """Two samples more than 2^31 elements apart, in memory of which only the pages in use exist."""
+    case = Case("far_apart", (4, 5, 6), channels=3, out_channels=2, batch=2, dilations=(1, 2))
+    tensors = make_tensors(case, torch.float16)
+    far = 2**31 + 64
+
+    def stretch(tensor):
+        strides = torch.empty(tensor.shape[1:]).stride()
+        stretched = torch.empty(far + tensor[0].numel(), dtype=tensor.dtype).as_strided(tensor.shape, (far, *strides))
+        return stretched.copy_(tensor)
+
+    output, expected = stretch(tensors.grad_output), torch.empty_like(tensors.grad_output)
+    arguments = tensors.weight, tensors.attention, tensors.bias, None, None
+    cuda.forward(case.geometry, stretch(tensors.input), *arguments, output, fast=fast)
+    cuda.forward(case.geometry, tensors.input, *arguments, expected, fast=fast)
+    assert torch.equal(output, expected)
+
+
+# ------------------------------------------------------------------ what each tier refuses
+
+
+def test_fast_tier_says_why_not(device):
+    size = (8, 8, 8)
+    for change, dtype, words in [
+        ({}, torch.float32, "dtype"),
+        ({"kernel_size": (3, 3, 1)}, torch.float16, "kernel"),
+        ({"stride": 2, "padding": 1}, torch.float16, "stride"),
+        ({"mode": "branch"}, torch.float16, "branch_scale"),
+        ({"dilations": (1, 2, 3, 4, 5)}, torch.float16, "more than 4 branches"),
+        ({"dilations": (1, 8)}, torch.float16, "further than 7 lattice points"),
+        ({"dilations": (9, 18)}, torch.float16, "larger than the volume"),
+        ({"dilations": ((1, 1, 1), (60, 60, 1))}, torch.float16, "shared memory"),
+    ]:
+        reasons = refusals(replace(Case("refused", size), **change), dtype)
+        assert all(reason and words in reason for reason in reasons.values()), (words, reasons)
+    device((227 * KILOBYTE, 75))
+    assert "older" in refusals(Case("taken", size))["forward"]
+
+
+def test_shared_memory_decides_pass_by_pass(device):
+    case = Case("papers_rates", (17, 18, 19), dilations=(2, 6, 10, 14))
+    for gpu, refused in [(H100, set()), (A100, set()), (RTX_5090, {"grad_input"})]:
+        device(gpu)
+        assert {name for name, reason in refusals(case).items() if reason} == refused
+
+
+def test_unknown_pass(device):
+    tensors = make_tensors(CASES[0], torch.float16)
+    with pytest.raises(RuntimeError, match="the pass must be forward"):
+        cuda.fast_refusal("sideways", CASES[0].geometry, tensors.input, tensors.weight, False)
+
+
+def direct_call(**change):
+    """torch.ops.autofocus_cuda.forward with some arguments replaced."""
+    arguments = dict(
+        input=torch.zeros(2, 3, 5, 6, 7), weight=torch.zeros(4, 3, 3, 3, 3), attention=torch.zeros(2, 2, 5, 6, 7),
+        bias=None, branch_scale=None, branch_shift=None, output=torch.zeros(2, 4, 5, 6, 7),
+        dilations=[1, 1, 1, 2, 2, 2], stride=[1, 1, 1], origin=[0, 0, 0],
+    )
+    torch.ops.autofocus_cuda.forward(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"input": torch.zeros(2, 3, 5, 6)}, "must have five axes"),
+        ({"attention": torch.zeros(2, 2, 5, 6)}, "must have five axes"),
+        ({"input": torch.zeros(2, 3, 5, 6, 0)}, "must not be empty"),
+        ({"input": torch.zeros(2, 2, 5, 6, 7)}, "weight must have size 2 on axis 1, got 3"),
+        ({"input": torch.zeros(2, 3, 5, 6, 7, dtype=torch.int32)}, "dtype of input"),
+        ({"weight": torch.zeros(4, 3, 3, 3, 2)}, "odd kernel sizes"),
+        ({"weight": torch.zeros(4, 3, 3, 3, 3, dtype=torch.float64)}, "weight must have the dtype of input"),
+        ({"attention": torch.zeros(1, 2, 5, 6, 7)}, "attention must have size 2 on axis 0, got 1"),
+        ({"attention": torch.zeros(2, 3, 5, 6, 7)}, "attention must have size 2 on axis 1, got 3"),
+        ({"bias": torch.zeros(5)}, "bias must have size 4 on axis 0, got 5"),
+        ({"branch_scale": torch.zeros(4)}, "branch_scale must have 2 axes, got 1"),
+        ({"branch_shift": torch.zeros(2, 3)}, "branch_shift must have size 4 on axis 1, got 3"),
+        ({"bias": torch.zeros(4), "branch_shift": torch.zeros(2, 4)}, "exclude each other"),
+        ({"output": torch.zeros(2, 4, 5, 6, 8)}, "output must have size 7 on axis 4, got 8"),
+        ({"dilations": [1, 1, 1, 2, 2]}, "dilations must hold three ints"),
+        ({"dilations": [1] * 99}, "dilations must hold three ints for each of 1 to 32 branches, got 99"),
+        ({"dilations": [1, 1, 1, 2, 2, 0]}, "dilations must be at least 1"),
+        ({"stride": [1, 0, 1]}, "stride must be at least 1"),
+        ({"stride": [1, 1]}, "stride must have three ints, got 2"),
+        ({"origin": [0, 0, 2**40]}, "origin must be"),
+    ],
+)
+def test_wrong_direct_calls_are_errors(device, change, words):
+    with pytest.raises(RuntimeError, match=words):
+        direct_call(**change)
+    direct_call()
+
+
+def test_wrong_gradients_are_errors(device):
+    tensors = make_tensors(CASES[0], torch.float32)
+    gradients = [torch.empty_like(tensors.input), torch.empty_like(tensors.weight), torch.empty_like(tensors.attention)]
+    call = (CASES[0].geometry, tensors.grad_output, *tensors[:6])
+    cuda.backward(*call, *gradients, None)
+    for i, gradient in enumerate(gradients):
+        wrong = [*gradients[:i], gradient[:, :, :-1], *gradients[i + 1:]]
+        with pytest.raises(RuntimeError, match=f"grad_{('input', 'weight', 'attention')[i]} must have size"):
+            cuda.backward(*call, *wrong, None)
+    with pytest.raises(RuntimeError, match="grad_branch_scale needs branch_scale"):
+        cuda.backward(*call, *gradients, torch.empty(3, 5))
+
+
+def test_unwanted_gradients_are_left_alone(device):
+    """Each gradient alone equals the one computed with the others."""
+    for case in (Case("plain", (6, 7, 8)), Case("branch", (6, 7, 8), mode="branch")):
+        for dtype in (torch.float64, torch.float16):
+            tensors = make_tensors(case, dtype)
+            call = (case.geometry, tensors.grad_output, *tensors[:6])
+            like = [tensors.input, tensors.weight, tensors.attention, tensors.branch_scale]
+            together = [None if tensor is None else torch.empty_like(tensor) for tensor in like]
+            cuda.backward(*call, *together)
+            for i, gradient in enumerate(together):
+                alone = [torch.empty_like(gradient) if j == i and gradient is not None else None for j in range(4)]
+                cuda.backward(*call, *alone)
+                assert gradient is None or torch.equal(alone[i], gradient)
+
+
+# ------------------------------------------------------------------ the backend module
+
+
+def test_backend_is_unavailable_without_a_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert cuda.unavailable() == "torch sees no CUDA device"
+
+
+def test_backend_refuses_cpu_tensors():
+    geometry = resolve((5, 6, 7), (3, 3, 3), (1, 2))
+    reason = cuda.can_use(geometry, torch.zeros(1, 2, 5, 6, 7), torch.zeros(2, 2, 3, 3, 3), False)
+    assert reason == "tensors are on cpu, the cuda backend reads GPU memory"
+
+
+def test_limits_of_python_and_cpp_agree():
+    header = (ROOT / "csrc" / "geometry.h").read_text()
+    assert f"kMaxBranches = {cuda.MAX_BRANCHES};" in header
