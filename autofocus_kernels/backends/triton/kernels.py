@@ -9,8 +9,8 @@ depends on tile, branch and tap is scalar, and the row tensors are small constan
 
 ``G`` is the constexpr ``Tiling`` of configs.py. ``*_stride`` is (batch, channel or branch, d, h, w). The tensor that is
 gathered (input, or grad_output in grad_input_weight_kernel) has READ adjacent channels and strides in units of ALIGN
-elements, which shows the compiler how wide its loads may be. DOT is the dtype of the operands of tl.dot, ROW that of
-offsets within a tile.
+elements, which shows the compiler how wide its loads may be. DOT is the dtype of the operands of tl.dot, BLEND that of
+blends, ROW that of offsets within a tile.
 """
 
 import triton
@@ -63,6 +63,20 @@ def offset_of(n, point, stride, ALIGN: tl.constexpr):
     h = point[1].to(tl.int64) * stride[3]
     w = point[2].to(tl.int64) * stride[4]
     return (n * stride[0] + d + h + w) * ALIGN
+
+
+@triton.jit
+def branch_offset(k, stride, ROW: tl.constexpr):
+    return tl.full([], k, ROW) * stride[1]
+
+
+@triton.jit
+def offset_between(home, corner, stride, ALIGN: tl.constexpr, ROW: tl.constexpr):
+    """Elements from one point to another, a scalar."""
+    d = (corner[0] - home[0]).to(ROW) * stride[2]
+    h = (corner[1] - home[1]).to(ROW) * stride[3]
+    w = (corner[2] - home[2]).to(ROW) * stride[4]
+    return (d + h + w) * ALIGN
 
 
 @triton.jit
@@ -125,6 +139,20 @@ def corner_of(dilation, tap, start, origin, G: tl.constexpr):
 
 
 @triton.jit
+def home_of(start, origin, G: tl.constexpr):
+    """Coordinates near those that the first row reads at the centre tap: offsets of all taps count from there."""
+    if G.transposed:
+        d = (start[0] - origin[0]) // G.stride[0]
+        h = (start[1] - origin[1]) // G.stride[1]
+        w = (start[2] - origin[2]) // G.stride[2]
+    else:
+        d = start[0] * G.stride[0] + origin[0]
+        h = start[1] * G.stride[1] + origin[1]
+        w = start[2] * G.stride[2] + origin[2]
+    return d, h, w
+
+
+@triton.jit
 def tile_reads(corner, size, G: tl.constexpr):
     """Whether any row of the tile's box reads inside the volume (a scalar)."""
     reads = (corner[0] < size[0]) & (corner[0] + G.move[0] * (G.tile[0] - 1) >= 0)
@@ -169,7 +197,7 @@ def tap_index(tap, G: tl.constexpr):
 @triton.jit
 def load_rows(pointer, rows, mask, channel, channel_stride, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """A [P, BLOCK] tile, zero where masked and past the last channel."""
-    pointers = pointer + (rows[:, None] + channel[None, :] * channel_stride)
+    pointers = pointer + (rows[:, None] + channel.to(rows.dtype)[None, :] * channel_stride)
     if CHANNELS % BLOCK == 0:
         return tl.load(pointers, mask=mask[:, None], other=0.0)
     else:
@@ -178,15 +206,17 @@ def load_rows(pointer, rows, mask, channel, channel_stride, CHANNELS: tl.constex
 
 @triton.jit
 def store_rows(pointer, rows, mask, channel, channel_stride, tile, CHANNELS: tl.constexpr):
-    pointers = pointer + (rows[:, None] + channel[None, :] * channel_stride)
+    pointers = pointer + (rows[:, None] + channel.to(rows.dtype)[None, :] * channel_stride)
     tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=mask[:, None] & (channel < CHANNELS)[None, :])
 
 
 @triton.jit
-def load_weight(weight, tap, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr, DOT: tl.constexpr):
-    """A tile of the repacked weight [T, ROWS, COLUMNS], which is zero-padded to whole blocks and so needs no mask."""
-    pointers = weight + tap_index(tap, G) * (ROWS * COLUMNS) + (row[:, None] * COLUMNS + column[None, :])
-    return tl.load(pointers).to(DOT)
+def weight_tile(pointer, tap, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr):
+    """Pointers to a tile of one tap of a [T, ROWS, COLUMNS] tensor: the repacked weight or a sum of its gradient.
+
+    ROWS and COLUMNS are whole blocks (the weight is padded with zeros), so that no mask is needed.
+    """
+    return pointer + tap_index(tap, G) * (ROWS * COLUMNS) + (row[:, None] * COLUMNS + column[None, :])
 
 
 @triton.jit
@@ -196,13 +226,29 @@ def load_vector(vector, k, stride, channel, CHANNELS: tl.constexpr):
 
 
 @triton.jit
+def widened(tile):
+    """In fp32. bfloat16 by its bits: the compiler takes two instructions where one mask or shift does."""
+    if tile.dtype == tl.bfloat16:
+        return (tile.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return tile.to(tl.float32)
+
+
+@triton.jit
+def blended(blend, gate, tile):
+    """``blend`` + gate * tile in the dtype of ``blend``: packed instructions where that has 16 bits."""
+    gates = tl.broadcast_to(gate.to(blend.dtype)[:, None], blend.shape)
+    return tl.fma(gates, tile.to(blend.dtype), blend)
+
+
+@triton.jit
 def pinned(rows):
-    """The same values, by way of a sum over an axis of one.
+    """[P] in fp32, by way of a sum over an axis of one.
 
     The compiler would move the conversion to the layout of tl.dot's operand up to the loads: K tiles through shared
     memory instead of their blend. It does not move it past a reduction.
     """
-    return tl.sum(rows[:, None], 1)
+    return tl.sum(rows.to(tl.float32)[:, None], 1)
 
 
 # ------------------------------------------------------------------ branches without a scale: blend, then project
@@ -215,7 +261,7 @@ def forward_kernel(
     input_size, output_size, origin, tiles, cosets,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
     READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
+    BLEND: tl.constexpr, DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """out = sum_t W_t u_t + sum_k a_k shift_k, u_t the blend of tap t. Weight is [T, C, O]; grid (tiles, blocks of O)."""
     K: tl.constexpr = G.branches
@@ -225,6 +271,8 @@ def forward_kernel(
     n, start = tile_start(tl.program_id(0), tiles, cosets, G)
     position, moved = tile_rows(G)
     valid = rows_inside(start, position, output_size)
+    home = home_of(start, origin, G)
+    input += offset_of(n, home, input_stride, ALIGN)
     input_rows = row_offsets(moved, input_stride, ALIGN, ROW)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
 
@@ -233,40 +281,41 @@ def forward_kernel(
     gates = ()
     total = tl.zeros([P], tl.float32)
     for k in tl.static_range(K):
-        gate = tl.load(attention + k * attention_stride[1] + attention_rows, mask=valid, other=0.0).to(tl.float32)
+        gate = tl.load(attention + branch_offset(k, attention_stride, ROW) + attention_rows, mask=valid, other=0.0)
         gates = gates + (pinned(gate),)
-        total += gate
+        total += gate.to(tl.float32)
     total = pinned(total)
 
+    # The shift comes first: added last, the gates would stay in registers in a second layout.
     result = tl.zeros([P, BLOCK_O], tl.float32)
+    if HAS_SHIFT:
+        for k in tl.static_range(K):
+            result += gates[k][:, None] * load_vector(shift, k, shift_stride, o, O)[None, :]
     for c_start in range(0, C, BLOCK_C):
         c = c_start + tl.arange(0, BLOCK_C)
         # The centre tap, which the branches share.
         tap = centre_tap(G)
         corner = corner_of(constant_dilation(0, G), tap, start, origin, G)
         mask = valid & rows_inside(corner, moved, input_size)
-        x = load_rows(input + offset_of(n, corner, input_stride, ALIGN), input_rows, mask, c, 1, READ, BLOCK_C)
-        blend = total[:, None] * x.to(tl.float32)
-        w = load_weight(weight, tap, c, o, C_PADDED, O_PADDED, G, DOT)
-        result = tl.dot(blend.to(DOT), w, result, input_precision=PRECISION)
+        rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
+        x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C)
+        w = tl.load(weight_tile(weight, tap, c, o, C_PADDED, O_PADDED, G)).to(DOT)
+        result = tl.dot((total[:, None] * widened(x)).to(DOT), w, result, input_precision=PRECISION)
         for tap_d in range(G.kernel[0]):
             for tap_h in range(G.kernel[1]):
                 for tap_w in range(G.kernel[2]):
                     tap = (tap_d, tap_h, tap_w)
                     if off_centre_reads(tap, start, origin, input_size, G):
-                        blend = tl.zeros([P, BLOCK_C], tl.float32)
+                        blend = tl.zeros([P, BLOCK_C], BLEND)
                         for k in tl.static_range(K):
                             corner = corner_of(constant_dilation(k, G), tap, start, origin, G)
                             mask = valid & rows_inside(corner, moved, input_size)
-                            source = input + offset_of(n, corner, input_stride, ALIGN)
-                            x = load_rows(source, input_rows, mask, c, 1, READ, BLOCK_C)
-                            blend += gates[k][:, None] * x.to(tl.float32)
-                        w = load_weight(weight, tap, c, o, C_PADDED, O_PADDED, G, DOT)
+                            rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
+                            x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C)
+                            blend = blended(blend, gates[k], x)
+                        w = tl.load(weight_tile(weight, tap, c, o, C_PADDED, O_PADDED, G)).to(DOT)
                         result = tl.dot(blend.to(DOT), w, result, input_precision=PRECISION)
 
-    if HAS_SHIFT:
-        for k in tl.static_range(K):
-            result += gates[k][:, None] * load_vector(shift, k, shift_stride, o, O)[None, :]
     output += offset_of(n, start, output_stride, 1)
     store_rows(output, row_offsets(position, output_stride, 1, ROW), valid, o, output_stride[1], result, O)
 
@@ -286,22 +335,18 @@ def grad_attention_kernel(
     n, start = tile_start(tl.program_id(0), tiles, cosets, G)
     position, moved = tile_rows(G)
     valid = rows_inside(start, position, output_size)
+    home = home_of(start, origin, G)
+    input += offset_of(n, home, input_stride, ALIGN)
     input_rows = row_offsets(moved, input_stride, ALIGN, ROW)
     grad_output += offset_of(n, start, grad_output_stride, 1)
     grad_rows = row_offsets(position, grad_output_stride, 1, ROW)
 
     results = ()
     for k in tl.static_range(K):
-        result = tl.zeros([P], tl.float32)
-        if HAS_SHIFT:
-            for o_start in range(0, O, BLOCK_O):
-                o = o_start + tl.arange(0, BLOCK_O)
-                block = load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O).to(tl.float32)
-                result += tl.sum(block * load_vector(shift, k, shift_stride, o, O)[None, :], 1)
-        results = results + (result,)
+        results = results + (tl.zeros([P, BLOCK_C // ALIGN], tl.float32),)
 
     grad = load_rows(grad_output, grad_rows, valid, tl.arange(0, BLOCK_O), grad_output_stride[1], O, BLOCK_O)
-    shared = tl.zeros([P], tl.float32)
+    shared = tl.zeros([P, BLOCK_C // ALIGN], tl.float32)
     for c_start in range(0, C, BLOCK_C):
         c = c_start + tl.arange(0, BLOCK_C)
         # The centre tap, which the branches share.
@@ -310,8 +355,9 @@ def grad_attention_kernel(
                          C, O, G, BLOCK_C, BLOCK_O, DOT, PRECISION)
         corner = corner_of(constant_dilation(0, G), tap, start, origin, G)
         mask = valid & rows_inside(corner, moved, input_size)
-        x = load_rows(input + offset_of(n, corner, input_stride, ALIGN), input_rows, mask, c, 1, READ, BLOCK_C)
-        shared += tl.sum(g * x.to(tl.float32), 1)
+        rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
+        x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C)
+        shared += lane_sums(g, x, ALIGN)
         for tap_d in range(G.kernel[0]):
             for tap_h in range(G.kernel[1]):
                 for tap_w in range(G.kernel[2]):
@@ -323,16 +369,32 @@ def grad_attention_kernel(
                         for k in tl.static_range(K):
                             corner = corner_of(constant_dilation(k, G), tap, start, origin, G)
                             mask = valid & rows_inside(corner, moved, input_size)
-                            source = input + offset_of(n, corner, input_stride, ALIGN)
-                            x = load_rows(source, input_rows, mask, c, 1, READ, BLOCK_C)
-                            added = added + (results[k] + tl.sum(g * x.to(tl.float32), 1),)
+                            rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
+                            x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C)
+                            added = added + (results[k] + lane_sums(g, x, ALIGN),)
                         results = added
 
     grad_attention += offset_of(n, start, grad_attention_stride, 1)
     rows = row_offsets(position, grad_attention_stride, 1, ROW)
     for k in tl.static_range(K):
-        pointers = grad_attention + k * grad_attention_stride[1] + rows
-        tl.store(pointers, (results[k] + shared).to(grad_attention.dtype.element_ty), mask=valid)
+        result = tl.sum(results[k] + shared, 1)
+        if HAS_SHIFT:
+            for o_start in range(0, O, BLOCK_O):
+                o = o_start + tl.arange(0, BLOCK_O)
+                block = load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O)
+                result += tl.sum(widened(block) * load_vector(shift, k, shift_stride, o, O)[None, :], 1)
+        pointers = grad_attention + branch_offset(k, grad_attention_stride, ROW) + rows
+        tl.store(pointers, result.to(grad_attention.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def lane_sums(g, x, ALIGN: tl.constexpr):
+    """Sums of ALIGN adjacent channels, which one thread holds: the rest waits until after the loops."""
+    P: tl.constexpr = x.shape[0]
+    B: tl.constexpr = x.shape[1]
+    g = tl.reshape(g, [P, B // ALIGN, ALIGN])
+    x = tl.reshape(x, [P, B // ALIGN, ALIGN])
+    return tl.sum(widened(x) * widened(g), 2)
 
 
 @triton.jit
@@ -344,15 +406,15 @@ def tap_gradient(
     """g_t of one tile and one block of C: [P, BLOCK_C] in fp32. ``grad`` is the tile's first block of grad_output."""
     C_PADDED: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C * BLOCK_C
     O_PADDED: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O * BLOCK_O
-    w = load_weight(weight, tap, tl.arange(0, BLOCK_O), c, O_PADDED, C_PADDED, G, DOT)
+    w = tl.load(weight_tile(weight, tap, tl.arange(0, BLOCK_O), c, O_PADDED, C_PADDED, G)).to(DOT)
     g = tl.dot(grad.to(DOT), w, input_precision=PRECISION)
     for o_start in range(BLOCK_O, O, BLOCK_O):
         o = o_start + tl.arange(0, BLOCK_O)
         block = load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O).to(DOT)
-        w = load_weight(weight, tap, o, c, O_PADDED, C_PADDED, G, DOT)
+        w = tl.load(weight_tile(weight, tap, o, c, O_PADDED, C_PADDED, G)).to(DOT)
         g = tl.dot(block, w, g, input_precision=PRECISION)
     # As for ``pinned``: g goes to the layout of the K tiles it meets, once, and not they to that of tl.dot's result.
-    return tl.sum(g.to(DOT)[:, :, None], 2).to(tl.float32)
+    return g.to(DOT)
 
 
 # ------------------------------------------------------------------ branches with a scale: project, then sum
@@ -360,9 +422,9 @@ def tap_gradient(
 
 @triton.jit
 def project(
-    input, weight, input_rows, input_stride, input_size, moved, valid, n, start, origin, k, o,
+    input, weight, input_rows, input_stride, input_size, moved, valid, home, start, origin, k, o,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    READ: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """y_k of one tile and one block of O: [P, BLOCK_O] in fp32. Weight is [T, C, O]."""
     P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
@@ -379,9 +441,9 @@ def project(
                     corner = corner_of(dilation, tap, start, origin, G)
                     if tile_reads(corner, input_size, G):
                         mask = valid & rows_inside(corner, moved, input_size)
-                        source = input + offset_of(n, corner, input_stride, ALIGN)
-                        x = load_rows(source, input_rows, mask, c, 1, READ, BLOCK_C).to(DOT)
-                        w = load_weight(weight, tap, c, o, C_PADDED, O_PADDED, G, DOT)
+                        rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
+                        x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C).to(DOT)
+                        w = tl.load(weight_tile(weight, tap, c, o, C_PADDED, O_PADDED, G)).to(DOT)
                         y = tl.dot(x, w, y, input_precision=PRECISION)
     return y
 
@@ -401,18 +463,20 @@ def forward_scaled_kernel(
     n, start = tile_start(tl.program_id(0), tiles, cosets, G)
     position, moved = tile_rows(G)
     valid = rows_inside(start, position, output_size)
+    home = home_of(start, origin, G)
+    input += offset_of(n, home, input_stride, ALIGN)
     input_rows = row_offsets(moved, input_stride, ALIGN, ROW)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     attention += offset_of(n, start, attention_stride, 1)
     attention_rows = row_offsets(position, attention_stride, 1, ROW)
     result = tl.zeros([P, BLOCK_O], tl.float32)
     for k in range(K):
-        y = project(input, weight, input_rows, input_stride, input_size, moved, valid, n, start, origin, k, o,
-                    C, O, G, BLOCK_C, BLOCK_O, READ, ALIGN, DOT, PRECISION)
+        y = project(input, weight, input_rows, input_stride, input_size, moved, valid, home, start, origin, k, o,
+                    C, O, G, BLOCK_C, BLOCK_O, READ, ALIGN, DOT, ROW, PRECISION)
         y *= load_vector(scale, k, scale_stride, o, O)[None, :]
         if HAS_SHIFT:
             y += load_vector(shift, k, shift_stride, o, O)[None, :]
-        gate = tl.load(attention + k * attention_stride[1] + attention_rows, mask=valid, other=0.0)
+        gate = tl.load(attention + branch_offset(k, attention_stride, ROW) + attention_rows, mask=valid, other=0.0)
         result += gate.to(tl.float32)[:, None] * y
     output += offset_of(n, start, output_stride, 1)
     store_rows(output, row_offsets(position, output_stride, 1, ROW), valid, o, output_stride[1], result, O)
@@ -437,6 +501,8 @@ def grad_scaled_kernel(
     n, start = tile_start(tl.program_id(0), tiles, cosets, G)
     position, moved = tile_rows(G)
     valid = rows_inside(start, position, output_size)
+    home = home_of(start, origin, G)
+    input += offset_of(n, home, input_stride, ALIGN)
     input_rows = row_offsets(moved, input_stride, ALIGN, ROW)
     grad_output += offset_of(n, start, grad_output_stride, 1)
     grad_rows = row_offsets(position, grad_output_stride, 1, ROW)
@@ -447,11 +513,11 @@ def grad_scaled_kernel(
         result = tl.zeros([P], tl.float32)
         for o_start in range(0, O, BLOCK_O):
             o = o_start + tl.arange(0, BLOCK_O)
-            y = project(input, weight, input_rows, input_stride, input_size, moved, valid, n, start, origin, k, o,
-                        C, O, G, BLOCK_C, BLOCK_O, READ, ALIGN, DOT, PRECISION)
+            y = project(input, weight, input_rows, input_stride, input_size, moved, valid, home, start, origin, k, o,
+                        C, O, G, BLOCK_C, BLOCK_O, READ, ALIGN, DOT, ROW, PRECISION)
             grad = load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O).to(tl.float32)
             if WANT_SCALE:
-                gate = tl.load(attention + k * attention_stride[1] + attention_rows, mask=valid, other=0.0)
+                gate = tl.load(attention + branch_offset(k, attention_stride, ROW) + attention_rows, mask=valid, other=0.0)
                 tl.store(sums + k * O + o, tl.sum(gate.to(tl.float32)[:, None] * grad * y, 0), mask=o < O)
             if WANT_ATTENTION:
                 y *= load_vector(scale, k, scale_stride, o, O)[None, :]
@@ -460,7 +526,8 @@ def grad_scaled_kernel(
                 result += tl.sum(grad * y, 1)
         if WANT_ATTENTION:
             rows = row_offsets(position, grad_attention_stride, 1, ROW)
-            pointers = grad_attention + offset_of(n, start, grad_attention_stride, 1) + k * grad_attention_stride[1] + rows
+            target = grad_attention + offset_of(n, start, grad_attention_stride, 1)
+            pointers = target + branch_offset(k, grad_attention_stride, ROW) + rows
             tl.store(pointers, result.to(grad_attention.dtype.element_ty), mask=valid)
 
 
@@ -470,24 +537,24 @@ def grad_scaled_kernel(
 @triton.jit
 def gathered_blend(
     grad_output, attention, scale, grad_rows, attention_rows, grad_output_stride, attention_stride, scale_stride,
-    output_size, moved, valid, n, start, origin, tap, o,
+    output_size, moved, valid, home, start, origin, tap, o,
     O: tl.constexpr, G: tl.constexpr, BLOCK_O: tl.constexpr, READ: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    HAS_SCALE: tl.constexpr, BLEND: tl.constexpr, ROW: tl.constexpr,
 ):
     """v_t of one tile and one block of O: the sum over branches of a_k (s_k) G at the outputs that read the row."""
     K: tl.constexpr = G.branches
     P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
-    v = tl.zeros([P, BLOCK_O], tl.float32)
+    v = tl.zeros([P, BLOCK_O], BLEND)
     for k in tl.static_range(K):
         corner = corner_of(constant_dilation(k, G), tap, start, origin, G)
         mask = valid & rows_inside(corner, moved, output_size)
-        gates = attention + offset_of(n, corner, attention_stride, 1) + k * attention_stride[1]
-        gate = pinned(tl.load(gates + attention_rows, mask=mask, other=0.0).to(tl.float32))
-        source = grad_output + offset_of(n, corner, grad_output_stride, ALIGN)
-        g = load_rows(source, grad_rows, mask, o, 1, READ, BLOCK_O).to(tl.float32)
+        rows = attention_rows + offset_between(home, corner, attention_stride, 1, ROW)
+        gate = pinned(tl.load(attention + branch_offset(k, attention_stride, ROW) + rows, mask=mask, other=0.0))
+        rows = grad_rows + offset_between(home, corner, grad_output_stride, ALIGN, ROW)
+        g = load_rows(grad_output, rows, mask, o, 1, READ, BLOCK_O)
         if HAS_SCALE:
-            g *= load_vector(scale, k, scale_stride, o, O)[None, :]
-        v += gate[:, None] * g
+            g = g.to(BLEND) * load_vector(scale, k, scale_stride, o, O).to(BLEND)[None, :]
+        v = blended(v, gate, g)
     return v
 
 
@@ -499,11 +566,11 @@ def grad_input_weight_kernel(
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
     READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SCALE: tl.constexpr,
     WANT_INPUT: tl.constexpr, WANT_WEIGHT: tl.constexpr,
-    DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
+    BLEND: tl.constexpr, DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """v_t once, then dx = sum_t W_t^T v_t and dW_t = sum_q v_t x^T. Weight is [T, O, C]; grid (splits, blocks of C).
 
-    A program walks its share of the tiles in a fixed order and adds to its own part of dW in sums[split, T, O, C] (fp32,
+    A program walks its share of the tiles in a fixed order and adds to its own part of dW in sums[split, T, O, C] (fp32, padded to whole blocks,
     zeroed by the launcher), which stays in L2: no atomics, so the same call gives the same bits.
     """
     P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
@@ -515,11 +582,14 @@ def grad_input_weight_kernel(
     attention_rows = row_offsets(moved, attention_stride, 1, ROW)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     if WANT_WEIGHT:
-        sums += tl.program_id(0).to(tl.int64) * (T * O * C)
+        sums += tl.program_id(0).to(tl.int64) * (T * O_PADDED * C_PADDED)
     index = tl.program_id(0)
     while index < num_tiles:
         n, start = tile_start(index, tiles, cosets, G)
         valid = rows_inside(start, position, input_size)
+        home = home_of(start, origin, G)
+        tile_grad_output = grad_output + offset_of(n, home, grad_output_stride, ALIGN)
+        tile_attention = attention + offset_of(n, home, attention_stride, 1)
         if WANT_WEIGHT:
             source = input + offset_of(n, start, input_stride, 1)
             rows = row_offsets(position, input_stride, 1, ROW)
@@ -533,19 +603,17 @@ def grad_input_weight_kernel(
                         tap = (tap_d, tap_h, tap_w)
                         if any_branch_reads(tap, start, origin, output_size, G):
                             v = gathered_blend(
-                                grad_output, attention, scale, grad_rows, attention_rows,
+                                tile_grad_output, tile_attention, scale, grad_rows, attention_rows,
                                 grad_output_stride, attention_stride, scale_stride,
-                                output_size, moved, valid, n, start, origin, tap, o,
-                                O, G, BLOCK_O, READ, ALIGN, HAS_SCALE,
+                                output_size, moved, valid, home, start, origin, tap, o,
+                                O, G, BLOCK_O, READ, ALIGN, HAS_SCALE, BLEND, ROW,
                             ).to(DOT)
                             if WANT_INPUT:
-                                w = load_weight(weight, tap, o, c, O_PADDED, C_PADDED, G, DOT)
+                                w = tl.load(weight_tile(weight, tap, o, c, O_PADDED, C_PADDED, G)).to(DOT)
                                 result = tl.dot(v, w, result, input_precision=PRECISION)
                             if WANT_WEIGHT:
-                                pointers = sums + (tap_index(tap, G) * O + o[:, None]) * C + c[None, :]
-                                mask = (o < O)[:, None] & (c < C)[None, :]
-                                old = tl.load(pointers, mask=mask, other=0.0)
-                                tl.store(pointers, tl.dot(tl.trans(v), x, old, input_precision=PRECISION), mask=mask)
+                                pointers = weight_tile(sums, tap, o, c, O_PADDED, C_PADDED, G)
+                                tl.store(pointers, tl.dot(tl.trans(v), x, tl.load(pointers), input_precision=PRECISION))
                                 # The next tile may load with other threads than this one stores.
                                 tl.debug_barrier()
         if WANT_INPUT:

@@ -21,7 +21,7 @@ from .. import reference as reference_backend
 from . import interpreted, kernels, tuning
 from .configs import Config, Tiling, choose_tiling, configurations
 
-DOT_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 class Launch(NamedTuple):
@@ -126,7 +126,8 @@ def _forward(config, problem, source, weight, attention, branch_scale, shift, ou
             source.tensor, repack(weight, config, (2, 1, 0)), attention, shift, output,
             source.stride, attention.stride(), _stride(shift), output.stride(), *walk.arguments,
         ),
-        _constants(config, walk, source, weight) | {"HAS_SHIFT": shift is not None},
+        _constants(config, walk, source, weight, attention, output)
+        | {"HAS_SHIFT": shift is not None, "BLEND": blend_dtype(weight)},
     )
 
 
@@ -140,7 +141,7 @@ def _forward_scaled(config, problem, source, weight, attention, branch_scale, sh
             source.stride, attention.stride(), branch_scale.stride(), _stride(shift), output.stride(),
             *walk.arguments,
         ),
-        _constants(config, walk, source, weight) | {"HAS_SHIFT": shift is not None},
+        _constants(config, walk, source, weight, attention, output) | {"HAS_SHIFT": shift is not None},
     )
 
 
@@ -150,28 +151,30 @@ def _grad_input_weight(
     O, C = weight.shape[:2]
     walk = Walk(problem, config, input.shape[0], transposed=True)
     blocks = triton.cdiv(C, config.block_c)
+    packed = repack(weight, config, (2, 0, 1))
     splits, sums = walk.num_tiles, None
     if grad_weight is not None:
         splits = min(splits, triton.cdiv(_resident_programs(input.device), blocks))
-        sums = torch.zeros((splits, problem.num_taps, O, C), dtype=torch.float32, device=input.device)
+        sums = torch.zeros((splits, *packed.shape), dtype=torch.float32, device=input.device)
 
     def finish() -> None:
         if grad_weight is not None:
-            grad_weight.copy_(sums.sum(0).permute(1, 2, 0).view_as(grad_weight))
+            grad_weight.copy_(sums.sum(0)[:, :O, :C].permute(1, 2, 0).reshape(grad_weight.shape))
 
     return Launch(
         kernels.grad_input_weight_kernel,
         (splits, blocks),
         (
-            source.tensor, attention, branch_scale, repack(weight, config, (2, 0, 1)), input, grad_input, sums,
+            source.tensor, attention, branch_scale, packed, input, grad_input, sums,
             source.stride, attention.stride(), _stride(branch_scale), input.stride(), _stride(grad_input),
             *walk.arguments, walk.num_tiles,
         ),
-        _constants(config, walk, source, weight)
+        _constants(config, walk, source, weight, attention, input, grad_input)
         | {
             "HAS_SCALE": branch_scale is not None,
             "WANT_INPUT": grad_input is not None,
             "WANT_WEIGHT": grad_weight is not None,
+            "BLEND": blend_dtype(weight),
         },
         finish,
     )
@@ -187,7 +190,7 @@ def _grad_attention(config, problem, grad_output, source, weight, shift, grad_at
             grad_output, source.tensor, repack(weight, config, (2, 0, 1)), shift, grad_attention,
             grad_output.stride(), source.stride, _stride(shift), grad_attention.stride(), *walk.arguments,
         ),
-        _constants(config, walk, source, weight) | {"HAS_SHIFT": shift is not None},
+        _constants(config, walk, source, weight, grad_output, grad_attention) | {"HAS_SHIFT": shift is not None},
     )
 
 
@@ -214,7 +217,7 @@ def _grad_scaled(
             grad_output.stride(), source.stride, attention.stride(), branch_scale.stride(), _stride(shift),
             _stride(grad_attention), *walk.arguments,
         ),
-        _constants(config, walk, source, weight)
+        _constants(config, walk, source, weight, grad_output, attention, grad_attention)
         | {
             "HAS_SHIFT": shift is not None,
             "WANT_ATTENTION": grad_attention is not None,
@@ -224,7 +227,10 @@ def _grad_scaled(
     )
 
 
-def _constants(config: Config, walk: Walk, source: Source, weight: Tensor) -> dict:
+def _constants(
+    config: Config, walk: Walk, source: Source, weight: Tensor, *volumes: Optional[Tensor]
+) -> dict:
+    """``volumes`` are the tensors [N, ..., D, H, W] that the kernel addresses besides the source."""
     return {
         "C": weight.shape[1],
         "O": weight.shape[0],
@@ -233,14 +239,23 @@ def _constants(config: Config, walk: Walk, source: Source, weight: Tensor) -> di
         "BLOCK_O": config.block_o,
         "READ": source.tensor.shape[1],
         "ALIGN": source.align,
-        # The interpreter's bfloat16 arithmetic is wrong: there bfloat16 is only loaded and stored.
-        "DOT": tl.float32 if interpreted() else DOT_DTYPES[weight.dtype],
-        "ROW": tl.int32,
+        "DOT": dot_dtype(weight),
+        "ROW": _row_dtype(source.tensor, *volumes),
         "PRECISION": dot_precision(weight),
         "num_warps": config.num_warps,
         # More stages would copy what is gathered past L1 into shared memory, and L1 is where its reuse is.
         "num_stages": 1,
     }
+
+
+def _row_dtype(*volumes: Optional[Tensor]) -> tl.dtype:
+    """32 bits, or 64 if a batch entry spans too many elements; offsets between batch entries always have 64."""
+    spans = [
+        sum((size - 1) * stride for size, stride in zip(volume.shape[1:], volume.stride()[1:]))
+        for volume in volumes
+        if volume is not None
+    ]
+    return tl.int32 if max(spans) < 2**31 else tl.int64
 
 
 def _resident_programs(device: torch.device) -> int:
@@ -351,6 +366,16 @@ def as_3d(tensor: Optional[Tensor]) -> Optional[Tensor]:
     if tensor is None or tensor.dim() == 5:
         return tensor
     return tensor[(slice(None), slice(None)) + (None,) * (5 - tensor.dim())]
+
+
+def dot_dtype(tensor: Tensor) -> tl.dtype:
+    """That of the tensor; but the interpreter's bfloat16 arithmetic is wrong, there bfloat16 is only loaded and stored."""
+    return tl.float32 if interpreted() and tensor.dtype == torch.bfloat16 else DTYPES[tensor.dtype]
+
+
+def blend_dtype(tensor: Tensor) -> tl.dtype:
+    """That of the tensor: two elements an instruction. Only CDNA has no such instruction for bfloat16."""
+    return tl.float32 if torch.version.hip and tensor.dtype == torch.bfloat16 else dot_dtype(tensor)
 
 
 def dot_precision(tensor: Tensor) -> str:
