@@ -1,9 +1,11 @@
 """torch.ops.autofocus_cpu itself: wrong direct calls raise, each instruction set is right."""
 
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,9 +153,10 @@ def test_offsets_are_64_bit(argument):
     testing.judge(testing.evaluate(partial(autofocus_conv, backend="cpu"), case, tensors), case, tensors)
 
 
-# ------------------------------------------------------------------ instruction sets
+# ------------------------------------------------------------------ instruction sets, memory
 
 EACH_CASE = """
+import os
 import sys
 import torch
 from autofocus_kernels import testing
@@ -161,6 +164,8 @@ from autofocus_kernels.backends import cpu
 
 assert cpu.unavailable() is None
 torch.set_num_threads(1)
+if "LD_PRELOAD" in os.environ:
+    assert torch.empty(16).isnan().all(), "memory is not guarded"
 print(torch.ops.autofocus_cpu.isa())
 failures = []
 for case in testing.CASES:
@@ -173,14 +178,31 @@ sys.exit("\\n".join(failures) or 0)
 """
 
 
+def run_each_case(**environment):
+    """The name of the instruction set that a fresh process checked every case with."""
+    result = subprocess.run(
+        [sys.executable, "-c", EACH_CASE], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, f"exit status {result.returncode}: {result.stderr}"
+    return result.stdout.strip()
+
+
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_every_case_on_a_lesser_cpu(isa):
-    """The kernels that this CPU would not choose by itself, in a process of their own."""
-    result = subprocess.run(
-        [sys.executable, "-c", EACH_CASE],
-        env={**os.environ, "AUTOFOCUS_CPU_ISA": isa}, capture_output=True, text=True,
-    )
-    if result.stdout.strip() == "generic" != isa:
+    """The kernels that this CPU would not choose by itself."""
+    ran = run_each_case(AUTOFOCUS_CPU_ISA=isa)
+    if ran == "generic" != isa:
         pytest.skip(f"this CPU has no {isa}")
-    assert result.stdout.strip() == isa
-    assert result.returncode == 0, result.stderr
+    assert ran == isa
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None,
+    reason="guarded_memory.c replaces the allocator of Linux, and must be compiled",
+)
+def test_every_case_in_guarded_memory(tmp_path):
+    """No kernel uses memory it has not written, or reads or writes past the end of scratch or tensors."""
+    library = tmp_path / "guarded_memory.so"
+    source = Path(__file__).with_name("guarded_memory.c")
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
+    assert run_each_case(LD_PRELOAD=str(library)) == torch.ops.autofocus_cpu.isa()
