@@ -16,6 +16,7 @@
 #include "arguments.h"
 #include "forward.h"
 #include "gemm.h"
+#include "lowprecision.h"
 #include "pack.h"
 #include "tile.h"
 
@@ -152,13 +153,23 @@ class Backward {
         tap_columns_(g_.kernel.x * plan_.group_width),
         weight_size_(num_taps(g_) * plan_.group_width * out_width_),
         output_size_(volume(g_.output)),
+        low_precision_(use_brgemm<T>()),
+        low_depth_(even(g_.O)),
         weight_(needs_projection() ? plan_.groups * num_taps(g_) * g_.O * plan_.group_width : 0),
+        low_weight_(low_precision_ && needs_projection()
+                        ? plan_.groups * g_.kernel.z * g_.kernel.y * low_depth_ * tap_columns_
+                        : 0),
         bias_(out_width_),
         grad_weight_(wanted_ & kWeight ? plan_.groups * plan_.partials * weight_size_ : 0),
         grad_attention_(wanted_ & kAttention ? plan_.groups * g_.N * g_.K * output_size_ : 0) {
     std::fill(bias_.get(), bias_ + out_width_, A(0));
     if (args.bias != nullptr) pack_row(args.bias, 0, 1, 1, g_.O, bias_.get(), out_width_);
     if (needs_projection()) pack_weight();
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (low_precision_ && needs_projection())
+        for (int64_t row = 0; row < plan_.groups * g_.kernel.z * g_.kernel.y; ++row)
+          round_pairs(weight_ + row * g_.O * tap_columns_, tap_columns_, g_.O, tap_columns_,
+                      low_weight_ + row * low_depth_ * tap_columns_);
   }
 
   void run() {
@@ -172,6 +183,7 @@ class Backward {
         for (int64_t lattice = partial; lattice < plan_.lattices; lattice += plan_.partials)
           run_lattice(lattice, group, grad_weight, workspace);
       }
+      if (low_precision_) brgemm_done();
     });
     if (wanted_ & kWeight) reduce_weight();
     if (wanted_ & kAttention) reduce_attention();
@@ -186,8 +198,13 @@ class Backward {
           grad_output(b.plan_.voxels * b.out_width_),
           projected(b.plan_.voxels * b.tap_columns_),
           blended(b.plan_.voxels * b.tap_columns_),
-          grad_attention(b.plan_.voxels * b.g_.K * V::kLanes) {}
+          grad_attention(b.plan_.voxels * b.g_.K * V::kLanes),
+          low_grad(b.low_precision_ ? b.plan_.voxels * b.low_depth_ : 0),
+          low_transposed(b.low_precision_ ? even(b.plan_.voxels) * b.g_.O : 0),
+          low_blended(b.low_precision_ ? even(b.plan_.voxels) * b.tap_columns_ : 0) {}
     Scratch<A> x, dx, attention, grad_output, projected, blended, grad_attention;
+    // The tile in bfloat16: G by voxel, G by channel, and the blended input in pairs of voxels.
+    Scratch<uint16_t> low_grad, low_transposed, low_blended;
     std::vector<Segment> segments;
     std::vector<TapRow> rows;
   };
@@ -263,15 +280,17 @@ class Backward {
       A* da = w.grad_attention;
       std::fill(da, da + count * g_.K * lanes, A(0));
     }
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (low_precision_) {
+        round_rows(w.grad_output, out_width_, count, g_.O, w.low_grad, low_depth_);
+        round_transposed(w.grad_output, out_width_, count, g_.O, w.low_transposed, even(plan_.voxels));
+      }
     const TapFunction<A> pass = tap_function<A>(wanted_, int(plan_.group_vectors));
     const int64_t tap_rows = g_.kernel.z * g_.kernel.y;
     for (int64_t tap_row = 0; tap_row < tap_rows; ++tap_row) {
       const Index3 offset = tap_offset(sub, tap_row * g_.kernel.x);
       if (!find_tap_rows(sub, w.segments, offset, w.rows)) continue;
-      if (needs_projection())
-        gemm<A>({w.grad_output, out_width_, 1, weight_ + (group * tap_rows + tap_row) * g_.O * tap_columns_,
-                 tap_columns_, w.projected, tap_columns_, g_.O},
-                count, tap_columns_, false);
+      if (needs_projection()) project(group * tap_rows + tap_row, count, w);
       for (int64_t x = 0; x < g_.kernel.x; ++x)
         for (size_t i = 0; i < w.segments.size(); ++i)
           for (const Run& run : runs.at(w.segments[i].part, x)) {
@@ -292,12 +311,32 @@ class Backward {
             });
             pass(t, active, run.count);
           }
-      if (wanted_ & kWeight)
-        gemm<A>({w.blended, 1, tap_columns_, w.grad_output, out_width_,
-                 grad_weight + tap_row * tap_columns_ * out_width_, out_width_, count},
-                tap_columns_, out_width_, true);
+      if (wanted_ & kWeight) add_weight(grad_weight + tap_row * tap_columns_ * out_width_, count, w);
     }
     if (wanted_ & kAttention) store_attention(lattice, n, group, w);
+  }
+
+  // g_t(p) = W_t^T G(p) for the taps of one row: projected[p][tap x][channel].
+  void project(int64_t weight_row, int64_t count, Workspace& w) const {
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (low_precision_)
+        return brgemm(w.low_grad, low_depth_, low_weight_ + weight_row * low_depth_ * tap_columns_, w.projected,
+                      tap_columns_, count, tap_columns_, low_depth_, false);
+    gemm<A>({w.grad_output, out_width_, 1, weight_ + weight_row * g_.O * tap_columns_, tap_columns_, w.projected,
+             tap_columns_, g_.O},
+            count, tap_columns_, false);
+  }
+
+  // dW_t += sum_p u_t(p) G(p)^T: [tap x][channel][O padded], or in low precision [O][tap x][channel].
+  void add_weight(A* to, int64_t count, Workspace& w) const {
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (low_precision_) {
+        round_pairs(w.blended, tap_columns_, count, tap_columns_, w.low_blended);
+        return brgemm(w.low_transposed, even(plan_.voxels), w.low_blended, to, tap_columns_, g_.O, tap_columns_,
+                      even(count), true);
+      }
+    gemm<A>({w.blended, 1, tap_columns_, w.grad_output, out_width_, to, out_width_, count}, tap_columns_, out_width_,
+            true);
   }
 
   void store_attention(const Lattice& lattice, int64_t n, int64_t group, Workspace& w) {
@@ -325,10 +364,12 @@ class Backward {
         for (int64_t c = 0; c < g_.C; ++c) {
           const int64_t group = c / plan_.group_width, lane = c % plan_.group_width;
           for (int64_t o = 0; o < g_.O; ++o) {
+            const int64_t row = tap / g_.kernel.x * tap_columns_, column = j.x * plan_.group_width + lane;
+            const int64_t at =
+                low_precision_ ? row * out_width_ + o * tap_columns_ + column : (row + column) * out_width_ + o;
             A total = 0;
             for (int64_t partial = 0; partial < plan_.partials; ++partial)
-              total += grad_weight_[(group * plan_.partials + partial) * weight_size_ +
-                                    (tap * plan_.group_width + lane) * out_width_ + o];
+              total += grad_weight_[(group * plan_.partials + partial) * weight_size_ + at];
             from_accumulator(total, at_tap[o * to.n + c * to.c]);
           }
         }
@@ -359,7 +400,11 @@ class Backward {
   const BackwardPlan<A> plan_;
   const int wanted_;
   const int64_t out_width_, tap_columns_, weight_size_, output_size_;
-  Scratch<A> weight_, bias_, grad_weight_, grad_attention_;
+  const bool low_precision_;
+  const int64_t low_depth_;
+  Scratch<A> weight_;
+  Scratch<uint16_t> low_weight_;
+  Scratch<A> bias_, grad_weight_, grad_attention_;
 };
 
 template <typename T, typename A>

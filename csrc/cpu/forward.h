@@ -9,6 +9,7 @@
 #include "arguments.h"
 #include "blend.h"
 #include "gemm.h"
+#include "lowprecision.h"
 #include "pack.h"
 
 namespace autofocus {
@@ -78,6 +79,18 @@ void forward(const ForwardArguments<T>& args) {
 
   Scratch<A> weight(num_taps(g) * g.C * out_width);
   pack_forward_weight(g, args.weight, chunks, weight.get());
+  // The same in bfloat16, in pairs along the reduction; every chunk on its own, since its depth may be odd.
+  const bool low_precision = use_brgemm<T>();
+  const int64_t low_depth = even(g.kernel.x * chunks.size(chunks.count - 1));
+  const int64_t low_size = low_depth * out_width;
+  const int64_t tap_rows = g.kernel.z * g.kernel.y;
+  Scratch<uint16_t> low_weight(low_precision ? tap_rows * chunks.count * low_size : 0);
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (low_precision)
+      for (int64_t row = 0; row < tap_rows; ++row)
+        for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
+          round_pairs(weight + (row * g.C + chunks.begin(chunk)) * g.kernel.x * out_width, out_width,
+                      g.kernel.x * chunks.size(chunk), out_width, low_weight + (row * chunks.count + chunk) * low_size);
   Scratch<A> bias(out_width);
   std::fill(bias.get(), bias + out_width, A(0));
   if (args.bias != nullptr) pack_row(args.bias, 0, 1, 1, g.O, bias.get(), out_width);
@@ -98,13 +111,14 @@ void forward(const ForwardArguments<T>& args) {
 
     args.parallel(grid.count(), [&](int64_t begin, int64_t end) {
       Scratch<A> attention((g.K + 1) * voxels), blended(voxels * blended_width), out(voxels * out_width);
+      Scratch<uint16_t> low_blended(low_precision ? voxels * low_depth : 0);
       std::vector<Segment> segments;
       std::vector<TapRow> rows;
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t count = grid.at(tile, segments);
         pack_attention(lattice, args.attention, n, segments, attention.get(), voxels);
         bool first = true;
-        for (int64_t tap_row = 0; tap_row < g.kernel.z * g.kernel.y; ++tap_row) {
+        for (int64_t tap_row = 0; tap_row < tap_rows; ++tap_row) {
           const Index3 offset = tap_offset(sub, tap_row * g.kernel.x);
           const A* w_row = weight + tap_row * g.kernel.x * g.C * out_width;
           if (!find_tap_rows(sub, segments, offset, rows)) continue;
@@ -133,8 +147,18 @@ void forward(const ForwardArguments<T>& args) {
                 }
               }
             }
+            const int64_t depth = g.kernel.x * channels;
+            if constexpr (std::is_same_v<T, BFloat16>) {
+              if (low_precision) {
+                round_rows(blended, blended_width, count, depth, low_blended, low_depth);
+                brgemm(low_blended, low_depth, low_weight + (tap_row * chunks.count + chunk) * low_size, out, out_width,
+                       count, out_width, even(depth), !first);
+                first = false;
+                continue;
+              }
+            }
             gemm<A>({blended, blended_width, 1, w_row + g.kernel.x * chunks.begin(chunk) * out_width, out_width, out,
-                     out_width, g.kernel.x * channels},
+                     out_width, depth},
                     count, out_width, !first);
             first = false;
           }
@@ -153,6 +177,7 @@ void forward(const ForwardArguments<T>& args) {
                      lattice.step.x * args.output.s.x, args.output.c);
         }
       }
+      if (low_precision) brgemm_done();
     });
   }
 }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "brgemm.h"
 #include "kernels.h"
 #include "lattice.h"
 #include "tile.h"
