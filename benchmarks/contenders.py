@@ -63,13 +63,18 @@ def layer(name: str) -> Callable[..., Tensor]:
     return partial(autofocus_conv, backend=name)
 
 
-def make_tensors(case: Case, layout: str, dtype: str, device: str, seed: int = 0) -> Tensors:
-    """The same values in every layout. Unlike in the tests the weight is laid out too, as ``module.to`` would."""
-    tensors = testing.make_tensors(replace(case, layout=layout), DTYPES[dtype], device, seed)
-    if layout == "channels_last" and case.spatial_dims > 1:
-        memory_format = replace(case, layout=layout).memory_format
-        tensors = tensors._replace(weight=tensors.weight.contiguous(memory_format=memory_format))
-    return tensors
+def make_tensors(case: Case, dtype: str, device: str) -> Tensors:
+    """Random values, contiguous."""
+    return testing.make_tensors(case, DTYPES[dtype], device)
+
+
+def lay_out(tensors: Tensors, case: Case, layout: str) -> Tensors:
+    """The same values in ``layout``, the weight too, as ``module.to(memory_format=...)`` would."""
+    memory_format = replace(case, layout=layout).memory_format
+    return Tensors(*(
+        tensor if tensor is None or tensor.dim() < 4 else tensor.contiguous(memory_format=memory_format)
+        for tensor in tensors
+    ))
 
 
 def runner(pass_name: str, function: Callable[..., Tensor], case: Case, tensors: Tensors) -> Callable:
@@ -112,11 +117,10 @@ def _set_precision(matmul: bool, convolution: bool, benchmark: bool) -> None:
 
 
 class Judge:
-    """float64 truth and tolerances of one case in one dtype; judges every contender's results."""
+    """float64 truth and tolerances of one case with these values; judges every contender's results."""
 
-    def __init__(self, case: Case, dtype: str, device: str, seed: int = 0) -> None:
+    def __init__(self, case: Case, dtype: str, tensors: Tensors) -> None:
         self.case = case
-        tensors = make_tensors(case, "contiguous", dtype, device, seed)
         # cuDNN has returned wrong convolutions before: on a GPU, truth is columns and a float64 matrix product.
         with torch.backends.cudnn.flags(enabled=False):
             self.expected = testing.truth(case, tensors)

@@ -22,10 +22,11 @@ import torch
 
 import memory
 from autofocus_kernels import testing
-from autofocus_kernels.testing import Case
+from autofocus_kernels.testing import Case, Tensors
 from cases import compulsory_bytes, elements, multiply_adds, shape
 from contenders import (
-    DTYPES, NAIVE, Contender, Judge, clock, interleave, layer, make_tensors, precision, runner,
+    DTYPES, NAIVE, Contender, Judge, clock, interleave, lay_out, layer, make_tensors, precision,
+    runner,
 )
 
 # What identifies a measurement: rows that agree in these may stand beside each other and be compared.
@@ -168,24 +169,26 @@ def measure(
     seconds: float,
     measure_memory: bool = True,
     say: Callable[[str], None] = lambda text: None,
+    tensors: Tensors | None = None,
 ) -> Iterable[list[dict]]:
     """The rows of one case in one dtype, a list per pass as soon as it is done.
 
     A contender whose output or any gradient is not within tolerance of float64 truth gets a row without a time.
-    ``seconds`` is what the timed rounds of a pass may take.
+    ``seconds`` is what the timed rounds of a pass may take; ``tensors`` are contiguous, random ones if None.
     """
     say("float64 truth")
     with precision(dtype):
-        judge = Judge(case, dtype, device)
+        given = make_tensors(case, dtype, device) if tensors is None else tensors
+        judge = Judge(case, dtype, given)
         verdicts, ready = {}, {}
+        torch.compiler.reset()  # what was compiled for another case must not count against dynamo's limit
         for contender in contenders:
             say(f"checking {contender.name}")
-            torch.compiler.reset()
-            tensors = make_tensors(case, contender.layout, dtype, device)
+            laid_out = lay_out(given, case, contender.layout)
             function = layer(contender.name)
-            verdicts[contender] = verdict = _judge(judge, contender, function, tensors)
+            verdicts[contender] = verdict = _judge(judge, contender, function, laid_out)
             if verdict["status"] == "ok":
-                ready[contender] = (function, tensors)
+                ready[contender] = (function, laid_out)
         del judge
         peaks = {}
         if measure_memory and device == "cpu" and memory.can_measure_cpu():
@@ -200,8 +203,8 @@ def measure(
             say(f"timing {pass_name}")
             load = os.getloadavg()[0]
             calls = {
-                contender: runner(pass_name, function, case, tensors)
-                for contender, (function, tensors) in ready.items()
+                contender: runner(pass_name, function, case, laid_out)
+                for contender, (function, laid_out) in ready.items()
             }
             times = interleave(calls, clock(device), seconds) if calls else {}
             if measure_memory and device == "cuda":
@@ -218,8 +221,8 @@ def measure(
                     row["fraction_of_floor"] = fixed["floor_ms"] / row["min_ms"]
                     row["peak_bytes"] = peaks.get((contender, pass_name))
                     if pass_name != "inference":
-                        forward = runner("forward", ready[contender][0], case, ready[contender][1])
-                        row["saved_bytes"] = testing.saved_bytes(forward)
+                        function, laid_out = ready[contender]
+                        row["saved_bytes"] = testing.saved_bytes(runner("forward", function, case, laid_out))
                 rows.append(row)
             yield with_ratios(rows)
 
@@ -372,6 +375,42 @@ def table(rows: list[dict]) -> str:
                 f"{_mib(row.get('saved_bytes')):>11}{row['fraction_of_floor']:>10.0%}{row['error']:>10.0e}"
             )
     return "\n".join(lines)
+
+
+def summary(rows: list[dict]) -> str:
+    """One line per case, dtype and pass, everything in the layout (nc: contiguous, cl: channels-last) of the best naive.
+
+    Per backend: its time, how many times faster than the naive layer, share of the floor, and in brackets its peak
+    memory over the naive layer's.
+    """
+    found = groups(rows)
+    names = list(dict.fromkeys(row["contender"] for row in rows if row["contender"] != NAIVE))
+    head = f"{'case':<18}{'dtype':<10}{'pass':<11}{'naive ms':>12}"
+    lines = [head + "".join(f"{name:>30}" for name in names)]
+    for (case, dtype, pass_name), group in found.items():
+        line = f"{case:<18}{dtype:<10}{pass_name:<11}"
+        best = best_naive(group)
+        layout = best["layout"] if best else group[0]["layout"]
+        short = "nc" if layout == "contiguous" else "cl"
+        line += f"{best['min_ms']:>9.2f} {short}" if best else f"{'not ok':>12}"
+        in_layout = {row["contender"]: row for row in group if row["layout"] == layout}
+        line += "".join(f"{_brief(in_layout.get(name), best):>30}" for name in names)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _brief(row: dict | None, best: dict | None) -> str:
+    if row is None:
+        return "-"
+    if row["status"] != "ok":
+        return row["status"].upper()
+    parts = [f"{row['min_ms']:.2f}"]
+    if best is not None:
+        parts.append(f"{row['ratio']:.2f}x")
+    parts.append(f"{row['fraction_of_floor']:.0%}")
+    if best is not None and row.get("peak_bytes") is not None and best.get("peak_bytes"):
+        parts.append(f"({row['peak_bytes'] / best['peak_bytes']:.2f})")
+    return " ".join(parts)
 
 
 def _mib(count: float | None) -> str:

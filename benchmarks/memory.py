@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from autofocus_kernels.testing import Case
-from contenders import COMPILED, Contender, layer, make_tensors, precision, runner
+from contenders import COMPILED, Contender, lay_out, layer, make_tensors, precision, runner
 
 SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
@@ -93,12 +93,11 @@ def main(job: dict) -> None:
         function = layer(name)
         with precision(job["dtype"]):
             # Libraries load and threads start here. What is compiled for one size compiles here too.
-            warm = case if name == COMPILED else small
-            call = runner(pass_name, function, warm, make_tensors(warm, layout, job["dtype"], "cpu"))
-            call()
-            if name != COMPILED:
-                call = runner(pass_name, function, case, make_tensors(case, layout, job["dtype"], "cpu"))
-            print(json.dumps([name, layout, pass_name, peak_here(call)]), flush=True)
+            for problem in (case if name == COMPILED else small, case):
+                tensors = lay_out(make_tensors(problem, job["dtype"], "cpu"), problem, layout)
+                call = runner(pass_name, function, problem, tensors)
+                peak = peak_here(call)
+            print(json.dumps([name, layout, pass_name, peak]), flush=True)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def draw(rows: list[dict]) -> plt.Figure:
         _memory(line[-1], [groups.get((case, dtype, heaviest), []) for case in cases[dtype]], names)
         line[-1].set_title(f"{dtype}: peak memory, {heaviest}", fontsize=10)
         line[0].set_yticks(range(len(cases[dtype])), cases[dtype])
-        line[0].invert_yaxis()
+        line[0].set_ylim(len(cases[dtype]) - 0.5, -0.5)
     first = rows[0]
     machine = first["device"] if first["device"] != "cpu" else f"{first['cpu']}, {first['threads']} threads"
     figure.suptitle(

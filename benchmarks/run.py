@@ -20,7 +20,6 @@ from contenders import COMPILED, DTYPES, PASSES, backends_of, contenders
 
 # Chosen so that two CPU cores are done in under ten minutes; --full times everything.
 DEFAULT_16_BIT = ("32x64^3", "64x48^3")
-DEFAULT_COMPILED = ("32x64^3",)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -32,8 +31,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", help="default: all that run on the device")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--seconds", type=float, help="timed rounds per case, dtype and pass")
-    parser.add_argument("--full", action="store_true", help="every case, dtype, pass and torch.compile")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the naive layer out")
+    parser.add_argument("--full", action="store_true", help="every case, dtype and pass, and torch.compile in each")
+    parser.add_argument(
+        "--compiled", nargs="*", metavar="CASE", choices=cases.BY_NAME, default=["32x64^3"],
+        help="cases in which torch.compile of the naive layer takes part (slow to compile)",
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--time-limit", type=float, help="start no new case after this many seconds")
     parser.add_argument("--out", type=Path, help="CSV; default: build/benchmark-<device>.csv")
@@ -48,19 +50,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def plan(options: argparse.Namespace) -> list[tuple]:
     """(case, dtype, whether torch.compile takes part), in the order in which they are measured."""
-    of_device = cases.GPU_CASES if options.device == "cuda" else cases.CPU_CASES
-    chosen = [cases.BY_NAME[name] for name in options.cases] if options.cases else list(of_device)
-    everything = options.full or options.device == "cuda" or options.cases
-    if not everything:
+    on_gpu = options.device == "cuda"
+    default = not (options.full or options.cases or on_gpu)
+    if options.cases:
+        chosen = [cases.BY_NAME[name] for name in options.cases]
+    else:
+        chosen = cases.GPU_CASES if on_gpu else cases.CPU_CASES
+    if default:
         chosen = [case for case in chosen if case not in cases.BRANCH_AFN6]
-    dtypes = options.dtypes or {
-        "cuda": ["bfloat16", "float16", "tf32", "float32"], "cpu": ["float32", "bfloat16"]
-    }[options.device]
+    gpu_dtypes = ["bfloat16", "float16", "tf32", "float32"]
+    dtypes = options.dtypes or (gpu_dtypes if on_gpu else ["float32", "bfloat16"])
     return [
-        (case, dtype, not options.no_compile and (everything or case.name in DEFAULT_COMPILED))
+        (case, dtype, options.full or case.name in options.compiled)
         for dtype in dtypes
         for case in chosen
-        if everything or options.dtypes or dtype == "float32" or case.name in DEFAULT_16_BIT
+        if not default or options.dtypes or dtype == "float32" or case.name in DEFAULT_16_BIT
     ]
 
 
@@ -93,7 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     if done < len(todo):
         ceilings = harness.Ceilings(options.device)
         seconds = options.seconds or (5.0 if options.device == "cpu" else 0.5)
-        with tqdm(todo, unit="case", file=sys.stderr, dynamic_ncols=True) as bar:
+        # No bar in a log: a finished case prints a line there too.
+        with tqdm(todo, unit="case", file=sys.stderr, dynamic_ncols=True, disable=None) as bar:
             for case, dtype, compiled, passes in bar:
                 if not passes:
                     continue
@@ -107,12 +112,15 @@ def main(arguments: list[str] | None = None) -> int:
                 )
                 for rows in measured:
                     store.add(rows)
+                    bar.write(harness.summary(rows).splitlines()[-1])
 
     names = {case.name for case, *_ in jobs}
     rows = [
         row for row in harness.read(options.out) if row["case"] in names and row["pass"] in options.passes
     ]
     print(harness.table(rows))
+    print("\nTime, times as fast as the best naive layer, share of the floor (peak memory over the naive layer's):\n")
+    print(harness.summary(rows))
     print(f"\n{len(rows)} rows in {options.out}")
     failures = harness.failures(rows)
     for failure in failures:

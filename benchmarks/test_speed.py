@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import cases
-from contenders import NAIVE, Contender, Judge, backends_of, layer, make_tensors, runner
+from contenders import NAIVE, Contender, Judge, backends_of, lay_out, layer, make_tensors, runner
 
 DEVICE = "cpu"
 TIMED = [cases.BY_NAME[name] for name in ("32x64^3", "64x48^3", "odd-7x33x21x18")]
@@ -20,7 +20,7 @@ TIMED = [cases.BY_NAME[name] for name in ("32x64^3", "64x48^3", "odd-7x33x21x18"
 
 @pytest.fixture(scope="module", params=TIMED, ids=str)
 def judge(request):
-    return Judge(request.param, "float32", DEVICE)
+    return Judge(request.param, "float32", make_tensors(request.param, "float32", DEVICE))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -30,7 +30,7 @@ def test_speed(benchmark, judge, name, layout, pass_name):
     reason = backends_of(DEVICE).get(name)
     if reason is not None:
         pytest.skip(reason)
-    tensors = make_tensors(judge.case, layout, "float32", DEVICE)
+    tensors = lay_out(make_tensors(judge.case, "float32", DEVICE), judge.case, layout)
     errors = judge.errors(Contender(name, layout), layer(name), tensors)
     assert not judge.complaints(errors)
     benchmark.group = f"{judge.case.name} {pass_name}"

@@ -1,0 +1,209 @@
+"""The GPU backends on a GPU; benchmarks/gpu_check.py runs this file. Without a GPU there is nothing to run it on."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from autofocus_kernels import AutofocusConv3d, autofocus_conv, reference, testing
+from autofocus_kernels.dispatch import PREFERENCE, backend_module
+from autofocus_kernels.testing import Case
+
+DEVICE = "cuda"
+BACKENDS = [name for name in PREFERENCE[DEVICE] if name != "reference"]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+TF32_EPS = 2.0**-10
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    reason = backend_module(request.param).unavailable()
+    if reason is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    """The tolerances are those of float32; tests of TF32 switch it on."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def results_of(backend, case, tensors):
+    with testing.poisoned_memory():
+        return testing.evaluate(partial(autofocus_conv, backend=backend), case, tensors)
+
+
+def skip_if_refused(backend, case, dtype):
+    """Only where the backend says so beforehand; whatever it takes it must get right."""
+    tensors = testing.make_tensors(case, dtype, DEVICE)
+    branch_mode = case.mode != "plain"
+    reason = backend_module(backend).can_use(case.geometry, tensors.input, tensors.weight, branch_mode)
+    if reason is not None:
+        pytest.skip(f"backend {backend}: {reason}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", testing.CASES, ids=str)
+def test_truth(backend, case, dtype):
+    skip_if_refused(backend, case, dtype)
+    testing.check(backend, case, dtype, DEVICE)
+
+
+# More than one tile on every axis and several blocks of channels: where the fast kernels differ from the simple ones.
+LARGER = (
+    Case("larger", (37, 33, 41), 32, 32, dilations=(2, 6, 10, 14)),
+    Case("larger_valid", (35, 38, 33), 40, 50, dilations=(2, 6, 10, 14), padding="valid"),
+    Case("larger_branch", (35, 38, 33), 30, 40, dilations=(2, 6, 10, 14), padding="valid", mode="branch"),
+    Case("larger_channels_last", (34, 39, 35), 64, 64, dilations=(2, 6, 10, 14), layout="channels_last"),
+    Case("larger_batch", (19, 24, 21), 48, 33, batch=3, dilations=(1, 2, 3)),
+    Case("larger_2d", (97, 130), 64, 64, batch=2, dilations=(2, 6, 10, 14)),
+    Case("larger_1d", (3001,), 24, 40, batch=2, dilations=(1, 4, 9)),
+    Case("large_dilations", (70, 66, 65), 16, 16, dilations=(3, 30, 33)),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("case", LARGER, ids=str)
+def test_truth_over_many_tiles(backend, case, dtype):
+    skip_if_refused(backend, case, dtype)
+    testing.check(backend, case, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("case", LARGER, ids=str)
+def test_tf32_is_within_twice_the_error_of_pytorch(backend, case):
+    torch.backends.cudnn.allow_tf32 = True
+    tensors = testing.make_tensors(case, torch.float32, DEVICE)
+    expected = testing.truth(case, tensors)
+    same_precision = testing.evaluate(reference.autofocus_conv, case, tensors)
+    for name, result in results_of(backend, case, tensors).items():
+        allowed = 2 * testing.relative_error(same_precision[name], expected[name]) + TF32_EPS / 2
+        assert testing.relative_error(result, expected[name]) <= allowed, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("case", LARGER[:4], ids=str)
+def test_repeats_bit_for_bit(backend, case, dtype):
+    tensors = testing.make_tensors(case, dtype, DEVICE)
+    first = results_of(backend, case, tensors)
+    for _ in range(5):
+        for name, result in results_of(backend, case, tensors).items():
+            assert torch.equal(result, first[name]), name
+
+
+@pytest.mark.parametrize("mode", ["plain", "branch"])
+def test_gradcheck_in_float64(mode):
+    """Only the cuda backend takes float64."""
+    reason = backend_module("cuda").unavailable()
+    if reason is not None:
+        pytest.skip(f"backend cuda: {reason}")
+    case = Case("gradcheck", (4, 5, 3), 2, 3, dilations=(1, 2), mode=mode, batch=2)
+    tensors = testing.make_tensors(case, torch.float64, DEVICE, requires_grad=True)
+    names, values = zip(*tensors.arguments().items())
+
+    def function(*arguments):
+        return autofocus_conv(**dict(zip(names, arguments)), **case.options, backend="cuda")
+
+    assert torch.autograd.gradcheck(function, values)
+    assert torch.autograd.gradgradcheck(function, values)
+
+
+def test_another_stream(backend):
+    """Work is queued on the current stream: what that stream computed before is seen, what it computes next waits."""
+    case = LARGER[0]
+    tensors = testing.make_tensors(case, torch.bfloat16, DEVICE)
+    expected = results_of(backend, case, tensors)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late = tensors._replace(input=tensors.input.clone())
+        results = results_of(backend, case, late)
+    stream.synchronize()
+    for name in expected:
+        assert torch.equal(results[name], expected[name]), name
+
+
+def test_cuda_graph(backend):
+    case = LARGER[0]
+    tensors = testing.make_tensors(case, torch.bfloat16, DEVICE)
+    arguments = {name: tensor.requires_grad_() for name, tensor in tensors.arguments().items()}
+
+    def step():
+        output = autofocus_conv(**arguments, **case.options, backend=backend)
+        return output, *torch.autograd.grad(output, list(arguments.values()), tensors.grad_output)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # kernels compile and libraries load outside the capture
+        for _ in range(2):
+            step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        tensors.input.copy_(torch.randn_like(tensors.input))
+    graph.replay()
+    for captured_tensor, eager in zip(captured, step()):
+        assert torch.equal(captured_tensor, eager)
+
+
+def test_second_gpu(backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    testing.check(backend, LARGER[0], torch.bfloat16, "cuda:1")
+
+
+def test_compiled(backend):
+    case = LARGER[0]
+    tensors = testing.make_tensors(case, torch.bfloat16, DEVICE)
+    function = torch.compile(partial(autofocus_conv, backend=backend), fullgraph=True)
+    compiled = testing.evaluate(function, case, tensors)
+    eager = testing.evaluate(partial(autofocus_conv, backend=backend), case, tensors)
+    for name in eager:
+        assert torch.equal(compiled[name], eager[name]), name
+
+
+def test_more_than_2_to_the_31_elements(backend):
+    """Offsets beyond 32 bits: the last voxels of a long volume are those of a short one cut from its end."""
+    channels, length, rows = 8, 4200, (256, 257)
+    needed = 3 * 2 * channels * length * rows[0] * rows[1]
+    if torch.cuda.mem_get_info()[0] < 1.2 * needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    dilations, tail = (2, 6), 20
+    input = torch.empty(1, channels, length, *rows, dtype=torch.bfloat16, device=DEVICE)
+    assert input.numel() > 2**31
+    for plane in input[0].split(1):
+        plane.normal_()
+    weight = torch.randn(8, channels, 3, 3, 3, dtype=torch.bfloat16, device=DEVICE) / 15
+    attention = torch.rand(1, 2, 1, 1, 1, dtype=torch.bfloat16, device=DEVICE)
+    gate = attention.expand(1, 2, length, *rows)
+    with torch.no_grad():
+        output = autofocus_conv(input, weight, gate, dilations=dilations, backend=backend)
+        cut = input[:, :, -tail:]
+        exact = reference.autofocus_conv(
+            cut.double(), weight.double(), gate[:, :, -tail:].double(), dilations=dilations
+        )
+    # Of the cut, the last planes read nothing that was cut off.
+    error = testing.relative_error(output[:, :, -tail + 6 :], exact[:, :, 6:])
+    assert error < 0.01
+
+
+def test_layer_with_branch_norm_trains_as_on_the_reference(backend):
+    torch.manual_seed(0)
+    layer = AutofocusConv3d(16, 24, dilations=(2, 6, 10), branch_norm=True, device=DEVICE)
+    input = torch.randn(2, 16, 17, 19, 18, device=DEVICE)
+    gradients = {}
+    for name in (backend, "reference"):
+        layer.backend = name
+        layer.zero_grad()
+        layer(input).square().mean().backward()
+        gradients[name] = {key: parameter.grad.clone() for key, parameter in layer.named_parameters()}
+    for key, expected in gradients["reference"].items():
+        if key != "bias":  # batch normalisation takes the mean away again: its gradient is rounding
+            assert testing.relative_error(gradients[backend][key], expected) < 1e-3, key
