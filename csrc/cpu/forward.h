@@ -74,7 +74,7 @@ void forward(const ForwardArguments<T>& args) {
   const int64_t in_width = padded<A>(g.C), out_width = padded<A>(g.O);
   // A row of the blended tile: the taps of a row side by side, then room for the last vector's spill.
   const int64_t blended_width = (g.kernel.x - 1) * chunks.size(chunks.count - 1) + chunk_width;
-  constexpr int64_t kTileBytes = 24 * 1024;
+  constexpr int64_t kTileBytes = 48 * 1024;
   const int64_t voxels = std::clamp<int64_t>(kTileBytes / sizeof(A) / (blended_width + out_width), 12, 64);
 
   Scratch<A> weight(num_taps(g) * g.C * out_width);
