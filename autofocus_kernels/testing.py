@@ -128,7 +128,10 @@ CASES = (
     Case("channels_16_to_140", (4, 5, 6), channels=16, out_channels=140, dilations=(1, 3), mode="branch"),
     Case("channels_32_to_32", (9, 10, 11), channels=32, out_channels=32, dilations=(2, 6)),
     Case("many_rows", (5, 20, 70), channels=9, out_channels=10, dilations=(2, 4, 12)),
-    Case("many_rows_branch", (33, 40), channels=9, out_channels=10, dilations=(2, 3), mode="branch"),
+    # Dilations with a common factor on axes long enough to be cut into sub-lattices, of unequal sizes.
+    Case("lattices", (3, 27, 50), dilations=(3, 6, 12), layout="channels_last"),
+    Case("lattices_branch", (33, 40), channels=9, out_channels=10, dilations=(2, 6), mode="branch", padding=3),
+    Case("lattices_stride", (36, 35), dilations=(2, 4), stride=2, padding=1),
     Case("channels_last", (7, 9, 11), layout="channels_last", batch=2),
     Case("channels_last_2d", (13, 9), layout="channels_last", channels=7, batch=2),
     Case("channels_last_branch", (7, 8, 5), layout="channels_last", mode="branch", channels=8, out_channels=9),
