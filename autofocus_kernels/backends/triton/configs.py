@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -41,12 +42,17 @@ class Tiling(NamedTuple):
 
 
 class Config(NamedTuple):
-    """One way to run a kernel."""
+    """One way to run a kernel: rows of a tile, channels of a block, warps, and the most registers of a thread.
+
+    With 128 registers two programs of eight warps share an SM, and one loads while the other computes; 255 is for
+    accumulators that would not fit. (Left alone, ptxas at times spills rather than take what is free.)
+    """
 
     rows: int
     block_c: int
     block_o: int
     num_warps: int
+    registers: int
 
 
 # A point fetched from L2 costs about as much as this many points read from L1 (5.5 TB/s for all of an H200's SMs,
@@ -144,8 +150,46 @@ def _ways(problem: Geometry, axis: int, rows: int, transposed: bool) -> list[_Ax
     return ways
 
 
-def configurations(kernel: str, itemsize: int, precision: str, C: int, O: int) -> tuple[Config, ...]:
-    return (Config(rows=256, block_c=16, block_o=min(64, max(16, 1 << (O - 1).bit_length())), num_warps=8),)
+def configurations(
+    kernel: str, itemsize: int, precision: str, capability: int, C: int, O: int
+) -> tuple[Config, ...]:
+    """What ``kernel`` may run with: the default first, then others to tune over, the last the least demanding.
+
+    ``capability`` is the major compute capability of an NVIDIA device; AMD counts as 9.
+    """
+
+    def block(channels: int, most: int) -> int:
+        return min(most, max(16, 1 << (channels - 1).bit_length()))
+
+    if itemsize == 4 and precision == "ieee":
+        # Products without tensor cores hold their operands in registers.
+        return Config(64, 16, 16, 4, 255), Config(32, 16, 16, 4, 255)
+    if kernel.startswith("grad_input_weight"):
+        return _grad_input_weight(kernel, itemsize, capability, block, C, O)
+    if itemsize == 4:
+        return Config(128, 16, block(O, 64), 8, 255), Config(64, 16, block(O, 32), 4, 255)
+    # Every block of O blends anew in the forward; 128 channels cover the usual layers at once.
+    registers = 128 if O <= 32 or (O <= 64 and kernel != "grad_scaled") else 255
+    return (
+        Config(128, block(C, 32), block(O, 128), 8, registers),
+        Config(256, block(C, 32), block(O, 64), 16, 128),
+        Config(64, block(C, 32), block(O, 32), 4, 255),
+    )
+
+
+def _grad_input_weight(
+    kernel: str, itemsize: int, capability: int, block: Callable[[int, int], int], C: int, O: int
+) -> tuple[Config, ...]:
+    """Every block of C gathers anew, so it is wide; blocks of O cost nothing but their loop."""
+    least = Config(64, block(C, 32), 16, 4, 255)
+    if itemsize == 4:
+        return Config(128, block(C, 32), block(O, 32), 8, 255), least
+    if capability < 9:
+        # Operands of the older tensor cores are all in registers.
+        return Config(128 if C <= 64 else 64, block(C, 128), block(O, 32), 8, 255), least
+    small = max(C, O) <= 32 and kernel == "grad_input_weight"
+    default = Config(128, block(C, 128), block(O, 64), 8, 128 if small else 255)
+    return default, Config(256, block(C, 64), block(O, 32), 8, 255), least
 
 
 class NoConfigurationFits(RuntimeError):

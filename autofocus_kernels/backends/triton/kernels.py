@@ -9,7 +9,8 @@ depends on tile, branch and tap is scalar, and the row tensors are small constan
 
 ``G`` is the constexpr ``Tiling`` of configs.py. ``*_stride`` is (batch, channel or branch, d, h, w). The tensor that is
 gathered (input, or grad_output in grad_input_weight_kernel) has READ adjacent channels and strides in units of ALIGN
-elements, which shows the compiler how wide its loads may be. DOT is the dtype of the operands of tl.dot, BLEND that of
+elements, which shows the compiler how wide its loads may be; TILE_ALIGN says the same of the other tensors with C or O
+channels. DOT is the dtype of the operands of tl.dot, BLEND that of
 blends, ROW that of offsets within a tile.
 """
 
@@ -220,9 +221,13 @@ def weight_tile(pointer, tap, row, column, ROWS: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
-def load_vector(vector, k, stride, channel, CHANNELS: tl.constexpr):
-    """Row ``k`` of a [K, CHANNELS] tensor, in fp32."""
-    return tl.load(vector + (k * stride[0] + channel * stride[1]), mask=channel < CHANNELS, other=0.0).to(tl.float32)
+def load_vector(vector, k, stride, channel, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of row ``k`` of a [K, CHANNELS] tensor, in fp32."""
+    pointers = vector + (k * stride[0] + channel * stride[1])
+    if CHANNELS % BLOCK == 0:
+        return tl.load(pointers).to(tl.float32)
+    else:
+        return tl.load(pointers, mask=channel < CHANNELS, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -260,7 +265,7 @@ def forward_kernel(
     input_stride, attention_stride, shift_stride, output_stride,
     input_size, output_size, origin, tiles, cosets,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    READ: tl.constexpr, ALIGN: tl.constexpr, TILE_ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
     BLEND: tl.constexpr, DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """out = sum_t W_t u_t + sum_k a_k shift_k, u_t the blend of tap t. Weight is [T, C, O]; grid (tiles, blocks of O)."""
@@ -290,7 +295,7 @@ def forward_kernel(
     result = tl.zeros([P, BLOCK_O], tl.float32)
     if HAS_SHIFT:
         for k in tl.static_range(K):
-            result += gates[k][:, None] * load_vector(shift, k, shift_stride, o, O)[None, :]
+            result += gates[k][:, None] * load_vector(shift, k, shift_stride, o, O, BLOCK_O)[None, :]
     for c_start in range(0, C, BLOCK_C):
         c = c_start + tl.arange(0, BLOCK_C)
         # The centre tap, which the branches share.
@@ -316,8 +321,8 @@ def forward_kernel(
                         w = tl.load(weight_tile(weight, tap, c, o, C_PADDED, O_PADDED, G)).to(DOT)
                         result = tl.dot(blend.to(DOT), w, result, input_precision=PRECISION)
 
-    output += offset_of(n, start, output_stride, 1)
-    store_rows(output, row_offsets(position, output_stride, 1, ROW), valid, o, output_stride[1], result, O)
+    output += offset_of(n, start, output_stride, TILE_ALIGN)
+    store_rows(output, row_offsets(position, output_stride, TILE_ALIGN, ROW), valid, o, output_stride[1], result, O)
 
 
 @triton.jit
@@ -326,7 +331,7 @@ def grad_attention_kernel(
     grad_output_stride, input_stride, shift_stride, grad_attention_stride,
     input_size, output_size, origin, tiles, cosets,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    READ: tl.constexpr, ALIGN: tl.constexpr, TILE_ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
     DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """da_k = sum_t <g_t, x read by branch k> + <shift_k, G> with g_t = W_t^T G. Weight is [T, O, C]; grid (tiles, 1)."""
@@ -338,8 +343,8 @@ def grad_attention_kernel(
     home = home_of(start, origin, G)
     input += offset_of(n, home, input_stride, ALIGN)
     input_rows = row_offsets(moved, input_stride, ALIGN, ROW)
-    grad_output += offset_of(n, start, grad_output_stride, 1)
-    grad_rows = row_offsets(position, grad_output_stride, 1, ROW)
+    grad_output += offset_of(n, start, grad_output_stride, TILE_ALIGN)
+    grad_rows = row_offsets(position, grad_output_stride, TILE_ALIGN, ROW)
 
     results = ()
     for k in tl.static_range(K):
@@ -382,7 +387,7 @@ def grad_attention_kernel(
             for o_start in range(0, O, BLOCK_O):
                 o = o_start + tl.arange(0, BLOCK_O)
                 block = load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O)
-                result += tl.sum(widened(block) * load_vector(shift, k, shift_stride, o, O)[None, :], 1)
+                result += tl.sum(widened(block) * load_vector(shift, k, shift_stride, o, O, BLOCK_O)[None, :], 1)
         pointers = grad_attention + branch_offset(k, grad_attention_stride, ROW) + rows
         tl.store(pointers, result.to(grad_attention.dtype.element_ty), mask=valid)
 
@@ -454,7 +459,7 @@ def forward_scaled_kernel(
     input_stride, attention_stride, scale_stride, shift_stride, output_stride,
     input_size, output_size, origin, tiles, cosets,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    READ: tl.constexpr, ALIGN: tl.constexpr, TILE_ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
     DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """out = sum_k a_k (s_k y_k + h_k), branch by branch in the tile. Weight is [T, C, O]; grid (tiles, blocks of O)."""
@@ -473,13 +478,13 @@ def forward_scaled_kernel(
     for k in range(K):
         y = project(input, weight, input_rows, input_stride, input_size, moved, valid, home, start, origin, k, o,
                     C, O, G, BLOCK_C, BLOCK_O, READ, ALIGN, DOT, ROW, PRECISION)
-        y *= load_vector(scale, k, scale_stride, o, O)[None, :]
+        y *= load_vector(scale, k, scale_stride, o, O, BLOCK_O)[None, :]
         if HAS_SHIFT:
-            y += load_vector(shift, k, shift_stride, o, O)[None, :]
+            y += load_vector(shift, k, shift_stride, o, O, BLOCK_O)[None, :]
         gate = tl.load(attention + branch_offset(k, attention_stride, ROW) + attention_rows, mask=valid, other=0.0)
         result += gate.to(tl.float32)[:, None] * y
-    output += offset_of(n, start, output_stride, 1)
-    store_rows(output, row_offsets(position, output_stride, 1, ROW), valid, o, output_stride[1], result, O)
+    output += offset_of(n, start, output_stride, TILE_ALIGN)
+    store_rows(output, row_offsets(position, output_stride, TILE_ALIGN, ROW), valid, o, output_stride[1], result, O)
 
 
 @triton.jit
@@ -488,7 +493,7 @@ def grad_scaled_kernel(
     grad_output_stride, input_stride, attention_stride, scale_stride, shift_stride, grad_attention_stride,
     input_size, output_size, origin, tiles, cosets,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    READ: tl.constexpr, ALIGN: tl.constexpr, TILE_ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
     WANT_ATTENTION: tl.constexpr, WANT_SCALE: tl.constexpr,
     DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -504,8 +509,8 @@ def grad_scaled_kernel(
     home = home_of(start, origin, G)
     input += offset_of(n, home, input_stride, ALIGN)
     input_rows = row_offsets(moved, input_stride, ALIGN, ROW)
-    grad_output += offset_of(n, start, grad_output_stride, 1)
-    grad_rows = row_offsets(position, grad_output_stride, 1, ROW)
+    grad_output += offset_of(n, start, grad_output_stride, TILE_ALIGN)
+    grad_rows = row_offsets(position, grad_output_stride, TILE_ALIGN, ROW)
     attention += offset_of(n, start, attention_stride, 1)
     attention_rows = row_offsets(position, attention_stride, 1, ROW)
     sums += tl.program_id(0).to(tl.int64) * (K * O)
@@ -520,9 +525,9 @@ def grad_scaled_kernel(
                 gate = tl.load(attention + branch_offset(k, attention_stride, ROW) + attention_rows, mask=valid, other=0.0)
                 tl.store(sums + k * O + o, tl.sum(gate.to(tl.float32)[:, None] * grad * y, 0), mask=o < O)
             if WANT_ATTENTION:
-                y *= load_vector(scale, k, scale_stride, o, O)[None, :]
+                y *= load_vector(scale, k, scale_stride, o, O, BLOCK_O)[None, :]
                 if HAS_SHIFT:
-                    y += load_vector(shift, k, shift_stride, o, O)[None, :]
+                    y += load_vector(shift, k, shift_stride, o, O, BLOCK_O)[None, :]
                 result += tl.sum(grad * y, 1)
         if WANT_ATTENTION:
             rows = row_offsets(position, grad_attention_stride, 1, ROW)
@@ -553,7 +558,7 @@ def gathered_blend(
         rows = grad_rows + offset_between(home, corner, grad_output_stride, ALIGN, ROW)
         g = load_rows(grad_output, rows, mask, o, 1, READ, BLOCK_O)
         if HAS_SCALE:
-            g = g.to(BLEND) * load_vector(scale, k, scale_stride, o, O).to(BLEND)[None, :]
+            g = g.to(BLEND) * load_vector(scale, k, scale_stride, o, O, BLOCK_O).to(BLEND)[None, :]
         v = blended(v, gate, g)
     return v
 
@@ -564,7 +569,7 @@ def grad_input_weight_kernel(
     grad_output_stride, attention_stride, scale_stride, input_stride, grad_input_stride,
     input_size, output_size, origin, tiles, cosets, num_tiles,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, HAS_SCALE: tl.constexpr,
+    READ: tl.constexpr, ALIGN: tl.constexpr, TILE_ALIGN: tl.constexpr, HAS_SCALE: tl.constexpr,
     WANT_INPUT: tl.constexpr, WANT_WEIGHT: tl.constexpr,
     BLEND: tl.constexpr, DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -591,8 +596,8 @@ def grad_input_weight_kernel(
         tile_grad_output = grad_output + offset_of(n, home, grad_output_stride, ALIGN)
         tile_attention = attention + offset_of(n, home, attention_stride, 1)
         if WANT_WEIGHT:
-            source = input + offset_of(n, start, input_stride, 1)
-            rows = row_offsets(position, input_stride, 1, ROW)
+            source = input + offset_of(n, start, input_stride, TILE_ALIGN)
+            rows = row_offsets(position, input_stride, TILE_ALIGN, ROW)
             x = load_rows(source, rows, valid, c, input_stride[1], C, BLOCK_C).to(DOT)
         result = tl.zeros([P, BLOCK_C], tl.float32)
         for o_start in range(0, O, BLOCK_O):
@@ -617,8 +622,8 @@ def grad_input_weight_kernel(
                                 # The next tile may load with other threads than this one stores.
                                 tl.debug_barrier()
         if WANT_INPUT:
-            target = grad_input + offset_of(n, start, grad_input_stride, 1)
-            rows = row_offsets(position, grad_input_stride, 1, ROW)
+            target = grad_input + offset_of(n, start, grad_input_stride, TILE_ALIGN)
+            rows = row_offsets(position, grad_input_stride, TILE_ALIGN, ROW)
             store_rows(target, rows, valid, c, grad_input_stride[1], result, C)
         index += tl.num_programs(0)
 

@@ -52,8 +52,8 @@ def forward(geometry, input, weight, attention, bias, branch_scale, branch_shift
     with _on_device_of(input):
         source = gather_source(as_3d(input))
         tensors = (source, as_3d(weight), as_3d(attention), branch_scale, shift, as_3d(output))
-        make = _forward if branch_scale is None else _forward_scaled
-        _run(make, problem, tensors, weight, [output], expected)
+        kernel, make = ("forward", _forward) if branch_scale is None else ("forward_scaled", _forward_scaled)
+        _run(kernel, make, problem, tensors, weight, [output], expected)
 
 
 def backward(
@@ -66,9 +66,9 @@ def backward(
         reference_backend.backward(geometry, *exact, *gradients)
         return [gradient for gradient in gradients if gradient is not None]
 
-    def run(make, tensors: tuple, *wanted: Optional[Tensor]) -> None:
+    def run(kernel: str, make, tensors: tuple, *wanted: Optional[Tensor]) -> None:
         outputs = [tensor for tensor in wanted if tensor is not None]
-        _run(make, problem, tensors, weight, outputs, lambda: expected(*wanted))
+        _run(kernel, make, problem, tensors, weight, outputs, lambda: expected(*wanted))
 
     problem = geometry.as_3d()
     shift = _shift(problem, bias, branch_shift)
@@ -79,33 +79,35 @@ def backward(
                 gather_source(grad_output_3d), input_3d, weight_3d, attention_3d, branch_scale,
                 as_3d(grad_input), as_3d(grad_weight),
             )
-            run(_grad_input_weight, tensors, grad_input, grad_weight, None, None)
+            kernel = "grad_input_weight" if branch_scale is None else "grad_input_weight_scaled"
+            run(kernel, _grad_input_weight, tensors, grad_input, grad_weight, None, None)
             del tensors  # a packed copy is freed before the next one is made
         if grad_attention is None and grad_branch_scale is None:
             return
         source = gather_source(input_3d)
         if branch_scale is None:
             tensors = (grad_output_3d, source, weight_3d, shift, as_3d(grad_attention))
-            run(_grad_attention, tensors, None, None, grad_attention, None)
+            run("grad_attention", _grad_attention, tensors, None, None, grad_attention, None)
         else:
             tensors = (
                 grad_output_3d, source, weight_3d, attention_3d, branch_scale, shift,
                 as_3d(grad_attention), grad_branch_scale,
             )
-            run(_grad_scaled, tensors, None, None, grad_attention, grad_branch_scale)
+            run("grad_scaled", _grad_scaled, tensors, None, None, grad_attention, grad_branch_scale)
 
 
-def _run(make, problem: Geometry, tensors: tuple, weight: Tensor, outputs: list[Tensor], expected) -> None:
+def _run(
+    kernel: str, make, problem: Geometry, tensors: tuple, weight: Tensor, outputs: list[Tensor], expected
+) -> None:
     """One kernel, by the configuration that ``tuning`` settles on for its class of problems."""
     O, C = weight.shape[:2]
-    kernel = make.__name__.lstrip("_")
     precision = dot_precision(weight)
-    key = (
-        kernel, weight.device, weight.dtype, precision, C, O, problem.kernel_size, problem.dilations, problem.stride,
-    )
     tuning.run(
-        key,
-        configurations(kernel, weight.dtype.itemsize, precision, C, O),
+        (
+            kernel, weight.device, weight.dtype, precision, C, O,
+            problem.kernel_size, problem.dilations, problem.stride,
+        ),
+        configurations(kernel, weight.itemsize, precision, capability(weight.device), C, O),
         lambda config: submit(make(config, problem, *tensors)),
         outputs,
         expected,
@@ -119,29 +121,31 @@ def _run(make, problem: Geometry, tensors: tuple, weight: Tensor, outputs: list[
 def _forward(config, problem, source, weight, attention, branch_scale, shift, output) -> Launch:
     """For branches without a scale: ``branch_scale`` is None."""
     walk = Walk(problem, config, source.tensor.shape[0])
+    align = alignment(output)
     return Launch(
         kernels.forward_kernel,
         (walk.num_tiles, triton.cdiv(weight.shape[0], config.block_o)),
         (
             source.tensor, repack(weight, config, (2, 1, 0)), attention, shift, output,
-            source.stride, attention.stride(), _stride(shift), output.stride(), *walk.arguments,
+            source.stride, attention.stride(), _stride(shift), _stride(output, align), *walk.arguments,
         ),
-        _constants(config, walk, source, weight, attention, output)
+        _constants(config, walk, source, weight, align, attention, output)
         | {"HAS_SHIFT": shift is not None, "BLEND": blend_dtype(weight)},
     )
 
 
 def _forward_scaled(config, problem, source, weight, attention, branch_scale, shift, output) -> Launch:
     walk = Walk(problem, config, source.tensor.shape[0])
+    align = alignment(output)
     return Launch(
         kernels.forward_scaled_kernel,
         (walk.num_tiles, triton.cdiv(weight.shape[0], config.block_o)),
         (
             source.tensor, repack(weight, config, (2, 1, 0)), attention, branch_scale, shift, output,
-            source.stride, attention.stride(), branch_scale.stride(), _stride(shift), output.stride(),
+            source.stride, attention.stride(), branch_scale.stride(), _stride(shift), _stride(output, align),
             *walk.arguments,
         ),
-        _constants(config, walk, source, weight, attention, output) | {"HAS_SHIFT": shift is not None},
+        _constants(config, walk, source, weight, align, attention, output) | {"HAS_SHIFT": shift is not None},
     )
 
 
@@ -150,6 +154,7 @@ def _grad_input_weight(
 ) -> Launch:
     O, C = weight.shape[:2]
     walk = Walk(problem, config, input.shape[0], transposed=True)
+    align = alignment(input, grad_input)
     blocks = triton.cdiv(C, config.block_c)
     packed = repack(weight, config, (2, 0, 1))
     splits, sums = walk.num_tiles, None
@@ -166,10 +171,11 @@ def _grad_input_weight(
         (splits, blocks),
         (
             source.tensor, attention, branch_scale, packed, input, grad_input, sums,
-            source.stride, attention.stride(), _stride(branch_scale), input.stride(), _stride(grad_input),
+            source.stride, attention.stride(), _stride(branch_scale), _stride(input, align),
+            _stride(grad_input, align),
             *walk.arguments, walk.num_tiles,
         ),
-        _constants(config, walk, source, weight, attention, input, grad_input)
+        _constants(config, walk, source, weight, align, attention, input, grad_input)
         | {
             "HAS_SCALE": branch_scale is not None,
             "WANT_INPUT": grad_input is not None,
@@ -183,14 +189,15 @@ def _grad_input_weight(
 def _grad_attention(config, problem, grad_output, source, weight, shift, grad_attention) -> Launch:
     """For branches without a scale, whose gradients share ``g_t = W_t^T G``."""
     walk = Walk(problem, config, grad_output.shape[0])
+    align = alignment(grad_output)
     return Launch(
         kernels.grad_attention_kernel,
         (walk.num_tiles, 1),
         (
             grad_output, source.tensor, repack(weight, config, (2, 0, 1)), shift, grad_attention,
-            grad_output.stride(), source.stride, _stride(shift), grad_attention.stride(), *walk.arguments,
+            _stride(grad_output, align), source.stride, _stride(shift), grad_attention.stride(), *walk.arguments,
         ),
-        _constants(config, walk, source, weight, grad_output, grad_attention) | {"HAS_SHIFT": shift is not None},
+        _constants(config, walk, source, weight, align, grad_output, grad_attention) | {"HAS_SHIFT": shift is not None},
     )
 
 
@@ -198,6 +205,7 @@ def _grad_scaled(
     config, problem, grad_output, source, weight, attention, branch_scale, shift, grad_attention, grad_branch_scale
 ) -> Launch:
     walk = Walk(problem, config, grad_output.shape[0])
+    align = alignment(grad_output)
     sums = None
     if grad_branch_scale is not None:
         sums = torch.empty(
@@ -214,10 +222,10 @@ def _grad_scaled(
         (
             grad_output, source.tensor, repack(weight, config, (2, 1, 0)), attention, branch_scale, shift,
             grad_attention, sums,
-            grad_output.stride(), source.stride, attention.stride(), branch_scale.stride(), _stride(shift),
+            _stride(grad_output, align), source.stride, attention.stride(), branch_scale.stride(), _stride(shift),
             _stride(grad_attention), *walk.arguments,
         ),
-        _constants(config, walk, source, weight, grad_output, attention, grad_attention)
+        _constants(config, walk, source, weight, align, grad_output, attention, grad_attention)
         | {
             "HAS_SHIFT": shift is not None,
             "WANT_ATTENTION": grad_attention is not None,
@@ -228,7 +236,7 @@ def _grad_scaled(
 
 
 def _constants(
-    config: Config, walk: Walk, source: Source, weight: Tensor, *volumes: Optional[Tensor]
+    config: Config, walk: Walk, source: Source, weight: Tensor, align: int, *volumes: Optional[Tensor]
 ) -> dict:
     """``volumes`` are the tensors [N, ..., D, H, W] that the kernel addresses besides the source."""
     return {
@@ -239,13 +247,19 @@ def _constants(
         "BLOCK_O": config.block_o,
         "READ": source.tensor.shape[1],
         "ALIGN": source.align,
+        "TILE_ALIGN": align,
         "DOT": dot_dtype(weight),
         "ROW": _row_dtype(source.tensor, *volumes),
         "PRECISION": dot_precision(weight),
         "num_warps": config.num_warps,
         # More stages would copy what is gathered past L1 into shared memory, and L1 is where its reuse is.
         "num_stages": 1,
+        **_register_limit(config),
     }
+
+
+def _register_limit(config: Config) -> dict:
+    return {} if torch.version.hip else {"maxnreg": config.registers}
 
 
 def _row_dtype(*volumes: Optional[Tensor]) -> tl.dtype:
@@ -287,7 +301,7 @@ class Source(NamedTuple):
     """A tensor [N, C', D, H, W] fit to be gathered from: adjacent channels, every row aligned.
 
     Attributes:
-        stride: in units of ``align`` elements, except that of the channels, which the kernels take as 1.
+        stride: in units of ``align`` elements, except that of the channels.
         align: elements of the widest load, at most 16 bytes.
     """
 
@@ -297,22 +311,30 @@ class Source(NamedTuple):
 
 
 def gather_source(tensor: Tensor) -> Source:
-    """``tensor`` itself if its channels are adjacent and aligned to at least 4 bytes, else a packed copy.
+    """``tensor`` itself if its channels are adjacent and its rows aligned, else a packed copy.
 
-    A copy costs a pass over the tensor and its memory, while narrow loads cost instructions: each of the K T reads of a
-    row would take several. Packed channels are padded with zeros.
+    A copy costs a pass over the tensor and its memory; narrower loads would cost several instructions in each of the
+    K T reads of a row. Packed channels are padded with zeros.
     """
     C = tensor.shape[1]
     widest = min(16 // tensor.itemsize, triton.next_power_of_2(C))
-    strides = [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride())]
-    align = math.gcd(widest, strides[0], *strides[2:])
-    adjacent = C == 1 or strides[1] == 1
-    wide_enough = align == widest or align * tensor.itemsize >= 4
-    if not (adjacent and wide_enough and tensor.data_ptr() % 16 == 0):
+    if alignment(tensor) < widest:
         tensor = pack(tensor, triton.cdiv(C, widest) * widest)
-        strides = tensor.stride()
-        align = widest
-    return Source(tensor, tuple(stride // align for stride in strides), align)
+    return Source(tensor, _stride(tensor, widest), widest)
+
+
+def alignment(*tensors: Optional[Tensor]) -> int:
+    """Elements, at most 16 bytes of them, that may be loaded at once at the start of any row of every tensor."""
+    aligned = 16
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        adjacent = tensor.shape[1] == 1 or tensor.stride(1) == 1
+        if not adjacent or tensor.data_ptr() % 16:
+            return 1
+        strides = [tensor.stride(axis) for axis in (0, 2, 3, 4) if tensor.shape[axis] > 1]
+        aligned = math.gcd(aligned, 16 // tensor.itemsize, *strides)
+    return aligned
 
 
 def pack(tensor: Tensor, channels: int) -> Tensor:
@@ -384,13 +406,23 @@ def dot_precision(tensor: Tensor) -> str:
     return "tf32" if tensor.dtype == torch.float32 and tf32 else "ieee"
 
 
+def capability(device: torch.device) -> int:
+    """The major compute capability of an NVIDIA device, 9 for all else."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device)[0] if nvidia else 9
+
+
 def _shift(problem: Geometry, bias: Optional[Tensor], branch_shift: Optional[Tensor]) -> Optional[Tensor]:
     """What is added to each branch, [K, O]: a bias is the same shift for all."""
     return branch_shift if bias is None else bias.expand(problem.num_branches, -1)
 
 
-def _stride(tensor: Optional[Tensor]) -> tuple[int, ...]:
-    return (0,) * 5 if tensor is None else tensor.stride()
+def _stride(tensor: Optional[Tensor], align: int = 1) -> tuple[int, ...]:
+    """Strides in units of ``align`` elements, but that of the channels in elements."""
+    if tensor is None:
+        return (0,) * 5
+    strides = [stride if axis == 1 else stride // align for axis, stride in enumerate(tensor.stride())]
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, strides))
 
 
 def _wider(tensor: Optional[Tensor]) -> Optional[Tensor]:
