@@ -285,11 +285,13 @@ class Backward {
         round_rows(w.grad_output, out_width_, count, g_.O, w.low_grad, low_depth_);
         round_transposed(w.grad_output, out_width_, count, g_.O, w.low_transposed, even(plan_.voxels));
       }
+    const Index3 voxel_strides{sub.input.y * sub.input.x * plan_.group_width, sub.input.x * plan_.group_width,
+                               plan_.group_width};
     const TapFunction<A> pass = tap_function<A>(wanted_, int(plan_.group_vectors));
     const int64_t tap_rows = g_.kernel.z * g_.kernel.y;
     for (int64_t tap_row = 0; tap_row < tap_rows; ++tap_row) {
       const Index3 offset = tap_offset(sub, tap_row * g_.kernel.x);
-      if (!find_tap_rows(sub, w.segments, offset, w.rows)) continue;
+      if (!find_tap_rows(sub, w.segments, offset, voxel_strides, w.rows)) continue;
       if (needs_projection()) project(group * tap_rows + tap_row, count, w);
       for (int64_t x = 0; x < g_.kernel.x; ++x)
         for (size_t i = 0; i < w.segments.size(); ++i)
@@ -302,10 +304,10 @@ class Backward {
             t.x_step = sub.stride.x * plan_.group_width;
             t.da_step = g_.K * lanes;
             const int active = for_each_branch(run.branches & w.rows[i].inside, [&](int slot, int k) {
-              const int64_t voxel = w.rows[i].voxel[k] + sub.dilation[k].x * (x - g_.kernel.x / 2) +
-                                    run.begin * sub.stride.x;
-              t.x[slot] = w.x + voxel * plan_.group_width;
-              t.dx[slot] = w.dx + voxel * plan_.group_width;
+              const int64_t along_x = sub.dilation[k].x * (x - g_.kernel.x / 2) + run.begin * sub.stride.x;
+              const int64_t voxel = w.rows[i].at[k] + along_x * voxel_strides.x;
+              t.x[slot] = w.x + voxel;
+              t.dx[slot] = w.dx + voxel;
               t.a[slot] = w.attention + k * voxels + at;
               t.da[slot] = w.grad_attention + (at * g_.K + k) * lanes;
             });

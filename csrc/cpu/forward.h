@@ -98,14 +98,23 @@ void forward(const ForwardArguments<T>& args) {
   const Index3 step{axis_factor(g, &Index3::z, 8), axis_factor(g, &Index3::y, 8), 1};
   const Lattice largest = lattice_at(g, step, 0);
   const Index3 most{largest.problem.input.z + 1, largest.problem.input.y + 1, largest.problem.input.x};
-  Scratch<A> packed(volume(most) * in_width);
+  // Rows of whole vectors of the right type are read where they are.
+  const bool direct = std::is_same_v<T, A> && args.input.c == 1 && g.C % V::kLanes == 0 && chunks.count == 1;
+  Scratch<A> packed(direct ? 0 : volume(most) * in_width);
 
   for (int64_t job = 0; job < g.N * volume(step); ++job) {
     const int64_t n = job / volume(step);
     const Lattice lattice = lattice_at(g, step, job % volume(step));
     const Problem& sub = lattice.problem;
     if (volume(sub.output) == 0) continue;
-    pack_input(args, lattice, n, packed.get());
+    const A* source_base = packed;
+    Index3 source_strides{sub.input.y * sub.input.x * in_width, sub.input.x * in_width, in_width};
+    if (!direct) pack_input(args, lattice, n, packed.get());
+    if constexpr (std::is_same_v<T, A>)
+      if (direct) {
+        source_base = lattice_row(args.input, n, 0, lattice.first_input, step, 0, 0, 0);
+        source_strides = {step.z * args.input.s.z, step.y * args.input.s.y, step.x * args.input.s.x};
+      }
     const TileGrid grid(sub.output, voxels);
     const RunTable runs(sub, grid);
 
@@ -121,7 +130,7 @@ void forward(const ForwardArguments<T>& args) {
         for (int64_t tap_row = 0; tap_row < tap_rows; ++tap_row) {
           const Index3 offset = tap_offset(sub, tap_row * g.kernel.x);
           const A* w_row = weight + tap_row * g.kernel.x * g.C * out_width;
-          if (!find_tap_rows(sub, segments, offset, rows)) continue;
+          if (!find_tap_rows(sub, segments, offset, source_strides, rows)) continue;
           for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
             const int64_t channels = chunks.size(chunk);
             for (int64_t x = 0; x < g.kernel.x; ++x) {
@@ -133,16 +142,15 @@ void forward(const ForwardArguments<T>& args) {
                   const int64_t at = s.offset + run.begin;
                   const A *coefficient[kMaxBranches], *source[kMaxBranches];
                   int active = for_each_branch(run.branches & rows[i].inside, [&](int slot, int k) {
-                    const int64_t voxel =
-                        rows[i].voxel[k] + sub.dilation[k].x * offset_x + run.begin * sub.stride.x;
+                    const int64_t along_x = sub.dilation[k].x * offset_x + run.begin * sub.stride.x;
                     coefficient[slot] = attention + k * voxels + at;
-                    source[slot] = packed + voxel * in_width + chunks.begin(chunk);
+                    source[slot] = source_base + rows[i].at[k] + along_x * source_strides.x + chunks.begin(chunk);
                   });
                   if (centre && active > 0) {  // all branches read the same voxel
                     coefficient[0] = attention + g.K * voxels + at;
                     active = 1;
                   }
-                  blend(active, coefficient, source, sub.stride.x * in_width,
+                  blend(active, coefficient, source, sub.stride.x * source_strides.x,
                         blended + at * blended_width + x * channels, blended_width, run.count, vectors<A>(channels));
                 }
               }

@@ -98,16 +98,17 @@ class RunTable {
 
 // One segment seen through one row of taps (fixed z and y of the kernel).
 struct TapRow {
-  BranchSet inside;             // branches whose input row exists
-  int64_t voxel[kMaxBranches];  // linear input position under the segment's first voxel and the centre tap of the row
+  BranchSet inside;          // branches whose input row exists
+  int64_t at[kMaxBranches];  // where the input has the voxel under the segment's first and the centre tap of the row
 };
 
-inline TapRow find_tap_row(const Problem& g, const Segment& segment, const Index3& offset) {
+// `strides` are those of the input's voxels.
+inline TapRow find_tap_row(const Problem& g, const Segment& segment, const Index3& offset, const Index3& strides) {
   TapRow row;
   row.inside = 0;
   for (int64_t k = 0; k < g.K; ++k) {
     const Index3 q = input_position(g, {segment.z, segment.y, segment.x}, k, {offset.z, offset.y, 0});
-    row.voxel[k] = ravel(q, g.input);
+    row.at[k] = q.z * strides.z + q.y * strides.y + q.x * strides.x;
     if (q.z >= 0 && q.z < g.input.z && q.y >= 0 && q.y < g.input.y) row.inside |= BranchSet(1) << k;
   }
   return row;
@@ -115,11 +116,11 @@ inline TapRow find_tap_row(const Problem& g, const Segment& segment, const Index
 
 // Fills one TapRow a segment; false if no branch reads inside the volume from any of them.
 inline bool find_tap_rows(const Problem& g, const std::vector<Segment>& segments, const Index3& offset,
-                          std::vector<TapRow>& rows) {
+                          const Index3& strides, std::vector<TapRow>& rows) {
   rows.clear();
   BranchSet any = 0;
   for (const Segment& segment : segments) {
-    rows.push_back(find_tap_row(g, segment, offset));
+    rows.push_back(find_tap_row(g, segment, offset, strides));
     any |= rows.back().inside;
   }
   return any != 0;
