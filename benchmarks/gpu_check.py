@@ -249,6 +249,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     limits = LIMITS[options.quick]
+    if device == "cpu":
+        limits = {stage: 10 * seconds for stage, seconds in limits.items()}  # no machine waits to go back
     with (options.out / "log.txt").open("a") as log:
         session = Session(options.out, log, limits["all"])
         build(session, limits, device)

@@ -1,0 +1,300 @@
+"""The benchmark harness: it refuses what is wrong, loses nothing to a kill, and counts memory right."""
+
+import csv
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import cases
+import contenders
+import gpu_check
+import harness
+import memory
+import plot
+import run
+from autofocus_kernels import autofocus_conv, testing
+from contenders import NAIVE, Contender
+
+TINY = cases.BY_NAME["tiny-8x12^3"]
+SOON = ["--seconds", "0.01", "--no-memory", "--compiled", "--dtypes", "float32"]
+
+
+@pytest.fixture(scope="module")
+def ceilings():
+    found = harness.Ceilings.__new__(harness.Ceilings)
+    found.copy, found.product = 1e10, lambda dtype: 1e10
+    return found
+
+
+def measure(case, names, ceilings, passes=("inference", "training"), **options):
+    entrants = [Contender(name, layout) for name in names for layout in contenders.LAYOUTS]
+    options = {"seconds": 0.01, "measure_memory": False, **options}
+    return list(harness.measure(case, "float32", passes, entrants, "cpu", ceilings, **options))
+
+
+# ------------------------------------------------------------------ cases
+
+
+def test_afn6_cases_are_the_layers_of_the_paper():
+    """203.1 G multiply-adds of one 75^3 segment are in the branches: K convolutions each, 47^3 logits at the end."""
+    layers = cases.PLAIN_AFN6
+    total = sum(
+        case.num_branches * 27 * case.channels * case.out_channels * math.prod(case.geometry.output_size)
+        for case in layers
+    )
+    assert round(total / 1e9, 1) == 203.1
+    assert layers[0].size == (71, 71, 71) and layers[-1].geometry.output_size == (47, 47, 47)
+    for case, following in zip(layers, layers[1:]):
+        assert case.geometry.output_size == following.size and case.out_channels == following.channels
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", 1])
+def test_multiply_adds_count_the_taps_inside(padding):
+    """Against a convolution of ones: with a weight of ones it counts the taps of the smallest dilation."""
+    case = testing.Case("counted", (9, 7, 12), channels=3, out_channels=5, dilations=(2, 6), padding=padding, batch=2)
+    ones = torch.ones(1, 1, *case.size)
+    counted = autofocus_conv(
+        ones, torch.ones(1, 1, 3, 3, 3), torch.ones(1, 1, *case.geometry.output_size),
+        dilations=(2,), padding=padding, backend="reference",
+    )
+    assert cases.multiply_adds(case, "inference") == 2 * 3 * 5 * counted.sum().item()
+    assert cases.multiply_adds(case, "training") == 4 * cases.multiply_adds(case, "inference")
+
+
+def test_compulsory_bytes_are_those_of_the_tensors():
+    case = cases.BY_NAME["tiny-4x9^3-branch"]
+    tensors = testing.make_tensors(case)
+    given = sum(tensor.nbytes for tensor in tensors.arguments().values())
+    output = tensors.grad_output.nbytes
+    assert cases.compulsory_bytes(case, "inference", 4) == given + output
+    assert cases.compulsory_bytes(case, "training", 4) == given + output + given + output + given
+
+
+# ------------------------------------------------------------------ right before fast
+
+
+def wrong_layer(name, where):
+    """Contender ``name`` with an error in the output, or only in one gradient, or only without a graph."""
+    right = contenders.layer("reference")
+
+    class Off(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tensor):
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 1.001 * grad
+
+    def layer(input, weight, attention, **rest):
+        if where == "attention":
+            attention = Off.apply(attention)
+        output = right(input=input, weight=weight, attention=attention, **rest)
+        if where == "output" or (where == "inference" and not torch.is_grad_enabled()):
+            output = output + 1e-3 * output.detach().roll(1, -1)
+        if where == "nan":
+            output = output.clone()
+            output[0, 0, 0, 0, 0] = math.nan
+        return output
+
+    return contenders.layer(name) if name == NAIVE else layer
+
+
+@pytest.mark.parametrize("where", ["output", "attention", "inference", "nan"])
+def test_a_wrong_contender_gets_no_time(monkeypatch, ceilings, where):
+    monkeypatch.setattr(harness, "layer", lambda name: wrong_layer(name, where))
+    for rows in measure(TINY, [NAIVE, "broken"], ceilings):
+        statuses = {row["contender"]: row for row in rows}
+        assert statuses[NAIVE]["status"] == "ok" and statuses[NAIVE]["min_ms"] > 0
+        assert statuses["broken"]["status"] == "wrong" and "min_ms" not in statuses["broken"]
+        assert ("attention" if where == "attention" else "output") in statuses["broken"]["note"]
+        assert len(harness.failures(rows)) == 2  # one per layout
+        assert "WRONG" in harness.table(rows) and "WRONG" in harness.summary(rows)
+
+
+def test_a_contender_that_raises_does_not_end_the_run(monkeypatch, ceilings):
+    def layer(name):
+        def refusing(**arguments):
+            raise RuntimeError("backend 'x' cannot run this call: not today" if name == "x" else "boom")
+
+        return contenders.layer(name) if name == NAIVE else refusing
+
+    monkeypatch.setattr(harness, "layer", layer)
+    (rows,) = measure(TINY, [NAIVE, "x", "y"], ceilings, passes=("inference",))
+    assert [row["status"] for row in rows] == ["ok", "ok", "refused", "refused", "failed", "failed"]
+    assert "not today" in rows[2]["note"] and "boom" in rows[4]["note"]
+    assert len(harness.failures(rows)) == 2  # a refusal is no failure
+
+
+def test_the_judge_knows_every_layout_and_mode(ceilings):
+    for name in ("tiny-2d-3x20x17", "tiny-4x9^3-branch"):
+        for rows in measure(cases.BY_NAME[name], [NAIVE, "reference"], ceilings):
+            assert {row["status"] for row in rows} == {"ok"}
+
+
+# ------------------------------------------------------------------ rows
+
+
+def timed(contender, layout, ms, status="ok"):
+    return {"contender": contender, "layout": layout, "status": status, "min_ms": ms, "median_ms": 2 * ms}
+
+
+def test_ratio_is_to_the_faster_eager_layout():
+    rows = harness.with_ratios([
+        timed(NAIVE, "contiguous", 6.0),
+        timed(NAIVE, "channels_last", 4.0),
+        timed(contenders.COMPILED, "contiguous", 3.0),
+        timed("cpu", "contiguous", 2.0),
+        timed("cpu", "channels_last", 1.0),
+        {"contender": "cuda", "layout": "contiguous", "status": "wrong", "note": ""},
+    ])
+    assert [row.get("ratio") for row in rows] == [4 / 6, 1, 4 / 3, 2, 4, None]
+    assert rows[4]["ratio_median"] == 4
+    without = harness.with_ratios([timed("cpu", "contiguous", 1.0), timed(NAIVE, "contiguous", 1.0, "wrong")])
+    assert "ratio" not in without[0]
+
+
+def test_interleaving_takes_turns_and_keeps_to_its_budget():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+
+    def clock(call):
+        call()
+        return 1.0
+
+    times = contenders.interleave(calls, clock, budget=9.0, min_rounds=3)
+    assert order == ["a", "b"] * (1 + 5)  # one round to warm up; five rounds of two seconds reach nine
+    assert times == {"a": [1.0] * 5, "b": [1.0] * 5}
+    assert len(contenders.interleave(calls, clock, budget=0.0, min_rounds=3)["a"]) == 3
+
+
+def test_csv_columns_environment_and_continuing(tmp_path, capsys):
+    out = tmp_path / "rows.csv"
+    arguments = ["--cases", TINY.name, "--passes", "inference", *SOON, "--threads", "1", "--out", str(out)]
+    assert run.main(arguments) == 0
+    with out.open() as file:
+        assert next(csv.reader(file)) == list(harness.COLUMNS)
+    rows = harness.read(out)
+    assert {row["contender"] for row in rows} >= {NAIVE}
+    for row in rows:
+        assert row["status"] == "ok" and row["min_ms"] <= row["median_ms"] and row["rounds"] >= 3
+        assert row["torch"] == torch.__version__ and row["commit"] and row["cpu"] and row["onednn"]
+        assert row["multiply_adds"] == cases.multiply_adds(TINY, "inference")
+        assert 0 < row["error_of_limit"] <= 1 and row["fraction_of_floor"] > 0
+    before = out.read_text()
+
+    # The same command measures nothing again; a new pass is added, and a torn last line is dropped.
+    assert run.main(arguments) == 0
+    assert out.read_text() == before and "measured already" in capsys.readouterr().out
+    with out.open("a") as file:
+        file.write("torn,line")
+    arguments[3] = "training"
+    assert run.main(arguments) == 0
+    passes = [row["pass"] for row in harness.read(out)]
+    assert passes == ["inference"] * len(rows) + ["training"] * len(rows)
+    assert all(row["saved_bytes"] for row in harness.read(out) if row["pass"] == "training")
+
+    figure = plot.draw(harness.read(out))
+    figure.savefig(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_rows_of_other_sources_are_measured_again(tmp_path):
+    first = harness.Rows(tmp_path / "rows.csv", {"commit": "one"})
+    first.add([{"case": "a", "dtype": "float32", "pass": "inference"}])
+    assert harness.Rows(tmp_path / "rows.csv", {"commit": "one"}).has("a", "float32", "inference")
+    assert not harness.Rows(tmp_path / "rows.csv", {"commit": "two"}).has("a", "float32", "inference")
+
+
+def test_the_default_plan_covers_every_case_the_results_are_quoted_for():
+    jobs = run.plan(run.parse([]))
+    assert [case for case, dtype, _ in jobs if dtype == "float32"] == [*cases.PLAIN_AFN6, *cases.OTHERS]
+    assert {case.name for case, dtype, _ in jobs if dtype == "bfloat16"} == set(run.DEFAULT_16_BIT)
+    full = run.plan(run.parse(["--full"]))
+    assert len(full) == 2 * len(cases.CPU_CASES) and all(compiled for *_, compiled in full)
+    on_gpu = run.plan(run.parse(["--device", "cuda"]))
+    assert {case for case, *_ in on_gpu} == set(cases.GPU_CASES)
+
+
+# ------------------------------------------------------------------ memory
+
+
+@pytest.mark.skipif(not memory.can_measure_cpu(), reason="the kernel does not let a process reset its peak memory")
+def test_peak_memory_of_the_naive_layer_is_what_its_code_says():
+    case = replace(TINY, size=(40, 40, 40), channels=16, out_channels=16, dilations=(1, 2))
+    wanted = [(Contender(NAIVE, "channels_last"), pass_name) for pass_name in ("inference", "forward")]
+    output = 16 * 40**3 * 4
+    found = {pass_name: peak / output for _, pass_name, peak in memory.peaks_cpu(case, "float32", 1, wanted)}
+    # The sum so far, the second branch and the new sum; with a graph the first branch is still there.
+    assert found == {"inference": pytest.approx(3, rel=0.15), "forward": pytest.approx(4, rel=0.15)}
+
+
+@pytest.mark.skipif(not memory.can_measure_cpu(), reason="the kernel does not let a process reset its peak memory")
+def test_peak_here_sees_memory_that_is_freed_again():
+    code = (
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "import harness, memory, torch\n"
+        "size = 2**23\n"
+        "print(memory.peak_here(lambda: [torch.ones(size).sum(), torch.ones(2 * size).sum()]) / (4 * size))\n"
+        "print(memory.peak_here(lambda: torch.ones(size)) / (4 * size))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**memory.SETTINGS, "OMP_NUM_THREADS": "1"},
+    )
+    freed, kept = map(float, result.stdout.split())
+    assert freed == pytest.approx(2, rel=0.1) and kept == pytest.approx(1, rel=0.1)
+
+
+# ------------------------------------------------------------------ gpu_check, dry
+
+
+WRONG_RUN = f"""
+import sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import run, harness, contenders
+run.backends_of = lambda device: {{"reference": None}}
+right = harness.layer
+harness.layer = lambda name: right(name) if name == "naive" else lambda **a: FACTOR * right(name)(**a)
+sys.exit(run.main())
+"""
+
+
+@pytest.mark.parametrize("factor, status", [(1.0, 0), (1.001, 1)])
+def test_gpu_check_fails_if_a_result_is_wrong(monkeypatch, tmp_path, factor, status):
+    script = tmp_path / "run_wrong.py"
+    script.write_text(WRONG_RUN.replace("FACTOR", str(factor)))
+    monkeypatch.setattr(gpu_check, "RUN", script)
+    monkeypatch.setattr(gpu_check, "backends", lambda device: [])
+    monkeypatch.setattr(gpu_check, "tests", lambda session, *_: session.note("tests", "ok"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert gpu_check.main(["--cpu", "--quick", "--out", str(tmp_path)]) == status
+    summary = (tmp_path / "summary.txt").read_text()
+    assert ("FAILED" in summary) == (status == 1) and "tiny-8x12^3" in summary
+    assert (tmp_path / "benchmark.csv").exists() and "=== benchmark" in (tmp_path / "log.txt").read_text()
+
+
+def test_gpu_check_stages(tmp_path):
+    with (tmp_path / "log.txt").open("w") as log:
+        session = gpu_check.Session(tmp_path, log, seconds=3600)
+        assert not session.run("fine", [sys.executable, "-c", "print('hello')"], 600).is_failure
+        assert session.run("broken", [sys.executable, "-c", "raise SystemExit(3)"], 600).detail == "status 3"
+        hanging = session.run("hanging", [sys.executable, "-c", "import time; time.sleep(3600)"], 5)
+        assert hanging.outcome == "TIMED OUT" and hanging.is_failure
+        session.deadline = 0
+        assert session.run("too late", ["true"], 30).outcome == "not run"
+    assert "hello" in (tmp_path / "log.txt").read_text()
+
+
+def test_gpu_check_small_cases_on_the_reference():
+    names = {case.name for case in testing.CASES}
+    assert set(gpu_check.SMALL_CASES) <= names
+    assert gpu_check.check_small("reference") == 0
