@@ -148,7 +148,7 @@ void forward(const Tensor& input, const Tensor& weight, const Tensor& attention,
   const Problem& g = in.g;
   const TensorArgument to = checked("output", output, input, {g.N, g.O, g.output.z, g.output.y, g.output.x});
   const Launches launches(input);
-  const bool take_fast = fast && fast_refusal(Pass::kForward, g, in.dtype, branch_scale.has_value()) == nullptr;
+  const bool take_fast = fast && fast_refusal(Pass::kForward, g, in.dtype) == nullptr;
   (take_fast ? fast_forward : simple_forward)(in, to, launches.context());
 }
 
@@ -171,21 +171,17 @@ void backward(const Tensor& grad_output, const Tensor& input, const Tensor& weig
                   "grad_branch_scale needs branch_scale");
   const Launches launches(input);
   const Context& context = launches.context();
-  const auto take_fast = [&](Pass pass) {
-    return fast && fast_refusal(pass, g, in.dtype, branch_scale.has_value()) == nullptr;
-  };
+  const auto take_fast = [&](Pass pass) { return fast && fast_refusal(pass, g, in.dtype) == nullptr; };
   if (to_input.data != nullptr)
     (take_fast(Pass::kGradInput) ? fast_grad_input : simple_grad_input)(in, from, to_input, context);
   if (to_attention.data != nullptr)
     (take_fast(Pass::kGradAttention) ? fast_grad_attention : simple_grad_attention)(in, from, to_attention, context);
-  if (to_weight.data != nullptr && to_scale.data == nullptr && take_fast(Pass::kGradWeight))
-    fast_grad_weight(in, from, to_weight, context);
-  else if (to_weight.data != nullptr || to_scale.data != nullptr)
-    simple_grad_weight(in, from, to_weight, to_scale, context);
+  if (to_weight.data != nullptr || to_scale.data != nullptr)
+    (take_fast(Pass::kGradWeight) ? fast_grad_weight : simple_grad_weight)(in, from, to_weight, to_scale, context);
 }
 
 // Why the fast tier does not take a pass ("forward", "grad_input", "grad_attention", "grad_weight"); empty if it does.
-std::string fast_tier_refusal(std::string pass, const Tensor& input, const Tensor& weight, Ints output_size, bool scaled,
+std::string fast_tier_refusal(std::string pass, const Tensor& input, const Tensor& weight, Ints output_size,
                               Ints dilations, Ints stride, Ints origin) {
   const Problem g = make_problem(input, weight, output_size, dilations, stride, origin);
   const Launches launches(input);
@@ -193,7 +189,7 @@ std::string fast_tier_refusal(std::string pass, const Tensor& input, const Tenso
   const Pass passes[] = {Pass::kForward, Pass::kGradInput, Pass::kGradAttention, Pass::kGradWeight};
   for (int i = 0; i < 4; ++i)
     if (pass == names[i]) {
-      const char* refusal = fast_refusal(passes[i], g, dtype_of(input), scaled);
+      const char* refusal = fast_refusal(passes[i], g, dtype_of(input));
       return refusal == nullptr ? "" : refusal;
     }
   STD_TORCH_CHECK(false, "the pass must be forward, grad_input, grad_attention or grad_weight, got ", pass);
@@ -212,8 +208,8 @@ STABLE_TORCH_LIBRARY(autofocus_cuda, m) {
       "Tensor(c!)? grad_attention, Tensor(d!)? grad_branch_scale, int[] dilations, int[] stride, int[] origin, "
       "bool fast=True) -> ()");
   m.def(
-      "fast_refusal(str tier_pass, Tensor input, Tensor weight, int[] output_size, bool scaled, int[] dilations, "
-      "int[] stride, int[] origin) -> str");
+      "fast_refusal(str tier_pass, Tensor input, Tensor weight, int[] output_size, int[] dilations, int[] stride, "
+      "int[] origin) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(autofocus_cuda, AUTOFOCUS_CUDA_DISPATCH_KEY, m) {

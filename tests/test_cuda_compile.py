@@ -23,37 +23,37 @@ STATIC_SHARED = 0  # bytes: every kernel takes what shared memory it needs at la
 BUDGET = {
     "fast_blend": 128,
     "fast_grad_attention_kernel": 128,
+    "fast_branches_kernel": 128,
     "fast_weight_partial": 168,
-    "fast_weight_sum": 64,
     "pack_points_kernel": 64,
     "pack_blend_weight_kernel": 64,
-    "pack_projection_weight": 64,
+    "pack_projections": 64,
     "pack_grad_output": 64,
     "simple_blend": 255,
     "simple_branches": 255,
     "simple_grad_attention_shared": 255,
     "simple_grad_attention_scaled": 128,
     "simple_weight_partial": 128,
-    "simple_weight_sum": 64,
-    "simple_scale_sum": 128,
+    "weight_sum": 64,
+    "scale_sum": 128,
 }
 # Instances of each kernel: element types times the few values of its template parameters. More cost build time.
 INSTANCES = {
-    "fast_blend": 8,
+    "fast_blend": 12,
     "fast_grad_attention_kernel": 4,
+    "fast_branches_kernel": 2,
     "fast_weight_partial": 2,
-    "fast_weight_sum": 2,
     "pack_points_kernel": 2,
     "pack_blend_weight_kernel": 1,
-    "pack_projection_weight": 1,
+    "pack_projections": 2,
     "pack_grad_output": 1,
     "simple_blend": 8,
     "simple_branches": 4,
     "simple_grad_attention_shared": 4,
     "simple_grad_attention_scaled": 4,
     "simple_weight_partial": 4,
-    "simple_weight_sum": 4,
-    "simple_scale_sum": 4,
+    "weight_sum": 4,
+    "scale_sum": 4,
 }
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -137,6 +137,7 @@ def test_budget_fits_the_blocks():
     weight_threads = 3 * constant["kWeightSplits"] * 32
     assert constant["kMaxThreads"] * BUDGET["fast_blend"] <= REGISTERS
     assert constant["kMaxThreads"] * BUDGET["fast_grad_attention_kernel"] <= REGISTERS
+    assert constant["kMaxThreads"] * BUDGET["fast_branches_kernel"] <= REGISTERS
     assert weight_threads * BUDGET["fast_weight_partial"] <= REGISTERS
     assert constant["kSimpleThreads"] * constant["kSimpleBlocks"] * BUDGET["simple_blend"] <= REGISTERS
 

@@ -40,16 +40,15 @@ def can_use(geometry, input, weight, branch_mode) -> Optional[str]:
     return None
 
 
-def fast_refusal(pass_name: str, geometry, input, weight, scaled: bool) -> Optional[str]:
+def fast_refusal(pass_name: str, geometry, input, weight) -> Optional[str]:
     """Why the fast tier does not take a pass of a call that :func:`can_use` takes; None if it does.
 
     Args:
-        pass_name: one of :data:`PASSES`.
-        scaled: whether the call has a branch scale.
+        pass_name: one of :data:`PASSES`; that of the weight serves the branch scale too.
     """
     problem = geometry.as_3d()
     return torch.ops.autofocus_cuda.fast_refusal(
-        pass_name, *_as_3d(input, weight), list(problem.output_size), scaled, *_integers(geometry)
+        pass_name, *_as_3d(input, weight), list(problem.output_size), *_integers(geometry)
     ) or None
 
 

@@ -28,7 +28,11 @@ struct Plan {
 };
 
 // Null, or why the pass cannot run on the current device; then `plan` is not set.
-const char* make_plan(const Inputs& in, Pass pass, Plan& plan);
+const char* make_plan(const Problem& g, DType dtype, Pass pass, Plan& plan);
+// The plan of a pass that fast_refusal lets pass: for all branches at once, or for branch k alone. The latter has the same
+// classes and tiles, so operands packed for one plan serve the other.
+Plan plan_all(const Inputs& in, Pass pass);
+Plan plan_branch(const Inputs& in, Pass pass, int64_t k);
 
 // Chunks of channels, and what packing them takes.
 inline int num_chunks(int64_t channels) { return static_cast<int>((channels + kChunk - 1) / kChunk); }
@@ -38,6 +42,13 @@ const unsigned char* pack_points(const Lattice& g, const TensorArgument& source,
                                  const Context& context);
 // The weight as MMA operand b of the blend kernels: [target blocks, chunks, tz, pair, target_tiles, lane].
 const uint2* pack_blend_weight(const Inputs& in, bool adjoint, int target_tiles, const Context& context);
+
+// Grid (blocks, blocks of `block_targets` target channels) that fills the device once, no block without a tile.
+inline dim3 target_grid(const Plan& plan, int64_t targets, int block_targets) {
+  const int64_t target_blocks = ceil_div(targets, block_targets), tiles = num_tiles(plan.lattice);
+  const int64_t wanted = ceil_div(plan.blocks, target_blocks);
+  return dim3(static_cast<unsigned int>(wanted < tiles ? wanted : tiles), static_cast<unsigned int>(target_blocks));
+}
 
 // ------------------------------------------------------------------ device side
 
@@ -198,18 +209,71 @@ class Pipeline {
   Tile* shared_tiles_;
 };
 
-// Attention of this thread's four target points (rows y0 .. y0 + 3 at column x), zero outside the target and from K on.
+// The packed attention of target point (z, y, x) of a tile, one 16-bit element a branch; zeros outside the target.
+__device__ inline uint2 packed_attention(const Lattice& g, const Tile& tile, const unsigned char* gates, int z, int y,
+                                         int x) {
+  if (!inside(target_position(g, tile, z, y, x), g.target)) return {0u, 0u};
+  const int64_t point = tile.n * packed_target_points(g) + packed_target(g, tile, z, y, x);
+  return *reinterpret_cast<const uint2*>(gates + point * kGateBytes);
+}
+
+// Attention of this lane's four target points (rows y0 .. y0 + 3 at column x).
 template <typename T>
-__device__ inline void load_attention(const Lattice& g, const Tile& tile, const Strided<const T>& attention, int z, int y0,
-                                      int x, float (&a)[kRowsPerWarp][kLatticeBranches]) {
+__device__ inline void load_attention(const Lattice& g, const Tile& tile, const unsigned char* gates, int z, int y0, int x,
+                                      float (&a)[kRowsPerWarp][kLatticeBranches]) {
+#pragma unroll
+  for (int r = 0; r < kRowsPerWarp; ++r) {
+    const uint2 packed = packed_attention(g, tile, gates, z, y0 + r, x);
+    const float2 low = unpack(packed.x, T{}), high = unpack(packed.y, T{});
+    a[r][0] = low.x;
+    a[r][1] = low.y;
+    a[r][2] = high.x;
+    a[r][3] = high.y;
+  }
+}
+
+// The attention of every target point of the tile, in shared memory. Call it between Pipeline::leave(+1) of one tile and
+// enter(-1) of the next, whose barriers order it, and read it between enter(-1) and leave(+1).
+__device__ inline void share_attention(const Lattice& g, const Tile& tile, const unsigned char* gates,
+                                       unsigned char* shared) {
+  for (int i = threadIdx.x; i < g.tile_z * kTileY * kTileX; i += int(blockDim.x))
+    *reinterpret_cast<uint2*>(shared + i * kGateBytes) =
+        packed_attention(g, tile, gates, i / (kTileY * kTileX), i / kTileX % kTileY, i % kTileX);
+}
+
+// Stores the sums of this lane's four target points, with sum_k a_k shift_k added if kShifted. Tiles of eight channels from
+// `target0`, of which the lane holds two.
+template <bool kShifted, typename T, int kTargetTiles>
+__device__ inline void store_targets(const Lattice& g, const Tile& tile, const Strided<T>& target, int64_t targets,
+                                     int64_t target0, int z, int y0, int x, int channels,
+                                     const float (&sum)[2][kTargetTiles][4], const Strided<const T>& shift,
+                                     const float (&a)[kRowsPerWarp][kLatticeBranches]) {
+  T* row[kRowsPerWarp];  // channel target0 of each point; null outside the target
 #pragma unroll
   for (int r = 0; r < kRowsPerWarp; ++r) {
     const Index3 p = target_position(g, tile, z, y0 + r, x);
-    const bool valid = inside(p, g.target);
-#pragma unroll
-    for (int k = 0; k < kLatticeBranches; ++k)
-      a[r][k] = valid && k < g.K ? to_float(*attention.at(tile.n, k, p)) : 0.0f;
+    row[r] = inside(p, g.target) ? target.at(tile.n, target0, p) : nullptr;
   }
+#pragma unroll
+  for (int i = 0; i < kTargetTiles; ++i)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int channel = i * 8 + channels + e;
+      if (target0 + channel >= targets) continue;
+      float h[kLatticeBranches] = {};
+      if (kShifted && shift.data != nullptr)
+#pragma unroll
+        for (int k = 0; k < kLatticeBranches; ++k)
+          if (k < g.K) h[k] = branch_value(shift, k, target0 + channel);
+#pragma unroll
+      for (int r = 0; r < kRowsPerWarp; ++r) {
+        float value = sum[r / 2][i][r % 2 * 2 + e];
+        if (kShifted)
+#pragma unroll
+          for (int k = 0; k < kLatticeBranches; ++k) value += a[r][k] * h[k];
+        if (row[r] != nullptr) store(row[r] + channel * target.c, value);
+      }
+    }
 }
 
 }  // namespace autofocus::cuda

@@ -11,16 +11,19 @@ namespace autofocus::cuda {
 template <typename T>
 struct BlendArguments {
   const unsigned char* points;  // packed source, [N, chunks, points]
-  const unsigned char* gates;   // packed attention, adjoint only
+  const unsigned char* gates;   // packed attention: of the targets, or in the adjoint of the sources
   const uint2* weight;          // pack_blend_weight
   int chunks;
   int64_t targets;
-  Strided<const T> attention, shift;  // forward only
+  Strided<const T> shift;  // forward only
+  Strided<const T> scale;  // kScaled only
+  int64_t sources;
   Strided<T> target;
 };
 
-// Grid (blocks, blocks of 8 * kTargetTiles target channels).
-template <typename T, int kTargetTiles, bool kAdjoint>
+// Grid (blocks, blocks of 8 * kTargetTiles target channels). kScaled: the adjoint's sources are multiplied by a branch scale
+// (the forward's branches cannot be: fast_branches.cu).
+template <typename T, int kTargetTiles, bool kAdjoint, bool kScaled>
 __global__ __launch_bounds__(kMaxThreads, 1) void fast_blend(Lattice g, BlendArguments<T> args) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int x = lane / 4, channels = lane % 4 * 2;  // this lane's column, and the first of its two channels
@@ -37,7 +40,16 @@ __global__ __launch_bounds__(kMaxThreads, 1) void fast_blend(Lattice g, BlendArg
       for (auto& tile : sum)
         for (auto& fragment : tile)
           for (float& value : fragment) value = 0.0f;
-      if (!kAdjoint) load_attention(g, pipeline.tile(), args.attention, z, y0, x, a);
+      if (!kAdjoint) load_attention<T>(g, pipeline.tile(), args.gates, z, y0, x, a);
+    }
+    float2 scale[kLatticeBranches];  // of this lane's two source channels
+    if (kScaled) {
+      const int64_t source = int64_t(pipeline.chunk()) * kChunk + channels;
+#pragma unroll
+      for (int k = 0; k < kLatticeBranches; ++k) {
+        scale[k].x = k < g.K && source < args.sources ? branch_value(args.scale, k, source) : 0.0f;
+        scale[k].y = k < g.K && source + 1 < args.sources ? branch_value(args.scale, k, source + 1) : 0.0f;
+      }
     }
     const uint2* chunk_weight = weight + int64_t(pipeline.chunk()) * (3 * kPlanePairs * kTargetTiles * 32);
 #pragma unroll 1
@@ -55,10 +67,11 @@ __global__ __launch_bounds__(kMaxThreads, 1) void fast_blend(Lattice g, BlendArg
 #pragma unroll 1
       for (int step = 0; step < kPlanePairs; ++step) {
         const uint2* step_weight = chunk_weight + ((tz + 1) * kPlanePairs + step) * (kTargetTiles * 32);
-        // Four are asked for before the blend, which hides their way from the L2 cache; registers hold no more.
+        // Those asked for before the blend arrive behind it; the adjoint's blend leaves no registers for them.
+        constexpr int kEarly = kAdjoint ? 0 : 4;
         uint2 b[kTargetTiles];
 #pragma unroll
-        for (int tile = 0; tile < 4; ++tile) b[tile] = step_weight[tile * 32];
+        for (int tile = 0; tile < kEarly; ++tile) b[tile] = step_weight[tile * 32];
         uint32_t blended[2][4];  // MMA operand a of rows 0, 1 and of rows 2, 3
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -73,8 +86,8 @@ __global__ __launch_bounds__(kMaxThreads, 1) void fast_blend(Lattice g, BlendArg
               const float w =
                   kAdjoint ? to_float(load_shared<T>(gate[k] + shift * kGateBytes + r * (kPitch * kGateBytes)))
                            : a[r][k];
-              u[r].x += w * value.x;
-              u[r].y += w * value.y;
+              u[r].x += kScaled ? w * scale[k].x * value.x : w * value.x;
+              u[r].y += kScaled ? w * scale[k].y * value.y : w * value.y;
             }
           };
           if (tap < kPlaneTaps) for_branches(g.K, add_branch);
@@ -82,7 +95,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void fast_blend(Lattice g, BlendArg
           for (int r = 0; r < kRowsPerWarp; ++r) blended[r / 2][2 * half + r % 2] = pack(u[r].x, u[r].y, T{});
         }
 #pragma unroll
-        for (int tile = 4; tile < kTargetTiles; ++tile) b[tile] = step_weight[tile * 32];
+        for (int tile = kEarly; tile < kTargetTiles; ++tile) b[tile] = step_weight[tile * 32];
 #pragma unroll
         for (int tile = 0; tile < kTargetTiles; ++tile) {
           mma<T>(sum[0][tile], blended[0], b[tile]);
@@ -92,66 +105,40 @@ __global__ __launch_bounds__(kMaxThreads, 1) void fast_blend(Lattice g, BlendArg
       pipeline.leave(tz);
     }
     if (!pipeline.last_chunk()) continue;
-    T* row[kRowsPerWarp];  // channel target0 of each point; null outside the target
-#pragma unroll
-    for (int r = 0; r < kRowsPerWarp; ++r) {
-      const Index3 p = target_position(g, pipeline.tile(), z, y0 + r, x);
-      row[r] = inside(p, g.target) ? args.target.at(pipeline.tile().n, target0, p) : nullptr;
-    }
-#pragma unroll
-    for (int tile = 0; tile < kTargetTiles; ++tile)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int channel = tile * 8 + channels + e;
-        if (target0 + channel >= args.targets) continue;
-        float shift[kLatticeBranches] = {};
-        if (!kAdjoint && args.shift.data != nullptr)
-#pragma unroll
-          for (int k = 0; k < kLatticeBranches; ++k)
-            if (k < g.K) shift[k] = branch_value(args.shift, k, target0 + channel);
-#pragma unroll
-        for (int r = 0; r < kRowsPerWarp; ++r) {
-          float value = sum[r / 2][tile][r % 2 * 2 + e];
-          if (!kAdjoint)
-#pragma unroll
-            for (int k = 0; k < kLatticeBranches; ++k) value += a[r][k] * shift[k];
-          if (row[r] != nullptr) store(row[r] + channel * args.target.c, value);
-        }
-      }
+    store_targets<!kAdjoint>(g, pipeline.tile(), args.target, args.targets, target0, z, y0, x, channels, sum, args.shift,
+                             a);
   }
 }
 
-template <typename T, int kTargetTiles, bool kAdjoint>
+template <typename T, int kTargetTiles, bool kAdjoint, bool kScaled>
 void launch_blend(const char* name, const Plan& plan, const Inputs& in, const TensorArgument& source,
                   const TensorArgument& target, const Context& context) {
   const Problem& g = in.g;
   const int64_t sources = kAdjoint ? g.O : g.C, targets = kAdjoint ? g.C : g.O;
-  const int64_t target_blocks = ceil_div(targets, 8 * kTargetTiles);
   const BlendArguments<T> args{
       pack_points(plan.lattice, source, sources, kPointBytes, context),
-      kAdjoint ? pack_points(plan.lattice, in.attention, g.K, kGateBytes, context) : nullptr,
+      pack_points(kAdjoint ? plan.lattice : packing_of_target(plan.lattice), in.attention, g.K, kGateBytes, context),
       pack_blend_weight(in, kAdjoint, kTargetTiles, context),
       num_chunks(sources),
       targets,
-      Strided<const T>(in.attention),
       Strided<const T>(in.shift),
+      Strided<const T>(in.scale),
+      sources,
       Strided<T>(target)};
-  const int64_t wanted = ceil_div(plan.blocks, target_blocks), tiles = num_tiles(plan.lattice);
-  const dim3 grid(static_cast<unsigned int>(wanted < tiles ? wanted : tiles), static_cast<unsigned int>(target_blocks));
-  launch(name, &fast_blend<T, kTargetTiles, kAdjoint>, grid, plan.threads, plan.shared_bytes, context.stream,
-         plan.lattice, args);
+  launch(name, &fast_blend<T, kTargetTiles, kAdjoint, kScaled>, target_grid(plan, targets, 8 * kTargetTiles), plan.threads,
+         plan.shared_bytes, context.stream, plan.lattice, args);
 }
 
 // Target channels go by 32 or by 64; with more than that the blend is repeated for every 64.
-template <bool kAdjoint>
+template <bool kAdjoint, bool kScaled>
 void fast_blend_pass(const char* name, const Plan& plan, const Inputs& in, const TensorArgument& source,
                      const TensorArgument& target, const Context& context) {
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
     if ((kAdjoint ? in.g.C : in.g.O) <= 32)
-      launch_blend<T, 4, kAdjoint>(name, plan, in, source, target, context);
+      launch_blend<T, 4, kAdjoint, kScaled>(name, plan, in, source, target, context);
     else
-      launch_blend<T, 8, kAdjoint>(name, plan, in, source, target, context);
+      launch_blend<T, 8, kAdjoint, kScaled>(name, plan, in, source, target, context);
   });
 }
 

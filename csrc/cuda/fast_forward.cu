@@ -1,12 +1,12 @@
-// Forward of the fast tier.
+// Forward of the fast tier, without a branch scale.
 #include "fast_blend.h"
+#include "fast_branches.h"
 
 namespace autofocus::cuda {
 
 void fast_forward(const Inputs& in, const TensorArgument& output, const Context& context) {
-  Plan plan;
-  if (const char* refusal = make_plan(in, Pass::kForward, plan)) throw std::runtime_error(refusal);
-  fast_blend_pass<false>("fast_forward", plan, in, in.input, output, context);
+  if (in.scale.data != nullptr) return fast_branches(in, output, context);
+  fast_blend_pass<false, false>("fast_forward", plan_all(in, Pass::kForward), in, in.input, output, context);
 }
 
 }  // namespace autofocus::cuda

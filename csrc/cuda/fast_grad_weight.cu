@@ -2,29 +2,31 @@
 //
 // Here positions are what is summed over, so the blend is MMA operand b: blended in the layout of the forward, then
 // transposed in registers. A block keeps to eight input and 32 output channels and holds all 27 taps' sums in registers
-// while it goes through its tiles. Its sums are added to those of the other blocks in a fixed order.
+// while it goes through its tiles; weight_sum.h adds the sums of all blocks. With a branch scale the sums are kept apart by
+// branch, one launch each.
 #include "fast.h"
+#include "weight_sum.h"
 
 namespace autofocus::cuda {
 
 constexpr int kOutputTiles = 2;            // MMA tiles of 16 output channels
 constexpr int kPlaneSteps = kTileY / 2;    // MMA steps of a plane: two rows of eight points each
-constexpr int kSumThreads = 256;
+constexpr int kPackThreads = 256;
 
-template <typename T>
 struct GradWeightArguments {
   const unsigned char* points;  // packed input, [N, chunks, points]
+  const unsigned char* gates;   // packed attention of the targets
   const uint4* grads;           // packed grad_output, [tiles, steps, output tiles, lane]
   int chunks;
-  Strided<const T> attention;
-  float* partial;  // [splits of every block, outputs rounded up to 32, chunks * 8, 27]
+  float* partial;  // [outputs rounded up to 32, chunks * 8, 27], for each split of each block
+  int64_t split_size;
 };
 
 // grad_output as operand a, one thread a lane: rows are output channels, columns the 16 points of a step, zero outside.
-__global__ __launch_bounds__(kSumThreads) void pack_grad_output(Lattice g, Strided<const uint16_t> grad_output,
+__global__ __launch_bounds__(kPackThreads) void pack_grad_output(Lattice g, Strided<const uint16_t> grad_output,
                                                                 int64_t outputs, int output_tiles, int64_t items,
                                                                 uint4* packed) {
-  const int64_t index = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
+  const int64_t index = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
   if (index >= items) return;
   int64_t rest = index;
   const int lane = int(rest % 32);
@@ -49,7 +51,7 @@ __global__ __launch_bounds__(kSumThreads) void pack_grad_output(Lattice g, Strid
 
 // Grid (blocks, chunks of input channels, blocks of 32 output channels).
 template <typename T>
-__global__ __launch_bounds__(kWeightThreads, 1) void fast_weight_partial(Lattice g, GradWeightArguments<T> args) {
+__global__ __launch_bounds__(kWeightThreads, 1) void fast_weight_partial(Lattice g, GradWeightArguments args) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int x = lane / 4, channels = lane % 4 * 2;
   const int ty = warp / kWeightSplits, split = warp % kWeightSplits;
@@ -57,20 +59,8 @@ __global__ __launch_bounds__(kWeightThreads, 1) void fast_weight_partial(Lattice
 
   float sum[3][3][kOutputTiles][4] = {};  // [tz, tx]
   Pipeline<false> pipeline(g, args.points, args.chunks, blockIdx.y, 1, nullptr, blockIdx.x, gridDim.x);
-  // Attention of the tile's target points, kLatticeBranches each; ordered by the barriers of the pipeline.
-  T* gates = reinterpret_cast<T*>(pipeline.behind());
   for (pipeline.start(); pipeline.running(); pipeline.advance()) {
-    for (int i = threadIdx.x; i < g.tile_z * kTileY * kTileX; i += kWeightThreads) {
-      const Index3 p = target_position(g, pipeline.tile(), i / (kTileY * kTileX), i / kTileX % kTileY, i % kTileX);
-      const bool valid = inside(p, g.target);
-      for (int k = 0; k < kLatticeBranches; ++k) {
-        T& gate = gates[i * kLatticeBranches + k];
-        if (valid && k < g.K)
-          gate = *args.attention.at(pipeline.tile().n, k, p);
-        else
-          from_float(gate, 0.0f);
-      }
-    }
+    share_attention(g, pipeline.tile(), args.gates, pipeline.behind());
 #pragma unroll
     for (int tz = 0; tz < 3; ++tz) {
       pipeline.enter(tz - 1);
@@ -84,12 +74,13 @@ __global__ __launch_bounds__(kWeightThreads, 1) void fast_weight_partial(Lattice
                     channels * 2;
 #pragma unroll 1
         for (int step = 0; step < kPlaneSteps; ++step) {
-          const T* gate = gates + ((z * kTileY + 2 * step) * kTileX + x) * kLatticeBranches;
+          const unsigned char* gate = pipeline.behind() + ((z * kTileY + 2 * step) * kTileX + x) * kGateBytes;
           float a[2][kLatticeBranches];
 #pragma unroll
           for (int r = 0; r < 2; ++r)
 #pragma unroll
-            for (int k = 0; k < kLatticeBranches; ++k) a[r][k] = to_float(gate[r * kTileX * kLatticeBranches + k]);
+            for (int k = 0; k < kLatticeBranches; ++k)
+              a[r][k] = to_float(load_shared<T>(gate + r * (kTileX * kGateBytes) + k * 2));
           const int64_t grad_step = pipeline.tile_number() * (g.tile_z * kPlaneSteps) + z * kPlaneSteps + step;
           uint32_t grad[kOutputTiles][4];
 #pragma unroll
@@ -123,8 +114,8 @@ __global__ __launch_bounds__(kWeightThreads, 1) void fast_weight_partial(Lattice
     }
   }
 
-  const int64_t inputs = int64_t(args.chunks) * kChunk, outputs = int64_t(output_tiles) * 16;
-  float* partial = args.partial + (int64_t(blockIdx.x) * kWeightSplits + split) * outputs * inputs * 27;
+  const int64_t inputs = int64_t(args.chunks) * kChunk;
+  float* partial = args.partial + (int64_t(blockIdx.x) * kWeightSplits + split) * args.split_size;
 #pragma unroll
   for (int tz = 0; tz < 3; ++tz)
 #pragma unroll
@@ -139,46 +130,43 @@ __global__ __launch_bounds__(kWeightThreads, 1) void fast_weight_partial(Lattice
         }
 }
 
-// One thread an element of the weight.
-template <typename T>
-__global__ __launch_bounds__(kSumThreads) void fast_weight_sum(const float* partial, int64_t splits, int64_t O, int64_t C,
-                                                               int64_t outputs, int64_t inputs, Strided<T> grad_weight) {
-  const int64_t element = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
-  if (element >= O * C * 27) return;
-  const int64_t o = element / 27 / C, c = element / 27 % C, tap = element % 27;
-  float sum = 0.0f;
-  for (int64_t split = 0; split < splits; ++split) sum += partial[((split * outputs + o) * inputs + c) * 27 + tap];
-  store(grad_weight.at(o, c, {tap / 9, tap / 3 % 3, tap % 3}), sum);
-}
-
 void fast_grad_weight(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_weight,
-                      const Context& context) {
-  Plan plan;
-  if (const char* refusal = make_plan(in, Pass::kGradWeight, plan)) throw std::runtime_error(refusal);
+                      const TensorArgument& grad_scale, const Context& context) {
   const Problem& g = in.g;
+  const Plan plan = plan_all(in, Pass::kGradWeight);
   const int chunks = num_chunks(g.C);
   const int64_t output_blocks = ceil_div(g.O, 16 * kOutputTiles), tiles = num_tiles(plan.lattice);
-  const int64_t wanted = ceil_div(plan.blocks, chunks * output_blocks);
-  const int64_t blocks = wanted < tiles ? wanted : tiles;
   const int output_tiles = static_cast<int>(output_blocks) * kOutputTiles;
-  const int64_t outputs = output_tiles * 16, inputs = int64_t(chunks) * kChunk;
   const int64_t items = tiles * (plan.lattice.tile_z * kPlaneSteps) * output_tiles * 32;
   uint4* grads = static_cast<uint4*>(context.scratch(items * int64_t(sizeof(uint4))));
-  launch("pack_grad_output", &pack_grad_output, dim3(static_cast<unsigned int>(ceil_div(items, kSumThreads))), kSumThreads,
-         0, context.stream, plan.lattice, Strided<const uint16_t>(grad_output), g.O, output_tiles, items, grads);
-  const int64_t splits = blocks * kWeightSplits;
-  float* partial = static_cast<float*>(context.scratch(splits * outputs * inputs * 27 * int64_t(sizeof(float))));
+  launch("pack_grad_output", &pack_grad_output, dim3(static_cast<unsigned int>(ceil_div(items, kPackThreads))),
+         kPackThreads, 0, context.stream, plan.lattice, Strided<const uint16_t>(grad_output), g.O, output_tiles, items,
+         grads);
   const unsigned char* points = pack_points(plan.lattice, in.input, g.C, kPointBytes, context);
+
+  // The blend of all branches, or, with a scale, one launch a branch.
+  const bool scaled = in.scale.data != nullptr;
+  const int64_t wanted = ceil_div(plan.blocks, chunks * output_blocks), blocks = wanted < tiles ? wanted : tiles;
+  const WeightPartials sums{nullptr, blocks * kWeightSplits, scaled ? g.K : 1, output_tiles * 16, int64_t(chunks) * kChunk};
+  const int64_t branch_size = sums.outputs * sums.inputs * 27;
+  float* partial = static_cast<float*>(context.scratch(sums.splits * sums.branches * branch_size * int64_t(sizeof(float))));
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
-    launch("fast_weight_partial", &fast_weight_partial<T>,
-           dim3(static_cast<unsigned int>(blocks), static_cast<unsigned int>(chunks),
-                static_cast<unsigned int>(output_blocks)),
-           plan.threads, plan.shared_bytes, context.stream, plan.lattice,
-           GradWeightArguments<T>{points, grads, chunks, Strided<const T>(in.attention), partial});
-    launch("fast_weight_sum", &fast_weight_sum<T>, dim3(static_cast<unsigned int>(ceil_div(g.O * g.C * 27, kSumThreads))),
-           kSumThreads, 0, context.stream, partial, splits, g.O, g.C, outputs, inputs, Strided<T>(grad_weight));
+    for (int64_t k = 0; k < sums.branches; ++k) {
+      const Plan own = scaled ? plan_branch(in, Pass::kGradWeight, k) : plan;
+      TensorArgument attention = in.attention;
+      if (scaled) attention.data = static_cast<T*>(attention.data) + k * attention.c;
+      const unsigned char* gates =
+          pack_points(packing_of_target(own.lattice), attention, own.lattice.K, kGateBytes, context);
+      launch("fast_weight_partial", &fast_weight_partial<T>,
+             dim3(static_cast<unsigned int>(blocks), static_cast<unsigned int>(chunks),
+                  static_cast<unsigned int>(output_blocks)),
+             own.threads, own.shared_bytes, context.stream, own.lattice,
+             GradWeightArguments{points, gates, grads, chunks, partial + k * branch_size, sums.branches * branch_size});
+    }
   });
+  sum_weight_partials(in, {partial, sums.splits, sums.branches, sums.outputs, sums.inputs}, grad_weight, grad_scale,
+                      context);
 }
 
 }  // namespace autofocus::cuda

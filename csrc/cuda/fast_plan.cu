@@ -12,18 +12,21 @@ unsigned int pack_blocks(int64_t items) { return static_cast<unsigned int>(ceil_
 int shared_bytes(const Lattice& g, Pass pass) {
   int bytes = g.ring * plane_size(g) * kPointBytes + 2 * int(sizeof(Tile));
   if (pass == Pass::kGradInput) bytes += planes(g) * plane_size(g) * kGateBytes;
-  if (pass == Pass::kGradWeight) bytes += g.tile_z * kTileY * kTileX * kGateBytes;
+  // share_attention, which the forward needs only with a branch scale.
+  if (pass == Pass::kGradWeight || pass == Pass::kForward) bytes += g.tile_z * kTileY * kTileX * kGateBytes;
   return bytes;
 }
 
+Direction direction(Pass pass) { return pass == Pass::kGradInput ? Direction::kAdjoint : Direction::kForward; }
+
 }  // namespace
 
-const char* make_plan(const Inputs& in, Pass pass, Plan& plan) {
-  if (in.dtype != DType::kFloat16 && in.dtype != DType::kBFloat16) return "the dtype is not float16 or bfloat16";
-  if (const char* refusal = lattice_refusal(in.g, in.scale.data != nullptr)) return refusal;
+const char* make_plan(const Problem& g, DType dtype, Pass pass, Plan& plan) {
+  if (dtype != DType::kFloat16 && dtype != DType::kBFloat16) return "the dtype is not float16 or bfloat16";
+  if (const char* refusal = lattice_refusal(g)) return refusal;
   const DeviceLimits limits = device_limits();
   if (limits.capability < 80) return "the GPU is older than compute capability 8.0";
-  Lattice lattice = make_lattice(in.g, pass == Pass::kGradInput ? Direction::kAdjoint : Direction::kForward);
+  Lattice lattice = make_lattice(g, direction(pass), 0, g.K);
   // The larger the tile, the fewer points are loaded per target; a slot for every plane overlaps more copies.
   for (const int tile_z : {8, 4})
     for (const bool recycle : {false, true}) {
@@ -41,13 +44,26 @@ const char* make_plan(const Inputs& in, Pass pass, Plan& plan) {
   return "the dilations reach too far for a tile to fit in the GPU's shared memory";
 }
 
-const char* fast_refusal(Pass pass, const Problem& g, DType dtype, bool scaled) {
-  Inputs in{};
-  in.g = g;
-  in.dtype = dtype;
-  in.scale.data = scaled ? &in : nullptr;
+const char* fast_refusal(Pass pass, const Problem& g, DType dtype) {
   Plan plan;
-  return make_plan(in, pass, plan);
+  return make_plan(g, dtype, pass, plan);
+}
+
+Plan plan_all(const Inputs& in, Pass pass) {
+  Plan plan;
+  if (const char* refusal = make_plan(in.g, in.dtype, pass, plan))
+    throw std::runtime_error(std::string("the fast tier does not take this pass: ") + refusal);
+  return plan;
+}
+
+Plan plan_branch(const Inputs& in, Pass pass, int64_t k) {
+  Plan plan = plan_all(in, pass);
+  const bool recycle = plan.lattice.ring < planes(plan.lattice);
+  const int tile_z = plan.lattice.tile_z;
+  plan.lattice = make_lattice(in.g, direction(pass), k, 1);
+  set_tile(plan.lattice, tile_z, recycle);
+  plan.shared_bytes = shared_bytes(plan.lattice, pass);
+  return plan;
 }
 
 // One thread a point: kCount channels from n and first channel chunk * kCount.

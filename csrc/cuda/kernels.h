@@ -45,13 +45,13 @@ void simple_grad_weight(const Inputs& in, const TensorArgument& grad_output, con
                         const TensorArgument& grad_scale, const Context& context);
 
 // Fast tier: 16-bit, 3x3x3, staged sub-lattice tiles. Null if it takes the pass on the current device, else the reason.
-const char* fast_refusal(Pass pass, const Problem& g, DType dtype, bool scaled);
+const char* fast_refusal(Pass pass, const Problem& g, DType dtype);
 void fast_forward(const Inputs& in, const TensorArgument& output, const Context& context);
 void fast_grad_input(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_input,
                      const Context& context);
 void fast_grad_attention(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_attention,
                          const Context& context);
 void fast_grad_weight(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_weight,
-                      const Context& context);
+                      const TensorArgument& grad_scale, const Context& context);
 
 }  // namespace autofocus::cuda

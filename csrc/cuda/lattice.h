@@ -30,6 +30,7 @@ struct Lattice {
   Index3 origin;          // source position under target position 0
   Index3 source, target;  // sizes
   Int3 points;            // lattice points of a source class per axis; the last may lie outside the source
+  Int3 target_points;     // and of a target class
   Int3 tiles;             // tiles of a target class per axis; the last ones may lie outside the target
   int tile_z;
   int ring;                                       // planes of points held in shared memory
@@ -52,6 +53,9 @@ AUTOFOCUS_HD inline int64_t num_tiles(const Lattice& g) {
 // Points of one source class, and of all of them: the packed source holds every class in full.
 AUTOFOCUS_HD inline int64_t class_points(const Lattice& g) { return int64_t(g.points.z) * g.points.y * g.points.x; }
 AUTOFOCUS_HD inline int64_t packed_points(const Lattice& g) { return num_classes(g) * class_points(g); }
+AUTOFOCUS_HD inline int64_t packed_target_points(const Lattice& g) {
+  return num_classes(g) * g.target_points.z * g.target_points.y * g.target_points.x;
+}
 
 // The block of source points under a tile.
 AUTOFOCUS_HD inline int planes(const Lattice& g) { return g.tile_z + 2 * g.reach.z; }
@@ -96,6 +100,13 @@ AUTOFOCUS_HD inline Index3 target_position(const Lattice& g, const Tile& tile, i
   return {int64_t(g.step.z) * (tile.target_first.z + z) + tile.target_class.z,
           int64_t(g.step.y) * (tile.target_first.y + y) + tile.target_class.y,
           int64_t(g.step.x) * (tile.target_first.x + x) + tile.target_class.x};
+}
+
+// Number of that point when the target is packed too (packing_of_target); the position must lie inside.
+AUTOFOCUS_HD inline int64_t packed_target(const Lattice& g, const Tile& tile, int z, int y, int x) {
+  const Int3 &c = tile.target_class, &l = tile.target_first, &n = g.target_points;
+  const int64_t in_class = (int64_t(c.z) * g.step.y + c.y) * g.step.x + c.x;
+  return ((in_class * n.z + l.z + z) * n.y + l.y + y) * n.x + l.x + x;
 }
 
 // Whether the source lattice has points at (row, column) of the tile's block; if not, zeros are read there.
@@ -155,11 +166,10 @@ inline StepAndReach step_and_reach(const Problem& g, int64_t Index3::*axis) {
   return {int(step), int(largest / step)};
 }
 
-// Why a problem has no lattice form, or null. `scaled`: a scale per branch and channel, which no blend can hold.
-inline const char* lattice_refusal(const Problem& g, bool scaled) {
+// Why a problem has no lattice form, or null.
+inline const char* lattice_refusal(const Problem& g) {
   if (g.kernel.z != 3 || g.kernel.y != 3 || g.kernel.x != 3) return "the kernel is not 3x3x3";
   if (g.stride.z != 1 || g.stride.y != 1 || g.stride.x != 1) return "the stride is not 1";
-  if (scaled) return "branch_scale does not commute with the blend";
   if (g.K > kLatticeBranches) return "there are more than 4 branches";
   constexpr int64_t kLimit = int64_t(1) << 28;  // positions and their sums fit an int
   for (int64_t Index3::*axis : {&Index3::z, &Index3::y, &Index3::x}) {
@@ -176,36 +186,47 @@ inline const char* lattice_refusal(const Problem& g, bool scaled) {
   return nullptr;
 }
 
-// The lattices of a problem that lattice_refusal lets pass; tile_z and what follows from it are set by set_tile.
-inline Lattice make_lattice(const Problem& g, Direction direction) {
+inline Int3 lattice_points(const Index3& size, const Int3& step) {
+  return {int(ceil_div(size.z, step.z)), int(ceil_div(size.y, step.y)), int(ceil_div(size.x, step.x))};
+}
+
+// The lattices of a problem that lattice_refusal lets pass; tile_z and what follows from it are set by set_tile. The step
+// is the branches' common one; the gather is that of `branches` of them from `first_branch` on.
+inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first_branch, int64_t branches) {
   const bool forward = direction == Direction::kForward;
   Lattice lattice{};
   lattice.N = g.N;
-  lattice.K = int(g.K);
+  lattice.K = int(branches);
   lattice.source = forward ? g.input : g.output;
   lattice.target = forward ? g.output : g.input;
   lattice.origin = forward ? g.origin : Index3{-g.origin.z, -g.origin.y, -g.origin.x};
-  const StepAndReach z = step_and_reach(g, &Index3::z), y = step_and_reach(g, &Index3::y),
-                     x = step_and_reach(g, &Index3::x);
-  lattice.step = {z.step, y.step, x.step};
-  lattice.reach = {z.reach, y.reach, x.reach};
+  lattice.step = {step_and_reach(g, &Index3::z).step, step_and_reach(g, &Index3::y).step,
+                  step_and_reach(g, &Index3::x).step};
   for (int k = 0; k < lattice.K; ++k) {
-    const Index3& r = g.dilation[k];
-    Int3& rate = lattice.rate[k];
+    const Index3& r = g.dilation[first_branch + k];
+    Int3 &rate = lattice.rate[k], &reach = lattice.reach;
     rate = {int(r.z / lattice.step.z), int(r.y / lattice.step.y), int(r.x / lattice.step.x)};
+    reach = {rate.z > reach.z ? rate.z : reach.z, rate.y > reach.y ? rate.y : reach.y,
+             rate.x > reach.x ? rate.x : reach.x};
     for (int tap = 0; tap < kPlaneTaps; ++tap)
       lattice.tap_points[tap][k] = (tap / 3 - 1) * rate.y * kPitch + (tap % 3 - 1) * rate.x;
   }
-  lattice.points = {int(ceil_div(lattice.source.z, lattice.step.z)), int(ceil_div(lattice.source.y, lattice.step.y)),
-                    int(ceil_div(lattice.source.x, lattice.step.x))};
+  lattice.points = lattice_points(lattice.source, lattice.step);
+  lattice.target_points = lattice_points(lattice.target, lattice.step);
   return lattice;
+}
+
+// The lattice as pack_points takes it to pack the target instead of the source.
+inline Lattice packing_of_target(Lattice g) {
+  g.source = g.target;
+  g.points = g.target_points;
+  return g;
 }
 
 inline void set_tile(Lattice& g, int tile_z, bool recycle) {
   g.tile_z = tile_z;
-  g.tiles = {int(ceil_div(ceil_div(g.target.z, g.step.z), tile_z)),
-             int(ceil_div(ceil_div(g.target.y, g.step.y), kTileY)),
-             int(ceil_div(ceil_div(g.target.x, g.step.x), kTileX))};
+  g.tiles = {int(ceil_div(g.target_points.z, tile_z)), int(ceil_div(g.target_points.y, kTileY)),
+             int(ceil_div(g.target_points.x, kTileX))};
   g.ring = recycle ? tile_z + g.reach.z : planes(g);
 }
 

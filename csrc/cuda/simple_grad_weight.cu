@@ -1,10 +1,9 @@
 // Gradients of the weight and of the branch scale, simple tier (docs/math.md, section 3).
 //
 // dW_t = sum_p G(p) u_t(p)^T with the forward's blend u_t. With a branch scale the sum is kept apart by branch,
-// M_kt = sum_p G(p) a_k(p) x(.)^T, and then dW_t = sum_k scale_k M_kt and dscale_k = sum_t <W_t, M_kt>: the scale's
-// gradient needs no pass of its own. Positions are split among blocks; the partial sums are added in a fixed order, so
-// results repeat bit by bit.
+// M_kt = sum_p G(p) a_k(p) x(.)^T, of which weight_sum.h makes both gradients. Positions are split among blocks.
 #include "elements.h"
+#include "weight_sum.h"
 
 namespace autofocus::cuda {
 
@@ -75,47 +74,6 @@ __global__ __launch_bounds__(kWeightThreads) void simple_weight_partial(Problem 
         block[((o0 + o + a) * g.C + c0 + c + b) * taps + tap] = sum[a][b];
 }
 
-// One thread an element of the weight.
-template <typename T>
-__global__ __launch_bounds__(kWeightThreads) void simple_weight_sum(Problem g, const Accumulator<T>* partial, int splits,
-                                                                    Strided<const T> scale, Strided<T> grad_weight) {
-  using A = Accumulator<T>;
-  const int64_t taps = num_taps(g), elements = g.O * g.C * taps;
-  const int64_t element = int64_t(blockIdx.x) * kWeightThreads + threadIdx.x;
-  if (element >= elements) return;
-  const int64_t branches = scale.data == nullptr ? 1 : g.K;
-  const int64_t o = element / taps / g.C, c = element / taps % g.C;
-  A total = A(0);
-  for (int64_t k = 0; k < branches; ++k) {
-    A sum = A(0);
-    for (int64_t split = 0; split < splits; ++split) sum += partial[(split * branches + k) * elements + element];
-    total += scale.data == nullptr ? sum : branch_value(scale, k, o) * sum;
-  }
-  store(grad_weight.at(o, c, unravel(element % taps, g.kernel)), total);
-}
-
-// One block an element [k, o] of the scale.
-template <typename T>
-__global__ __launch_bounds__(kWeightThreads) void simple_scale_sum(Problem g, const Accumulator<T>* partial, int splits,
-                                                                   Strided<const T> weight, Strided<T> grad_scale) {
-  using A = Accumulator<T>;
-  A* sums = reinterpret_cast<A*>(shared_memory());  // [kWeightThreads]
-  const int64_t o = blockIdx.x, k = blockIdx.y;
-  const int64_t taps = num_taps(g), row = g.C * taps;
-  A sum = A(0);
-  for (int64_t i = threadIdx.x; i < row; i += kWeightThreads) {
-    A element = A(0);
-    for (int64_t split = 0; split < splits; ++split) element += partial[((split * g.K + k) * g.O + o) * row + i];
-    sum += element * to_accumulator(*weight.at(o, i / taps, unravel(i % taps, g.kernel)));
-  }
-  sums[threadIdx.x] = sum;
-  for (int half = kWeightThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (int(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-  }
-  if (threadIdx.x == 0) store(grad_scale.data + k * grad_scale.n + o * grad_scale.c, sums[0]);
-}
-
 void simple_grad_weight(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_weight,
                         const TensorArgument& grad_scale, const Context& context) {
   const Problem& g = in.g;
@@ -126,25 +84,18 @@ void simple_grad_weight(const Inputs& in, const TensorArgument& grad_output, con
   const int64_t wanted = (8 * int64_t(device_limits().multiprocessors) + tiles * branches - 1) / (tiles * branches);
   const int64_t possible = (g.N * volume(g.output) + 1023) / 1024;
   const int splits = static_cast<int>(wanted < possible ? wanted : possible);
+  void* partial = nullptr;
   for_dtype(in.dtype, [&](auto element) {
     using T = decltype(element);
     using A = Accumulator<T>;
     using Read = Strided<const T>;
-    A* partial = static_cast<A*>(context.scratch(splits * branches * elements * int64_t(sizeof(A))));
+    partial = context.scratch(splits * branches * elements * int64_t(sizeof(A)));
     launch("simple_weight_partial", &simple_weight_partial<T>,
            dim3(static_cast<unsigned int>(tiles), splits, static_cast<unsigned int>(branches)), kWeightThreads,
            2 * kPositions * kTile * int(sizeof(A)), context.stream, g, Read(grad_output), Read(in.input),
-           Read(in.attention), partial);
-    if (grad_weight.data != nullptr)
-      launch("simple_weight_sum", &simple_weight_sum<T>,
-             dim3(static_cast<unsigned int>((elements + kWeightThreads - 1) / kWeightThreads)), kWeightThreads, 0,
-             context.stream, g, partial, splits, Read(in.scale), Strided<T>(grad_weight));
-    if (grad_scale.data != nullptr)
-      launch("simple_scale_sum", &simple_scale_sum<T>,
-             dim3(static_cast<unsigned int>(g.O), static_cast<unsigned int>(g.K)), kWeightThreads,
-             kWeightThreads * int(sizeof(A)), context.stream, g, partial, splits, Read(in.weight),
-             Strided<T>(grad_scale));
+           Read(in.attention), static_cast<A*>(partial));
   });
+  sum_weight_partials(in, {partial, splits, branches, g.O, g.C}, grad_weight, grad_scale, context);
 }
 
 }  // namespace autofocus::cuda

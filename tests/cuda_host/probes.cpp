@@ -21,23 +21,31 @@ std::string show(const char* what, const Index3& p, int tz, int tap, int k) {
 
 bool same(const Index3& a, const Index3& b) { return a.z == b.z && a.y == b.y && a.x == b.x; }
 
+// The position of every packed point; false if two points share a place or one has none.
+bool positions_of_packed(const Lattice& lattice, std::vector<Index3>& position) {
+  const int64_t points = packed_points(lattice);
+  std::vector<bool> taken(points, false);
+  position.resize(points);
+  for (int64_t i = 0; i < points; ++i) {
+    int64_t packed = -1;
+    const Index3 p = unpacked_position(lattice, i, packed);
+    if (packed < 0 || packed >= points || taken[packed]) return false;
+    taken[packed] = true;
+    position[packed] = p;
+  }
+  return true;
+}
+
 // Goes through the tiles of one sample as the kernels do, with numbers instead of data, and compares every read with the
 // definition. Empty if all is right.
 std::string check_lattice(const Problem& g, bool adjoint, int tile_z, bool recycle) {
   constexpr int64_t kZero = -1, kNothing = -2;
-  Lattice lattice = make_lattice(g, adjoint ? Direction::kAdjoint : Direction::kForward);
+  Lattice lattice = make_lattice(g, adjoint ? Direction::kAdjoint : Direction::kForward, 0, g.K);
   set_tile(lattice, tile_z, recycle);
 
-  const int64_t points = packed_points(lattice);
-  std::vector<Index3> position(points);
-  std::vector<bool> packed_once(points, false);
-  for (int64_t i = 0; i < points; ++i) {
-    int64_t packed = -1;
-    const Index3 p = unpacked_position(lattice, i, packed);
-    if (packed < 0 || packed >= points || packed_once[packed]) return "packing is no permutation";
-    packed_once[packed] = true;
-    position[packed] = p;
-  }
+  std::vector<Index3> position, target_position_of;
+  if (!positions_of_packed(lattice, position) || !positions_of_packed(packing_of_target(lattice), target_position_of))
+    return "packing is no permutation";
 
   std::vector<int> covered(volume(lattice.target), 0);
   const int64_t tiles_of_sample = num_tiles(lattice) / lattice.N;
@@ -67,6 +75,8 @@ std::string check_lattice(const Problem& g, bool adjoint, int tile_z, bool recyc
             const Index3 p = target_position(lattice, tile, z, y, x);
             if (!inside(p, lattice.target)) continue;
             if (tz == 0) ++covered[ravel(p, lattice.target)];
+            if (!same(target_position_of.at(packed_target(lattice, tile, z, y, x)), p))
+              return "a target point is packed elsewhere";
             for (int tap = 0; tap < kPlaneTaps; ++tap)
               for (int k = 0; k < lattice.K; ++k) {
                 const int place = centre_point(lattice, y, x) + lattice.tap_points[tap][k];
@@ -145,7 +155,7 @@ bool autofocus_probe_lattice(const int64_t* numbers, bool adjoint, int tile_z, b
   g.output = {numbers[5], numbers[6], numbers[7]};
   g.origin = {numbers[8], numbers[9], numbers[10]};
   for (int64_t k = 0; k < g.K; ++k) g.dilation[k] = {numbers[11 + 3 * k], numbers[12 + 3 * k], numbers[13 + 3 * k]};
-  const char* refusal = lattice_refusal(g, false);
+  const char* refusal = lattice_refusal(g);
   const std::string problem = refusal != nullptr ? refusal : check_lattice(g, adjoint, tile_z, recycle);
   std::snprintf(message, size, "%s", problem.c_str());
   return problem.empty();
