@@ -1,5 +1,6 @@
-// Preloaded into a test process. Every aligned allocation (kernel scratch, tensors) starts as NaN and ends at a page that
-// must not be touched: using what was never written, and reading or writing past the end, cannot go unnoticed.
+// Preloaded into a test process. Every aligned allocation (kernel scratch, tensors) starts as NaN and ends
+// at a page that must not be touched: using what was never written, and reading or writing past the end,
+// cannot go unnoticed.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdint.h>

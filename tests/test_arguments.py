@@ -20,56 +20,155 @@ BAD_TENSORS = [
     ({"weight": [[1.0]]}, TypeError, r"weight must be a torch\.Tensor, got list"),
     ({"attention": None}, TypeError, r"attention must be a torch\.Tensor, got NoneType"),
     ({"bias": 0.0}, TypeError, r"bias must be a torch\.Tensor, got float"),
-    ({"bias": None, "branch_scale": 1}, TypeError, r"branch_scale must be a torch\.Tensor, got int"),
+    (
+        {"bias": None, "branch_scale": 1}, TypeError,
+        r"branch_scale must be a torch\.Tensor, got int",
+    ),
     # dtypes
-    ({"input": zeros(2, 3, 6, 7, dtype=torch.int64)}, TypeError, r"input must have a real floating dtype, got torch\.int64"),
-    ({"weight": zeros(4, 3, 3, 3, dtype=torch.bool)}, TypeError, r"weight must have a real floating dtype, got torch\.bool"),
-    ({"input": zeros(2, 3, 6, 7, dtype=torch.complex64)}, TypeError, r"input must have a real floating dtype, got torch\.complex64"),
-    ({"attention": zeros(2, 2, 6, 7, dtype=torch.uint8)}, TypeError, r"attention must have a real floating dtype, got torch\.uint8"),
-    ({"weight": zeros(4, 3, 3, 3, dtype=torch.float64)}, TypeError, r"weight must have the dtype of input, torch\.float32, got torch\.float64"),
-    ({"attention": zeros(2, 2, 6, 7, dtype=torch.bfloat16)}, TypeError, r"attention must have the dtype of input, torch\.float32, got torch\.bfloat16"),
-    ({"bias": zeros(4, dtype=torch.float16)}, TypeError, r"bias must have the dtype of input, torch\.float32, got torch\.float16"),
+    (
+        {"input": zeros(2, 3, 6, 7, dtype=torch.int64)}, TypeError,
+        r"input must have a real floating dtype, got torch\.int64",
+    ),
+    (
+        {"weight": zeros(4, 3, 3, 3, dtype=torch.bool)}, TypeError,
+        r"weight must have a real floating dtype, got torch\.bool",
+    ),
+    (
+        {"input": zeros(2, 3, 6, 7, dtype=torch.complex64)}, TypeError,
+        r"input must have a real floating dtype, got torch\.complex64",
+    ),
+    (
+        {"attention": zeros(2, 2, 6, 7, dtype=torch.uint8)}, TypeError,
+        r"attention must have a real floating dtype, got torch\.uint8",
+    ),
+    (
+        {"weight": zeros(4, 3, 3, 3, dtype=torch.float64)}, TypeError,
+        r"weight must have the dtype of input, torch\.float32, got torch\.float64",
+    ),
+    (
+        {"attention": zeros(2, 2, 6, 7, dtype=torch.bfloat16)}, TypeError,
+        r"attention must have the dtype of input, torch\.float32, got torch\.bfloat16",
+    ),
+    (
+        {"bias": zeros(4, dtype=torch.float16)}, TypeError,
+        r"bias must have the dtype of input, torch\.float32, got torch\.float16",
+    ),
     # devices and layouts
-    ({"weight": zeros(4, 3, 3, 3, device="meta")}, ValueError, r"weight must be on the device of input, cpu, got meta"),
-    ({"attention": zeros(2, 2, 6, 7, device="meta")}, ValueError, r"attention must be on the device of input, cpu, got meta"),
-    ({"bias": zeros(4, device="meta")}, ValueError, r"bias must be on the device of input, cpu, got meta"),
-    ({"input": zeros(2, 3, 6, 7).to_sparse()}, ValueError, r"input must be a dense \(strided\) tensor, got layout torch\.sparse_coo"),
+    (
+        {"weight": zeros(4, 3, 3, 3, device="meta")}, ValueError,
+        r"weight must be on the device of input, cpu, got meta",
+    ),
+    (
+        {"attention": zeros(2, 2, 6, 7, device="meta")}, ValueError,
+        r"attention must be on the device of input, cpu, got meta",
+    ),
+    (
+        {"bias": zeros(4, device="meta")}, ValueError,
+        r"bias must be on the device of input, cpu, got meta",
+    ),
+    (
+        {"input": zeros(2, 3, 6, 7).to_sparse()}, ValueError,
+        r"input must be a dense \(strided\) tensor, got layout torch\.sparse_coo",
+    ),
     # ranks
-    ({"weight": zeros(4, 3)}, ValueError, r"weight must be \[O, C, \*kernel_size\] with one to three spatial axes, got shape \[4, 3\]"),
-    ({"weight": zeros(4, 3, 1, 1, 1, 1)}, ValueError, r"weight must be \[O, C, \*kernel_size\].*got shape \[4, 3, 1, 1, 1, 1\]"),
-    ({"weight": zeros(4, 3, 3)}, ValueError, r"input must be \[N, C, \*S\] with 1 spatial axes.*got shape \[2, 3, 6, 7\]"),
-    ({"input": zeros(2, 3, 6)}, ValueError, r"input must be \[N, C, \*S\] with 2 spatial axes.*got shape \[2, 3, 6\]"),
-    ({"input": zeros(2, 3, 5, 6, 7)}, ValueError, r"input must be \[N, C, \*S\] with 2 spatial axes.*got shape \[2, 3, 5, 6, 7\]"),
-    ({"attention": zeros(2, 6, 7)}, ValueError, r"attention must be \[N, K, \*S_out\] = \[2, 2, 6, 7\], got shape \[2, 6, 7\]"),
+    (
+        {"weight": zeros(4, 3)}, ValueError,
+        r"weight must be \[O, C, \*kernel_size\] with one to three spatial axes, got shape \[4, 3\]",
+    ),
+    (
+        {"weight": zeros(4, 3, 1, 1, 1, 1)}, ValueError,
+        r"weight must be \[O, C, \*kernel_size\].*got shape \[4, 3, 1, 1, 1, 1\]",
+    ),
+    (
+        {"weight": zeros(4, 3, 3)}, ValueError,
+        r"input must be \[N, C, \*S\] with 1 spatial axes.*got shape \[2, 3, 6, 7\]",
+    ),
+    (
+        {"input": zeros(2, 3, 6)}, ValueError,
+        r"input must be \[N, C, \*S\] with 2 spatial axes.*got shape \[2, 3, 6\]",
+    ),
+    (
+        {"input": zeros(2, 3, 5, 6, 7)}, ValueError,
+        r"input must be \[N, C, \*S\] with 2 spatial axes.*got shape \[2, 3, 5, 6, 7\]",
+    ),
+    (
+        {"attention": zeros(2, 6, 7)}, ValueError,
+        r"attention must be \[N, K, \*S_out\] = \[2, 2, 6, 7\], got shape \[2, 6, 7\]",
+    ),
     ({"bias": zeros(4, 1)}, ValueError, r"bias must be \[O\] = \[4\], got shape \[4, 1\]"),
     # sizes
-    ({"weight": zeros(4, 1, 3, 3)}, ValueError, r"input must have the 1 channels of weight \[4, 1, 3, 3\].*groups.*got shape \[2, 3, 6, 7\]"),
-    ({"weight": zeros(0, 3, 3, 3), "bias": None}, ValueError, r"weight must have at least one output and one input channel, got \[0, 3, 3, 3\]"),
-    ({"weight": zeros(4, 0, 3, 3), "input": zeros(2, 0, 6, 7)}, ValueError, r"weight must have at least one output and one input channel, got \[4, 0, 3, 3\]"),
+    (
+        {"weight": zeros(4, 1, 3, 3)}, ValueError,
+        r"input must have the 1 channels of weight \[4, 1, 3, 3\].*groups.*got shape \[2, 3, 6, 7\]",
+    ),
+    (
+        {"weight": zeros(0, 3, 3, 3), "bias": None}, ValueError,
+        r"weight must have at least one output and one input channel, got \[0, 3, 3, 3\]",
+    ),
+    (
+        {"weight": zeros(4, 0, 3, 3), "input": zeros(2, 0, 6, 7)}, ValueError,
+        r"weight must have at least one output and one input channel, got \[4, 0, 3, 3\]",
+    ),
     ({"weight": zeros(4, 3, 2, 3)}, ValueError, r"the kernel of weight must be odd.*got \(2, 3\)"),
     ({"weight": zeros(4, 3, 3, 0)}, ValueError, r"the kernel of weight must be odd.*got \(3, 0\)"),
-    ({"attention": zeros(2, 3, 6, 7)}, ValueError, r"attention must be \[N, K, \*S_out\] = \[2, 2, 6, 7\], got shape \[2, 3, 6, 7\]"),
-    ({"attention": zeros(2, 2, 6, 8)}, ValueError, r"attention must be .* = \[2, 2, 6, 7\], got shape \[2, 2, 6, 8\]"),
-    ({"attention": zeros(1, 2, 6, 7)}, ValueError, r"attention must be .* = \[2, 2, 6, 7\], got shape \[1, 2, 6, 7\]"),
+    (
+        {"attention": zeros(2, 3, 6, 7)}, ValueError,
+        r"attention must be \[N, K, \*S_out\] = \[2, 2, 6, 7\], got shape \[2, 3, 6, 7\]",
+    ),
+    (
+        {"attention": zeros(2, 2, 6, 8)}, ValueError,
+        r"attention must be .* = \[2, 2, 6, 7\], got shape \[2, 2, 6, 8\]",
+    ),
+    (
+        {"attention": zeros(1, 2, 6, 7)}, ValueError,
+        r"attention must be .* = \[2, 2, 6, 7\], got shape \[1, 2, 6, 7\]",
+    ),
     ({"bias": zeros(3)}, ValueError, r"bias must be \[O\] = \[4\], got shape \[3\]"),
-    ({"bias": None, "branch_scale": zeros(2)}, ValueError, r"branch_scale must be \[K, O\] = \[2, 4\], got shape \[2\]"),
-    ({"bias": None, "branch_shift": zeros(4, 2)}, ValueError, r"branch_shift must be \[K, O\] = \[2, 4\], got shape \[4, 2\]"),
-    ({"branch_scale": zeros(2, 4)}, ValueError, r"bias must be None when branch_scale or branch_shift is given"),
-    ({"branch_shift": zeros(2, 4)}, ValueError, r"bias must be None when branch_scale or branch_shift is given"),
+    (
+        {"bias": None, "branch_scale": zeros(2)}, ValueError,
+        r"branch_scale must be \[K, O\] = \[2, 4\], got shape \[2\]",
+    ),
+    (
+        {"bias": None, "branch_shift": zeros(4, 2)}, ValueError,
+        r"branch_shift must be \[K, O\] = \[2, 4\], got shape \[4, 2\]",
+    ),
+    (
+        {"branch_scale": zeros(2, 4)}, ValueError,
+        r"bias must be None when branch_scale or branch_shift is given",
+    ),
+    (
+        {"branch_shift": zeros(2, 4)}, ValueError,
+        r"bias must be None when branch_scale or branch_shift is given",
+    ),
 ]
 
 BAD_NUMBERS = [
     ({"dilations": 2}, TypeError, r"dilations must be a sequence with one int .* got 2"),
     ({"dilations": "12"}, TypeError, r"dilations must be a sequence with one int .* got '12'"),
-    ({"dilations": ()}, ValueError, r"dilations must name at least one branch, got an empty sequence"),
+    (
+        {"dilations": ()}, ValueError,
+        r"dilations must name at least one branch, got an empty sequence",
+    ),
     ({"dilations": (0, 2)}, ValueError, r"dilations\[0\] must be at least 1 on every axis, got 0"),
-    ({"dilations": (1, -2)}, ValueError, r"dilations\[1\] must be at least 1 on every axis, got -2"),
-    ({"dilations": (1, (2, 0))}, ValueError, r"dilations\[1\] must be at least 1 on every axis, got \(2, 0\)"),
-    ({"dilations": (1, (2, 2, 2))}, ValueError, r"dilations\[1\] must be an int or 2 ints.*got \(2, 2, 2\)"),
+    (
+        {"dilations": (1, -2)}, ValueError,
+        r"dilations\[1\] must be at least 1 on every axis, got -2",
+    ),
+    (
+        {"dilations": (1, (2, 0))}, ValueError,
+        r"dilations\[1\] must be at least 1 on every axis, got \(2, 0\)",
+    ),
+    (
+        {"dilations": (1, (2, 2, 2))}, ValueError,
+        r"dilations\[1\] must be an int or 2 ints.*got \(2, 2, 2\)",
+    ),
     ({"dilations": (1, 2.0)}, TypeError, r"dilations\[1\] must be an int .*got 2\.0"),
     ({"dilations": (1, (2, 1.5))}, TypeError, r"dilations\[1\] must hold ints, got \(2, 1\.5\)"),
     ({"dilations": (1, None)}, TypeError, r"dilations\[1\] must be an int .*got None"),
-    ({"dilations": (1, 2, 3)}, ValueError, r"attention must be .* = \[2, 3, 6, 7\], got shape \[2, 2, 6, 7\]"),
+    (
+        {"dilations": (1, 2, 3)}, ValueError,
+        r"attention must be .* = \[2, 3, 6, 7\], got shape \[2, 2, 6, 7\]",
+    ),
     ({"stride": 0}, ValueError, r"stride must be at least 1 on every axis, got 0"),
     ({"stride": (1, -1)}, ValueError, r"stride must be at least 1 on every axis, got \(1, -1\)"),
     ({"stride": (1, 1, 1)}, ValueError, r"stride must be an int or 2 ints.*got \(1, 1, 1\)"),
@@ -82,7 +181,10 @@ BAD_NUMBERS = [
     ({"padding": 0.5}, TypeError, r"padding must be an int .*got 0\.5"),
     ({"padding": "full"}, ValueError, r'padding must be "same", "valid" or ints, got \'full\''),
     ({"padding": None}, TypeError, r"padding must be an int .*got None"),
-    ({"padding": "valid", "dilations": (4, 5)}, ValueError, r"input is too small: spatial size \(6, 7\) with padding \(0, 0\)"),
+    (
+        {"padding": "valid", "dilations": (4, 5)}, ValueError,
+        r"input is too small: spatial size \(6, 7\) with padding \(0, 0\)",
+    ),
 ]
 
 
