@@ -163,7 +163,8 @@ def configurations(
 
     if itemsize == 4 and precision == "ieee":
         # Products without tensor cores hold their operands in registers.
-        return Config(64, 16, 16, 4, 255), Config(32, 16, 16, 4, 255)
+        least = Config(32, 16, 16, 4, 255)
+        return (least,) if kernel.startswith("grad_input_weight") else (Config(64, 16, 16, 4, 255), least)
     if kernel.startswith("grad_input_weight"):
         return _grad_input_weight(kernel, itemsize, capability, block, C, O)
     if itemsize == 4:

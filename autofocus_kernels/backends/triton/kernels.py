@@ -155,20 +155,27 @@ def home_of(start, origin, G: tl.constexpr):
 
 @triton.jit
 def tile_reads(corner, size, G: tl.constexpr):
-    """Whether any row of the tile's box reads inside the volume (a scalar)."""
-    reads = (corner[0] < size[0]) & (corner[0] + G.move[0] * (G.tile[0] - 1) >= 0)
-    reads = reads & (corner[1] < size[1]) & (corner[1] + G.move[1] * (G.tile[1] - 1) >= 0)
-    return reads & (corner[2] < size[2]) & (corner[2] + G.move[2] * (G.tile[2] - 1) >= 0)
+    """Whether, on each axis, any row of the tile's box reads inside the volume: three scalars."""
+    d = (corner[0] < size[0]) & (corner[0] + G.move[0] * (G.tile[0] - 1) >= 0)
+    h = (corner[1] < size[1]) & (corner[1] + G.move[1] * (G.tile[1] - 1) >= 0)
+    w = (corner[2] < size[2]) & (corner[2] + G.move[2] * (G.tile[2] - 1) >= 0)
+    return d, h, w
 
 
 @triton.jit
 def any_branch_reads(tap, start, origin, size, G: tl.constexpr):
-    """Whether the tap reads anything for this tile (a scalar)."""
+    """Whether every axis has a branch that reads inside the volume (a scalar): if not, the tap is worth nothing.
+
+    Axis by axis, so that the outer loops hold one truth value and not one per branch.
+    """
     K: tl.constexpr = G.branches
-    reads = tile_reads(corner_of(constant_dilation(0, G), tap, start, origin, G), size, G)
+    d, h, w = tile_reads(corner_of(constant_dilation(0, G), tap, start, origin, G), size, G)
     for k in tl.static_range(1, K):
-        reads = reads | tile_reads(corner_of(constant_dilation(k, G), tap, start, origin, G), size, G)
-    return reads
+        reads = tile_reads(corner_of(constant_dilation(k, G), tap, start, origin, G), size, G)
+        d = d | reads[0]
+        h = h | reads[1]
+        w = w | reads[2]
+    return d & h & w
 
 
 @triton.jit
@@ -444,7 +451,8 @@ def project(
                 for tap_w in range(G.kernel[2]):
                     tap = (tap_d, tap_h, tap_w)
                     corner = corner_of(dilation, tap, start, origin, G)
-                    if tile_reads(corner, input_size, G):
+                    reads = tile_reads(corner, input_size, G)
+                    if reads[0] & reads[1] & reads[2]:
                         mask = valid & rows_inside(corner, moved, input_size)
                         rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
                         x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C).to(DOT)
