@@ -521,7 +521,8 @@ def grad_scaled_kernel(
     grad_rows = row_offsets(position, grad_output_stride, TILE_ALIGN, ROW)
     attention += offset_of(n, start, attention_stride, 1)
     attention_rows = row_offsets(position, attention_stride, 1, ROW)
-    sums += tl.program_id(0).to(tl.int64) * (K * O)
+    if WANT_SCALE:
+        sums += tl.program_id(0).to(tl.int64) * (K * O)
     for k in range(K):
         result = tl.zeros([P], tl.float32)
         for o_start in range(0, O, BLOCK_O):

@@ -1,0 +1,224 @@
+"""The Triton kernels in a process of their own: python triton_worker.py interpret|compile SHARE SHARES.
+
+Triton decides at its import whether kernels are interpreted, so the two ways to check them without a GPU each need
+their own process. Prints one line of JSON, [name, problem or figures], for every SHARES-th entry of the list here.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+
+from autofocus_kernels import testing
+from autofocus_kernels.backends.triton.configs import Config
+from autofocus_kernels.testing import Case
+
+# ------------------------------------------------------------------ interpreted: (case, dtype, configuration)
+
+# Few, large programs: the interpreter's time goes by program and tap.
+LARGE = Config(rows=1024, block_c=64, block_o=64, num_warps=4, registers=255)
+# At least two programs on every axis of every grid, and two blocks in every loop over channels.
+SMALL = Config(rows=16, block_c=16, block_o=16, num_warps=4, registers=255)
+
+_OF_EVERY_BACKEND = (
+    "2d", "1d", "branch", "branch_2d", "branch_1d", "wide_padding_branch", "stride_2d", "all_outside_but_centre",
+    "kernel_per_axis", "kernel_1", "one_branch", "flat_axes", "channels_3_to_7", "channels_30_to_50",
+    "channels_last_2d", "sliced_branch",
+)
+_OWN = (
+    Case("transposed_2d", (9, 8), layout="transposed", dilations=(2, 4), batch=2),
+    Case("expanded_2d", (9, 8), layout="expanded", dilations=(1, 3), batch=2),
+    Case("shift_only_2d", (9, 8), mode="shift"),
+    Case("scale_only_2d", (9, 8), mode="scale", layout="channels_last", channels=8),
+    Case("dilation_per_axis_2d", (12, 9), dilations=((2, 3), (4, 1), (6, 2)), gate="normal"),
+    Case("stride_on_a_lattice", (17, 13), dilations=(2, 4), stride=(2, 4), padding=(2, 1)),
+)
+_GRID = (
+    Case("grid_1d", (40,), channels=20, out_channels=36, dilations=(2, 6), batch=2),
+    Case("grid_2d_branch", (6, 7), channels=36, out_channels=20, dilations=(1, 2), mode="branch"),
+    Case("grid_3d", (3, 4, 5), channels=20, out_channels=20, dilations=(1, 3), kernel_size=(3, 1, 3)),
+)
+
+
+def _case(name):
+    return next(case for case in testing.CASES if case.name == name)
+
+
+INTERPRETED = [
+    *((_case(name), torch.float32, LARGE) for name in _OF_EVERY_BACKEND),
+    *((case, torch.float32, LARGE) for case in _OWN),
+    *((case, torch.float32, SMALL) for case in _GRID),
+    *(
+        (case, dtype, LARGE)
+        for dtype in (torch.bfloat16, torch.float16)
+        for case in (_case("1d"), _case("branch_1d"), _case("kernel_1"), _case("channels_last_2d"))
+    ),
+]
+
+
+def interpreted_name(case, dtype):
+    return f"{case.name}-{str(dtype).removeprefix('torch.')}"
+
+
+def interpret(case, dtype, config):
+    """Forward and every gradient against truth; gradients wanted alone, and again, are the same bits."""
+    from autofocus_kernels.backends import triton as backend
+    from autofocus_kernels.backends.triton import launch
+
+    launch.configurations = lambda *key: (config,)
+    testing.check("triton", case, dtype)
+    if dtype != torch.float32 or case.spatial_dims != 1:
+        return
+    tensors = testing.make_tensors(case, dtype)
+    wanted = [tensors.input, tensors.weight, tensors.attention, tensors.branch_scale]
+
+    def gradients(*slots):
+        outputs = [
+            torch.full_like(tensor, torch.nan) if slot in slots and tensor is not None else None
+            for slot, tensor in enumerate(wanted)
+        ]
+        backend.backward(case.geometry, tensors.grad_output, *tensors[:6], *outputs)
+        return outputs
+
+    together = gradients(0, 1, 2, 3)
+    for slot, gradient in enumerate(together):
+        alone = gradients(slot)[slot]
+        assert gradient is None or torch.equal(alone, gradient), f"gradient {slot} differs when it is wanted alone"
+
+
+# ------------------------------------------------------------------ ahead of time: (target, dtype, mode)
+
+# Shared memory of one program at most, in bytes: CUDA C++ Programming Guide, table of compute capabilities; LDS of CDNA3.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# Tensor-core instructions in the machine code of each.
+TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+COMPILED = [
+    (target, dtype, mode)
+    for target in SHARED_LIMIT
+    for dtype in ("bfloat16", "float16", "tf32", "float32")
+    for mode in ("plain", "branch")
+    if (target, dtype) != ("gfx942", "tf32")  # ROCm convolutions know no TF32
+]
+
+
+def compiled_name(target, dtype, mode):
+    return f"{target}-{dtype}-{mode}"
+
+
+class OfflineDriver:
+    """What Triton asks of a driver before it launches: enough to compile for a device that is not there."""
+
+    def __init__(self, target):
+        self.get_current_target = lambda: target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_kernels(target, dtype, mode):
+    """Figures of every kernel that a forward and a backward launch with the default configuration."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from autofocus_kernels.backends.triton import kernels, launch, tuning
+
+    amd = target.startswith("gfx")
+    torch.version.hip = "offline" if amd else None
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    arch = target if amd else int(target.removeprefix("sm_"))
+    launch.capability = lambda device: 9 if amd else arch // 10
+    triton.runtime.driver.set_active(
+        OfflineDriver(GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", arch, 32))
+    )
+    for kernel in vars(kernels).values():
+        if isinstance(kernel, triton.runtime.JITFunction):
+            kernel.device_caches.clear()
+    tuning._chosen.clear()
+    figures = []
+
+    def submit(work):
+        compiled = work.kernel.warmup(*work.arguments, grid=work.grid, **work.constants)
+        figures.append({"kernel": work.kernel.__name__, **_figures(compiled, target)})
+
+    launch.submit = submit
+    # bfloat16 stands for wide layers, which use the larger blocks; contiguous float16 inputs need packing.
+    channels = 64 if dtype == "bfloat16" else 32
+    case = Case(
+        "aot", (40, 40, 40), channels=channels, out_channels=channels, dilations=(2, 6, 10, 14), mode=mode,
+        layout="contiguous" if dtype == "float16" else "channels_last",
+    )
+    tensors = testing.make_tensors(case, torch.float32 if dtype == "tf32" else getattr(torch, dtype))
+    gradients = [
+        None if tensor is None else torch.empty_like(tensor)
+        for tensor in (tensors.input, tensors.weight, tensors.attention, tensors.branch_scale)
+    ]
+    launch.forward(case.geometry, *tensors[:6], torch.empty_like(tensors.grad_output))
+    launch.backward(case.geometry, tensors.grad_output, *tensors[:6], *gradients)
+    return figures
+
+
+def _figures(compiled, target):
+    shared = compiled.metadata.shared
+    if target.startswith("gfx"):
+        assembly = compiled.asm["amdgcn"]
+        spilled = sum(map(int, re.findall(r"\.[vs]gpr_spill_count: *(\d+)", assembly)))
+        return {"shared": shared, "spilled": spilled, "tensor_core": assembly.count("v_mfma")}
+    tools = os.path.join(os.path.dirname(__import__("triton").__file__), "backends", "nvidia", "bin")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+
+        def cuobjdump(option):
+            command = [os.path.join(tools, "cuobjdump"), option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, machine_code = cuobjdump("--dump-resource-usage"), cuobjdump("--dump-sass")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return {
+        "shared": shared,
+        "spilled": int(stack),
+        "registers": int(registers),
+        "tensor_core": len(re.findall(rf"\b{TENSOR_CORE[target]}\b", machine_code)),
+    }
+
+
+# ------------------------------------------------------------------
+
+
+def main(command, share, shares):
+    torch.set_num_threads(1)
+    entries = INTERPRETED if command == "interpret" else COMPILED
+    for entry in entries[share::shares]:
+        try:
+            if command == "interpret":
+                name, result = interpreted_name(*entry[:2]), interpret(*entry)
+            else:
+                name, result = compiled_name(*entry), compile_kernels(*entry)
+        except Exception as error:
+            name = interpreted_name(*entry[:2]) if command == "interpret" else compiled_name(*entry)
+            result = f"{type(error).__name__}: {error}"
+        print(json.dumps([name, result]), flush=True)
+
+
+def results(command, environment):
+    """name -> result of every entry, by two processes at once; what they print besides is theirs to print."""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, command, str(share), "2"],
+            stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
+        )
+        for share in range(2)
+    ]
+    outputs = [worker.communicate()[0] for worker in workers]
+    return dict(json.loads(line) for output in outputs for line in output.splitlines() if line.startswith("["))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
