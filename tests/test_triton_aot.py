@@ -1,0 +1,33 @@
+"""Every Triton kernel compiled ahead of time for GPUs that are not here, with its default configuration."""
+
+import pytest
+
+import triton_worker
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def results():
+    return triton_worker.results("compile", {"TRITON_INTERPRET": "0"})
+
+
+@pytest.mark.parametrize("entry", triton_worker.COMPILED, ids=lambda entry: triton_worker.compiled_name(*entry))
+def test_fits_the_chip(results, entry):
+    """No spills, shared memory within the limit, and tensor-core instructions (exact float32 on NVIDIA has none)."""
+    target, dtype, mode = entry
+    figures = results[triton_worker.compiled_name(*entry)]
+    assert not isinstance(figures, str), figures
+    arithmetic = [figure for figure in figures if figure["kernel"] != "pack_kernel"]
+    expected = {
+        "plain": {"forward_kernel", "grad_input_weight_kernel", "grad_attention_kernel"},
+        "branch": {"forward_scaled_kernel", "grad_input_weight_kernel", "grad_scaled_kernel"},
+    }
+    assert {figure["kernel"] for figure in arithmetic} == expected[mode]
+    assert len(figures) == len(arithmetic) + 1
+    for figure in figures:
+        assert figure["spilled"] == 0, figure
+        assert figure["shared"] <= triton_worker.SHARED_LIMIT[target], figure
+    if dtype != "float32" or target == "gfx942":
+        for figure in arithmetic:
+            assert figure["tensor_core"] > 0, figure
