@@ -214,11 +214,15 @@ def results(command, environment):
     workers = [
         subprocess.Popen(
             [sys.executable, __file__, command, str(share), "2"],
-            stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
+            stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         for share in range(2)
     ]
     outputs = [worker.communicate()[0] for worker in workers]
+    for worker in workers:
+        if worker.returncode:
+            raise RuntimeError(f"{command} worker ended with {worker.returncode}")
     return dict(json.loads(line) for output in outputs for line in output.splitlines() if line.startswith("["))
 
 
