@@ -1,4 +1,4 @@
-"""Measures one case at a time and keeps the rows: checked against float64 truth, timed in turn, written as they come."""
+"""Measures case by case and keeps the rows: checked against float64 truth, timed in turn, written as they come."""
 
 from __future__ import annotations
 
@@ -378,7 +378,7 @@ def table(rows: list[dict]) -> str:
 
 
 def summary(rows: list[dict]) -> str:
-    """One line per case, dtype and pass, everything in the layout (nc: contiguous, cl: channels-last) of the best naive.
+    """One line per case, dtype and pass, all in the layout (nc: contiguous, cl: channels-last) of the best naive.
 
     Per backend: its time, how many times faster than the naive layer, share of the floor, and in brackets its peak
     memory over the naive layer's.

@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-demo = pytest.importorskip("demo", reason="nibabel and matplotlib come with the extra [segmentation]", exc_type=ImportError)
+demo = pytest.importorskip("demo", reason="the demo needs the extra [segmentation]", exc_type=ImportError)
 
 
 def test_quick_demo_writes_its_pictures(tmp_path, capsys):
