@@ -11,9 +11,12 @@ import argparse
 import contextlib
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
+from unittest import mock
 
 import harness  # first: it puts this checkout on the path
 import torch
@@ -72,7 +75,7 @@ def build(name: str, contender: str) -> nn.Module:
 
 
 def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
-    if DTYPES[dtype].itemsize > 2:
+    if dtype not in ("float16", "bfloat16"):
         return contextlib.nullcontext()
     return torch.autocast(device, DTYPES[dtype])
 
@@ -114,27 +117,48 @@ def training_step(model: nn.Module, input, labels, device: str, dtype: str) -> C
 def loss_of(model: nn.Module, input, labels, device: str, dtype: str) -> torch.Tensor:
     with autocast(device, dtype):
         logits = model(input)
-    return F.cross_entropy(logits.float(), labels)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
 
-def errors(name: str, contender: str, layout: str, device: str, dtype: str) -> float:
+@contextlib.contextmanager
+def smooth_activations() -> Iterator[None]:
+    """Softplus for ReLU: otherwise the gradient's error is decided by which values round to the other side of zero."""
+    with mock.patch.object(F, "relu", F.softplus):
+        yield
+
+
+class Judged(NamedTuple):
+    """What is judged of a network: its parameters' gradients by original name, and its logits in evaluation."""
+
+    gradients: dict[str, torch.Tensor]
+    logits: torch.Tensor
+
+
+def judged(model: nn.Module, input, labels, device: str, dtype: str) -> Judged:
+    with smooth_activations():
+        loss_of(model, input, labels, device, dtype).backward()
+        model.eval()
+        with torch.no_grad(), autocast(device, dtype):
+            logits = model(input)
+    return Judged({name: parameter.grad for name, parameter in original_parameters(model).items()}, logits)
+
+
+@lru_cache(maxsize=1)
+def truth(name: str, device: str) -> Judged:
+    input, labels = make_input(CHECK_SIZE, 2, device, "contiguous")
+    return judged(build(name, PLAIN).double().to(device), input.double(), labels, device, "float64")
+
+
+def error(name: str, contender: str, layout: str, device: str, dtype: str) -> float:
     """The larger relative error of logits and of the whole gradient against float64, on a small segment."""
+    exact = truth(name, device)
     input, labels = make_input(CHECK_SIZE, 2, device, layout)
-    exact = build(name, PLAIN).double().to(device)
-    F.cross_entropy(exact(input.double()), labels).backward()
-    model = lay_out(build(name, contender).to(device), layout)
-    loss_of(model, input, labels, device, dtype).backward()
-    by_name = dict(exact.named_parameters())
-    results, expected = [], []
-    for original, parameter in original_parameters(model).items():
-        results.append(parameter.grad.flatten())
-        expected.append(by_name[original].grad.flatten())
-    gradient = testing.relative_error(torch.cat(results), torch.cat(expected))
-    model.eval(), exact.eval()
-    with torch.no_grad(), autocast(device, dtype):
-        logits = model(input)
-    with torch.no_grad():
-        return max(gradient, testing.relative_error(logits, exact(input.double())))
+    results = judged(lay_out(build(name, contender).to(device), layout), input, labels, device, dtype)
+    gradient = testing.relative_error(
+        torch.cat([gradient.flatten() for gradient in results.gradients.values()]),
+        torch.cat([exact.gradients[original].flatten() for original in results.gradients]),
+    )
+    return max(gradient, testing.relative_error(results.logits, exact.logits))
 
 
 def original_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -157,19 +181,19 @@ def measure(name: str, pass_name: str, dtype: str, options: argparse.Namespace) 
     rows, calls = {}, {}
     for layout in options.layouts:
         input, labels = make_input(size, batch, device, layout)
-        plain_error = errors(name, PLAIN, layout, device, dtype)
+        plain_error = error(name, PLAIN, layout, device, dtype)
         for contender in names:
-            error = errors(name, contender, layout, device, dtype)
+            own_error = error(name, contender, layout, device, dtype)
             limit = 2 * plain_error + 16 * torch.finfo(DTYPES[dtype]).eps
-            if not error <= limit:
+            if not own_error <= limit:
                 raise AssertionError(
-                    f"{contender} {name} {layout} {dtype}: relative error {error:.1e}, allowed {limit:.1e}"
+                    f"{contender} {name} {layout} {dtype}: relative error {own_error:.1e}, allowed {limit:.1e}"
                 )
             model = lay_out(build(name, contender).to(device), layout)
             key = contender, layout
             rows[key] = {
                 "network": name, "pass": pass_name, "dtype": dtype, "segment": size, "batch": batch,
-                "contender": contender, "layout": layout, "error": error, "plain_error": plain_error,
+                "contender": contender, "layout": layout, "error": own_error, "plain_error": plain_error,
             }
             if training:
                 calls[key] = training_step(model, input, labels, device, dtype)

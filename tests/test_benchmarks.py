@@ -18,6 +18,7 @@ import contenders
 import gpu_check
 import harness
 import memory
+import networks
 import plot
 import run
 from autofocus_kernels import autofocus_conv, testing
@@ -298,3 +299,34 @@ def test_gpu_check_small_cases_on_the_reference():
     names = {case.name for case in testing.CASES}
     assert set(gpu_check.SMALL_CASES) <= names
     assert gpu_check.check_small("reference") == 0
+
+
+# ------------------------------------------------------------------ networks
+
+
+def test_networks_are_judged_before_they_are_timed(tmp_path, monkeypatch):
+    out = tmp_path / "networks.csv"
+    command = [
+        "--networks", "AFN-1", "--passes", "training", "--layouts", "channels_last", "--training-size", "31",
+        "--batch", "2", "--seconds", "0", "--out", str(out),
+    ]
+    monkeypatch.setattr(networks, "CHECK_SIZE", 31)
+    assert networks.main(command) == 0
+    with out.open() as file:
+        rows = {row["contender"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {networks.PLAIN, networks.RECOMPUTE, networks.SAVE}
+    assert all(0 < float(row["error"]) < 1e-4 and float(row["min_ms"]) > 0 for row in rows.values())
+    saved = [float(rows[name]["saved_bytes"]) for name in (networks.RECOMPUTE, networks.SAVE, networks.PLAIN)]
+    assert saved == sorted(set(saved))
+
+    build = networks.build
+
+    def build_wrong(name, contender):
+        network = build(name, contender)
+        if contender == networks.SAVE:
+            network.head.weight.data[0, 0] *= 1.01
+        return network
+
+    monkeypatch.setattr(networks, "build", build_wrong)
+    with pytest.raises(AssertionError, match="ours, save_branches AFN-1 channels_last float32: relative error"):
+        networks.main(command)
