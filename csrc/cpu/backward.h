@@ -99,17 +99,34 @@ void tap_branches(const TapPass<A>& t, int active, int64_t count) {
 template <typename A>
 using TapFunction = void (*)(const TapPass<A>&, int, int64_t);
 
-constexpr int kMaxGroupVectors = 2;
+constexpr int kMaxGroupVectors = 3;
 
 template <typename A>
 TapFunction<A> tap_function(int wanted, int width) {
   static constexpr TapFunction<A> table[8][kMaxGroupVectors] = {
-#define AUTOFOCUS_ROW(w) {tap_branches<A, w, 1>, tap_branches<A, w, 2>}
+#define AUTOFOCUS_ROW(w) {tap_branches<A, w, 1>, tap_branches<A, w, 2>, tap_branches<A, w, 3>}
       AUTOFOCUS_ROW(0), AUTOFOCUS_ROW(1), AUTOFOCUS_ROW(2), AUTOFOCUS_ROW(3),
       AUTOFOCUS_ROW(4), AUTOFOCUS_ROW(5), AUTOFOCUS_ROW(6), AUTOFOCUS_ROW(7),
 #undef AUTOFOCUS_ROW
   };
   return table[wanted][width - 1];
+}
+
+// Vectors of channels that one job takes, of `vectors`: two, or three where two would leave a lone one.
+inline int64_t channel_group(int64_t vectors) { return vectors == 3 ? 3 : std::min<int64_t>(vectors, 2); }
+
+// Calls visit(first column, columns) for the parts of a tap row's columns that hold channels: all of them at once, or
+// tap by tap where the last of the `width` channels do not exist.
+template <typename Visit>
+void for_each_tap_columns(int64_t taps, int64_t width, int64_t channels, const Visit& visit) {
+  if (channels == width) return visit(0, taps * width);
+  for (int64_t x = 0; x < taps; ++x) visit(x * width, channels);
+}
+
+// Columns that for_each_tap_columns leaves out are read all the same: they must be zeros, not what a tile left there.
+template <typename A>
+void clear_missing(A* columns, int64_t size, int64_t width, int64_t channels) {
+  if (channels < width) std::fill(columns, columns + size, A(0));
 }
 
 // How the work is cut: by the problem alone, never by the number of threads.
@@ -120,7 +137,7 @@ struct BackwardPlan {
     step = {axis_factor(g, &Index3::z, 8), axis_factor(g, &Index3::y, 8), axis_factor(g, &Index3::x, 16)};
     lattices = g.N * volume(step);
     // Narrow channel groups only where there are few lattices to share out.
-    group_vectors = lattices >= 16 ? std::min<int64_t>(kMaxGroupVectors, vectors<A>(g.C)) : 1;
+    group_vectors = lattices >= 16 ? channel_group(vectors<A>(g.C)) : 1;
     group_width = group_vectors * Vec<A>::kLanes;
     groups = (g.C + group_width - 1) / group_width;
     constexpr int64_t kPartials = 32;
@@ -287,12 +304,13 @@ class Backward {
       }
     const Index3 voxel_strides{sub.input.y * sub.input.x * plan_.group_width, sub.input.x * plan_.group_width,
                                plan_.group_width};
+    const int64_t channels = std::min(plan_.group_width, g_.C - group * plan_.group_width);
     const TapFunction<A> pass = tap_function<A>(wanted_, int(plan_.group_vectors));
     const int64_t tap_rows = g_.kernel.z * g_.kernel.y;
     for (int64_t tap_row = 0; tap_row < tap_rows; ++tap_row) {
       const Index3 offset = tap_offset(sub, tap_row * g_.kernel.x);
       if (!find_tap_rows(sub, w.segments, offset, voxel_strides, w.rows)) continue;
-      if (needs_projection()) project(group * tap_rows + tap_row, count, w);
+      if (needs_projection()) project(group * tap_rows + tap_row, channels, count, w);
       for (int64_t x = 0; x < g_.kernel.x; ++x)
         for (size_t i = 0; i < w.segments.size(); ++i)
           for (const Run& run : runs.at(w.segments[i].part, x)) {
@@ -313,32 +331,37 @@ class Backward {
             });
             pass(t, active, run.count);
           }
-      if (wanted_ & kWeight) add_weight(grad_weight + tap_row * tap_columns_ * out_width_, count, w);
+      if (wanted_ & kWeight) add_weight(grad_weight + tap_row * tap_columns_ * out_width_, channels, count, w);
     }
     if (wanted_ & kAttention) store_attention(lattice, n, group, w);
   }
 
   // g_t(p) = W_t^T G(p) for the taps of one row: projected[p][tap x][channel].
-  void project(int64_t weight_row, int64_t count, Workspace& w) const {
+  void project(int64_t weight_row, int64_t channels, int64_t count, Workspace& w) const {
     if constexpr (std::is_same_v<T, BFloat16>)
       if (low_precision_)
         return brgemm(w.low_grad, low_depth_, low_weight_ + weight_row * low_depth_ * tap_columns_, w.projected,
                       tap_columns_, count, tap_columns_, low_depth_, false);
-    gemm<A>({w.grad_output, out_width_, 1, weight_ + weight_row * g_.O * tap_columns_, tap_columns_, w.projected,
-             tap_columns_, g_.O},
-            count, tap_columns_, false);
+    clear_missing(w.projected.get(), count * tap_columns_, plan_.group_width, channels);
+    for_each_tap_columns(g_.kernel.x, plan_.group_width, channels, [&](int64_t first, int64_t columns) {
+      gemm<A>({w.grad_output, out_width_, 1, weight_ + weight_row * g_.O * tap_columns_ + first, tap_columns_,
+               w.projected + first, tap_columns_, g_.O},
+              count, columns, false);
+    });
   }
 
   // dW_t += sum_p u_t(p) G(p)^T: [tap x][channel][O padded], or in low precision [O][tap x][channel].
-  void add_weight(A* to, int64_t count, Workspace& w) const {
+  void add_weight(A* to, int64_t channels, int64_t count, Workspace& w) const {
     if constexpr (std::is_same_v<T, BFloat16>)
       if (low_precision_) {
         round_pairs(w.blended, tap_columns_, count, tap_columns_, w.low_blended);
         return brgemm(w.low_transposed, even(plan_.voxels), w.low_blended, to, tap_columns_, g_.O, tap_columns_,
                       even(count), true);
       }
-    gemm<A>({w.blended, 1, tap_columns_, w.grad_output, out_width_, to, out_width_, count}, tap_columns_, out_width_,
-            true);
+    for_each_tap_columns(g_.kernel.x, plan_.group_width, channels, [&](int64_t first, int64_t rows) {
+      gemm<A>({w.blended + first, 1, tap_columns_, w.grad_output, out_width_, to + first * out_width_, out_width_, count},
+              rows, g_.O, true);
+    });
   }
 
   void store_attention(const Lattice& lattice, int64_t n, int64_t group, Workspace& w) {

@@ -55,7 +55,7 @@ class Branches {
         parallel_(parallel),
         step{axis_factor(g, &Index3::z, 8), axis_factor(g, &Index3::y, 8), axis_factor(g, &Index3::x, 16)},
         lattices(g.N * volume(step)),
-        width(lattices >= 16 ? std::min<int64_t>(2, vectors<A>(g.O)) * V::kLanes : V::kLanes),
+        width((lattices >= 16 ? channel_group(vectors<A>(g.O)) : 1) * V::kLanes),
         groups((g.O + width - 1) / width),
         tap_columns_(g.kernel.x * width),
         in_width_(padded<A>(g.C)),
@@ -218,9 +218,12 @@ class Branches {
       const int64_t count = grid.at(tile, w.segments);
       pack_input(block, w);
       for (int64_t row = 0; row < tap_rows_; ++row) {
-        gemm<A>({w.x, in_width_, 1, weight + (block.group * tap_rows_ + row) * g_.C * tap_columns_, tap_columns_,
-                 w.columns, tap_columns_, g_.C},
-                count, tap_columns_, false);
+        clear_missing(w.columns.get(), count * tap_columns_, width, block.channels);
+        for_each_tap_columns(g_.kernel.x, width, block.channels, [&](int64_t first, int64_t columns) {
+          gemm<A>({w.x, in_width_, 1, weight + (block.group * tap_rows_ + row) * g_.C * tap_columns_ + first,
+                   tap_columns_, w.columns + first, tap_columns_, g_.C},
+                  count, columns, false);
+        });
         for (int64_t x = 0; x < g_.kernel.x; ++x) {
           const Index3 offset = tap_offset(sub, row * g_.kernel.x + x);
           for (const Segment& s : w.segments)
@@ -259,19 +262,18 @@ class Branches {
         if (dx != nullptr) {
           const Segment& s = w.segments.front();  // the segments of a tile are one run of points
           A* to = dx + ravel({s.z, s.y, s.x}, sub.input) * in_width_;
-          // Only channels that exist: 0 * Inf of a padded one would be NaN.
-          if (block.channels == width)
-            gemm<A>({w.columns, tap_columns_, 1, weight + at, in_width_, to, in_width_, tap_columns_}, count, in_width_,
-                    true);
-          else
-            for (int64_t x = 0; x < g_.kernel.x; ++x)
-              gemm<A>({w.columns + x * width, tap_columns_, 1, weight + at + x * width * in_width_, in_width_, to,
-                       in_width_, block.channels},
-                      count, in_width_, true);
+          for_each_tap_columns(g_.kernel.x, width, block.channels, [&](int64_t first, int64_t depth) {
+            gemm<A>({w.columns + first, tap_columns_, 1, weight + at + first * in_width_, in_width_, to, in_width_,
+                     depth},
+                    count, g_.C, true);
+          });
         }
         if (grad_weight != nullptr)
-          gemm<A>({w.columns, 1, tap_columns_, w.x, in_width_, grad_weight + at, in_width_, count}, tap_columns_,
-                  in_width_, true);
+          for_each_tap_columns(g_.kernel.x, width, block.channels, [&](int64_t first, int64_t rows) {
+            gemm<A>({w.columns + first, 1, tap_columns_, w.x, in_width_, grad_weight + at + first * in_width_, in_width_,
+                     count},
+                    rows, g_.C, true);
+          });
       }
     }
   }

@@ -167,7 +167,7 @@ void forward(const ForwardArguments<T>& args) {
             }
             gemm<A>({blended, blended_width, 1, w_row + g.kernel.x * chunks.begin(chunk) * out_width, out_width, out,
                      out_width, depth},
-                    count, out_width, !first);
+                    count, g.O, !first);
             first = false;
           }
         }

@@ -1,7 +1,8 @@
 // C[m][n] (+)= sum_k A[m][k] B[k][n] for operands that sit in the L1/L2 cache: the "project" of every kernel.
 //
 // A is read one scalar at a time and may have any strides (a blended tile or its transpose); B and C have rows of whole
-// vectors. Each register tile of MR x NR vectors is summed over all of k before it is written.
+// vectors. Each register tile of MR x NR vectors is summed over all of k before it is written. With AVX-512 the last
+// vector may be half a one: CPUs that run 512 bits in two steps save one, and no other loses.
 #pragma once
 
 #include <algorithm>
@@ -23,43 +24,52 @@ struct GemmOperands {
   int64_t depth;  // number of terms in the sum
 };
 
-template <typename A, int MR, int NR, bool accumulate>
+// MR rows by NR vectors, and half a vector more if `half`.
+template <typename A, int MR, int NR, bool half, bool accumulate>
 void gemm_tile(const GemmOperands<A>& op, int64_t row, int64_t column) {
   using V = Vec<A>;
-  typename V::Native acc[MR][NR];
+  typename V::Native acc[MR][NR > 0 ? NR : 1];
+  typename V::HalfNative acc_half[MR];
   const A* a = op.a + row * op.a_row;
   const A* b = op.b + column;
   A* c = op.c + row * op.c_row + column;
 #pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m)
+  for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n < NR; ++n)
       acc[m][n] = accumulate ? V::load(c + m * op.c_row + n * V::kLanes) : typename V::Native{};
+    if (half) acc_half[m] = accumulate ? V::load_half(c + m * op.c_row + NR * V::kLanes) : typename V::HalfNative{};
+  }
   for (int64_t k = 0; k < op.depth; ++k, a += op.a_k, b += op.b_k) {
-    typename V::Native bk[NR];
+    typename V::Native bk[NR > 0 ? NR : 1];
+    typename V::HalfNative bk_half;
 #pragma GCC unroll 4
     for (int n = 0; n < NR; ++n) bk[n] = V::load(b + n * V::kLanes);
+    if (half) bk_half = V::load_half(b + NR * V::kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
       const typename V::Native am = V::broadcast(a[m * op.a_row]);
 #pragma GCC unroll 4
       for (int n = 0; n < NR; ++n) acc[m][n] += am * bk[n];
+      if (half) acc_half[m] += V::lower(am) * bk_half;
     }
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m)
+  for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n < NR; ++n) V::store(c + m * op.c_row + n * V::kLanes, acc[m][n]);
+    if (half) V::store_half(c + m * op.c_row + NR * V::kLanes, acc_half[m]);
+  }
 }
 
-template <typename A, int NR, bool accumulate>
+template <typename A, int NR, bool half, bool accumulate>
 struct GemmTiles {
-  static constexpr int kMaxRows = Vec<A>::kAccumulators / NR > 14 ? 14 : Vec<A>::kAccumulators / NR;
+  static constexpr int kMaxRows = std::min(14, Vec<A>::kAccumulators / (NR + half));
   using Tile = void (*)(const GemmOperands<A>&, int64_t, int64_t);
 
   template <int... rows>
   static Tile pick(int64_t wanted, std::integer_sequence<int, rows...>) {
-    static constexpr Tile tiles[] = {gemm_tile<A, rows + 1, NR, accumulate>...};
+    static constexpr Tile tiles[] = {gemm_tile<A, rows + 1, NR, half, accumulate>...};
     return tiles[wanted - 1];
   }
 
@@ -75,22 +85,37 @@ struct GemmTiles {
   }
 };
 
+constexpr bool kHalfVectors = AUTOFOCUS_VECTOR_BYTES == 64;
+
+// `columns` rounded up to whole vectors, or half ones where they are used.
+template <typename A>
+constexpr int64_t gemm_columns_written(int64_t columns) {
+  constexpr int64_t unit = kHalfVectors ? Vec<A>::kLanes / 2 : Vec<A>::kLanes;
+  return (columns + unit - 1) / unit * unit;
+}
+
 template <typename A, bool accumulate>
 void gemm_columns(const GemmOperands<A>& op, int64_t rows, int64_t columns) {
-  int64_t left = columns / Vec<A>::kLanes;
+  constexpr int64_t lanes = Vec<A>::kLanes;
+  int64_t left = gemm_columns_written<A>(columns);
   int64_t column = 0;
   while (left > 0) {
-    // Three vectors wide where possible, but 2 + 2 instead of 3 + 1.
-    const int64_t width = left == 4 ? 2 : std::min<int64_t>(left, 3);
-    if (width == 3) GemmTiles<A, 3, accumulate>::run(op, rows, column);
-    if (width == 2) GemmTiles<A, 2, accumulate>::run(op, rows, column);
-    if (width == 1) GemmTiles<A, 1, accumulate>::run(op, rows, column);
-    column += width * Vec<A>::kLanes;
+    // Up to three vectors at a time, but 2 + 2 instead of 3 + 1, and 2 + 1.5 instead of 3 + 0.5.
+    const int64_t width = left > 3 * lanes && left <= 4 * lanes ? 2 * lanes : std::min(left, 3 * lanes);
+    if constexpr (kHalfVectors) {
+      if (width == 5 * lanes / 2) GemmTiles<A, 2, true, accumulate>::run(op, rows, column);
+      if (width == 3 * lanes / 2) GemmTiles<A, 1, true, accumulate>::run(op, rows, column);
+      if (width == lanes / 2) GemmTiles<A, 0, true, accumulate>::run(op, rows, column);
+    }
+    if (width == 3 * lanes) GemmTiles<A, 3, false, accumulate>::run(op, rows, column);
+    if (width == 2 * lanes) GemmTiles<A, 2, false, accumulate>::run(op, rows, column);
+    if (width == lanes) GemmTiles<A, 1, false, accumulate>::run(op, rows, column);
+    column += width;
     left -= width;
   }
 }
 
-// `columns` is a multiple of the vector length.
+// Writes gemm_columns_written(columns) of each row of C.
 template <typename A>
 void gemm(const GemmOperands<A>& op, int64_t rows, int64_t columns, bool accumulate) {
   if (accumulate)

@@ -20,6 +20,19 @@ struct Vec {
   static inline __attribute__((always_inline)) void store(A* to, Native value) { *(Unaligned*)to = value; }
   static inline __attribute__((always_inline)) Native broadcast(A value) { return value - Native{}; }
 
+  // The lower half of a register.
+  typedef A HalfNative __attribute__((vector_size(AUTOFOCUS_VECTOR_BYTES / 2)));
+  typedef A HalfUnaligned __attribute__((vector_size(AUTOFOCUS_VECTOR_BYTES / 2), aligned(sizeof(A)), may_alias));
+  static inline __attribute__((always_inline)) HalfNative load_half(const A* from) {
+    return *(const HalfUnaligned*)from;
+  }
+  static inline __attribute__((always_inline)) void store_half(A* to, HalfNative value) { *(HalfUnaligned*)to = value; }
+  static inline __attribute__((always_inline)) HalfNative lower(Native value) {
+    HalfNative half;
+    std::memcpy(&half, &value, sizeof half);
+    return half;
+  }
+
   static inline A sum(Native value) {
     A total = 0;
     for (int64_t lane = 0; lane < kLanes; ++lane) total += value[lane];
