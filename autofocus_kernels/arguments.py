@@ -82,8 +82,9 @@ def check_input(input: Tensor, weight: Tensor, mixed: bool = False) -> None:
 def _check_tensor(name: str, tensor: Tensor, input: Tensor, mixed: bool = False) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise ValueError(f"{name} must be a dense (strided) tensor, got {kind}")
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} must have a real floating dtype, got {tensor.dtype}")
     if tensor.dtype != input.dtype and not mixed:

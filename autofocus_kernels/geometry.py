@@ -11,12 +11,15 @@ on every axis, so all branches are centred on the same voxel (docs/math.md, sect
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Union
 
 IntOrTuple = Union[int, Sequence[int]]
 Padding = Union[int, Sequence[int], str]
+# Of any stride, dilation or padding: no product with a tap or with another of them overflows the kernels' 64 bits.
+LARGEST = 2**48
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,12 @@ def per_axis(name: str, value: IntOrTuple, spatial_dims: int, minimum: int) -> t
 
     Raises:
         TypeError: ``value`` is neither an int nor a sequence of ints.
-        ValueError: the wrong number of entries, or an entry below ``minimum``.
+        ValueError: the wrong number of entries, or an entry below ``minimum`` or above :data:`LARGEST`.
     """
-    entries = (value,) * spatial_dims if isinstance(value, int) else value
-    if isinstance(entries, str) or not isinstance(entries, Iterable):
+    entries = (value,) * spatial_dims if isinstance(value, Integral) else value
+    if isinstance(entries, (str, bytes)) or not isinstance(entries, Sequence):
         raise TypeError(f"{name} must be an int or a sequence of {spatial_dims} ints, got {value!r}")
-    entries = tuple(entries)
-    if any(isinstance(entry, bool) or not isinstance(entry, int) for entry in entries):
+    if any(isinstance(entry, bool) or not isinstance(entry, Integral) for entry in entries):
         raise TypeError(f"{name} must hold ints, got {value!r}")
     if len(entries) != spatial_dims:
         raise ValueError(
@@ -75,7 +77,24 @@ def per_axis(name: str, value: IntOrTuple, spatial_dims: int, minimum: int) -> t
         )
     if min(entries) < minimum:
         raise ValueError(f"{name} must be at least {minimum} on every axis, got {value!r}")
-    return entries
+    if max(entries) > LARGEST:
+        raise ValueError(f"{name} must be at most 2**48 on every axis, got {value!r}")
+    # numpy's integers become Python's; a symbolic int of torch.compile stays as it is.
+    return tuple(entry if isinstance(entry, int) else int(entry) for entry in entries)
+
+
+def require_count(name: str, value: int) -> int:
+    """``value`` as a Python int, a number of channels or branches.
+
+    Raises:
+        TypeError: ``value`` is no int.
+        ValueError: it is below one.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}")
+    return int(value)
 
 
 def require_odd(name: str, sizes: tuple[int, ...]) -> None:
@@ -102,17 +121,16 @@ def resolve_padding(
 
 def resolve_dilations(dilations: Sequence[IntOrTuple], spatial_dims: int) -> tuple[tuple[int, ...], ...]:
     """One dilation tuple per branch, from ints or per-axis tuples."""
-    if isinstance(dilations, (int, str)) or not isinstance(dilations, Iterable):
+    if isinstance(dilations, (str, bytes)) or not isinstance(dilations, Sequence):
         raise TypeError(
             "dilations must be a sequence with one int (or tuple of ints) per branch, "
             f"got {dilations!r}"
         )
-    branches = tuple(dilations)
-    if not branches:
+    if not dilations:
         raise ValueError("dilations must name at least one branch, got an empty sequence")
     return tuple(
         per_axis(f"dilations[{k}]", dilation, spatial_dims, minimum=1)
-        for k, dilation in enumerate(branches)
+        for k, dilation in enumerate(dilations)
     )
 
 

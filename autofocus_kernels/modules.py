@@ -15,6 +15,7 @@ from .geometry import (
     IntOrTuple,
     Padding,
     per_axis,
+    require_count,
     require_odd,
     resolve,
     resolve_dilations,
@@ -22,6 +23,19 @@ from .geometry import (
 )
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def require_spatial_dims(value: int) -> int:
+    """Raises TypeError or ValueError unless ``value`` is 1, 2 or 3."""
+    if require_count("spatial_dims", value) not in CONV:
+        raise ValueError(f"spatial_dims must be 1, 2 or 3, got {value!r}")
+    return int(value)
+
+
+def _check_layer_input(input: Tensor, weight: Tensor) -> None:
+    """:func:`check_input` for an input with or without a batch axis, of another dtype only under autocast."""
+    unbatched = isinstance(input, Tensor) and input.dim() == weight.dim() - 1
+    check_input(input.unsqueeze(0) if unbatched else input, weight, mixed=autocasts(input))
 
 
 class ScaleAttention(nn.Module):
@@ -61,12 +75,12 @@ class ScaleAttention(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if spatial_dims not in CONV:
-            raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
-        if num_branches < 1:
-            raise ValueError(f"num_branches must be at least 1, got {num_branches!r}")
+        spatial_dims = require_spatial_dims(spatial_dims)
+        in_channels = require_count("in_channels", in_channels)
+        num_branches = require_count("num_branches", num_branches)
         if hidden_channels is None:
             hidden_channels = max(in_channels // 2, 1)
+        hidden_channels = require_count("hidden_channels", hidden_channels)
         self.kernel_size = per_axis("kernel_size", kernel_size, spatial_dims, minimum=1)
         require_odd("kernel_size", self.kernel_size)
         self.stride = per_axis("stride", stride, spatial_dims, minimum=1)
@@ -88,6 +102,7 @@ class ScaleAttention(nn.Module):
         self.conv2 = conv(hidden_channels, num_branches, 1, **options)
 
     def forward(self, input: Tensor) -> Tensor:
+        _check_layer_input(input, self.conv1.weight)
         spatial_dims = len(self.kernel_size)
         size = input.shape[-spatial_dims:]
         resolve(size, self.kernel_size, (self.dilation,), self.stride, self.padding)  # raises if it is too small
@@ -130,6 +145,10 @@ class _AutofocusConv:
         if padding_mode != "zeros":
             raise ValueError(f'padding_mode must be "zeros", got {padding_mode!r}')
         check_backend_name(backend)
+        if attention is not None and not callable(attention):
+            raise TypeError(f"attention must be None or a module, got {type(attention).__name__}")
+        in_channels = require_count("in_channels", in_channels)
+        out_channels = require_count("out_channels", out_channels)
         kernel_size = per_axis("kernel_size", kernel_size, self.spatial_dims, minimum=1)
         require_odd("kernel_size", kernel_size)
         stride = per_axis("stride", stride, self.spatial_dims, minimum=1)
@@ -149,7 +168,7 @@ class _AutofocusConv:
             self.branch_norm = nn.ModuleList(
                 norm(out_channels, device=device, dtype=dtype) for _ in branches
             )
-        self.save_branches = save_branches
+        self.save_branches = bool(save_branches)
         self.detach_attention = detach_attention
         self.backend = backend
         if attention is None:
@@ -163,8 +182,7 @@ class _AutofocusConv:
 
     def forward(self, input: Tensor, return_attention: bool = False):
         # Before the gate, whose convolutions would complain first and without naming an argument of the layer.
-        unbatched = isinstance(input, Tensor) and input.dim() == self.spatial_dims + 1
-        check_input(input.unsqueeze(0) if unbatched else input, self.weight, mixed=autocasts(input))
+        _check_layer_input(input, self.weight)
         attention = self.attention(input.detach() if self.detach_attention else input)
         tensors = (input, self.weight, attention.to(input.dtype), self.bias)
         options = {

@@ -145,6 +145,13 @@ BAD_TENSORS = [
 BAD_NUMBERS = [
     ({"dilations": 2}, TypeError, r"dilations must be a sequence with one int .* got 2"),
     ({"dilations": "12"}, TypeError, r"dilations must be a sequence with one int .* got '12'"),
+    ({"dilations": {1, 2}}, TypeError, r"dilations must be a sequence .* got \{1, 2\}"),  # no order, so no branches
+    ({"dilations": torch.tensor([1, 2])}, TypeError, r"dilations must be a sequence .* got tensor\(\[1, 2\]\)"),
+    (
+        {"dilations": (1, 2**48 + 1)}, ValueError,
+        r"dilations\[1\] must be at most 2\*\*48 on every axis, got 281474976710657",
+    ),
+    ({"stride": 2**63}, ValueError, r"stride must be at most 2\*\*48 on every axis, got 9223372036854775808"),
     (
         {"dilations": ()}, ValueError,
         r"dilations must name at least one branch, got an empty sequence",
@@ -207,6 +214,18 @@ def test_unknown_backend(backend):
         call(autofocus_conv, {"backend": backend})
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_not_dense():
+    with pytest.raises(ValueError, match=r"input must be a dense \(strided\) tensor, got a nested tensor"):
+        call(autofocus_conv, {"input": torch.nested.nested_tensor([zeros(3, 6, 7)] * 2)})
+
+
+def test_numpy_integers_are_ints():
+    """As in torch's own convolutions: rates often come from np.arange."""
+    changes = {"dilations": tuple(np.arange(1, 3)), "stride": np.int64(1), "padding": (np.int32(1), np.int64(1))}
+    assert torch.equal(call(autofocus_conv, changes), call(autofocus_conv, {}))
+
+
 def test_unbatched_input_needs_an_unbatched_attention():
     tensors = testing.make_tensors(CASE)
     with pytest.raises(ValueError, match=r"input must be \[N, C, \*S\].*got shape \[3, 6, 7\]"):
@@ -226,7 +245,7 @@ def test_a_bad_call_under_compile_still_raises():
         call(compiled, {"stride": 0})
 
 
-@pytest.mark.parametrize("dilation", [10**4, 2**31, 2**40])
+@pytest.mark.parametrize("dilation", [10**4, 2**31, 2**48])
 def test_a_huge_dilation_leaves_the_centre_tap(backend, dilation):
     """No allocation grows with the dilation and no offset overflows: everything but the centre reads zeros."""
     tensors = testing.make_tensors(Case("huge", (6, 7), channels=3, out_channels=4))

@@ -328,18 +328,24 @@ def test_docstring_names_its_dimension(dims):
         ({"dilations": (1, (2, 3, 4))}, ValueError, r"dilations\[1\] must be an int or 2 ints"),
         ({"dilations": (1.5,)}, TypeError, r"dilations\[0\] must be an int.*got 1\.5"),
         ({"backend": "fast"}, ValueError, r"backend must be None or one of .*got 'fast'"),
+        ({"in_channels": 3.0}, TypeError, r"in_channels must be an int, got 3\.0"),
+        ({"out_channels": 0}, ValueError, r"out_channels must be at least 1, got 0"),
+        ({"attention": "softmax"}, TypeError, r"attention must be None or a module, got str"),
     ],
     ids=str,
 )
 def test_bad_constructor_argument(settings, kind, message):
     with pytest.raises(kind, match=message):
-        AutofocusConv2d(3, 5, **settings)
+        AutofocusConv2d(**{"in_channels": 3, "out_channels": 5, **settings})
 
 
 @pytest.mark.parametrize(
     "settings, kind, message",
     [
+        ({"in_channels": None}, TypeError, r"in_channels must be an int, got None"),
         ({"num_branches": 0}, ValueError, r"num_branches must be at least 1, got 0"),
+        ({"hidden_channels": -1}, ValueError, r"hidden_channels must be at least 1, got -1"),
+        ({"spatial_dims": 2.0}, TypeError, r"spatial_dims must be an int, got 2\.0"),
         ({"spatial_dims": 4}, ValueError, r"spatial_dims must be 1, 2 or 3, got 4"),
         ({"kernel_size": 4}, ValueError, r"kernel_size must be odd.*4"),
         ({"padding": "full"}, ValueError, r'padding must be "same", "valid" or ints, got \'full\''),
@@ -353,6 +359,17 @@ def test_bad_gate_argument(settings, kind, message):
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (1, 1, 3, 8, 8), (1, 4, 8, 8)])
-def test_bad_input_shape_names_input(shape):
+@pytest.mark.parametrize(
+    "module", [AutofocusConv2d(3, 5, dilations=(1, 2)), ScaleAttention(3, 2, spatial_dims=2)], ids=["layer", "gate"]
+)
+def test_bad_input_shape_names_input(module, shape):
     with pytest.raises(ValueError, match=r"(input|weight) must"):
-        AutofocusConv2d(3, 5, dilations=(1, 2))(torch.randn(shape))
+        module(torch.randn(shape))
+
+
+def test_gate_names_what_is_no_tensor_or_of_another_dtype():
+    gate = ScaleAttention(3, 2, spatial_dims=2)
+    with pytest.raises(TypeError, match=r"input must be a torch\.Tensor, got NoneType"):
+        gate(None)
+    with pytest.raises(TypeError, match=r"weight must have the dtype of input, torch\.float64, got torch\.float32"):
+        gate(torch.zeros(1, 3, 8, 8, dtype=torch.float64))

@@ -192,7 +192,7 @@ def test_dilations_per_axis():
         ({"padding": "full"}, 'padding must be "valid" or "same", got \'full\''),
         ({"widths": (1, 2, 3)}, r"widths must hold 4 channel counts for AFN-1, got \(1, 2, 3\)"),
         ({"name": "ASPP-s", "widths": (1, 2, 3, 4)}, "widths must hold 5 channel counts for ASPP-s"),
-        ({"widths": (1, 2, 3, 0)}, "widths must be at least 1, got 0"),
+        ({"widths": (1, 2, 3, 0)}, r"widths\[3\] must be at least 1, got 0"),
         ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"dilations": ()}, "dilations must name at least one branch"),
@@ -204,6 +204,21 @@ def test_bad_arguments(arguments, message):
         networks.build(**{"name": "AFN-1", "device": "meta", **arguments})
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"in_channels": "4"}, "in_channels must be an int, got '4'"),
+        ({"num_classes": None}, "num_classes must be an int, got None"),
+        ({"widths": 30}, "widths must be a sequence of 4 channel counts for AFN-1, got 30"),
+        ({"widths": (30, 40, 40.0, 50)}, r"widths\[2\] must be an int, got 40\.0"),
+        ({"spatial_dims": True}, "spatial_dims must be an int, got True"),
+    ],
+)
+def test_arguments_of_the_wrong_type(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        networks.build(**{"name": "AFN-1", "device": "meta", **arguments})
+
+
 def test_bad_inputs():
     network = networks.build("AFN-6", widths=(2, 2, 2, 2)).eval()
     with pytest.raises(ValueError, match=r"at least \[29, 29, 29\] voxels, .* got \[40, 28, 40\]"):
@@ -212,6 +227,8 @@ def test_bad_inputs():
         network(torch.zeros(1, 3, 40, 40, 40))
     with pytest.raises(ValueError, match="with 3 spatial axes"):
         network(torch.zeros(4, 40, 40, 40))
+    with pytest.raises(TypeError, match=r"input must be a torch\.Tensor, got NoneType"):
+        network(None)
     assert network(torch.zeros(1, 4, 29, 29, 29)).shape == (1, 5, 1, 1, 1)
 
 

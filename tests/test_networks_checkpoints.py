@@ -106,6 +106,9 @@ def test_what_is_no_network_or_no_tensor():
         networks.load_original_state_dict(nn.Linear(1, 1), {})
     with pytest.raises(TypeError, match="model must come from .* got Linear"):
         networks.original_state_dict(nn.Linear(1, 1))
+    for given, came in ((None, "got NoneType"), ({"state_dict": [1]}, "got list"), ({1: torch.ones(1)}, "got 1")):
+        with pytest.raises(TypeError, match=f"state_dict must .*{came}"):
+            networks.load_original_state_dict(make_network("Basic"), given)
     state = {**make_plain("Basic").state_dict(), "fc.bias": [1.0]}
     with pytest.raises(TypeError, match="fc.bias must be a tensor, got list"):
         networks.load_original_state_dict(make_network("Basic"), state)

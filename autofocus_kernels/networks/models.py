@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..geometry import IntOrTuple, resolve_dilations
-from ..modules import CONV
+from ..geometry import IntOrTuple, require_count, resolve_dilations
+from ..modules import require_spatial_dims
 from .blocks import Block, ConcatHead, Options, SumHead
 
 # Which of the two layers of each of the three blocks are autofocus layers.
@@ -63,20 +63,21 @@ def build(
     Raises:
         ValueError, TypeError: an argument of the wrong form; the message names it.
     """
-    if name not in _BLOCKS:
+    if name not in NAMES:
         raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
-    if spatial_dims not in CONV:
-        raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
+    spatial_dims = require_spatial_dims(spatial_dims)
     if padding not in ("valid", "same"):
         raise ValueError(f'padding must be "valid" or "same", got {padding!r}')
-    widths = _WIDTHS.get(name, (30, 40, 40, 50)) if widths is None else tuple(widths)
-    if len(widths) != 4 + (name in _HEADS):
-        raise ValueError(f"widths must hold {4 + (name in _HEADS)} channel counts for {name}, got {widths}")
-    for argument, value in (
-        ("in_channels", in_channels), ("num_classes", num_classes), *(("widths", w) for w in widths)
-    ):
-        if value < 1:
-            raise ValueError(f"{argument} must be at least 1, got {value!r}")
+    if widths is None:
+        widths = _WIDTHS.get(name, (30, 40, 40, 50))
+    expected = 4 + (name in _HEADS)
+    if isinstance(widths, (str, bytes)) or not isinstance(widths, Sequence):
+        raise TypeError(f"widths must be a sequence of {expected} channel counts for {name}, got {widths!r}")
+    if len(widths) != expected:
+        raise ValueError(f"widths must hold {expected} channel counts for {name}, got {widths!r}")
+    widths = tuple(require_count(f"widths[{i}]", width) for i, width in enumerate(widths))
+    in_channels = require_count("in_channels", in_channels)
+    num_classes = require_count("num_classes", num_classes)
     options = Options(
         spatial_dims, resolve_dilations(dilations, spatial_dims), padding, save_branches, backend,
         {"device": device, "dtype": dtype},
@@ -126,6 +127,8 @@ class SegmentationNetwork(nn.Module):
 
     def _check_input(self, input: Tensor) -> None:
         dims = len(self.crop)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
         if input.dim() != dims + 2 or input.shape[1] != self.in_channels:
             raise ValueError(
                 f"input must be [N, {self.in_channels}, *S] with {dims} spatial axes, got {list(input.shape)}"

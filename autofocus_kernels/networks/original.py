@@ -26,12 +26,17 @@ def load_original_state_dict(model: SegmentationNetwork, state_dict: Mapping[str
     Counters that an old file lacks become zero.
 
     Raises:
-        TypeError: ``model`` is none of :func:`build`'s, or an entry is no tensor.
+        TypeError: ``model`` is none of :func:`build`'s, ``state_dict`` no mapping of names, or an entry no tensor.
         ValueError: entries are missing, unexpected or of another shape; the message names each. The model is then
             unchanged.
     """
     names = _names(model)
-    given = state_dict.get("state_dict", state_dict)
+    given = state_dict.get("state_dict", state_dict) if isinstance(state_dict, Mapping) else state_dict
+    if not isinstance(given, Mapping):
+        raise TypeError(f"state_dict must map names to tensors, got {type(given).__name__}")
+    strangers = [name for name in given if not isinstance(name, str)]
+    if strangers:
+        raise TypeError(f"state_dict must have strings as names, got {strangers[0]!r}")
     if given and all(name.startswith(_PREFIX) for name in given):
         given = {name[len(_PREFIX) :]: value for name, value in given.items()}
     own = model.state_dict()
