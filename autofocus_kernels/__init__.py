@@ -2,6 +2,7 @@
 
 from . import networks, reference
 from .dispatch import available_backends, show_config
+from .export import decompositions
 from .functional import autofocus_conv
 from .modules import AutofocusConv1d, AutofocusConv2d, AutofocusConv3d, ScaleAttention
 
@@ -14,6 +15,7 @@ __all__ = [
     "ScaleAttention",
     "autofocus_conv",
     "available_backends",
+    "decompositions",
     "networks",
     "reference",
     "show_config",

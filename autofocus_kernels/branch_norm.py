@@ -126,12 +126,10 @@ def _by_batch_statistics(
 def _affine(norms: Sequence[_BatchNorm], input: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and biases of the norms, ``[K, O]``, in the precision of statistics."""
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    if norms[0].affine:
-        return tuple(
-            torch.stack([getattr(norm, name) for norm in norms]).to(dtype) for name in ("weight", "bias")
-        )
-    shape = (len(norms), norms[0].num_features)
-    return input.new_ones(shape, dtype=dtype), input.new_zeros(shape, dtype=dtype)
+    O = norms[0].num_features
+    weights = [norm.weight if norm.affine else input.new_ones(O, dtype=dtype) for norm in norms]
+    biases = [norm.bias if norm.affine else input.new_zeros(O, dtype=dtype) for norm in norms]
+    return torch.stack([w.to(dtype) for w in weights]), torch.stack([b.to(dtype) for b in biases])
 
 
 def _process_group(norms: Sequence[_BatchNorm]) -> Optional[str]:

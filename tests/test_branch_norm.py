@@ -248,14 +248,14 @@ def plain_layer(layer, input):
     )
 
 
-@pytest.mark.parametrize("change", ["momentum", "cumulative", "no_affine", "no_tracking", "eps"])
+@pytest.mark.parametrize("change", ["momentum", "cumulative", "no_affine", "mixed_affine", "no_tracking", "eps"])
 def test_three_steps_and_evaluation(backend, change):
     """Running statistics and optimiser steps as in the plain layer, whatever is set on the norms."""
     layer = make_layer(backend)
-    if change in ("no_affine", "no_tracking"):
+    if change in ("no_affine", "mixed_affine", "no_tracking"):
+        affine = {"no_affine": (), "mixed_affine": (1,)}.get(change, (0, 1, 2))
         layer.branch_norm = nn.ModuleList(
-            nn.BatchNorm2d(4, affine=change != "no_affine", track_running_stats=change != "no_tracking")
-            for _ in layer.dilations
+            nn.BatchNorm2d(4, affine=k in affine, track_running_stats=change != "no_tracking") for k in range(3)
         ).double()
     for k, norm in enumerate(layer.branch_norm):
         norm.momentum = {"momentum": 0.2 + 0.1 * k, "cumulative": None}.get(change, norm.momentum)

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 from torch.library import opcheck
 
-from autofocus_kernels import AutofocusConv2d, AutofocusConv3d, autofocus_conv, reference, testing
+from autofocus_kernels import (
+    AutofocusConv1d,
+    AutofocusConv2d,
+    AutofocusConv3d,
+    autofocus_conv,
+    decompositions,
+    reference,
+    testing,
+)
 from autofocus_kernels.testing import Case
 
 CASES = (
@@ -157,6 +165,27 @@ def test_export_of_the_reference_is_plain_convolutions():
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not any("autofocus" in target for target in targets)
     assert any("conv2d" in target for target in targets)
+
+
+@pytest.mark.parametrize(
+    "Layer, settings",
+    [(AutofocusConv1d, {"stride": 2, "padding": 1}), (AutofocusConv2d, {}), (AutofocusConv3d, {"branch_norm": True})],
+)
+def test_an_exported_layer_decomposes_to_aten(Layer, settings):
+    layer = Layer(2, 3, dilations=(1, 2, 4), **settings).eval()
+    for norm in layer.branch_norm or ():
+        nn.init.normal_(norm.running_mean)
+    size = (5, 6, 4)[: layer.spatial_dims]
+    dynamic = ({axis: torch.export.Dim.AUTO for axis in (0, *range(2, 2 + layer.spatial_dims))},)
+    program = torch.export.export(layer, (torch.randn(2, 2, *size),), dynamic_shapes=dynamic)
+    program = program.run_decompositions(decompositions())
+    operators = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    called = [target for target in operators if isinstance(target, torch._ops.OpOverload)]
+    assert {target.namespace for target in called} == {"aten"}
+    assert sum("conv" in str(target) for target in called) == 3 + 2  # the branches and the gate
+    for shape in ((2, 2, *size), (1, 2, *(length + 3 for length in size))):
+        input = torch.randn(shape)
+        torch.testing.assert_close(program.module()(input), layer(input))
 
 
 # ------------------------------------------------------------------ autocast

@@ -1,0 +1,28 @@
+"""The operator written out in plain PyTorch, for runtimes that know no custom operators (ONNX, for one)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from . import ops, reference
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """A table for ``run_decompositions``: K plain convolutions and their weighted sum for each call of the operator.
+
+    ::
+
+        program = torch.export.export(layer.eval(), (input,))
+        program = program.run_decompositions(autofocus_kernels.decompositions())     # aten operators only
+
+    Nothing else of the program changes; add ``torch.export.default_decompositions()`` for core aten operators. It is
+    the table of inference: training with ``branch_norm`` has an operator of its own, which is left as it is.
+    """
+    return {torch.ops.autofocus.forward.default: _forward}
+
+
+def _forward(input, weight, attention, bias, branch_scale, branch_shift, *integers):
+    geometry = ops.Settings(*integers).geometry(input, weight, attention)
+    return reference.weighted_sum(geometry, input, weight, attention, bias, branch_scale, branch_shift)
