@@ -25,7 +25,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 WANTED = {"auto": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cpu", "cuda"), "none": ()}
-MODE = os.environ.get("AUTOFOCUS_BUILD", "auto")
+MODE = os.environ.get("AUTOFOCUS_BUILD") or "auto"
 CSRC = Path(__file__).resolve().parent / "csrc"
 FLAGS = runpy.run_path(str(CSRC / "flags.py"))
 # These commands only read metadata; probing the machine for them would cost seconds.

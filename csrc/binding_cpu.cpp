@@ -81,7 +81,7 @@ void set_steps(Problem& g, const Ints& dilations, const Ints& stride, const Ints
   STD_TORCH_CHECK(int64_t(dilations.size()) == 3 * g.K, "dilations must hold three ints for each of the ", g.K,
                   " branches, got ", dilations.size());
   g.stride = index3("stride", stride, 0, 1);
-  g.origin = index3("origin", origin, 0, INT32_MIN);
+  g.origin = index3("origin", origin, 0, -(int64_t(1) << 48));
   for (int64_t k = 0; k < g.K; ++k) g.dilation[k] = index3("dilations", dilations, 3 * k, 1);
   STD_TORCH_CHECK(g.kernel.z % 2 == 1 && g.kernel.y % 2 == 1 && g.kernel.x % 2 == 1,
                   "weight must have odd kernel sizes");

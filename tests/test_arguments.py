@@ -255,6 +255,15 @@ def test_a_huge_dilation_leaves_the_centre_tap(backend, dilation):
     torch.testing.assert_close(output, expected)
 
 
+def test_padding_and_stride_beyond_32_bits(backend):
+    """Three outputs of which the middle one reads the input's only voxel."""
+    one = torch.ones(1, 1, 1)
+    output = autofocus_conv(
+        one, one, torch.ones(1, 2, 3), dilations=(1, 2), stride=2**40, padding=2**40, backend=backend
+    )
+    assert output.flatten().tolist() == [0, 2, 0]
+
+
 @pytest.mark.parametrize("branches", [33, 70])
 def test_many_branches(branches):
     """More than a compiled backend may hold in its tables: another one takes the call."""

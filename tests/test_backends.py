@@ -108,6 +108,12 @@ def test_bias_counts_once_for_every_branch_by_its_gate(backend):
     assert torch.equal(output, torch.tensor([3.0, 6.0]).view(1, 2, 1).expand(1, 2, 4))
 
 
+def test_one_channel_stays_contiguous(backend):
+    """A volume of one channel is in every memory format at once; plain means plain."""
+    input, weight, attention = torch.ones(1, 1, 4, 5), torch.ones(3, 1, 3, 3), torch.ones(1, 2, 4, 5)
+    assert autofocus_conv(input, weight, attention, dilations=(1, 2), backend=backend).is_contiguous()
+
+
 def test_unbatched_input_is_a_batch_of_one(backend):
     tensors = testing.make_tensors(Case("unbatched", (5, 6), dilations=(1, 2)))
     options = {"dilations": (1, 2), "backend": backend}

@@ -437,6 +437,21 @@ def test_gradient_of_a_gradient(backend, training, save_branches):
         torch.testing.assert_close(result, exact, rtol=1e-8, atol=1e-10 * largest)
 
 
+def test_a_third_derivative(backend):
+    layer = make_layer(backend, detach_attention=False)
+    plain_one = copy.deepcopy(layer)
+
+    def third_order(layer, function=None):
+        value, (input, *_) = layer_loss(layer, function)
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(value, input, create_graph=True)
+            value = (gradient**2).sum()
+        return gradient
+
+    expected = third_order(plain_one, lambda input: plain_layer(plain_one, input))
+    assert relative_error(third_order(layer), expected) < 1e-9
+
+
 def test_gradgradcheck(backend):
     """Numerically, with each argument independent of the others."""
     case = Case("tiny", (3, 4), dilations=(1, 2), channels=2, out_channels=2, batch=2)

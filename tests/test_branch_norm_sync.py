@@ -41,6 +41,14 @@ def run_steps(layer, rows):
     return results
 
 
+def evaluate_without_running_statistics():
+    layer = make_layer(False).eval()
+    for norm in layer.branch_norm:
+        norm.running_mean = norm.running_var = None
+    generator = torch.Generator().manual_seed(dist.get_rank() if dist.is_initialized() else 0)
+    return layer(torch.randn(2, 3, 6, 7, dtype=torch.float64, generator=generator)).detach()
+
+
 def process(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results = {}
@@ -64,6 +72,7 @@ def process(rank, folder):
         (gradient,) = torch.autograd.grad(layer(input).square().sum(), input, create_graph=True)
         results["double backward"] = error_of(lambda: gradient.sum().backward())
         results["functorch"] = error_of(lambda: torch.func.grad(lambda x: layer(x).sum())(input.detach()))
+        results["evaluation"] = evaluate_without_running_statistics()
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -109,6 +118,11 @@ def test_a_group_of_one_process_shares_nothing(of_processes):
     for results in of_processes:
         for name, value in expected.items():
             assert torch.equal(results["alone"][name], value), name
+
+
+def test_evaluation_shares_nothing(of_processes):
+    """As nn.SyncBatchNorm: in evaluation a process may be on its own, so it must not wait for others."""
+    assert torch.equal(of_processes[0]["evaluation"], evaluate_without_running_statistics())
 
 
 def test_errors(of_processes):

@@ -175,6 +175,7 @@ def test_an_exported_layer_decomposes_to_aten(Layer, settings):
     layer = Layer(2, 3, dilations=(1, 2, 4), **settings).eval()
     for norm in layer.branch_norm or ():
         nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 2, 3)
     size = (5, 6, 4)[: layer.spatial_dims]
     dynamic = ({axis: torch.export.Dim.AUTO for axis in (0, *range(2, 2 + layer.spatial_dims))},)
     program = torch.export.export(layer, (torch.randn(2, 2, *size),), dynamic_shapes=dynamic)

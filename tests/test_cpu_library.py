@@ -128,7 +128,7 @@ def test_a_tensor_on_another_device_raises(name):
         getattr(torch.ops.autofocus_cpu, name)(**{**arguments, "weight": arguments["weight"].to("meta")})
 
 
-@pytest.mark.parametrize("origin", [-(2**31), 2**31 - 1, 2**40, -(2**40)])
+@pytest.mark.parametrize("origin", [-(2**31), 2**31 - 1, 2**48, -(2**48)])
 @pytest.mark.parametrize("name", CALLS)
 def test_an_origin_far_outside_reads_zeros_or_raises(name, origin):
     arguments = {**CALLS[name](), "origin": [origin, 0, 0]}
@@ -139,6 +139,20 @@ def test_an_origin_far_outside_reads_zeros_or_raises(name, origin):
     if name == "forward":
         bias = arguments["bias"].view(1, 3, 1, 1, 1)
         torch.testing.assert_close(arguments["output"], bias * arguments["attention"].sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.7, -3.0, 2.0**-9])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype, factor):
+    """The product of two of them is exact in float32, so the one rounding of the result is all there is to see."""
+    input = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(1, 1, -1)
+    weight, attention = torch.full((1, 1, 1), factor, dtype=dtype), torch.ones_like(input)
+    expected = (input.float() * weight.float()).to(dtype)
+    output = autofocus_conv(input, weight, attention, dilations=(1,), backend="cpu")
+    if dtype == torch.bfloat16:  # AMX takes its subnormal numbers for zero
+        smallest = torch.finfo(dtype).smallest_normal
+        output, expected = (torch.where(t.abs() < smallest, 0, t) for t in (output, expected))
+    torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("argument", ["input", "attention", "grad_output"])

@@ -241,6 +241,12 @@ def test_custom_gate_trains():
     assert gate.weights.grad.all()
 
 
+def test_custom_gate_may_compute_in_another_dtype():
+    layer = AutofocusConv2d(3, 5, dilations=(1, 2), attention=Constant(0.25, 0.5), dtype=torch.bfloat16)
+    output, attention = layer(torch.randn(1, 3, 6, 7, dtype=torch.bfloat16), return_attention=True)
+    assert output.dtype == torch.bfloat16 and attention.dtype == torch.float32
+
+
 def test_custom_gate_of_the_wrong_size_is_named():
     layer = AutofocusConv2d(3, 5, dilations=(1, 2, 3), attention=Constant(0.25, 0.5))
     with pytest.raises(ValueError, match=r"attention must be \[N, K, \*S_out\] = \[1, 3, 6, 7\].*\[1, 2, 6, 7\]"):

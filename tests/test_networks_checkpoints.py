@@ -92,6 +92,12 @@ def test_every_missing_or_unexpected_entry_and_wrong_shape_is_named():
     ]
 
 
+def test_a_prefix_on_some_names_only_is_part_of_them():
+    state = make_plain("Basic").state_dict()
+    state["module.fc.bias"] = state.pop("fc.bias")
+    assert errors_of(make_network("Basic"), state) == ["missing: fc.bias", "unexpected: module.fc.bias"]
+
+
 def test_another_architecture_or_number_of_branches():
     problems = errors_of(make_network("AFN-2"), make_plain("AFN-1").state_dict())
     assert "missing: layers.2.bn_list1.0.weight" in problems and "unexpected: layers.2.bn1.weight" in problems
