@@ -43,6 +43,25 @@ void for_each_row(const Index3& size, const Visit& visit) {
     for (int64_t y = 0; y < size.y; ++y) visit(z, y);
 }
 
+template <typename A, int vectors>
+void add_rows(const A* from, int64_t from_step, A* to, int64_t to_step, int64_t count) {
+  using V = Vec<A>;
+  for (int64_t p = 0; p < count; ++p, from += from_step, to += to_step)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v)
+      V::store(to + v * V::kLanes, V::load(to + v * V::kLanes) + V::load(from + v * V::kLanes));
+}
+
+// to[p] += from[p], `count` rows of `width` elements: additions are a third of the time, and their loop a third of that.
+template <typename A>
+void add_rows(int64_t width, const A* from, int64_t from_step, A* to, int64_t to_step, int64_t count) {
+  static_assert(kMaxGroupVectors == 3);
+  const int64_t vectors = width / Vec<A>::kLanes;
+  if (vectors == 1) return add_rows<A, 1>(from, from_step, to, to_step, count);
+  if (vectors == 2) return add_rows<A, 2>(from, from_step, to, to_step, count);
+  add_rows<A, 3>(from, from_step, to, to_step, count);
+}
+
 template <typename T, typename A>
 class Branches {
   using V = Vec<A>;
@@ -228,9 +247,8 @@ class Branches {
           const Index3 offset = tap_offset(sub, row * g_.kernel.x + x);
           for (const Segment& s : w.segments)
             for_each_link(block, s, offset, [&](int64_t from, A* to, int64_t links) {
-              const A* z = w.columns + from * tap_columns_ + x * width;
-              for (int64_t p = 0; p < links; ++p, z += sub.stride.x * tap_columns_, to += width)
-                for (int64_t v = 0; v < width; v += V::kLanes) V::store(to + v, V::load(to + v) + V::load(z + v));
+              add_rows<A>(width, w.columns + from * tap_columns_ + x * width, sub.stride.x * tap_columns_, to, width,
+                          links);
             });
         }
       }
@@ -252,9 +270,8 @@ class Branches {
           for (const Segment& s : w.segments)
             for_each_link(block, s, offset, [&](int64_t at, const A* from, int64_t links) {
               any = true;
-              A* v = w.columns + at * tap_columns_ + x * width;
-              for (int64_t p = 0; p < links; ++p, v += sub.stride.x * tap_columns_, from += width)
-                for (int64_t i = 0; i < width; i += V::kLanes) V::store(v + i, V::load(v + i) + V::load(from + i));
+              add_rows<A>(width, from, width, w.columns + at * tap_columns_ + x * width, sub.stride.x * tap_columns_,
+                          links);
             });
         }
         if (!any) continue;
