@@ -67,3 +67,35 @@ def backward(
         geometry, grad_output, input, weight, attention, bias, branch_scale, branch_shift,
         grad_input, grad_weight, grad_attention, grad_branch_scale,
     )
+
+
+def branch_statistics(geometry, input, weight, branches, mean, var) -> None:
+    from . import norm
+
+    norm.branch_statistics(geometry, input, weight, branches, mean, var)
+
+
+def branch_combine(branches, attention, scale, shift, output) -> None:
+    from . import norm
+
+    norm.branch_combine(branches, attention, scale, shift, output)
+
+
+def branch_reduce(
+    grad_output, branches, attention, mean, scale, shift, grad_attention, grad_scale, grad_shift
+) -> None:
+    from . import norm
+
+    norm.branch_reduce(grad_output, branches, attention, mean, scale, shift, grad_attention, grad_scale, grad_shift)
+
+
+def branch_norm_backward(
+    geometry, grad_output, input, weight, attention, branches, a_coef, b_coef, c_coef,
+    grad_branches, grad_input, grad_weight,
+) -> None:
+    from . import norm
+
+    norm.branch_norm_backward(
+        geometry, grad_output, input, weight, attention, branches, a_coef, b_coef, c_coef,
+        grad_branches, grad_input, grad_weight,
+    )

@@ -1,0 +1,41 @@
+"""Batch-normalised branches by the Triton kernels: numbers in the interpreter, and compiled for GPUs that are not here."""
+
+import pytest
+
+import triton_norm_worker
+import triton_worker
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    return triton_norm_worker.results("interpret", {"TRITON_INTERPRET": "1"})
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return triton_norm_worker.results("compile", {"TRITON_INTERPRET": "0"})
+
+
+@pytest.mark.parametrize("name", triton_norm_worker.NAMES)
+def test_truth(interpreted, name):
+    assert interpreted[name] is None, interpreted[name]
+
+
+@pytest.mark.parametrize(
+    "entry", triton_norm_worker.COMPILED, ids=lambda entry: triton_norm_worker.compiled_name(*entry)
+)
+def test_fits_the_chip(compiled, entry):
+    """No spills, shared memory within the limit, and tensor-core instructions in the one kernel that projects."""
+    target = entry[0]
+    figures = compiled[triton_norm_worker.compiled_name(*entry)]
+    assert not isinstance(figures, str), figures
+    assert [figure["kernel"] for figure in figures] == [
+        "forward_kernel", "statistics_kernel", "combine_kernel", "reduce_kernel", "grad_branches_kernel",
+        "branches_grad_input_weight_kernel",
+    ]
+    for figure in figures:
+        assert figure["spilled"] == 0, figure
+        assert figure["shared"] <= triton_worker.SHARED_LIMIT[target], figure
+    assert figures[-1]["tensor_core"] > 0, figures[-1]
