@@ -5,7 +5,9 @@ from functools import partial
 import pytest
 import torch
 
+import test_branch_norm
 from autofocus_kernels import AutofocusConv3d, autofocus_conv, reference, testing
+from autofocus_kernels.branch_norm import normed_autofocus_conv
 from autofocus_kernels.dispatch import PREFERENCE, backend_module
 from autofocus_kernels.testing import Case
 
@@ -192,6 +194,24 @@ def test_more_than_2_to_the_31_elements(backend):
     # Of the cut, the last planes read nothing that was cut off.
     error = testing.relative_error(output[:, :, -tail + 6 :], exact[:, :, 6:])
     assert error < 0.01
+
+
+NORMED = (
+    Case("normed", (17, 19, 18), 16, 24, batch=2, dilations=(2, 6, 10)),
+    Case("normed_channels_last", (33, 18, 25), 32, 32, dilations=(2, 6, 10, 14), layout="channels_last"),
+    Case("normed_odd_channels", (21, 22, 23), 30, 50, dilations=(2, 6), padding="valid"),
+    Case("normed_wide_2d", (45, 47), 20, 140, batch=2, dilations=(1, 3)),
+)
+
+
+@pytest.mark.parametrize("save_branches", [False, True], ids=["recompute", "save"])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("case", NORMED, ids=str)
+def test_truth_with_batch_norm_of_branches(backend, case, dtype, save_branches):
+    tensors = testing.make_tensors(case, dtype, DEVICE)
+    norms = test_branch_norm.make_norms(case, torch.float32, DEVICE)
+    function = partial(normed_autofocus_conv, save_branches=save_branches, backend=backend)
+    test_branch_norm.compare(function, case, tensors, norms)
 
 
 def test_layer_with_branch_norm_trains_as_on_the_reference(backend):

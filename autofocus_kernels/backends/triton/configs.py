@@ -188,7 +188,7 @@ def _grad_input_weight(
     if capability < 9:
         # Operands of the older tensor cores are all in registers.
         return Config(128 if C <= 64 else 64, block(C, 128), block(O, 32), 8, 255), least
-    small = max(C, O) <= 32 and kernel == "grad_input_weight"
+    small = max(C, O) <= 32 and kernel != "grad_input_weight_scaled"
     default = Config(128, block(C, 128), block(O, 64), 8, 128 if small else 255)
     return default, Config(256, block(C, 64), block(O, 32), 8, 255), least
 

@@ -550,22 +550,32 @@ def grad_scaled_kernel(
 
 @triton.jit
 def gathered_blend(
-    grad_output, attention, scale, grad_rows, attention_rows, grad_output_stride, attention_stride, scale_stride,
+    grad_output, attention, scale, grad_rows, attention_rows,
+    grad_output_stride, branch_stride, attention_stride, scale_stride,
     output_size, moved, valid, home, start, origin, tap, o,
     O: tl.constexpr, G: tl.constexpr, BLOCK_O: tl.constexpr, READ: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_SCALE: tl.constexpr, BLEND: tl.constexpr, ROW: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, BLEND: tl.constexpr, ROW: tl.constexpr,
 ):
-    """v_t of one tile and one block of O: the sum over branches of a_k (s_k) G at the outputs that read the row."""
+    """v_t of one tile and one block of O: the sum over branches of a_k (s_k) G at the outputs that read the row.
+
+    Without gates the sum is of dy_k, each ``branch_stride`` after the one before it.
+    """
     K: tl.constexpr = G.branches
     P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
     v = tl.zeros([P, BLOCK_O], BLEND)
     for k in tl.static_range(K):
         corner = corner_of(constant_dilation(k, G), tap, start, origin, G)
         mask = valid & rows_inside(corner, moved, output_size)
-        rows = attention_rows + offset_between(home, corner, attention_stride, 1, ROW)
-        gate = pinned(tl.load(attention + branch_offset(k, attention_stride, ROW) + rows, mask=mask, other=0.0))
+        source = grad_output
+        if HAS_GATE:
+            rows = attention_rows + offset_between(home, corner, attention_stride, 1, ROW)
+            gate = tl.load(attention + branch_offset(k, attention_stride, ROW) + rows, mask=mask, other=0.0)
+        else:
+            source += tl.full([], k, tl.int64) * branch_stride * ALIGN
+            gate = mask
+        gate = pinned(gate)
         rows = grad_rows + offset_between(home, corner, grad_output_stride, ALIGN, ROW)
-        g = load_rows(grad_output, rows, mask, o, 1, READ, BLOCK_O)
+        g = load_rows(source, rows, mask, o, 1, READ, BLOCK_O)
         if HAS_SCALE:
             g = g.to(BLEND) * load_vector(scale, k, scale_stride, o, O, BLOCK_O).to(BLEND)[None, :]
         v = blended(v, gate, g)
@@ -575,17 +585,18 @@ def gathered_blend(
 @triton.jit
 def grad_input_weight_kernel(
     grad_output, attention, scale, weight, input, grad_input, sums,
-    grad_output_stride, attention_stride, scale_stride, input_stride, grad_input_stride,
+    grad_output_stride, branch_stride, attention_stride, scale_stride, input_stride, grad_input_stride,
     input_size, output_size, origin, tiles, cosets, num_tiles,
     C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, TILE_ALIGN: tl.constexpr, HAS_SCALE: tl.constexpr,
+    READ: tl.constexpr, ALIGN: tl.constexpr, TILE_ALIGN: tl.constexpr, HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr,
     WANT_INPUT: tl.constexpr, WANT_WEIGHT: tl.constexpr,
     BLEND: tl.constexpr, DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """v_t once, then dx = sum_t W_t^T v_t and dW_t = sum_q v_t x^T. Weight is [T, O, C]; grid (splits, blocks of C).
 
     A program walks its share of the tiles in a fixed order and adds to its own part of dW in sums[split, T, O, C] (fp32, padded to whole blocks,
-    zeroed by the launcher), which stays in L2: no atomics, so the same call gives the same bits.
+    zeroed by the launcher), which stays in L2: no atomics, so the same call gives the same bits. Without gates
+    grad_output is [K, N, O, D, H, W], the gradient of each branch, and ``branch_stride`` that of K in units of ALIGN.
     """
     P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
     T: tl.constexpr = G.kernel[0] * G.kernel[1] * G.kernel[2]
@@ -603,7 +614,9 @@ def grad_input_weight_kernel(
         valid = rows_inside(start, position, input_size)
         home = home_of(start, origin, G)
         tile_grad_output = grad_output + offset_of(n, home, grad_output_stride, ALIGN)
-        tile_attention = attention + offset_of(n, home, attention_stride, 1)
+        tile_attention = attention
+        if HAS_GATE:
+            tile_attention += offset_of(n, home, attention_stride, 1)
         if WANT_WEIGHT:
             source = input + offset_of(n, start, input_stride, TILE_ALIGN)
             rows = row_offsets(position, input_stride, TILE_ALIGN, ROW)
@@ -618,9 +631,9 @@ def grad_input_weight_kernel(
                         if any_branch_reads(tap, start, origin, output_size, G):
                             v = gathered_blend(
                                 tile_grad_output, tile_attention, scale, grad_rows, attention_rows,
-                                grad_output_stride, attention_stride, scale_stride,
+                                grad_output_stride, branch_stride, attention_stride, scale_stride,
                                 output_size, moved, valid, home, start, origin, tap, o,
-                                O, G, BLOCK_O, READ, ALIGN, HAS_SCALE, BLEND, ROW,
+                                O, G, BLOCK_O, READ, ALIGN, HAS_GATE, HAS_SCALE, BLEND, ROW,
                             ).to(DOT)
                             if WANT_INPUT:
                                 w = tl.load(weight_tile(weight, tap, o, c, O_PADDED, C_PADDED, G)).to(DOT)

@@ -28,7 +28,7 @@ class Launch(NamedTuple):
     """One kernel call. ``finish`` turns what the kernel left in scratch memory into the result."""
 
     kernel: object
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     arguments: tuple
     constants: dict
     finish: Callable[[], None] = lambda: None
@@ -152,6 +152,7 @@ def _forward_scaled(config, problem, source, weight, attention, branch_scale, sh
 def _grad_input_weight(
     config, problem, source, input, weight, attention, branch_scale, grad_input, grad_weight
 ) -> Launch:
+    """Without ``attention``, each branch has its own gradient, ``source.branch_stride`` after the one before it."""
     O, C = weight.shape[:2]
     walk = Walk(problem, config, input.shape[0], transposed=True)
     align = alignment(input, grad_input)
@@ -171,12 +172,12 @@ def _grad_input_weight(
         (splits, blocks),
         (
             source.tensor, attention, branch_scale, packed, input, grad_input, sums,
-            source.stride, attention.stride(), _stride(branch_scale), _stride(input, align),
-            _stride(grad_input, align),
-            *walk.arguments, walk.num_tiles,
+            source.stride, source.branch_stride, _stride(attention), _stride(branch_scale),
+            _stride(input, align), _stride(grad_input, align), *walk.arguments, walk.num_tiles,
         ),
         _constants(config, walk, source, weight, align, attention, input, grad_input)
         | {
+            "HAS_GATE": attention is not None,
             "HAS_SCALE": branch_scale is not None,
             "WANT_INPUT": grad_input is not None,
             "WANT_WEIGHT": grad_weight is not None,
@@ -303,11 +304,13 @@ class Source(NamedTuple):
     Attributes:
         stride: in units of ``align`` elements, except that of the channels.
         align: elements of the widest load, at most 16 bytes.
+        branch_stride: in the same units, where each branch has its own tensor; ``tensor`` is that of the first.
     """
 
     tensor: Tensor
     stride: tuple[int, ...]
     align: int
+    branch_stride: int = 0
 
 
 def gather_source(tensor: Tensor) -> Source:

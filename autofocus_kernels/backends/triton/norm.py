@@ -6,7 +6,7 @@ Axes: N batch, C input channels, O output channels, K branches, and the spatial 
 from __future__ import annotations
 
 import dataclasses
-from typing import Optional
+from collections.abc import Iterable
 
 import torch
 import triton
@@ -14,22 +14,23 @@ from torch import Tensor
 
 from ... import reference
 from ...geometry import Geometry
-from . import launch, norm_kernels, tuning
+from . import launch, norm_kernels
 from .launch import Launch, Source, as_3d
 
-# Elements of a tile in the kernels that treat each voxel alone: 16 for each thread of eight warps, which is two loads of
-# 16 bytes in 16 bits, so a few programs of an SM keep enough in flight, with registers to spare for two sums.
+# Elements of a tile in the kernels that treat each voxel alone: 16 for each thread of eight warps, two loads of 16 bytes
+# in 16 bits, so a few programs of an SM keep enough in flight, with registers to spare for two sums.
 ELEMENTS = 4096
 WARPS = 8
 # Channels of a tile at most: the rest of ELEMENTS are then 32 positions, whole sectors of contiguous tensors.
 MAX_BLOCK_O = 128
 # Tiles of one program where sums leave it: the sum over rows and what is stored come once for all of them, the
-# grad_output of four (32 KiB in 16 bits) stays in L1 or L2 from branch to branch, and 32^3 voxels still give 64 programs.
+# grad_output of four (32 KiB in 16 bits) is read from a cache by all branches but the first, and 32^3 voxels of 32
+# channels still give 64 programs.
 TILES = 4
 
 
 def branch_statistics(geometry, input, weight, branches, mean, var) -> None:
-    """Each branch is a plain forward with one dilation and a gate of ones; one pass over them all gives mean and var."""
+    """Each branch is a forward with one dilation and a gate of ones; one pass over them all gives mean and var."""
     problem = geometry.as_3d()
     with launch._on_device_of(input):
         source = launch.gather_source(as_3d(input))
@@ -98,44 +99,28 @@ def branch_norm_backward(
     grad_branches, grad_input, grad_weight,
 ) -> None:
     """All dy_k, then one kernel that gathers from each and projects their sum once."""
-    K, O = branches.shape[0], branches.shape[2]
-    problem = geometry.as_3d()
     with launch._on_device_of(input):
-        align = min(16 // branches.itemsize, triton.next_power_of_2(O))
-        gradients = _gatherable(branches, grad_branches, align)
-        _fill_gradients(grad_output, branches, attention, a_coef, b_coef, c_coef, gradients)
-        first = as_3d(gradients[0])
-        source = Source(first, launch._stride(first, align), align)
-        branch_stride = gradients.stride(0) // align
-
-        def make(config) -> Launch:
-            return _grad_input_weight(
-                config, problem, source, branch_stride,
-                *map(as_3d, (input, weight, grad_input, grad_weight)),
-            )
+        gradients, geometry = _branch_gradients(
+            geometry, grad_output, branches, attention, (a_coef, b_coef, c_coef), grad_branches
+        )
+        wanted = [gradient for gradient in (grad_input, grad_weight) if gradient is not None]
 
         def expected() -> list[Tensor]:
-            totals = [0, 0]
-            for k in range(K):
+            exact = [torch.zeros_like(launch._wider(tensor)) for tensor in (input, weight)]
+            for k, gradient in enumerate(gradients[:, :, : weight.shape[0]]):
                 of_branch = reference.branch_gradients(
-                    geometry, k, *map(launch._wider, (gradients[k, :, :O], input, weight)), True, True
+                    geometry, k, *map(launch._wider, (gradient, input, weight)), True, True
                 )
-                totals = [total + gradient for total, gradient in zip(totals, of_branch)]
-            return [total for total, wanted in zip(totals, (grad_input, grad_weight)) if wanted is not None]
+                for total, part in zip(exact, of_branch):
+                    total += part
+            return [total for total, gradient in zip(exact, (grad_input, grad_weight)) if gradient is not None]
 
-        O, C = weight.shape[:2]
-        precision = launch.dot_precision(weight)
-        tuning.run(
-            (
-                "branches_grad_input_weight", weight.device, weight.dtype, precision, C, O,
-                problem.kernel_size, problem.dilations, problem.stride,
-            ),
-            launch.configurations(
-                "grad_input_weight", weight.itemsize, precision, launch.capability(weight.device), C, O
-            ),
-            lambda config: launch.submit(make(config)),
-            [gradient for gradient in (grad_input, grad_weight) if gradient is not None],
-            expected,
+        align = _widest(branches)
+        first = as_3d(gradients[0])
+        source = Source(first, launch._stride(first, align), align, gradients.stride(0) // align)
+        tensors = (source, as_3d(input), as_3d(weight), None, None, as_3d(grad_input), as_3d(grad_weight))
+        launch._run(
+            "grad_input_weight_branches", launch._grad_input_weight, geometry.as_3d(), tensors, weight, wanted, expected
         )
 
 
@@ -182,17 +167,46 @@ def _fill_statistics(branches: Tensor, mean: Tensor, var: Tensor) -> None:
     )
 
 
-def _gatherable(branches: Tensor, grad_branches: Tensor, align: int) -> Tensor:
-    """Memory for the dy_k, ``[K, N, O or more, *S]``, as a kernel can gather them: adjacent channels, aligned rows.
+def _branch_gradients(
+    geometry: Geometry, grad_output: Tensor, branches: Tensor, attention: Tensor, coefs: tuple[Tensor, ...],
+    grad_branches: Tensor,
+) -> tuple[Tensor, Geometry]:
+    """All dy_k, ``[K, N, O or more, *S]``, as kernels gather them: adjacent channels, aligned rows.
 
-    ``grad_branches`` itself where it is so, or may be filled in another order because nothing else lies there.
+    In ``grad_branches`` unless padded channels need more memory than that. Also ``geometry`` with the dilations in the
+    order in which the branches lie.
     """
     K, N, O, *size = branches.shape
+    align = _widest(branches)
+
+    def fill(branches: Tensor, attention: Tensor, coefs: Iterable[Tensor], gradients: Tensor) -> None:
+        _fill_gradients(grad_output, branches, attention, *coefs, gradients)
+
     if launch.alignment(as_3d(grad_branches[0])) >= align and grad_branches.stride(0) % align == 0:
-        return grad_branches
-    if O % align == 0 and grad_branches.data_ptr() != branches.data_ptr() and grad_branches.is_contiguous():
-        return grad_branches.view(K, N, *size, O).movedim(-1, 2)
-    return branches.new_empty((K, N, *size, triton.cdiv(O, align) * align)).movedim(-1, 2)
+        fill(branches, attention, coefs, grad_branches)
+        return grad_branches, geometry
+    if O % align or not grad_branches.is_contiguous():
+        gradients = branches.new_empty((K, N, *size, triton.cdiv(O, align) * align)).movedim(-1, 2)
+        fill(branches, attention, coefs, gradients)
+        return gradients, geometry
+    gradients = grad_branches.view(K, N, *size, O).movedim(-1, 2)
+    if grad_branches.data_ptr() != branches.data_ptr():
+        fill(branches, attention, coefs, gradients)
+        return gradients, geometry
+    # Each dy_k in its new order goes where the branch before lay, the first to spare memory and from there to the end.
+    spare = torch.empty_like(gradients[:1])
+    for k in range(K):
+        one = slice(k, k + 1)
+        target = gradients[k - 1 : k] if k > 0 else spare
+        fill(branches[one], attention[:, one], (coef[one] for coef in coefs), target)
+    gradients[-1:].copy_(spare)
+    dilations = (*geometry.dilations[1:], geometry.dilations[0])
+    return gradients, dataclasses.replace(geometry, dilations=dilations)
+
+
+def _widest(branches: Tensor) -> int:
+    """Channels that one load of at most 16 bytes gathers."""
+    return min(16 // branches.itemsize, triton.next_power_of_2(branches.shape[2]))
 
 
 def _fill_gradients(
@@ -213,43 +227,6 @@ def _fill_gradients(
             ),
             {"K": K, **constants, "CHANNELS": channels},
         )
-    )
-
-
-def _grad_input_weight(
-    config, problem: Geometry, source: Source, branch_stride: int, input: Tensor, weight: Tensor,
-    grad_input: Optional[Tensor], grad_weight: Optional[Tensor],
-) -> Launch:
-    """As ``launch._grad_input_weight``; ``source`` is the first branch's gradient, the others ``branch_stride`` apart."""
-    O, C = weight.shape[:2]
-    walk = launch.Walk(problem, config, input.shape[0], transposed=True)
-    align = launch.alignment(input, grad_input)
-    blocks = triton.cdiv(C, config.block_c)
-    packed = launch.repack(weight, config, (2, 0, 1))
-    splits, sums = walk.num_tiles, None
-    if grad_weight is not None:
-        splits = min(splits, triton.cdiv(launch._resident_programs(input.device), blocks))
-        sums = torch.zeros((splits, *packed.shape), dtype=torch.float32, device=input.device)
-
-    def finish() -> None:
-        if grad_weight is not None:
-            grad_weight.copy_(sums.sum(0)[:, :O, :C].permute(1, 2, 0).reshape(grad_weight.shape))
-
-    return Launch(
-        norm_kernels.branches_grad_input_weight_kernel,
-        (splits, blocks),
-        (
-            source.tensor, packed, input, grad_input, sums,
-            branch_stride, source.stride, launch._stride(input, align), launch._stride(grad_input, align),
-            *walk.arguments, walk.num_tiles,
-        ),
-        launch._constants(config, walk, source, weight, align, input, grad_input)
-        | {
-            "WANT_INPUT": grad_input is not None,
-            "WANT_WEIGHT": grad_weight is not None,
-            "BLEND": launch.blend_dtype(weight),
-        },
-        finish,
     )
 
 
