@@ -205,7 +205,6 @@ def interpret_layer():
 COMPILED = [
     *((target, "bfloat16", "channels_last") for target in triton_worker.SHARED_LIMIT),
     ("sm_80", "tf32", "channels_last"),
-    ("sm_90", "tf32", "channels_last"),
     ("sm_90", "bfloat16", "contiguous"),
     ("gfx942", "float32", "channels_last"),
 ]

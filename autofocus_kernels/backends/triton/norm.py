@@ -17,7 +17,7 @@ from ...geometry import Geometry
 from . import launch, norm_kernels
 from .launch import Launch, Source, as_3d
 
-# Elements of a tile in the kernels that treat each voxel alone: 16 for each thread of eight warps, two loads of 16 bytes
+# Elements of a tile in the kernels that treat each voxel alone: 16 a thread of eight warps, two loads of 16 bytes
 # in 16 bits, so a few programs of an SM keep enough in flight, with registers to spare for two sums.
 ELEMENTS = 4096
 WARPS = 8
@@ -88,7 +88,11 @@ def branch_reduce(
                     grad.stride(), *_strides(y), a.stride(), *((0, (0,) * 3) if parts is None else _strides(parts)),
                     positions, tiles,
                 ),
-                {"K": K, **constants, "TILES": TILES, "WANT_ATTENTION": parts is not None},
+                {
+                    "K": K, **constants, "TILES": TILES, "WANT_ATTENTION": parts is not None,
+                    # Left alone, the compiler takes some 165, and one program would have the SM for itself.
+                    **({} if torch.version.hip else {"maxnreg": 128}),
+                },
                 finish,
             )
         )
