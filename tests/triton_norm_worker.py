@@ -38,8 +38,8 @@ _LAYOUTS = tuple(
     Case(f"{layout}_2d", (6, 7), layout=layout, batch=2, dilations=(1, 3), out_channels=8)
     for layout in ("transposed", "sliced", "expanded")
 )
-# At least two programs on every axis of every grid of the kernels that treat each voxel alone; one of the cases has small
-# tiles in the others too, which triton_worker.py tests.
+# At least two programs on every axis of every grid of the kernels that treat each voxel alone; _SMALL has small tiles in
+# the others too, of which triton_worker.py tests more.
 _SMALL = Case("small_1d", (20,), channels=9, out_channels=20, dilations=(2, 6))
 _GRIDS = (
     Case("grid_1d", (40,), channels=20, out_channels=36, dilations=(2, 6), batch=2),
