@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ...geometry import Geometry
+from .. import CannotRun
 
 Triple = tuple[int, int, int]
 
@@ -193,5 +194,5 @@ def _grad_input_weight(
     return default, Config(256, block(C, 64), block(O, 32), 8, 255), least
 
 
-class NoConfigurationFits(RuntimeError):
+class NoConfigurationFits(CannotRun):
     """Every configuration of a kernel needs more shared memory or registers than the device has."""
