@@ -357,6 +357,19 @@ def grad_attention_kernel(
     for k in tl.static_range(K):
         results = results + (tl.zeros([P, BLOCK_C // ALIGN], tl.float32),)
 
+    # The shift's part comes first: added last, the offsets of all channels of grad_output would stay in registers.
+    constants = ()
+    for k in tl.static_range(K):
+        constants = constants + (tl.zeros([P], tl.float32),)
+    if HAS_SHIFT:
+        for o_start in range(0, O, BLOCK_O):
+            o = o_start + tl.arange(0, BLOCK_O)
+            block = widened(load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O))
+            added = ()
+            for k in tl.static_range(K):
+                row = load_vector(shift, k, shift_stride, o, O, BLOCK_O)
+                added = added + (constants[k] + tl.sum(block * row[None, :], 1),)
+            constants = added
     grad = load_rows(grad_output, grad_rows, valid, tl.arange(0, BLOCK_O), grad_output_stride[1], O, BLOCK_O)
     shared = tl.zeros([P, BLOCK_C // ALIGN], tl.float32)
     for c_start in range(0, C, BLOCK_C):
@@ -389,12 +402,7 @@ def grad_attention_kernel(
     grad_attention += offset_of(n, start, grad_attention_stride, 1)
     rows = row_offsets(position, grad_attention_stride, 1, ROW)
     for k in tl.static_range(K):
-        result = tl.sum(results[k] + shared, 1)
-        if HAS_SHIFT:
-            for o_start in range(0, O, BLOCK_O):
-                o = o_start + tl.arange(0, BLOCK_O)
-                block = load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O)
-                result += tl.sum(widened(block) * load_vector(shift, k, shift_stride, o, O, BLOCK_O)[None, :], 1)
+        result = tl.sum(results[k] + shared, 1) + constants[k]
         pointers = grad_attention + branch_offset(k, grad_attention_stride, ROW) + rows
         tl.store(pointers, result.to(grad_attention.dtype.element_ty), mask=valid)
 
