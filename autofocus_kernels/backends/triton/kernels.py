@@ -581,6 +581,12 @@ def gathered_blend(
 
 
 @triton.jit
+def line_of(start, position):
+    """The point of w = 0 on the line of ``start``, and the rows counted from there."""
+    return (start[0], start[1], start[2] * 0), (position[0], position[1], position[2] + start[2])
+
+
+@triton.jit
 def grad_input_weight_kernel(
     grad_output, attention, scale, weight, input, grad_input, sums,
     grad_output_stride, attention_stride, scale_stride, input_stride, grad_input_stride,
@@ -612,9 +618,12 @@ def grad_input_weight_kernel(
         home = home_of(start, origin, G)
         tile_grad_output = grad_output + offset_of(n, home, grad_output_stride, ALIGN)
         tile_attention = attention + offset_of(n, home, attention_stride, 1)
+        # Offsets of w count from the volume's side: did they not depend on the tile, those of all channels would be
+        # computed before the first tile and stay in registers.
+        line, in_line = line_of(start, position)
         if WANT_WEIGHT:
-            source = input + offset_of(n, start, input_stride, TILE_ALIGN)
-            rows = row_offsets(position, input_stride, TILE_ALIGN, ROW)
+            source = input + offset_of(n, line, input_stride, TILE_ALIGN)
+            rows = row_offsets(in_line, input_stride, TILE_ALIGN, ROW)
             x = load_rows(source, rows, valid, c, input_stride[1], C, BLOCK_C).to(DOT)
         result = tl.zeros([P, BLOCK_C], tl.float32)
         for o_start in range(0, O, BLOCK_O):
@@ -639,8 +648,8 @@ def grad_input_weight_kernel(
                                 # The next tile may load with other threads than this one stores.
                                 tl.debug_barrier()
         if WANT_INPUT:
-            target = grad_input + offset_of(n, start, grad_input_stride, TILE_ALIGN)
-            rows = row_offsets(position, grad_input_stride, TILE_ALIGN, ROW)
+            target = grad_input + offset_of(n, line, grad_input_stride, TILE_ALIGN)
+            rows = row_offsets(in_line, grad_input_stride, TILE_ALIGN, ROW)
             store_rows(target, rows, valid, c, grad_input_stride[1], result, C)
         index += tl.num_programs(0)
 
