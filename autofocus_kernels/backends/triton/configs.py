@@ -171,9 +171,15 @@ def configurations(
     if itemsize == 4:
         return Config(128, 16, block(O, 64), 8, 255), Config(64, 16, block(O, 32), 4, 255)
     # Every block of O blends anew in the forward; 128 channels cover the usual layers at once.
-    registers = 128 if O <= 32 or (O <= 64 and kernel != "grad_scaled") else 255
+    if kernel == "grad_scaled" and O > 64:
+        default = Config(64, block(C, 32), block(O, 128), 8, 255)
+    else:
+        # Masks of a last block that is not full take registers, most where operands of products take them too.
+        masked = capability < 9 and O % 16 > 0
+        half = O <= 32 or (O <= 64 and kernel != "grad_scaled" and not masked)
+        default = Config(128, block(C, 32), block(O, 128), 8, 128 if half else 255)
     return (
-        Config(128, block(C, 32), block(O, 128), 8, registers),
+        default,
         Config(256, block(C, 32), block(O, 64), 16, 128),
         Config(64, block(C, 32), block(O, 32), 4, 255),
     )
@@ -188,9 +194,12 @@ def _grad_input_weight(
         return Config(128, block(C, 32), block(O, 32), 8, 255), least
     if capability < 9:
         # Operands of the older tensor cores are all in registers.
-        return Config(128 if C <= 64 else 64, block(C, 128), block(O, 32), 8, 255), least
+        most_o = 32 if C <= 32 and kernel == "grad_input_weight" else 16
+        return Config(128 if C <= 64 else 64, block(C, 128), block(O, most_o), 8, 255), least
     small = max(C, O) <= 32 and kernel == "grad_input_weight"
-    default = Config(128, block(C, 128), block(O, 64), 8, 128 if small else 255)
+    # A scale and a wide x each take registers from the rest.
+    most_o = 64 // (2 if C > 64 else 1) // (1 if kernel == "grad_input_weight" else 2)
+    default = Config(128, block(C, 128), block(O, most_o), 8, 128 if small else 255)
     return default, Config(256, block(C, 64), block(O, 32), 8, 255), least
 
 

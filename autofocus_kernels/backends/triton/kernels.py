@@ -222,7 +222,7 @@ def store_rows(pointer, rows, mask, channel, channel_stride, tile, CHANNELS: tl.
 def weight_tile(pointer, tap, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr):
     """Pointers to a tile of one tap of a [T, ROWS, COLUMNS] tensor: the repacked weight or a sum of its gradient.
 
-    ROWS and COLUMNS are whole blocks (the weight is padded with zeros), so that no mask is needed.
+    The weight is padded with zeros to whole blocks, so that it needs no mask.
     """
     return pointer + tap_index(tap, G) * (ROWS * COLUMNS) + (row[:, None] * COLUMNS + column[None, :])
 
@@ -598,8 +598,9 @@ def grad_input_weight_kernel(
 ):
     """v_t once, then dx = sum_t W_t^T v_t and dW_t = sum_q v_t x^T. Weight is [T, O, C]; grid (splits, blocks of C).
 
-    A program walks its share of the tiles in a fixed order and adds to its own part of dW in sums[split, T, O, C] (fp32, padded to whole blocks,
-    zeroed by the launcher), which stays in L2: no atomics, so the same call gives the same bits.
+    A program walks its share of the tiles in a fixed order and adds to its own part of dW in sums[split, T, O, C_SUMS]
+    (fp32, zeroed by the launcher, C rounded up to whole sectors), which stays in L2: no atomics, so the same call gives
+    the same bits.
     """
     P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
     T: tl.constexpr = G.kernel[0] * G.kernel[1] * G.kernel[2]
@@ -609,8 +610,9 @@ def grad_input_weight_kernel(
     grad_rows = row_offsets(moved, grad_output_stride, ALIGN, ROW)
     attention_rows = row_offsets(moved, attention_stride, 1, ROW)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    C_SUMS: tl.constexpr = (C + 7) // 8 * 8
     if WANT_WEIGHT:
-        sums += tl.program_id(0).to(tl.int64) * (T * O_PADDED * C_PADDED)
+        sums += tl.program_id(0).to(tl.int64) * (T * O * C_SUMS)
     index = tl.program_id(0)
     while index < num_tiles:
         n, start = tile_start(index, tiles, cosets, G)
@@ -643,8 +645,11 @@ def grad_input_weight_kernel(
                                 w = tl.load(weight_tile(weight, tap, o, c, O_PADDED, C_PADDED, G)).to(DOT)
                                 result = tl.dot(v, w, result, input_precision=PRECISION)
                             if WANT_WEIGHT:
-                                pointers = weight_tile(sums, tap, o, c, O_PADDED, C_PADDED, G)
-                                tl.store(pointers, tl.dot(tl.trans(v), x, tl.load(pointers), input_precision=PRECISION))
+                                pointers = weight_tile(sums, tap, o, c, O, C_SUMS, G)
+                                inside = (o < O)[:, None] & (c < C_SUMS)[None, :]
+                                part = tl.load(pointers, mask=inside, other=0.0)
+                                part = tl.dot(tl.trans(v), x, part, input_precision=PRECISION)
+                                tl.store(pointers, part, mask=inside)
                                 # The next tile may load with other threads than this one stores.
                                 tl.debug_barrier()
         if WANT_INPUT:

@@ -173,11 +173,12 @@ def _grad_input_weight(
     splits, sums = walk.num_tiles, None
     if grad_weight is not None:
         splits = min(splits, triton.cdiv(_resident_programs(input.device), blocks))
-        sums = torch.zeros((splits, *packed.shape), dtype=torch.float32, device=input.device)
+        T, channels = packed.shape[0], triton.cdiv(C, 8) * 8
+        sums = torch.zeros((splits, T, O, channels), dtype=torch.float32, device=input.device)
 
     def finish() -> None:
         if grad_weight is not None:
-            grad_weight.copy_(sums.sum(0)[:, :O, :C].permute(1, 2, 0).reshape(grad_weight.shape))
+            grad_weight.copy_(sums.sum(0)[:, :, :C].permute(1, 2, 0).reshape(grad_weight.shape))
 
     return Launch(
         kernels.grad_input_weight_kernel,
