@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -114,23 +115,51 @@ def spare_the_interpreter():
 
 INTERPRETED = _interpreted()
 
-# ------------------------------------------------------------------ ahead of time: (target, dtype, mode)
+# ------------------------------------------------------------------ ahead of time: name -> what to compile
 
 # Shared memory of one program at most, in bytes: CUDA C++ Programming Guide, table of compute capabilities; LDS of CDNA3.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # Tensor-core instructions in the machine code of each.
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+
+
+class Compiled(NamedTuple):
+    """One problem whose forward and backward are compiled."""
+
+    target: str
+    dtype: str
+    mode: str
+    channels: int
+    out_channels: int
+    layout: str
+
+    def __str__(self):
+        return "-".join(map(str, self))
+
+
+# Every dtype on every target, at 32 channels, or 64 in bfloat16: those use the larger blocks.
 COMPILED = [
-    (target, dtype, mode)
+    Compiled(target, dtype, mode, *(2 * [64 if dtype == "bfloat16" else 32]), "channels_last")
     for target in SHARED_LIMIT
     for dtype in ("bfloat16", "float16", "tf32", "float32")
     for mode in ("plain", "branch")
     if (target, dtype) != ("gfx942", "tf32")  # ROCm convolutions know no TF32
 ]
-
-
-def compiled_name(target, dtype, mode):
-    return f"{target}-{dtype}-{mode}"
+# Masked blocks, several blocks of channels, strided tiles: where registers ran out before.
+COMPILED += [
+    Compiled("sm_90", "bfloat16", mode, *channels, layout)
+    for mode in ("plain", "branch")
+    for channels, layout in (
+        ((40, 50), "contiguous"), ((40, 50), "channels_last"), ((128, 128), "contiguous"), ((32, 32), "contiguous"),
+    )
+]
+COMPILED += [
+    Compiled("sm_80", "bfloat16", "plain", 40, 50, "channels_last"),
+    Compiled("sm_80", "bfloat16", "branch", 128, 128, "contiguous"),
+    Compiled("sm_90", "tf32", "branch", 50, 50, "contiguous"),
+    Compiled("sm_100", "bfloat16", "plain", 40, 50, "contiguous"),
+    Compiled("gfx942", "bfloat16", "plain", 40, 50, "contiguous"),
+]
 
 
 class OfflineDriver:
@@ -146,7 +175,7 @@ class OfflineDriver:
         return 0
 
 
-def compile_kernels(target, dtype, mode):
+def compile_kernels(target, dtype, mode, channels, out_channels, layout):
     """Figures of every kernel that a forward and a backward launch with the default configuration."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -157,7 +186,7 @@ def compile_kernels(target, dtype, mode):
     torch.version.hip = "offline" if amd else None
     torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     arch = target if amd else int(target.removeprefix("sm_"))
-    launch.capability = lambda device: 9 if amd else arch // 10
+    launch.capability = lambda device: 8 if amd else arch // 10
     triton.runtime.driver.set_active(
         OfflineDriver(GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", arch, 32))
     )
@@ -172,11 +201,9 @@ def compile_kernels(target, dtype, mode):
         figures.append({"kernel": work.kernel.__name__, **_figures(compiled, target)})
 
     launch.submit = submit
-    # bfloat16 stands for wide layers, which use the larger blocks.
-    channels = 64 if dtype == "bfloat16" else 32
     case = Case(
-        "aot", (40, 40, 40), channels=channels, out_channels=channels, dilations=(2, 6, 10, 14), mode=mode,
-        layout="channels_last",
+        "aot", (40, 40, 40), channels=channels, out_channels=out_channels, dilations=(2, 6, 10, 14), mode=mode,
+        layout=layout,
     )
     tensors = testing.make_tensors(case, torch.float32 if dtype == "tf32" else getattr(torch, dtype))
     gradients = [
@@ -185,7 +212,8 @@ def compile_kernels(target, dtype, mode):
     ]
     launch.forward(case.geometry, *tensors[:6], torch.empty_like(tensors.grad_output))
     launch.backward(case.geometry, tensors.grad_output, *tensors[:6], *gradients)
-    launch.pack(tensors.input.contiguous(), channels)
+    if layout == "channels_last" and channels % 8 == 0:  # else packing has been launched already
+        launch.pack(tensors.input.contiguous(), channels)
     return figures
 
 
@@ -226,7 +254,7 @@ def main(command, share, shares):
         spare_the_interpreter()
         entries = {**INTERPRETED, **{check.__name__: check for check in triton_checks.CHECKS}}
     else:
-        entries = {compiled_name(*entry): partial(compile_kernels, *entry) for entry in COMPILED}
+        entries = {str(entry): partial(compile_kernels, *entry) for entry in COMPILED}
     for name in list(entries)[share::shares]:
         try:
             result = entries[name]()

@@ -156,7 +156,8 @@ def configurations(
 ) -> tuple[Config, ...]:
     """What ``kernel`` may run with: the default first, then others to tune over, the last the least demanding.
 
-    ``capability`` is the major compute capability of an NVIDIA device; AMD counts as 9.
+    ``capability`` is the major compute capability of an NVIDIA device; AMD counts as 8: it too has all operands of its
+    matrix instructions in registers.
     """
 
     def block(channels: int, most: int) -> int:
@@ -171,18 +172,15 @@ def configurations(
     if itemsize == 4:
         return Config(128, 16, block(O, 64), 8, 255), Config(64, 16, block(O, 32), 4, 255)
     # Every block of O blends anew in the forward; 128 channels cover the usual layers at once.
+    least = Config(64, block(C, 32), block(O, 32), 4, 255)
     if kernel == "grad_scaled" and O > 64:
-        default = Config(64, block(C, 32), block(O, 128), 8, 255)
-    else:
-        # Masks of a last block that is not full take registers, most where operands of products take them too.
-        masked = capability < 9 and O % 16 > 0
-        half = O <= 32 or (O <= 64 and kernel != "grad_scaled" and not masked)
-        default = Config(128, block(C, 32), block(O, 128), 8, 128 if half else 255)
-    return (
-        default,
-        Config(256, block(C, 32), block(O, 64), 16, 128),
-        Config(64, block(C, 32), block(O, 32), 4, 255),
-    )
+        return Config(64, block(C, 32), block(O, 128), 8, 255), least
+    # Masks of a last block that is not full take registers, most where operands of products take them too.
+    masked = capability < 9 and O % 16 > 0
+    if O <= 32 or (O <= 64 and kernel != "grad_scaled" and not masked):
+        large, small = (Config(rows, block(C, 32), block(O, 64), rows // 16, 128) for rows in (256, 128))
+        return (large, small, least) if capability >= 9 else (small, large, least)
+    return Config(128, block(C, 32), block(O, 128), 8, 255), least
 
 
 def _grad_input_weight(
@@ -199,8 +197,9 @@ def _grad_input_weight(
     small = max(C, O) <= 32 and kernel == "grad_input_weight"
     # A scale and a wide x each take registers from the rest.
     most_o = 64 // (2 if C > 64 else 1) // (1 if kernel == "grad_input_weight" else 2)
-    default = Config(128, block(C, 128), block(O, most_o), 8, 128 if small else 255)
-    return default, Config(256, block(C, 64), block(O, 32), 8, 255), least
+    narrow = Config(128, block(C, 128), block(O, most_o), 8, 128 if small else 255)
+    wide = Config(256, block(C, 64), block(O, 32 if max(C, O) <= 32 else 16), 8, 255)
+    return (wide, narrow, least) if max(C, O) <= 32 else (narrow, wide, least)
 
 
 class NoConfigurationFits(CannotRun):

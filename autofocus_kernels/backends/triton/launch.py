@@ -421,9 +421,9 @@ def dot_precision(tensor: Tensor) -> str:
 
 
 def capability(device: torch.device) -> int:
-    """The major compute capability of an NVIDIA device, 9 for all else."""
+    """The major compute capability of an NVIDIA device, 8 for all else."""
     nvidia = device.type == "cuda" and torch.version.hip is None
-    return torch.cuda.get_device_capability(device)[0] if nvidia else 9
+    return torch.cuda.get_device_capability(device)[0] if nvidia else 8
 
 
 def _shift(problem: Geometry, bias: Optional[Tensor], branch_shift: Optional[Tensor]) -> Optional[Tensor]:
