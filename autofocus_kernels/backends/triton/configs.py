@@ -165,8 +165,9 @@ def configurations(
 
     if itemsize == 4 and precision == "ieee":
         # Products without tensor cores hold their operands in registers.
-        least = Config(32, 16, 16, 4, 255)
-        return (least,) if kernel.startswith("grad_input_weight") else (Config(64, 16, 16, 4, 255), least)
+        if kernel.startswith("grad_input_weight"):
+            return (Config(32, 16, 16, 8 if kernel == "grad_input_weight_scaled" else 4, 255),)
+        return Config(64, 16, 16, 4, 255), Config(32, 16, 16, 4, 255)
     if kernel.startswith("grad_input_weight"):
         return _grad_input_weight(kernel, itemsize, capability, block, C, O)
     if itemsize == 4:
@@ -179,7 +180,8 @@ def configurations(
     masked = capability < 9 and O % 16 > 0
     if O <= 32 or (O <= 64 and kernel != "grad_scaled" and not masked):
         large, small = (Config(rows, block(C, 32), block(O, 64), rows // 16, 128) for rows in (256, 128))
-        return (large, small, least) if capability >= 9 else (small, large, least)
+        # Blackwell's tensor cores take no product over 256 rows, and others have no registers for it.
+        return (large, small, least) if capability == 9 else (small, large, least)
     return Config(128, block(C, 32), block(O, 128), 8, 255), least
 
 
