@@ -297,9 +297,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.memory:
         print_memory()
     elif options.measured:
-        print(f"{'case':<18}{'dtype':<10}{'pass':<11}{'predicted ms':>13}{'measured ms':>13}{'ratio':>7}")
+        print(f"{'case':<18}{'dtype':<10}{'pass':<11}{'predicted ms':>13}{'measured ms':>13} {'ratio':>9}")
         for case, dtype, pass_name, predicted, measured in compare(options.measured):
-            print(f"{case:<18}{dtype:<10}{pass_name:<11}{predicted:>13.3f}{measured:>13.3f}{measured / predicted:>7.2f}")
+            ratio = measured / predicted
+            print(f"{case:<18}{dtype:<10}{pass_name:<11}{predicted:>13.4f}{measured:>13.4f} {ratio:>9.4g}")
     else:
         writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
         writer.writeheader()
