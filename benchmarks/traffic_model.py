@@ -4,9 +4,9 @@
     python benchmarks/traffic_model.py --memory            scratch memory of every case
     python benchmarks/traffic_model.py --measured FILE     the default's prediction beside what run.py measured
 
-Predictions: nothing here is measured. A tile in the middle of the volume is walked in the kernel's order (block of channels,
-tap, branch) through an LRU cache of 128-byte lines filled by 32-byte sectors, of the size that L1 leaves one program;
-what misses is what L2 serves. docs/triton.md says what was concluded from it.
+Predictions: nothing here is measured. A tile in the middle of the volume is walked in the kernel's order (block of
+channels, tap, branch) through an LRU cache of 128-byte lines filled by 32-byte sectors, of the size that L1 leaves one
+program; what misses is what L2 serves. docs/triton.md says what was concluded from it.
 
 Axes: C, O channels, K branches, T taps, P rows of a tile.
 """
@@ -259,7 +259,7 @@ def scratch(case: Case, layout: str, training: bool, sms: int = SMS) -> Memory:
 
 
 def print_memory() -> None:
-    print("16-bit training on 132 SMs, computed: peak over tensors and gradients, MB of dW's parts, MB of packed copies")
+    print("16-bit training, 132 SMs, computed: peak over tensors and gradients, MB of dW's parts, MB of packed copies")
     for case in GPU_CASES:
         line = f"{case.name:<18}"
         for layout in ("channels_last", "contiguous"):
@@ -273,7 +273,7 @@ def print_memory() -> None:
 
 
 def compare(path: Path) -> list[tuple[str, str, str, float, float]]:
-    """(case, dtype, pass, predicted ms, measured ms) of the Triton rows, 16-bit and channels-last, in a CSV of run.py."""
+    """(case, dtype, pass, predicted ms, measured ms) of the Triton rows, 16-bit and channels-last, of a run's CSV."""
     found = []
     for row in harness.read(path):
         ours = (row["contender"], row["layout"], row["status"]) == ("triton", "channels_last", "ok")

@@ -1,4 +1,4 @@
-"""Blends in bfloat16, as the Triton kernels do on a GPU and not in the interpreter, are within the rule for 16-bit types.
+"""Blends in bfloat16, as the Triton kernels do on a GPU but not in the interpreter, keep the rule for 16-bit types.
 
 The kernels' arithmetic in PyTorch: a blend takes one fused multiply-add per branch, each rounded to bfloat16; products
 are summed in float32 and rounded once. The rule: at most twice the plain layer's error, plus a rounding.

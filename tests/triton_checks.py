@@ -226,11 +226,12 @@ def far_apart(tensor):
     """A copy of ``tensor`` [N, C, 3, H, W] with adjacent channels and planes FAR apart."""
     N, C, D, H, W = tensor.shape
     strides = (H * W * C, 1, FAR, W * C, C)
-    return torch.empty((D - 1) * FAR + N * H * W * C, dtype=tensor.dtype).as_strided(tensor.shape, strides).copy_(tensor)
+    memory = torch.empty((D - 1) * FAR + N * H * W * C, dtype=tensor.dtype)
+    return memory.as_strided(tensor.shape, strides).copy_(tensor)
 
 
 def offsets_beyond_32_bits():
-    """Each volume in turn so far apart that its offsets need 64 bits: the same bits as packed."""
+    """Each volume in turn so far apart that its offsets need 64 bits: the same bits as packed (or the process dies)."""
     names = ("input", "attention", "grad_output", "output", "grad_input", "grad_attention")
     for mode in ("plain", "branch"):
         case = Case("far", (3, 2, 1), 8, 8, dilations=(1, 2), kernel_size=(3, 1, 1), mode=mode, layout="channels_last")
@@ -251,7 +252,8 @@ def offsets_beyond_32_bits():
             grad_weight = torch.full_like(given.weight, math.nan)
             backend.forward(case.geometry, *given[:6], nan["output"])
             backend.backward(
-                case.geometry, given.grad_output, *given[:6], nan["grad_input"], grad_weight, nan["grad_attention"], scale
+                case.geometry, given.grad_output, *given[:6],
+                nan["grad_input"], grad_weight, nan["grad_attention"], scale,
             )
             return [*nan.values(), grad_weight, *([] if scale is None else [scale])]
 

@@ -17,4 +17,4 @@ A function that finds only when it runs that it cannot raises :class:`CannotRun`
 
 
 class CannotRun(RuntimeError):
-    """The call is beyond this backend on this device, which could not be known beforehand; the message is the reason."""
+    """The call is beyond this backend on this device, as turned out only while it ran; the message is the reason."""

@@ -49,7 +49,7 @@ def run(
     ``expected()`` gives the right outputs; it is asked for only when tuning.
 
     Raises:
-        NoConfigurationFits: no candidate fits the device (or, when tuning, none is right); at once, if it was so before.
+        NoConfigurationFits: no candidate fits the device (or, when tuning, none is right), now or in an earlier call.
     """
     require_fit(key)
     if key in _chosen and fits(key, _chosen[key], launch):
