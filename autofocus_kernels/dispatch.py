@@ -13,6 +13,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from .backends import CannotRun
 from .geometry import Geometry
 
 logger = logging.getLogger("autofocus_kernels")
@@ -33,30 +34,35 @@ def check_backend_name(name: Optional[str], source: str = "backend") -> None:
         raise ValueError(f"{source} must be None or one of {', '.join(BACKENDS)}, got {name!r}")
 
 
-def choose(
-    requested: Optional[str], geometry: Geometry, input: Tensor, weight: Tensor, branch_mode: bool
-) -> ModuleType:
-    """The backend module for one call.
+def run(
+    function: str, requested: Optional[str], geometry: Geometry, input: Tensor, weight: Tensor, branch_mode: bool,
+    *arguments,
+) -> None:
+    """Calls ``function(*arguments)`` of the backend for this call.
 
-    ``requested``, or else the environment variable AUTOFOCUS_BACKEND, forces a backend; otherwise the first of
-    the device's preference list that takes the call.
+    ``requested``, or else the environment variable AUTOFOCUS_BACKEND, forces a backend; otherwise it is the first of
+    the device's preference list that takes the call and does not find, while it runs, that it cannot. Of a backend that
+    lacks the function, the reference's is called.
 
     Raises:
         RuntimeError: a forced backend cannot run this call; the message gives its reason.
     """
     forced = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
     check_backend_name(forced, "backend" if requested else ENVIRONMENT_VARIABLE)
-    if forced is not None:
-        module = backend_module(forced)
-        reason = module.can_use(geometry, input, weight, branch_mode)
-        if reason is not None:
-            raise RuntimeError(f"backend {forced!r} cannot run this call: {reason}")
-        return module
-    for name in PREFERENCE.get(input.device.type, ("reference",)):
+    names = PREFERENCE.get(input.device.type, ("reference",)) if forced is None else (forced,)
+    for name in names:
         module = backend_module(name)
         reason = module.can_use(geometry, input, weight, branch_mode)
         if reason is None:
-            return module
+            if not hasattr(module, function):
+                log_refusal(name, f"it has no {function}; the reference computes it")
+                module = backend_module("reference")
+            try:
+                return getattr(module, function)(*arguments)
+            except CannotRun as error:
+                reason = str(error)
+        if forced is not None:
+            raise RuntimeError(f"backend {forced!r} cannot run this call: {reason}")
         log_refusal(name, reason)
     raise AssertionError("the reference backend takes every call")
 

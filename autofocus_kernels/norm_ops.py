@@ -28,6 +28,7 @@ grad_branches, grad_input, grad_weight) -> None``
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
@@ -35,8 +36,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference
-from .dispatch import backend_module, choose, log_refusal
+from . import dispatch, ops, reference
+from .dispatch import backend_module
 from .geometry import Geometry
 
 _PRIMALS = "Tensor input, Tensor weight, Tensor attention"
@@ -163,11 +164,7 @@ def _backend_function(
     """The function ``name`` of the backend for this call, or the reference's where that has none."""
     if input.numel() == 0:
         return getattr(backend_module("reference"), name)
-    module = choose(settings.backend, geometry, input, weight, branch_mode=True)
-    if not hasattr(module, name):
-        log_refusal(module.__name__.rpartition(".")[2], f"it has no {name}; the reference computes it")
-        module = backend_module("reference")
-    return getattr(module, name)
+    return partial(dispatch.run, name, settings.backend, geometry, input, weight, True)
 
 
 def fold(norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor, eps: list[float]):

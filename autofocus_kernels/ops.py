@@ -15,7 +15,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from .dispatch import choose
+from . import dispatch
 from .geometry import Geometry
 
 # The six tensor arguments, in the order of the operator's schema and of its gradients.
@@ -116,8 +116,10 @@ def _forward(
         return output.copy_(_constant_term(attention, bias, branch_shift, output))
     geometry = settings.geometry(input, weight, attention)
     branch_mode = branch_scale is not None or branch_shift is not None
-    module = choose(backend, geometry, input, weight, branch_mode)
-    module.forward(geometry, input, weight, attention, bias, branch_scale, branch_shift, output)
+    dispatch.run(
+        "forward", backend, geometry, input, weight, branch_mode,
+        geometry, input, weight, attention, bias, branch_scale, branch_shift, output,
+    )
     return output
 
 
@@ -167,8 +169,10 @@ def _backward(
     else:
         geometry = settings.geometry(input, weight, attention)
         branch_mode = branch_scale is not None or branch_shift is not None
-        module = choose(backend, geometry, input, weight, branch_mode)
-        module.backward(geometry, grad_output, *primals, *of_backend)
+        dispatch.run(
+            "backward", backend, geometry, input, weight, branch_mode,
+            geometry, grad_output, *primals, *of_backend,
+        )
     return tuple(gradients)
 
 

@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -414,11 +416,10 @@ def test_errors_say_what_is_needed(backend):
 def test_a_backend_without_the_functions_falls_back_and_says_so(monkeypatch, caplog):
     from autofocus_kernels import dispatch
 
-    class Forward:
-        __name__ = "autofocus_kernels.backends.bare"
-
+    bare = SimpleNamespace(can_use=lambda *_: None)
+    monkeypatch.setitem(sys.modules, "autofocus_kernels.backends.bare", bare)
+    monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("bare", "reference"))
     dispatch.log_refusal.cache_clear()
-    monkeypatch.setattr(norm_ops, "choose", lambda *_, **__: Forward())
     layer = make_layer()
     input = torch.randn(2, 3, 6, 7, dtype=torch.float64)
     with caplog.at_level(logging.WARNING):

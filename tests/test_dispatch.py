@@ -3,12 +3,14 @@
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import autofocus_kernels as ak
 from autofocus_kernels import dispatch, testing
+from autofocus_kernels.backends import CannotRun
 from autofocus_kernels.testing import Case
 
 CASE = Case("small", (5, 6), dilations=(1, 2))
@@ -88,6 +90,49 @@ def test_a_backend_that_takes_the_call_is_not_worth_a_line(backend, caplog):
     with caplog.at_level(logging.DEBUG, logger="autofocus_kernels"):
         call(backend=backend)
     assert not caplog.records
+
+
+# ------------------------------------------------------------------ a backend that finds out only while it runs
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """In place of the cpu backend one that takes every call and then cannot run it; the functions called."""
+    names = []
+
+    def cannot(function):
+        def run(*_):
+            names.append(function)
+            raise CannotRun(f"no tile of {function} fits")
+
+        return run
+
+    functions = {name: cannot(name) for name in ("forward", "backward", "branch_statistics")}
+    module = SimpleNamespace(can_use=lambda *_: None, **functions)
+    monkeypatch.setitem(sys.modules, "autofocus_kernels.backends.cpu", module)
+    return names
+
+
+def test_the_next_backend_takes_what_turns_out_to_be_beyond_one(tried, caplog):
+    tensors = testing.make_tensors(CASE)
+    with caplog.at_level(logging.DEBUG, logger="autofocus_kernels"):
+        for _ in range(2):
+            testing.judge(testing.evaluate(ak.autofocus_conv, CASE, tensors), CASE, tensors)
+    assert tried == ["forward", "backward"] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"backend 'cpu' is not used: no tile of {function} fits" for function in ("forward", "backward")
+    ]
+
+
+def test_the_next_backend_takes_branch_statistics_too(tried):
+    layer = ak.AutofocusConv2d(3, 4, dilations=(1, 2), branch_norm=True)
+    layer(torch.randn(2, 3, 6, 5))
+    assert tried == ["branch_statistics"]
+
+
+def test_what_turns_out_to_be_beyond_a_forced_backend_is_an_error(tried):
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run this call: no tile of forward fits"):
+        call(backend="cpu")
 
 
 # ------------------------------------------------------------------ forcing one

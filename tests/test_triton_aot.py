@@ -12,11 +12,11 @@ def results():
     return triton_worker.results("compile", {"TRITON_INTERPRET": "0"})
 
 
-@pytest.mark.parametrize("entry", triton_worker.COMPILED, ids=lambda entry: triton_worker.compiled_name(*entry))
+@pytest.mark.parametrize("entry", triton_worker.COMPILED, ids=str)
 def test_fits_the_chip(results, entry):
     """No spills, shared memory within the limit, and tensor-core instructions (exact float32 on NVIDIA has none)."""
-    target, dtype, mode = entry
-    figures = results[triton_worker.compiled_name(*entry)]
+    target, dtype, mode, *_ = entry
+    figures = results[str(entry)]
     assert not isinstance(figures, str), figures
     arithmetic = [figure for figure in figures if figure["kernel"] != "pack_kernel"]
     expected = {
@@ -24,7 +24,7 @@ def test_fits_the_chip(results, entry):
         "branch": {"forward_scaled_kernel", "grad_input_weight_kernel", "grad_scaled_kernel"},
     }
     assert {figure["kernel"] for figure in arithmetic} == expected[mode]
-    assert len(figures) == len(arithmetic) + 1
+    assert len(figures) > len(arithmetic)  # packing is among them
     for figure in figures:
         assert figure["spilled"] == 0, figure
         assert figure["shared"] <= triton_worker.SHARED_LIMIT[target], figure

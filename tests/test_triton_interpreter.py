@@ -6,14 +6,19 @@ import triton_worker
 
 pytest.importorskip("triton")
 
+import triton_checks
+
 
 @pytest.fixture(scope="module")
 def results():
     return triton_worker.results("interpret", {"TRITON_INTERPRET": "1"})
 
 
-@pytest.mark.parametrize(
-    "name", [triton_worker.interpreted_name(case, dtype) for case, dtype, _ in triton_worker.INTERPRETED]
-)
+@pytest.mark.parametrize("name", triton_worker.INTERPRETED)
 def test_truth(results, name):
+    assert results[name] is None, results[name]
+
+
+@pytest.mark.parametrize("name", [check.__name__ for check in triton_checks.CHECKS])
+def test_launcher(results, name):
     assert results[name] is None, results[name]

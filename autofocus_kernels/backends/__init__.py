@@ -12,4 +12,9 @@ grad_input, grad_weight, grad_attention, grad_branch_scale) -> None``
     and shift terms; ``grad_bias`` and ``grad_branch_shift`` are computed by ops.py for all backends.
 
 Tensors are validated, of one dtype and device, of any strides, and no axis is empty. Outputs arrive uninitialised.
+A function that finds only when it runs that it cannot raises :class:`CannotRun`, and another backend takes the call.
 """
+
+
+class CannotRun(RuntimeError):
+    """The call is beyond this backend on this device, as turned out only while it ran; the message is the reason."""

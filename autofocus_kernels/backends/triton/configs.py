@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ...geometry import Geometry
+from .. import CannotRun
 
 Triple = tuple[int, int, int]
 
@@ -155,7 +156,8 @@ def configurations(
 ) -> tuple[Config, ...]:
     """What ``kernel`` may run with: the default first, then others to tune over, the last the least demanding.
 
-    ``capability`` is the major compute capability of an NVIDIA device; AMD counts as 9.
+    ``capability`` is the major compute capability of an NVIDIA device; AMD counts as 8: it too has all operands of its
+    matrix instructions in registers.
     """
 
     def block(channels: int, most: int) -> int:
@@ -163,19 +165,24 @@ def configurations(
 
     if itemsize == 4 and precision == "ieee":
         # Products without tensor cores hold their operands in registers.
-        least = Config(32, 16, 16, 4, 255)
-        return (least,) if kernel.startswith("grad_input_weight") else (Config(64, 16, 16, 4, 255), least)
+        if kernel.startswith("grad_input_weight"):
+            return (Config(32, 16, 16, 8 if kernel == "grad_input_weight_scaled" else 4, 255),)
+        return Config(64, 16, 16, 4, 255), Config(32, 16, 16, 4, 255)
     if kernel.startswith("grad_input_weight"):
         return _grad_input_weight(kernel, itemsize, capability, block, C, O)
     if itemsize == 4:
         return Config(128, 16, block(O, 64), 8, 255), Config(64, 16, block(O, 32), 4, 255)
     # Every block of O blends anew in the forward; 128 channels cover the usual layers at once.
-    registers = 128 if O <= 32 or (O <= 64 and kernel != "grad_scaled") else 255
-    return (
-        Config(128, block(C, 32), block(O, 128), 8, registers),
-        Config(256, block(C, 32), block(O, 64), 16, 128),
-        Config(64, block(C, 32), block(O, 32), 4, 255),
-    )
+    least = Config(64, block(C, 32), block(O, 32), 4, 255)
+    if kernel == "grad_scaled" and O > 64:
+        return Config(64, block(C, 32), block(O, 128), 8, 255), least
+    # Masks of a last block that is not full take registers, most where operands of products take them too.
+    masked = capability < 9 and O % 16 > 0
+    if O <= 32 or (O <= 64 and kernel != "grad_scaled" and not masked):
+        large, small = (Config(rows, block(C, 32), block(O, 64), rows // 16, 128) for rows in (256, 128))
+        # Blackwell's tensor cores take no product over 256 rows, and others have no registers for it.
+        return (large, small, least) if capability == 9 else (small, large, least)
+    return Config(128, block(C, 32), block(O, 128), 8, 255), least
 
 
 def _grad_input_weight(
@@ -187,11 +194,15 @@ def _grad_input_weight(
         return Config(128, block(C, 32), block(O, 32), 8, 255), least
     if capability < 9:
         # Operands of the older tensor cores are all in registers.
-        return Config(128 if C <= 64 else 64, block(C, 128), block(O, 32), 8, 255), least
+        most_o = 32 if C <= 32 and kernel != "grad_input_weight_scaled" else 16
+        return Config(128 if C <= 64 else 64, block(C, 128), block(O, most_o), 8, 255), least
     small = max(C, O) <= 32 and kernel != "grad_input_weight_scaled"
-    default = Config(128, block(C, 128), block(O, 64), 8, 128 if small else 255)
-    return default, Config(256, block(C, 64), block(O, 32), 8, 255), least
+    # A scale and a wide x each take registers from the rest.
+    most_o = 64 // (2 if C > 64 else 1) // (1 if kernel != "grad_input_weight_scaled" else 2)
+    narrow = Config(128, block(C, 128), block(O, most_o), 8, 128 if small else 255)
+    wide = Config(256, block(C, 64), block(O, 32 if max(C, O) <= 32 else 16), 8, 255)
+    return (wide, narrow, least) if max(C, O) <= 32 else (narrow, wide, least)
 
 
-class NoConfigurationFits(RuntimeError):
+class NoConfigurationFits(CannotRun):
     """Every configuration of a kernel needs more shared memory or registers than the device has."""

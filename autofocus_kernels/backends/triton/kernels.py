@@ -222,7 +222,7 @@ def store_rows(pointer, rows, mask, channel, channel_stride, tile, CHANNELS: tl.
 def weight_tile(pointer, tap, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr):
     """Pointers to a tile of one tap of a [T, ROWS, COLUMNS] tensor: the repacked weight or a sum of its gradient.
 
-    ROWS and COLUMNS are whole blocks (the weight is padded with zeros), so that no mask is needed.
+    The weight is padded with zeros to whole blocks, so that it needs no mask.
     """
     return pointer + tap_index(tap, G) * (ROWS * COLUMNS) + (row[:, None] * COLUMNS + column[None, :])
 
@@ -357,6 +357,19 @@ def grad_attention_kernel(
     for k in tl.static_range(K):
         results = results + (tl.zeros([P, BLOCK_C // ALIGN], tl.float32),)
 
+    # The shift's part comes first: added last, the offsets of all channels of grad_output would stay in registers.
+    constants = ()
+    for k in tl.static_range(K):
+        constants = constants + (tl.zeros([P], tl.float32),)
+    if HAS_SHIFT:
+        for o_start in range(0, O, BLOCK_O):
+            o = o_start + tl.arange(0, BLOCK_O)
+            block = widened(load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O))
+            added = ()
+            for k in tl.static_range(K):
+                row = load_vector(shift, k, shift_stride, o, O, BLOCK_O)
+                added = added + (constants[k] + tl.sum(block * row[None, :], 1),)
+            constants = added
     grad = load_rows(grad_output, grad_rows, valid, tl.arange(0, BLOCK_O), grad_output_stride[1], O, BLOCK_O)
     shared = tl.zeros([P, BLOCK_C // ALIGN], tl.float32)
     for c_start in range(0, C, BLOCK_C):
@@ -389,12 +402,7 @@ def grad_attention_kernel(
     grad_attention += offset_of(n, start, grad_attention_stride, 1)
     rows = row_offsets(position, grad_attention_stride, 1, ROW)
     for k in tl.static_range(K):
-        result = tl.sum(results[k] + shared, 1)
-        if HAS_SHIFT:
-            for o_start in range(0, O, BLOCK_O):
-                o = o_start + tl.arange(0, BLOCK_O)
-                block = load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O)
-                result += tl.sum(widened(block) * load_vector(shift, k, shift_stride, o, O, BLOCK_O)[None, :], 1)
+        result = tl.sum(results[k] + shared, 1) + constants[k]
         pointers = grad_attention + branch_offset(k, grad_attention_stride, ROW) + rows
         tl.store(pointers, result.to(grad_attention.dtype.element_ty), mask=valid)
 
@@ -583,6 +591,12 @@ def gathered_blend(
 
 
 @triton.jit
+def line_of(start, position):
+    """The point of w = 0 on the line of ``start``, and the rows counted from there."""
+    return (start[0], start[1], start[2] * 0), (position[0], position[1], position[2] + start[2])
+
+
+@triton.jit
 def grad_input_weight_kernel(
     grad_output, attention, scale, weight, input, grad_input, sums,
     grad_output_stride, branch_stride, attention_stride, scale_stride, input_stride, grad_input_stride,
@@ -594,9 +608,10 @@ def grad_input_weight_kernel(
 ):
     """v_t once, then dx = sum_t W_t^T v_t and dW_t = sum_q v_t x^T. Weight is [T, O, C]; grid (splits, blocks of C).
 
-    A program walks its share of the tiles in a fixed order and adds to its own part of dW in sums[split, T, O, C] (fp32, padded to whole blocks,
-    zeroed by the launcher), which stays in L2: no atomics, so the same call gives the same bits. Without gates
-    grad_output is [K, N, O, D, H, W], the gradient of each branch, and ``branch_stride`` that of K in units of ALIGN.
+    A program walks its share of the tiles in a fixed order and adds to its own part of dW in sums[split, T, O, C_SUMS]
+    (fp32, zeroed by the launcher, C rounded up to whole sectors), which stays in L2: no atomics, so the same call gives
+    the same bits. Without gates grad_output is [K, N, O, D, H, W], the gradient of each branch, and ``branch_stride``
+    that of K in units of ALIGN.
     """
     P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
     T: tl.constexpr = G.kernel[0] * G.kernel[1] * G.kernel[2]
@@ -606,8 +621,9 @@ def grad_input_weight_kernel(
     grad_rows = row_offsets(moved, grad_output_stride, ALIGN, ROW)
     attention_rows = row_offsets(moved, attention_stride, 1, ROW)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    C_SUMS: tl.constexpr = (C + 7) // 8 * 8
     if WANT_WEIGHT:
-        sums += tl.program_id(0).to(tl.int64) * (T * O_PADDED * C_PADDED)
+        sums += tl.program_id(0).to(tl.int64) * (T * O * C_SUMS)
     index = tl.program_id(0)
     while index < num_tiles:
         n, start = tile_start(index, tiles, cosets, G)
@@ -617,9 +633,12 @@ def grad_input_weight_kernel(
         tile_attention = attention
         if HAS_GATE:
             tile_attention += offset_of(n, home, attention_stride, 1)
+        # Offsets of w count from the volume's side: did they not depend on the tile, those of all channels would be
+        # computed before the first tile and stay in registers.
+        line, in_line = line_of(start, position)
         if WANT_WEIGHT:
-            source = input + offset_of(n, start, input_stride, TILE_ALIGN)
-            rows = row_offsets(position, input_stride, TILE_ALIGN, ROW)
+            source = input + offset_of(n, line, input_stride, TILE_ALIGN)
+            rows = row_offsets(in_line, input_stride, TILE_ALIGN, ROW)
             x = load_rows(source, rows, valid, c, input_stride[1], C, BLOCK_C).to(DOT)
         result = tl.zeros([P, BLOCK_C], tl.float32)
         for o_start in range(0, O, BLOCK_O):
@@ -639,13 +658,16 @@ def grad_input_weight_kernel(
                                 w = tl.load(weight_tile(weight, tap, o, c, O_PADDED, C_PADDED, G)).to(DOT)
                                 result = tl.dot(v, w, result, input_precision=PRECISION)
                             if WANT_WEIGHT:
-                                pointers = weight_tile(sums, tap, o, c, O_PADDED, C_PADDED, G)
-                                tl.store(pointers, tl.dot(tl.trans(v), x, tl.load(pointers), input_precision=PRECISION))
+                                pointers = weight_tile(sums, tap, o, c, O, C_SUMS, G)
+                                inside = (o < O)[:, None] & (c < C_SUMS)[None, :]
+                                part = tl.load(pointers, mask=inside, other=0.0)
+                                part = tl.dot(tl.trans(v), x, part, input_precision=PRECISION)
+                                tl.store(pointers, part, mask=inside)
                                 # The next tile may load with other threads than this one stores.
                                 tl.debug_barrier()
         if WANT_INPUT:
-            target = grad_input + offset_of(n, start, grad_input_stride, TILE_ALIGN)
-            rows = row_offsets(position, grad_input_stride, TILE_ALIGN, ROW)
+            target = grad_input + offset_of(n, line, grad_input_stride, TILE_ALIGN)
+            rows = row_offsets(in_line, grad_input_stride, TILE_ALIGN, ROW)
             store_rows(target, rows, valid, c, grad_input_stride[1], result, C)
         index += tl.num_programs(0)
 

@@ -49,10 +49,11 @@ def forward(geometry, input, weight, attention, bias, branch_scale, branch_shift
 
     problem = geometry.as_3d()
     shift = _shift(problem, bias, branch_shift)
+    kernel, make = ("forward", _forward) if branch_scale is None else ("forward_scaled", _forward_scaled)
+    tuning.require_fit(_key(kernel, problem, weight))  # before anything is packed
     with _on_device_of(input):
         source = gather_source(as_3d(input))
         tensors = (source, as_3d(weight), as_3d(attention), branch_scale, shift, as_3d(output))
-        kernel, make = ("forward", _forward) if branch_scale is None else ("forward_scaled", _forward_scaled)
         _run(kernel, make, problem, tensors, weight, [output], expected)
 
 
@@ -73,27 +74,34 @@ def backward(
     problem = geometry.as_3d()
     shift = _shift(problem, bias, branch_shift)
     grad_output_3d, input_3d, weight_3d, attention_3d = map(as_3d, (grad_output, input, weight, attention))
+    if branch_scale is None:
+        gather, dots = "grad_input_weight", "grad_attention"
+    else:
+        gather, dots = "grad_input_weight_scaled", "grad_scaled"
+    wants_gather = grad_input is not None or grad_weight is not None
+    wants_dots = grad_attention is not None or grad_branch_scale is not None
+    wanted = [kernel for kernel, is_wanted in ((gather, wants_gather), (dots, wants_dots)) if is_wanted]
+    tuning.require_fit(*(_key(kernel, problem, weight) for kernel in wanted))
     with _on_device_of(input):
-        if grad_input is not None or grad_weight is not None:
+        if wants_gather:
             tensors = (
                 gather_source(grad_output_3d), input_3d, weight_3d, attention_3d, branch_scale,
                 as_3d(grad_input), as_3d(grad_weight),
             )
-            kernel = "grad_input_weight" if branch_scale is None else "grad_input_weight_scaled"
-            run(kernel, _grad_input_weight, tensors, grad_input, grad_weight, None, None)
+            run(gather, _grad_input_weight, tensors, grad_input, grad_weight, None, None)
             del tensors  # a packed copy is freed before the next one is made
-        if grad_attention is None and grad_branch_scale is None:
+        if not wants_dots:
             return
         source = gather_source(input_3d)
         if branch_scale is None:
             tensors = (grad_output_3d, source, weight_3d, shift, as_3d(grad_attention))
-            run("grad_attention", _grad_attention, tensors, None, None, grad_attention, None)
+            run(dots, _grad_attention, tensors, None, None, grad_attention, None)
         else:
             tensors = (
                 grad_output_3d, source, weight_3d, attention_3d, branch_scale, shift,
                 as_3d(grad_attention), grad_branch_scale,
             )
-            run("grad_scaled", _grad_scaled, tensors, None, None, grad_attention, grad_branch_scale)
+            run(dots, _grad_scaled, tensors, None, None, grad_attention, grad_branch_scale)
 
 
 def _run(
@@ -101,16 +109,21 @@ def _run(
 ) -> None:
     """One kernel, by the configuration that ``tuning`` settles on for its class of problems."""
     O, C = weight.shape[:2]
-    precision = dot_precision(weight)
     tuning.run(
-        (
-            kernel, weight.device, weight.dtype, precision, C, O,
-            problem.kernel_size, problem.dilations, problem.stride,
-        ),
-        configurations(kernel, weight.itemsize, precision, capability(weight.device), C, O),
+        _key(kernel, problem, weight),
+        configurations(kernel, weight.itemsize, dot_precision(weight), capability(weight.device), C, O),
         lambda config: submit(make(config, problem, *tensors)),
         outputs,
         expected,
+    )
+
+
+def _key(kernel: str, problem: Geometry, weight: Tensor) -> tuple:
+    """The class of problems that share a configuration."""
+    O, C = weight.shape[:2]
+    return (
+        kernel, weight.device, weight.dtype, dot_precision(weight), C, O,
+        problem.kernel_size, problem.dilations, problem.stride,
     )
 
 
@@ -161,11 +174,12 @@ def _grad_input_weight(
     splits, sums = walk.num_tiles, None
     if grad_weight is not None:
         splits = min(splits, triton.cdiv(_resident_programs(input.device), blocks))
-        sums = torch.zeros((splits, *packed.shape), dtype=torch.float32, device=input.device)
+        T, channels = packed.shape[0], triton.cdiv(C, 8) * 8
+        sums = torch.zeros((splits, T, O, channels), dtype=torch.float32, device=input.device)
 
     def finish() -> None:
         if grad_weight is not None:
-            grad_weight.copy_(sums.sum(0)[:, :O, :C].permute(1, 2, 0).reshape(grad_weight.shape))
+            grad_weight.copy_(sums.sum(0)[:, :, :C].permute(1, 2, 0).reshape(grad_weight.shape))
 
     return Launch(
         kernels.grad_input_weight_kernel,
@@ -410,9 +424,9 @@ def dot_precision(tensor: Tensor) -> str:
 
 
 def capability(device: torch.device) -> int:
-    """The major compute capability of an NVIDIA device, 9 for all else."""
+    """The major compute capability of an NVIDIA device, 8 for all else."""
     nvidia = device.type == "cuda" and torch.version.hip is None
-    return torch.cuda.get_device_capability(device)[0] if nvidia else 9
+    return torch.cuda.get_device_capability(device)[0] if nvidia else 8
 
 
 def _shift(problem: Geometry, bias: Optional[Tensor], branch_shift: Optional[Tensor]) -> Optional[Tensor]:

@@ -26,6 +26,15 @@ ENVIRONMENT_VARIABLE = "AUTOFOCUS_TRITON_AUTOTUNE"
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.004, torch.float32: 0.004}
 
 _chosen: dict[Hashable, Config] = {}
+# Keys that nothing fits, with the message: to find that out takes seconds of compilation, so it is done once.
+_unfit: dict[Hashable, str] = {}
+
+
+def require_fit(*keys: Hashable) -> None:
+    """Raises NoConfigurationFits if that is what an earlier :func:`run` with one of ``keys`` came to."""
+    for key in keys:
+        if key in _unfit:
+            raise NoConfigurationFits(_unfit[key])
 
 
 def run(
@@ -40,18 +49,22 @@ def run(
     ``expected()`` gives the right outputs; it is asked for only when tuning.
 
     Raises:
-        NoConfigurationFits: no candidate fits the device (or, when tuning, none is right).
+        NoConfigurationFits: no candidate fits the device (or, when tuning, none is right), now or in an earlier call.
     """
-    if key not in _chosen and os.environ.get(ENVIRONMENT_VARIABLE, "0") == "1":
-        _chosen[key] = fastest(key, candidates, launch, outputs, expected())
-    if key in _chosen:
-        launch(_chosen[key])
+    require_fit(key)
+    if key in _chosen and fits(key, _chosen[key], launch):
         return
-    for config in candidates:
-        if fits(key, config, launch):
-            _chosen[key] = config
-            return
-    raise NoConfigurationFits(f"no configuration fits this device: {key}, tried {list(candidates)}")
+    # One that fitted once may not fit now: a key does not tell layouts and 64-bit offsets apart.
+    if key not in _chosen and os.environ.get(ENVIRONMENT_VARIABLE, "0") == "1":
+        best = fastest(key, candidates, launch, outputs, expected())
+        if best is not None:
+            launch(best)
+    else:
+        best = next((config for config in candidates if fits(key, config, launch)), None)
+    if best is None:
+        _unfit[key] = f"no configuration fits the device and is right for {key}, tried {list(candidates)}"
+        raise NoConfigurationFits(_unfit[key])
+    _chosen[key] = best
 
 
 def fits(key: Hashable, config: Config, launch: Callable[[Config], None]) -> bool:
@@ -70,8 +83,8 @@ def fastest(
     launch: Callable[[Config], None],
     outputs: Sequence[Tensor],
     expected: Sequence[Tensor],
-) -> Config:
-    """The fastest of the candidates that fit and give the expected outputs."""
+) -> Optional[Config]:
+    """The fastest of the candidates that fit and give the expected outputs; None if there is none."""
     best: Optional[Config] = None
     best_time = math.inf
     for config in candidates:
@@ -88,8 +101,6 @@ def fastest(
         logger.info("triton: %s takes %.3f ms for %s", config, 1e3 * elapsed, key)
         if elapsed < best_time:
             best, best_time = config, elapsed
-    if best is None:
-        raise NoConfigurationFits(f"no configuration fits this device and is right: {key}, tried {list(candidates)}")
     return best
 
 

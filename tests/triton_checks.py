@@ -1,0 +1,278 @@
+"""What the Triton launcher decides, checked in the interpreter's process: triton_worker.py runs each function here."""
+
+import contextlib
+import logging
+import math
+import os
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+from autofocus_kernels import autofocus_conv, dispatch, testing
+from autofocus_kernels.backends import triton as backend
+from autofocus_kernels.backends.triton import launch, tuning
+from autofocus_kernels.backends.triton.configs import Config, NoConfigurationFits
+from autofocus_kernels.testing import Case
+
+CASE = Case("small", (3, 5), dilations=(1, 2), kernel_size=(1, 3))
+SMALL, MEDIUM, BIG = (Config(rows, 16, 16, 4, 255) for rows in (16, 32, 64))
+
+
+@contextlib.contextmanager
+def replaced(owner, **values):
+    """``owner``'s attributes are ``values`` inside."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def logged():
+    """The messages of the package's logger, from INFO on."""
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append((record.levelname, record.getMessage()))
+    logger = logging.getLogger("autofocus_kernels")
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def candidates(*configs, refused=()):
+    """The launcher has these configurations, and the device refuses some; yields the rows of those launched."""
+    tuning._chosen.clear()
+    tuning._unfit.clear()
+    dispatch.log_refusal.cache_clear()
+    launched, submit = [], launch.submit
+
+    def submit_or_refuse(work):
+        if work.kernel is launch.kernels.pack_kernel:
+            return submit(work)
+        launched.append(work.constants["G"].rows)
+        if launched[-1] in [config.rows for config in refused]:
+            raise OutOfResources(300000, 232448, "shared memory")
+        submit(work)
+
+    with replaced(launch, configurations=lambda *key: configs, submit=submit_or_refuse):
+        yield launched
+
+
+def forward(case=CASE):
+    tensors = testing.make_tensors(case)
+    output = torch.full_like(tensors.grad_output, math.nan)
+    backend.forward(case.geometry, *tensors[:6], output)
+    expected = testing.truth(case, tensors)["output"]
+    assert testing.relative_error(output, expected) < 1e-6
+
+
+def message_of(error, call):
+    """The message of the error that ``call`` must raise."""
+    try:
+        call()
+    except error as raised:
+        return str(raised)
+    raise AssertionError(f"no {error.__name__}")
+
+
+# ------------------------------------------------------------------ configurations
+
+
+def a_configuration_that_does_not_fit_gives_way():
+    with candidates(BIG, SMALL, refused=[BIG]) as launched, logged() as messages:
+        forward()
+        forward()
+    assert launched == [64, 16, 16], launched  # refused, next; then the one that fitted
+    ((level, message),) = messages
+    assert level == "INFO" and "rows=64" in message and "does not fit" in message
+
+
+def one_that_fitted_may_stop_fitting():
+    """A class of problems holds layouts and 64-bit offsets that need more registers."""
+    with candidates(BIG, SMALL):
+        forward()
+        chosen = dict(tuning._chosen)
+    with candidates(BIG, SMALL, refused=[BIG]) as launched:
+        tuning._chosen.update(chosen)
+        forward()
+    assert launched[0] == 64 and launched[-1] == 16, launched
+    assert chosen_rows() == 16
+
+
+def nothing_fits_and_another_backend_takes_the_call():
+    """Forward and backward, one log line each; the next calls try nothing; a forced backend is an error."""
+    names = ("triton", "reference")
+    with candidates(BIG, SMALL, refused=[BIG, SMALL]) as launched, logged() as messages:
+        with replaced(dispatch, PREFERENCE={"cpu": names}):
+            for _ in range(2):
+                testing.check(None, CASE)
+        # The forward, then the first kernel of the backward.
+        assert launched == [64, 16, 64, 16], launched
+        warnings = [message for level, message in messages if level == "WARNING"]
+        assert len(warnings) == 2, warnings
+        for kernel, warning in zip(("'forward'", "'grad_input_weight'"), warnings):
+            assert warning.startswith("backend 'triton' is not used: no configuration fits"), warning
+            assert kernel in warning, warning
+        tensors = testing.make_tensors(CASE)
+        arguments = tensors.arguments()
+        with replaced(launch, gather_source=None):  # not even a copy is made
+            message = message_of(
+                RuntimeError, lambda: autofocus_conv(**arguments, **CASE.options, backend="triton")
+            )
+        assert message.startswith("backend 'triton' cannot run this call: no configuration fits"), message
+        assert len(launched) == 4, launched
+
+
+def what_fits_runs_though_another_pass_does_not_fit():
+    grad_kernels = [launch.kernels.grad_attention_kernel]
+    with candidates(SMALL) as launched:
+        submit = launch.submit
+
+        def refuse_one(work):
+            if work.kernel in grad_kernels:
+                raise OutOfResources(300000, 232448, "shared memory")
+            submit(work)
+
+        with replaced(launch, submit=refuse_one), replaced(dispatch, PREFERENCE={"cpu": ("triton", "reference")}):
+            for _ in range(2):
+                testing.check(None, CASE)
+    # Two forwards, and the gather of the first backward; the second knows beforehand that it ends in a refusal.
+    assert len(launched) == 3, launched
+
+
+# ------------------------------------------------------------------ autotuning
+
+
+@contextlib.contextmanager
+def autotuned(times, wrong=()):
+    """Autotuning is on; a configuration takes ``times[rows]`` seconds, those of ``wrong`` rows leave a NaN."""
+    submit = launch.submit
+
+    def submit_wrong(work):
+        submit(work)
+        if work.constants.get("G") and work.constants["G"].rows in wrong:
+            work.arguments[4].view(-1)[-1] = math.nan  # the output of forward_kernel
+
+    def measure(call, device):
+        rows = []
+        with replaced(launch, submit=lambda work: rows.append(work.constants["G"].rows)):
+            call()
+        return times[rows[0]]
+
+    os.environ[tuning.ENVIRONMENT_VARIABLE] = "1"
+    try:
+        with replaced(launch, submit=submit_wrong), replaced(tuning, measure=measure):
+            yield
+    finally:
+        del os.environ[tuning.ENVIRONMENT_VARIABLE]
+
+
+def chosen_rows():
+    (config,) = tuning._chosen.values()
+    return config.rows
+
+
+def autotuning_takes_the_fastest():
+    with candidates(BIG, MEDIUM, SMALL) as launched, autotuned({64: 3.0, 32: 1.0, 16: 2.0}):
+        forward()
+        assert chosen_rows() == 32
+        assert launched == [64, 32, 16, 32], launched  # each once to check it, then the choice
+        forward()
+        assert launched[4:] == [32], launched
+
+
+def autotuning_refuses_what_is_wrong_or_does_not_fit():
+    with candidates(BIG, MEDIUM, SMALL, refused=[BIG]), logged() as messages:
+        with autotuned({32: 1.0, 16: 2.0}, wrong=[32]):
+            forward()
+            assert chosen_rows() == 16
+    errors = [message for level, message in messages if level == "ERROR"]
+    assert len(errors) == 1 and "rows=32" in errors[0] and "wrong results" in errors[0], errors
+
+
+def autotuning_with_nothing_right_is_a_refusal():
+    with candidates(SMALL), autotuned({}, wrong=[16]):
+        message_of(NoConfigurationFits, forward)
+
+
+def autotuning_measures_backward_against_the_reference():
+    """Every gradient of every kernel is right as tuned, with the real clock."""
+    os.environ[tuning.ENVIRONMENT_VARIABLE] = "1"
+    try:
+        for mode in ("plain", "branch"):
+            with candidates(MEDIUM, SMALL), replaced(tuning.measure, __defaults__=(1,)):
+                testing.check("triton", Case("small", (3, 5), dilations=(1, 2), kernel_size=(1, 3), mode=mode))
+                assert len(tuning._chosen) == 3
+    finally:
+        del os.environ[tuning.ENVIRONMENT_VARIABLE]
+
+
+# ------------------------------------------------------------------ 64-bit offsets
+
+# Planes this many elements apart: the last of three begins past 2^31. Only pages that are touched take memory.
+FAR = 2**30 + 64
+
+
+def far_apart(tensor):
+    """A copy of ``tensor`` [N, C, 3, H, W] with adjacent channels and planes FAR apart."""
+    N, C, D, H, W = tensor.shape
+    strides = (H * W * C, 1, FAR, W * C, C)
+    memory = torch.empty((D - 1) * FAR + N * H * W * C, dtype=tensor.dtype)
+    return memory.as_strided(tensor.shape, strides).copy_(tensor)
+
+
+def offsets_beyond_32_bits():
+    """Each volume in turn so far apart that its offsets need 64 bits: the same bits as packed (or the process dies)."""
+    names = ("input", "attention", "grad_output", "output", "grad_input", "grad_attention")
+    for mode in ("plain", "branch"):
+        case = Case("far", (3, 2, 1), 8, 8, dilations=(1, 2), kernel_size=(3, 1, 1), mode=mode, layout="channels_last")
+        tensors = testing.make_tensors(case, torch.float16)
+
+        def run(far=None):
+            def placed(name, tensor):
+                return far_apart(tensor) if name == far else tensor
+
+            given = tensors._replace(
+                **{name: placed(name, getattr(tensors, name)) for name in ("input", "attention", "grad_output")}
+            )
+            nan = {
+                name: placed(name, torch.full_like(like, math.nan))
+                for name, like in zip(names[3:], (tensors.grad_output, tensors.input, tensors.attention))
+            }
+            scale = None if given.branch_scale is None else torch.full_like(given.branch_scale, math.nan)
+            grad_weight = torch.full_like(given.weight, math.nan)
+            backend.forward(case.geometry, *given[:6], nan["output"])
+            backend.backward(
+                case.geometry, given.grad_output, *given[:6],
+                nan["grad_input"], grad_weight, nan["grad_attention"], scale,
+            )
+            return [*nan.values(), grad_weight, *([] if scale is None else [scale])]
+
+        with candidates(SMALL):
+            expected = run()
+            assert not any(result.isnan().any() for result in expected)
+            for name in names:
+                for result, right in zip(run(name), expected):
+                    assert torch.equal(result, right), f"{mode}, {name} far apart"
+
+
+CHECKS = (
+    a_configuration_that_does_not_fit_gives_way,
+    one_that_fitted_may_stop_fitting,
+    nothing_fits_and_another_backend_takes_the_call,
+    what_fits_runs_though_another_pass_does_not_fit,
+    autotuning_takes_the_fastest,
+    autotuning_refuses_what_is_wrong_or_does_not_fit,
+    autotuning_with_nothing_right_is_a_refusal,
+    autotuning_measures_backward_against_the_reference,
+    offsets_beyond_32_bits,
+)
