@@ -51,15 +51,19 @@ Index3 index3(const char* name, const Ints& values, size_t at, int64_t minimum) 
   return {values[at], values[at + 1], values[at + 2]};
 }
 
-void check_tensor(const char* name, const Tensor& tensor, const Tensor& input, const Ints& shape) {
+void check_place_and_shape(const char* name, const Tensor& tensor, const Tensor& input, const Ints& shape) {
   STD_TORCH_CHECK(tensor.is_cuda() == input.is_cuda() && tensor.get_device_index() == input.get_device_index(), name,
                   " must be on the device of input");
-  STD_TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), name, " must have the dtype of input");
   STD_TORCH_CHECK(tensor.dim() == int64_t(shape.size()), name, " must have ", shape.size(), " axes, got ",
                   tensor.dim());
   for (size_t i = 0; i < shape.size(); ++i)
     STD_TORCH_CHECK(tensor.size(i) == shape[i], name, " must have size ", shape[i], " on axis ", i, ", got ",
                     tensor.size(i));
+}
+
+void check_tensor(const char* name, const Tensor& tensor, const Tensor& input, const Ints& shape) {
+  STD_TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), name, " must have the dtype of input");
+  check_place_and_shape(name, tensor, input, shape);
 }
 
 Problem make_problem(const Tensor& input, const Tensor& weight, const Ints& output_size, const Ints& dilations,
@@ -96,6 +100,13 @@ TensorArgument argument(const OptionalTensor& tensor) {
 TensorArgument checked(const char* name, const OptionalTensor& tensor, const Tensor& input, const Ints& shape) {
   if (tensor.has_value()) check_tensor(name, *tensor, input, shape);
   return argument(tensor);
+}
+
+// A tensor that holds one of [N, O, *S_out] for each branch.
+TensorArgument by_branch(const char* name, const Tensor& tensor, const Tensor& input, const Problem& g) {
+  check_tensor(name, tensor, input, {g.K, g.N, g.O, g.output.z, g.output.y, g.output.x});
+  return {tensor.data_ptr(), tensor.stride(1), tensor.stride(2), {tensor.stride(3), tensor.stride(4), tensor.stride(5)},
+          tensor.stride(0)};
 }
 
 Inputs make_inputs(const Tensor& input, const Tensor& weight, const Tensor& attention, const OptionalTensor& bias,
@@ -152,6 +163,22 @@ void forward(const Tensor& input, const Tensor& weight, const Tensor& attention,
   (take_fast ? fast_forward : simple_forward)(in, to, launches.context());
 }
 
+// Every gradient that is not null, each by the tier that takes it.
+void run_backward(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_input,
+                  const TensorArgument& grad_attention, const TensorArgument& grad_weight,
+                  const TensorArgument& grad_scale, bool fast, const Context& context) {
+  const auto take_fast = [&](Pass pass) { return fast && fast_refusal(pass, in.g, in.dtype) == nullptr; };
+  const Pass pass_of_input = grad_output.k == 0 ? Pass::kGradInput : Pass::kBranchGradInput;
+  if (grad_input.data != nullptr)
+    (take_fast(pass_of_input) ? fast_grad_input : simple_grad_input)(in, grad_output, grad_input, context);
+  if (grad_attention.data != nullptr)
+    (take_fast(Pass::kGradAttention) ? fast_grad_attention : simple_grad_attention)(in, grad_output, grad_attention,
+                                                                                    context);
+  if (grad_weight.data != nullptr || grad_scale.data != nullptr)
+    (take_fast(Pass::kGradWeight) ? fast_grad_weight : simple_grad_weight)(in, grad_output, grad_weight, grad_scale,
+                                                                           context);
+}
+
 void backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Tensor& attention,
               const OptionalTensor& bias, const OptionalTensor& branch_scale, const OptionalTensor& branch_shift,
               const OptionalTensor& grad_input, const OptionalTensor& grad_weight, const OptionalTensor& grad_attention,
@@ -169,30 +196,103 @@ void backward(const Tensor& grad_output, const Tensor& input, const Tensor& weig
   const TensorArgument to_scale = checked("grad_branch_scale", grad_branch_scale, input, {g.K, g.O});
   STD_TORCH_CHECK(!grad_branch_scale.has_value() || branch_scale.has_value(),
                   "grad_branch_scale needs branch_scale");
-  const Launches launches(input);
-  const Context& context = launches.context();
-  const auto take_fast = [&](Pass pass) { return fast && fast_refusal(pass, g, in.dtype) == nullptr; };
-  if (to_input.data != nullptr)
-    (take_fast(Pass::kGradInput) ? fast_grad_input : simple_grad_input)(in, from, to_input, context);
-  if (to_attention.data != nullptr)
-    (take_fast(Pass::kGradAttention) ? fast_grad_attention : simple_grad_attention)(in, from, to_attention, context);
-  if (to_weight.data != nullptr || to_scale.data != nullptr)
-    (take_fast(Pass::kGradWeight) ? fast_grad_weight : simple_grad_weight)(in, from, to_weight, to_scale, context);
+  run_backward(in, from, to_input, to_attention, to_weight, to_scale, fast, Launches(input).context());
 }
 
-// Why the fast tier does not take a pass ("forward", "grad_input", "grad_attention", "grad_weight"); empty if it does.
+// ------------------------------------------------------------------ batch-normalised branches
+
+// branches [K, N, O, D, H, W], and what every pass over them reads beside them; null where absent.
+NormInputs make_norm_inputs(const Tensor& branches, const OptionalTensor& attention, const OptionalTensor& grad_output) {
+  STD_TORCH_CHECK(branches.dim() == 6, "branches must have six axes, got ", branches.dim());
+  STD_TORCH_CHECK(branches.numel() > 0, "branches must not be empty");
+  NormInputs in{};
+  Problem& g = in.g;
+  g.K = branches.size(0);
+  g.N = branches.size(1);
+  g.O = branches.size(2);
+  g.output = {branches.size(3), branches.size(4), branches.size(5)};
+  in.dtype = dtype_of(branches);
+  in.branches = by_branch("branches", branches, branches, g);
+  in.attention = checked("attention", attention, branches, {g.N, g.K, g.output.z, g.output.y, g.output.x});
+  in.grad_output = checked("grad_output", grad_output, branches, {g.N, g.O, g.output.z, g.output.y, g.output.x});
+  return in;
+}
+
+void* accumulator_vector(const char* name, const Tensor& vector, const Tensor& branches) {
+  const bool wide = branches.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(vector.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), name, " must be ",
+                  wide ? "float64" : "float32");
+  check_place_and_shape(name, vector, branches, {branches.size(0), branches.size(2)});
+  STD_TORCH_CHECK(vector.is_contiguous(), name, " must be contiguous");
+  return vector.data_ptr();
+}
+
+void norm_moments(const Tensor& branches, const Tensor& mean, const Tensor& var) {
+  const NormInputs in = make_norm_inputs(branches, {}, {});
+  const Launches launches(branches);
+  branch_moments(in, accumulator_vector("mean", mean, branches), accumulator_vector("var", var, branches),
+                 launches.context());
+}
+
+void norm_combine(const Tensor& branches, const Tensor& attention, const Tensor& scale, const Tensor& shift,
+                  const Tensor& output) {
+  const NormInputs in = make_norm_inputs(branches, attention, {});
+  const Problem& g = in.g;
+  const TensorArgument to = checked("output", output, branches, {g.N, g.O, g.output.z, g.output.y, g.output.x});
+  const Launches launches(branches);
+  branch_combine(in, accumulator_vector("scale", scale, branches), accumulator_vector("shift", shift, branches), to,
+                 launches.context());
+}
+
+void norm_reduce(const Tensor& grad_output, const Tensor& branches, const Tensor& attention, const Tensor& mean,
+                 const Tensor& scale, const Tensor& shift, const OptionalTensor& grad_attention, const Tensor& grad_scale,
+                 const Tensor& grad_shift) {
+  const NormInputs in = make_norm_inputs(branches, attention, grad_output);
+  const Problem& g = in.g;
+  const TensorArgument to_attention =
+      checked("grad_attention", grad_attention, branches, {g.N, g.K, g.output.z, g.output.y, g.output.x});
+  const Launches launches(branches);
+  branch_reduce(in, accumulator_vector("mean", mean, branches), accumulator_vector("scale", scale, branches),
+                accumulator_vector("shift", shift, branches), to_attention,
+                accumulator_vector("grad_scale", grad_scale, branches),
+                accumulator_vector("grad_shift", grad_shift, branches), launches.context());
+}
+
+void norm_gradients(const Tensor& grad_output, const Tensor& branches, const Tensor& attention, const Tensor& a_coef,
+                    const Tensor& b_coef, const Tensor& c_coef, const Tensor& grad_branches) {
+  const NormInputs in = make_norm_inputs(branches, attention, grad_output);
+  const TensorArgument to = by_branch("grad_branches", grad_branches, branches, in.g);
+  const Launches launches(branches);
+  branch_gradients(in, accumulator_vector("a_coef", a_coef, branches), accumulator_vector("b_coef", b_coef, branches),
+                   accumulator_vector("c_coef", c_coef, branches), to, launches.context());
+}
+
+// The gradients of input and weight for a gradient of each branch. `ones` stands where the attention does elsewhere.
+void branch_backward(const Tensor& grad_branches, const Tensor& input, const Tensor& weight, const Tensor& ones,
+                     const OptionalTensor& grad_input, const OptionalTensor& grad_weight, Ints dilations, Ints stride,
+                     Ints origin, bool fast) {
+  const Inputs in = make_inputs(input, weight, ones, {}, {}, {}, dilations, stride, origin);
+  const Problem& g = in.g;
+  const TensorArgument from = by_branch("grad_branches", grad_branches, input, g);
+  run_backward(in, from, checked("grad_input", grad_input, input, {g.N, g.C, g.input.z, g.input.y, g.input.x}), {},
+               checked("grad_weight", grad_weight, input, {g.O, g.C, g.kernel.z, g.kernel.y, g.kernel.x}), {}, fast,
+               Launches(input).context());
+}
+
+// Why the fast tier does not take a pass ("forward", "grad_input", "grad_attention", "grad_weight", "branch_grad_input");
+// empty if it does.
 std::string fast_tier_refusal(std::string pass, const Tensor& input, const Tensor& weight, Ints output_size,
                               Ints dilations, Ints stride, Ints origin) {
   const Problem g = make_problem(input, weight, output_size, dilations, stride, origin);
   const Launches launches(input);
-  const char* names[] = {"forward", "grad_input", "grad_attention", "grad_weight"};
-  const Pass passes[] = {Pass::kForward, Pass::kGradInput, Pass::kGradAttention, Pass::kGradWeight};
-  for (int i = 0; i < 4; ++i)
+  const char* names[] = {"forward", "grad_input", "grad_attention", "grad_weight", "branch_grad_input"};
+  const Pass passes[] = {Pass::kForward, Pass::kGradInput, Pass::kGradAttention, Pass::kGradWeight, Pass::kBranchGradInput};
+  for (int i = 0; i < 5; ++i)
     if (pass == names[i]) {
       const char* refusal = fast_refusal(passes[i], g, dtype_of(input));
       return refusal == nullptr ? "" : refusal;
     }
-  STD_TORCH_CHECK(false, "the pass must be forward, grad_input, grad_attention or grad_weight, got ", pass);
+  STD_TORCH_CHECK(false, "the pass must be forward, grad_input, grad_attention, grad_weight or branch_grad_input, got ", pass);
   return "";
 }
 
@@ -207,6 +307,18 @@ STABLE_TORCH_LIBRARY(autofocus_cuda, m) {
       "Tensor? branch_scale, Tensor? branch_shift, Tensor(a!)? grad_input, Tensor(b!)? grad_weight, "
       "Tensor(c!)? grad_attention, Tensor(d!)? grad_branch_scale, int[] dilations, int[] stride, int[] origin, "
       "bool fast=True) -> ()");
+  m.def("branch_moments(Tensor branches, Tensor(a!) mean, Tensor(b!) var) -> ()");
+  m.def(
+      "branch_combine(Tensor branches, Tensor attention, Tensor scale, Tensor shift, Tensor(a!) output) -> ()");
+  m.def(
+      "branch_reduce(Tensor grad_output, Tensor branches, Tensor attention, Tensor mean, Tensor scale, Tensor shift, "
+      "Tensor(a!)? grad_attention, Tensor(b!) grad_scale, Tensor(c!) grad_shift) -> ()");
+  m.def(
+      "branch_gradients(Tensor grad_output, Tensor branches, Tensor attention, Tensor a_coef, Tensor b_coef, "
+      "Tensor c_coef, Tensor(a!) grad_branches) -> ()");
+  m.def(
+      "branch_backward(Tensor grad_branches, Tensor input, Tensor weight, Tensor ones, Tensor(a!)? grad_input, "
+      "Tensor(b!)? grad_weight, int[] dilations, int[] stride, int[] origin, bool fast=True) -> ()");
   m.def(
       "fast_refusal(str tier_pass, Tensor input, Tensor weight, int[] output_size, int[] dilations, int[] stride, "
       "int[] origin) -> str");
@@ -215,5 +327,10 @@ STABLE_TORCH_LIBRARY(autofocus_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(autofocus_cuda, AUTOFOCUS_CUDA_DISPATCH_KEY, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("branch_moments", TORCH_BOX(&norm_moments));
+  m.impl("branch_combine", TORCH_BOX(&norm_combine));
+  m.impl("branch_reduce", TORCH_BOX(&norm_reduce));
+  m.impl("branch_gradients", TORCH_BOX(&norm_gradients));
+  m.impl("branch_backward", TORCH_BOX(&branch_backward));
   m.impl("fast_refusal", TORCH_BOX(&fast_tier_refusal));
 }

@@ -19,7 +19,7 @@ REGISTERS = 65536  # of a multiprocessor, on every architecture here
 STATIC_SHARED = 0  # bytes: every kernel takes what shared memory it needs at launch, from a plan that knows the GPU
 
 # Kernel -> most registers a thread may have: what lets the blocks named in docs/cuda.md run at once. A fast block of 512
-# threads leaves 128; one of 384 leaves 168; two simple blocks of 128 leave 255, the most there are.
+# threads leaves 128; one of 384 leaves 168; two simple blocks of 128 leave 255, the most there are; four leave 128.
 BUDGET = {
     "fast_blend": 128,
     "fast_grad_attention_kernel": 128,
@@ -36,10 +36,15 @@ BUDGET = {
     "simple_weight_partial": 128,
     "weight_sum": 64,
     "scale_sum": 128,
+    "branch_sums": 128,
+    "branch_totals": 64,
+    "branch_combination": 128,
+    "branch_grad_attention": 128,
+    "branch_gradient": 128,
 }
 # Instances of each kernel: element types times the few values of its template parameters. More cost build time.
 INSTANCES = {
-    "fast_blend": 12,
+    "fast_blend": 16,
     "fast_grad_attention_kernel": 4,
     "fast_branches_kernel": 2,
     "fast_weight_partial": 2,
@@ -54,6 +59,11 @@ INSTANCES = {
     "simple_weight_partial": 4,
     "weight_sum": 4,
     "scale_sum": 4,
+    "branch_sums": 4,
+    "branch_totals": 2,
+    "branch_combination": 4,
+    "branch_grad_attention": 4,
+    "branch_gradient": 4,
 }
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -140,6 +150,8 @@ def test_budget_fits_the_blocks():
     assert constant["kMaxThreads"] * BUDGET["fast_branches_kernel"] <= REGISTERS
     assert weight_threads * BUDGET["fast_weight_partial"] <= REGISTERS
     assert constant["kSimpleThreads"] * constant["kSimpleBlocks"] * BUDGET["simple_blend"] <= REGISTERS
+    for kernel in ("branch_sums", "branch_combination", "branch_grad_attention", "branch_gradient"):
+        assert constant["kSimpleThreads"] * constant["kNormBlocks"] * BUDGET[kernel] <= REGISTERS
 
 
 def test_report_with_spills_is_understood():

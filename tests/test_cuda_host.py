@@ -20,10 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_branch_norm as layers
 import torch
 
 from autofocus_kernels import reference, testing
 from autofocus_kernels.backends import cuda, native
+from autofocus_kernels.backends import reference as definition
 from autofocus_kernels.geometry import resolve
 from autofocus_kernels.testing import CASES, Case, evaluate, make_tensors
 
@@ -89,7 +91,7 @@ def device(library, monkeypatch):
 
 @pytest.fixture
 def simple_tier(device, monkeypatch):
-    for name in ("forward", "backward"):
+    for name in ("forward", "backward", "branch_norm_backward"):
         function = getattr(cuda, name)
         monkeypatch.setattr(cuda, name, lambda *call, function=function: function(*call, fast=False))
 
@@ -310,6 +312,209 @@ def test_offsets_beyond_32_bits(device, fast):
     cuda.forward(case.geometry, stretch(tensors.input), *arguments, output, fast=fast)
     cuda.forward(case.geometry, tensors.input, *arguments, expected, fast=fast)
     assert torch.equal(output, expected)
+
+
+# ------------------------------------------------------------------ batch-normalised branches
+
+
+@pytest.fixture
+def no_reference(monkeypatch):
+    """The reference computes no part of a layer with batch-normalised branches."""
+    for name in ("branch_statistics", "branch_combine", "branch_reduce", "branch_norm_backward"):
+        monkeypatch.delattr(definition, name)
+
+
+NORM_CASES = tuple(
+    case for case in layers.CASES
+    if case.name in (
+        "3d", "2d", "1d", "normal_gate", "valid", "stride", "dilation_beyond_volume", "one_branch", "kernel_1", "one_channel",
+        "channels_last", "channels_last_2d", "transposed", "sliced", "expanded",
+    )
+)
+
+
+@pytest.mark.parametrize("case", NORM_CASES, ids=str)
+def test_training_step_with_branch_norm_in_float64(device, no_reference, case):
+    """Outputs, all gradients and running statistics of a whole layer."""
+    tensors = make_tensors(case, torch.float64)
+    for save_branches in (False, True):
+        results, expected = layers.run_both(case, tensors, layers.make_norms(case), "cuda", save_branches=save_branches)
+        layers.assert_same(results, expected)
+
+
+# 3x3x3 with several tiles, chunks and blocks of channels. A slot for every plane, and rings; on the last GPU the gradient
+# of the input with an attention does not fit.
+@pytest.mark.parametrize(
+    "gpu, dtype, save_branches, case",
+    [
+        (H100, torch.float16, False, Case("tiles", (9, 5, 10), channels=3, out_channels=9, dilations=(1, 2))),
+        (H100, torch.bfloat16, True, Case("channels", (3, 4, 5), 35, 4, dilations=(1, 2), layout="channels_last")),
+        (A100, torch.bfloat16, False, Case("valid", (9, 8, 6), 3, 4, batch=2, padding="valid", dilations=(1, 2, 3))),
+        (RTX_5090, torch.float16, True, Case("papers_rates", (4, 3, 6), 3, 9, dilations=(2, 6, 10, 14), layout="sliced")),
+    ],
+    ids=lambda value: value.name if isinstance(value, Case) else "",
+)
+def test_training_step_with_branch_norm_in_16_bits(device, no_reference, gpu, dtype, save_branches, case):
+    device(gpu)
+    assert refusals(case)["branch_grad_input"] is refusals(case)["grad_weight"] is None
+    layers.check_rounding(case, "cuda", dtype, save_branches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_training_step_with_branch_norm_of_the_simple_tier(simple_tier, no_reference, dtype):
+    layers.check_rounding(Case("simple", (5, 6, 7), channels=5, out_channels=19, batch=2), "cuda", dtype, save_branches=False)
+
+
+def branch_tensors(dtype, K=3, N=2, O=11, size=(3, 19, 13), channels_last=False, seed=0):
+    """Values for the functions of norm_ops.py, gradients and gate of awkward strides; the vectors as [K, O] in a dict."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, dtype=dtype):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    branches = normal(K * N, O, *size)
+    if channels_last:
+        branches = branches.to(memory_format=torch.channels_last_3d)
+    attention = normal(K, *size, 1).permute(4, 0, 1, 2, 3).expand(N, K, *size)
+    grad_output = normal(size[0], O, size[2], N, size[1]).permute(3, 1, 0, 4, 2)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    vectors = {name: normal(K, O, dtype=wide) for name in ("mean", "scale", "shift", "b_coef")}
+    return branches.unflatten(0, (K, N)), attention, grad_output, vectors
+
+
+def assert_rounded_once(result, exact):
+    """In 16 bits ``result`` is ``exact`` rounded, but for sums in float32 that fell on the other side of a midpoint."""
+    assert testing.relative_error(result, exact) < 2 * torch.finfo(result.dtype).eps
+    if result.dtype in HALVES:
+        assert (result == exact.to(result.dtype)).double().mean() > 0.97
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
+def test_functions_of_branches(device, dtype, channels_last):
+    """Against the definition in float64 on the same values, block sums split and not."""
+    branches, attention, grad_output, vectors = branch_tensors(dtype, channels_last=channels_last)
+    exact = [tensor.double() for tensor in (branches, attention, grad_output)]
+    wide = {name: vector.double() for name, vector in vectors.items()}
+    limit = 1e-13 if dtype == torch.float64 else 2e-6
+
+    for multiprocessors in (1, 20):
+        device(multiprocessors=multiprocessors)
+        mean, var = (torch.full_like(vectors["mean"], torch.nan) for _ in range(2))
+        torch.ops.autofocus_cuda.branch_moments(branches, mean, var)
+        expected = torch.var_mean(exact[0], (1, 3, 4, 5), correction=0)
+        assert testing.relative_error(var, expected[0]) < limit
+        assert testing.relative_error(mean, expected[1]) < limit
+
+        sums = torch.full((2, *mean.shape), torch.nan, dtype=mean.dtype)
+        grad_attention = torch.full_like(attention.contiguous(), torch.nan)
+        call = [vectors["mean"], vectors["scale"], vectors["shift"]]
+        cuda.branch_reduce(grad_output, branches, attention, *call, grad_attention, *sums)
+        expected = torch.empty_like(sums, dtype=torch.float64), torch.empty_like(exact[1].contiguous())
+        definition.branch_reduce(
+            exact[2], exact[0], exact[1], wide["mean"], wide["scale"], wide["shift"], expected[1], *expected[0]
+        )
+        assert testing.relative_error(sums, expected[0]) < limit
+        alone = torch.full_like(sums, torch.nan)
+        cuda.branch_reduce(grad_output, branches, attention, *call, None, *alone)
+        assert torch.equal(alone, sums)
+        assert_rounded_once(grad_attention, expected[1])
+
+    output = torch.full_like(grad_output, torch.nan)
+    cuda.branch_combine(branches, attention, vectors["scale"], vectors["shift"], output)
+    expected = torch.empty_like(exact[2])
+    definition.branch_combine(exact[0], exact[1], wide["scale"], wide["shift"], expected)
+    assert_rounded_once(output, expected)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["into_a_buffer", "in_place"])
+@pytest.mark.parametrize("fast", [False, True], ids=["simple", "fast"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gradients_of_branches_are_rounded_once(device, dtype, fast, in_place):
+    """Branches are added up in float32: from the buffer's dy_k on, input and weight have one rounding."""
+    case = Case("rounding", (5, 6, 9), channels=9, out_channels=11, dilations=(1, 2, 3), batch=2)
+    tensors = make_tensors(case, dtype)
+    branches, attention, grad_output, vectors = branch_tensors(dtype, size=case.size)
+    coefficients = [vectors[name] for name in ("scale", "b_coef", "shift")]
+    grad_branches = branches.clone() if in_place else torch.full_like(branches, torch.nan)
+    grad_input, grad_weight = torch.full_like(tensors.input, torch.nan), torch.full_like(tensors.weight, torch.nan)
+    call = (case.geometry, grad_output, tensors.input, tensors.weight, attention)
+    held = grad_branches if in_place else branches
+    cuda.branch_norm_backward(*call, held, *coefficients, grad_branches, grad_input, grad_weight, fast=fast)
+
+    a, b, c = (coefficient.double()[:, None, :, None, None, None] for coefficient in coefficients)
+    gated = attention.double().transpose(0, 1).unsqueeze(2) * grad_output.double()
+    assert_rounded_once(grad_branches, a * gated + b * branches.double() + c)
+    expected = [torch.zeros_like(tensors.input).double(), torch.zeros_like(tensors.weight).double()]
+    for k, branch in enumerate(grad_branches.double()):
+        gradients = reference.branch_gradients(
+            case.geometry, k, branch, tensors.input.double(), tensors.weight.double(), True, True
+        )
+        expected = [total + gradient for total, gradient in zip(expected, gradients)]
+    assert_rounded_once(grad_input, expected[0])
+    assert_rounded_once(grad_weight, expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_variance_of_branches_far_from_zero(device, dtype):
+    """A mean 1000 times the deviation, also with a first row and column that are elsewhere, or with no deviation."""
+    branches, _, _, vectors = branch_tensors(dtype, K=1)
+    around = branches + 1000
+    with_border = around.clone()
+    with_border[..., 0, :] -= 300
+    with_border[..., 0] -= 300
+    for values in (around, with_border, torch.full_like(branches, 1000.1)):
+        mean, var = torch.empty_like(vectors["mean"]), torch.empty_like(vectors["mean"])
+        torch.ops.autofocus_cuda.branch_moments(values, mean, var)
+        expected_var, expected_mean = torch.var_mean(values.double() - 1000, (1, 3, 4, 5), correction=0)
+        eps = torch.finfo(dtype).eps
+        assert testing.relative_error(mean, expected_mean + 1000) < eps
+        assert ((var - expected_var).abs() <= 20 * eps * expected_var + eps**2 * 1e6).all() and var.min() >= 0
+
+
+def test_schedule_changes_no_bit_of_branch_norm(device):
+    case = Case("near", (3, 5, 4), channels=3, out_channels=9, batch=2, dilations=(1, 2))
+    results = []
+    for late, order in ((True, 0), (False, 1)):
+        device(H100, late, order)
+        results.append(layers.check_rounding(case, "cuda", torch.bfloat16, save_branches=False))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_offsets_beyond_32_bits_between_branches(device):
+    branches, attention, grad_output, vectors = branch_tensors(torch.float16, K=2, N=1, O=3, size=(2, 3, 4))
+    far = 2**31 + 64
+    apart = torch.empty(far + branches[0].numel(), dtype=torch.float16).as_strided(
+        branches.shape, (far, *branches.stride()[1:])
+    ).copy_(branches)
+    results = []
+    for held in (apart, branches):
+        sums = torch.empty(2, 2, 3)
+        cuda.branch_reduce(grad_output, held, attention, *[vectors["mean"]] * 3, None, *sums)
+        results.append(sums)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"branches": torch.zeros(2, 1, 3, 4, 5)}, "branches must have six axes, got 5"),
+        ({"branches": torch.zeros(2, 1, 3, 4, 5, 0)}, "branches must not be empty"),
+        ({"attention": torch.zeros(1, 3, 4, 5, 6)}, "attention must have size 2 on axis 1, got 3"),
+        ({"output": torch.zeros(1, 3, 4, 5, 6, dtype=torch.float16)}, "output must have the dtype of input"),
+        ({"scale": torch.zeros(2, 3, dtype=torch.float64)}, "scale must be float32"),
+        ({"scale": torch.zeros(3, 2)}, "scale must have size 2 on axis 0, got 3"),
+        ({"shift": torch.zeros(3, 2).t()}, "shift must be contiguous"),
+    ],
+)
+def test_wrong_direct_calls_on_branches_are_errors(device, change, words):
+    arguments = dict(
+        branches=torch.zeros(2, 1, 3, 4, 5, 6), attention=torch.zeros(1, 2, 4, 5, 6), scale=torch.zeros(2, 3),
+        shift=torch.zeros(2, 3), output=torch.zeros(1, 3, 4, 5, 6),
+    )
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.autofocus_cuda.branch_combine(**{**arguments, **change})
+    torch.ops.autofocus_cuda.branch_combine(**arguments)
 
 
 # ------------------------------------------------------------------ what each tier refuses

@@ -6,6 +6,7 @@ library picks one for every pass (docs/cuda.md). :func:`fast_refusal` says why a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Optional
 
 import torch
@@ -15,7 +16,7 @@ from . import native
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAX_BRANCHES = 32  # kMaxBranches of csrc/geometry.h
 MINIMUM_CAPABILITY = (8, 0)
-PASSES = ("forward", "grad_input", "grad_attention", "grad_weight")
+PASSES = ("forward", "grad_input", "grad_attention", "grad_weight", "branch_grad_input")
 
 
 def unavailable() -> Optional[str]:
@@ -44,7 +45,8 @@ def fast_refusal(pass_name: str, geometry, input, weight) -> Optional[str]:
     """Why the fast tier does not take a pass of a call that :func:`can_use` takes; None if it does.
 
     Args:
-        pass_name: one of :data:`PASSES`; that of the weight serves the branch scale too.
+        pass_name: one of :data:`PASSES`; that of the weight serves the branch scale too, and the last is the
+            gradient of the input in :func:`branch_norm_backward`.
     """
     problem = geometry.as_3d()
     return torch.ops.autofocus_cuda.fast_refusal(
@@ -72,6 +74,44 @@ def backward(
     )
 
 
+def branch_statistics(geometry, input, weight, branches, mean, var) -> None:
+    """Each branch is a forward pass of its own, with one dilation and a gate of ones."""
+    ones = input.new_ones(()).expand(input.shape[0], 1, *geometry.output_size)
+    for dilation, branch in zip(geometry.dilations, branches):
+        forward(replace(geometry, dilations=(dilation,)), input, weight, ones, None, None, None, branch)
+    if mean is not None:
+        torch.ops.autofocus_cuda.branch_moments(_branches_as_3d(branches), mean, var)
+
+
+def branch_combine(branches, attention, scale, shift, output) -> None:
+    torch.ops.autofocus_cuda.branch_combine(
+        _branches_as_3d(branches), *_as_3d(attention), scale, shift, *_as_3d(output)
+    )
+
+
+def branch_reduce(
+    grad_output, branches, attention, mean, scale, shift, grad_attention, grad_scale, grad_shift
+) -> None:
+    torch.ops.autofocus_cuda.branch_reduce(
+        *_as_3d(grad_output), _branches_as_3d(branches), *_as_3d(attention), mean, scale, shift,
+        *_as_3d(grad_attention), grad_scale, grad_shift,
+    )
+
+
+def branch_norm_backward(
+    geometry, grad_output, input, weight, attention, branches, a_coef, b_coef, c_coef,
+    grad_branches, grad_input, grad_weight, *, fast=True,
+) -> None:
+    torch.ops.autofocus_cuda.branch_gradients(
+        *_as_3d(grad_output), _branches_as_3d(branches), *_as_3d(attention), a_coef, b_coef, c_coef,
+        _branches_as_3d(grad_branches),
+    )
+    torch.ops.autofocus_cuda.branch_backward(
+        _branches_as_3d(grad_branches), *_as_3d(input, weight, input.new_ones(()).expand_as(attention)),
+        *_as_3d(grad_input, grad_weight), *_integers(geometry), fast,
+    )
+
+
 def _as_3d(*tensors):
     """Views with leading spatial axes of size one."""
     return tuple(
@@ -79,6 +119,11 @@ def _as_3d(*tensors):
         else tensor[(slice(None), slice(None)) + (None,) * (5 - tensor.dim())]
         for tensor in tensors
     )
+
+
+def _branches_as_3d(branches):
+    """``[K, N, O, *S]`` with leading spatial axes of size one."""
+    return branches[(slice(None),) * 3 + (None,) * (6 - branches.dim())]
 
 
 def _integers(geometry):

@@ -34,9 +34,10 @@ struct Strided {
   T* data;
   int64_t n, c;
   Index3 s;
+  int64_t k;
 
   explicit Strided(const TensorArgument& tensor)
-      : data(static_cast<T*>(tensor.data)), n(tensor.n), c(tensor.c), s(tensor.s) {}
+      : data(static_cast<T*>(tensor.data)), n(tensor.n), c(tensor.c), s(tensor.s), k(tensor.k) {}
 
   AUTOFOCUS_HD T* at(int64_t i, int64_t j, const Index3& p) const {
     return data + i * n + j * c + p.z * s.z + p.y * s.y + p.x * s.x;
@@ -47,6 +48,19 @@ struct Strided {
 template <typename T>
 __device__ inline Accumulator<T> branch_value(const Strided<const T>& matrix, int64_t k, int64_t o) {
   return to_accumulator(matrix.data[k * matrix.n + o * matrix.c]);
+}
+
+// Adds up rows of kThreads values in shared memory, each into its first element, in a fixed order.
+template <int kThreads, typename A>
+__device__ inline void sum_rows(A* values, int rows) {
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * half; i += kThreads) {
+      A* at = values + i / half * kThreads + i % half;
+      *at += at[half];
+    }
+  }
+  __syncthreads();
 }
 
 // Calls function(T{}) with the element type of `dtype`.

@@ -6,7 +6,7 @@ namespace autofocus::cuda {
 
 void fast_forward(const Inputs& in, const TensorArgument& output, const Context& context) {
   if (in.scale.data != nullptr) return fast_branches(in, output, context);
-  fast_blend_pass<false, false>("fast_forward", plan_all(in, Pass::kForward), in, in.input, output, context);
+  fast_blend_pass<Blend::kForward>("fast_forward", plan_all(in, Pass::kForward), in, in.input, output, context);
 }
 
 }  // namespace autofocus::cuda

@@ -2,8 +2,8 @@
 //
 // Here positions are what is summed over, so the blend is MMA operand b: blended in the layout of the forward, then
 // transposed in registers. A block keeps to eight input and 32 output channels and holds all 27 taps' sums in registers
-// while it goes through its tiles; weight_sum.h adds the sums of all blocks. With a branch scale the sums are kept apart by
-// branch, one launch each.
+// while it goes through its tiles; weight_sum.h adds the sums of all blocks. With a branch scale, or a G for each branch, the
+// sums are kept apart by branch, one launch each.
 #include "fast.h"
 #include "weight_sum.h"
 
@@ -139,25 +139,26 @@ void fast_grad_weight(const Inputs& in, const TensorArgument& grad_output, const
   const int output_tiles = static_cast<int>(output_blocks) * kOutputTiles;
   const int64_t items = tiles * (plan.lattice.tile_z * kPlaneSteps) * output_tiles * 32;
   uint4* grads = static_cast<uint4*>(context.scratch(items * int64_t(sizeof(uint4))));
-  launch("pack_grad_output", &pack_grad_output, dim3(static_cast<unsigned int>(ceil_div(items, kPackThreads))),
-         kPackThreads, 0, context.stream, plan.lattice, Strided<const uint16_t>(grad_output), g.O, output_tiles, items,
-         grads);
   const unsigned char* points = pack_points(plan.lattice, in.input, g.C, kPointBytes, context);
 
-  // The blend of all branches, or, with a scale, one launch a branch.
-  const bool scaled = in.scale.data != nullptr;
+  const bool by_branch = in.scale.data != nullptr || grad_output.k != 0;
   const int64_t wanted = ceil_div(plan.blocks, chunks * output_blocks), blocks = wanted < tiles ? wanted : tiles;
-  const WeightPartials sums{nullptr, blocks * kWeightSplits, scaled ? g.K : 1, output_tiles * 16, int64_t(chunks) * kChunk};
+  const WeightPartials sums{nullptr, blocks * kWeightSplits, by_branch ? g.K : 1, output_tiles * 16, int64_t(chunks) * kChunk};
   const int64_t branch_size = sums.outputs * sums.inputs * 27;
   float* partial = static_cast<float*>(context.scratch(sums.splits * sums.branches * branch_size * int64_t(sizeof(float))));
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
     for (int64_t k = 0; k < sums.branches; ++k) {
-      const Plan own = scaled ? plan_branch(in, Pass::kGradWeight, k) : plan;
+      const Plan own = by_branch ? plan_branch(in, Pass::kGradWeight, k) : plan;
       TensorArgument attention = in.attention;
-      if (scaled) attention.data = static_cast<T*>(attention.data) + k * attention.c;
+      if (by_branch) attention.data = static_cast<T*>(attention.data) + k * attention.c;
       const unsigned char* gates =
           pack_points(packing_of_target(own.lattice), attention, own.lattice.K, kGateBytes, context);
+      Strided<const uint16_t> grad(grad_output);
+      grad.data += k * grad.k;
+      if (k == 0 || grad.k != 0)
+        launch("pack_grad_output", &pack_grad_output, dim3(static_cast<unsigned int>(ceil_div(items, kPackThreads))),
+               kPackThreads, 0, context.stream, plan.lattice, grad, g.O, output_tiles, items, grads);
       launch("fast_weight_partial", &fast_weight_partial<T>,
              dim3(static_cast<unsigned int>(blocks), static_cast<unsigned int>(chunks),
                   static_cast<unsigned int>(output_blocks)),

@@ -17,7 +17,9 @@ int shared_bytes(const Lattice& g, Pass pass) {
   return bytes;
 }
 
-Direction direction(Pass pass) { return pass == Pass::kGradInput ? Direction::kAdjoint : Direction::kForward; }
+Direction direction(Pass pass) {
+  return pass == Pass::kGradInput || pass == Pass::kBranchGradInput ? Direction::kAdjoint : Direction::kForward;
+}
 
 }  // namespace
 
@@ -66,19 +68,21 @@ Plan plan_branch(const Inputs& in, Pass pass, int64_t k) {
   return plan;
 }
 
-// One thread a point: kCount channels from n and first channel chunk * kCount.
+// One thread a point: kCount channels of sample n, branch k, from channel chunk * kCount on.
 template <int kCount>
 __global__ __launch_bounds__(kPackThreads) void pack_points_kernel(Lattice g, Strided<const uint16_t> source,
-                                                                   int64_t channels, int chunks, uint16_t* packed) {
+                                                                   int branches, int64_t channels, int chunks,
+                                                                   uint16_t* packed) {
   const int64_t index = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
   const int64_t points = packed_points(g);
-  if (index >= g.N * chunks * points) return;
-  const int64_t block = index / points, n = block / chunks, first = block % chunks * kCount;
+  if (index >= g.N * branches * chunks * points) return;
+  const int64_t block = index / points, first = block % chunks * kCount;
+  const int64_t k = block / chunks % branches, n = block / chunks / branches;
   int64_t place;
   const Index3 p = unpacked_position(g, index % points, place);
   const bool valid = inside(p, g.source);
   uint16_t values[kCount];
-  const uint16_t* from = source.at(n, first, p);
+  const uint16_t* from = source.at(n, first, p) + k * source.k;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) values[i] = valid && first + i < channels ? from[i * source.c] : uint16_t(0);
   uint16_t* to = packed + (block * points + place) * kCount;
@@ -97,10 +101,11 @@ const unsigned char* pack_points(const Lattice& g, const TensorArgument& source,
                                  const Context& context) {
   const int count = bytes / 2;
   const int chunks = static_cast<int>(ceil_div(channels, count));
-  const int64_t items = g.N * chunks * packed_points(g);
+  const int branches = source.k == 0 ? 1 : g.K;
+  const int64_t items = g.N * branches * chunks * packed_points(g);
   void* packed = context.scratch(items * bytes);
   launch("pack_points", count == 8 ? &pack_points_kernel<8> : &pack_points_kernel<4>, dim3(pack_blocks(items)),
-         kPackThreads, 0, context.stream, g, Strided<const uint16_t>(source), channels, chunks,
+         kPackThreads, 0, context.stream, g, Strided<const uint16_t>(source), branches, channels, chunks,
          static_cast<uint16_t*>(packed));
   return static_cast<const unsigned char*>(packed);
 }

@@ -10,11 +10,13 @@ namespace autofocus::cuda {
 
 enum class DType { kFloat64, kFloat32, kFloat16, kBFloat16 };
 
-// A tensor of five axes [n, c, z, y, x] (or its first two), strides in elements. Null where absent.
+// A tensor of five axes [n, c, z, y, x] (or its first two), strides in elements. Null where absent. A tensor that holds
+// one of these for each branch has a branch stride k.
 struct TensorArgument {
   void* data;
   int64_t n, c;
   Index3 s;
+  int64_t k = 0;
 };
 
 // The tensors every pass reads. `scale` [K, O] (null: ones) and `shift` [K, O] (null: zeros) are s_k and h_k of
@@ -31,8 +33,11 @@ struct Context {
   std::function<void*(int64_t bytes)> scratch;
 };
 
-// The passes a tier can refuse one by one.
-enum class Pass { kForward, kGradInput, kGradAttention, kGradWeight };
+// The passes a tier can refuse one by one. kBranchGradInput: of a gradient for each branch.
+enum class Pass { kForward, kGradInput, kGradAttention, kGradWeight, kBranchGradInput };
+
+// Gradients of input and weight also take one gradient for each branch, grad_output [K, N, O, *S_out] (docs/branch_norm.md);
+// then the attention must be ones and there may be no scale.
 
 // Simple tier: every geometry and dtype.
 void simple_forward(const Inputs& in, const TensorArgument& output, const Context& context);
@@ -53,5 +58,22 @@ void fast_grad_attention(const Inputs& in, const TensorArgument& grad_output, co
                          const Context& context);
 void fast_grad_weight(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_weight,
                       const TensorArgument& grad_scale, const Context& context);
+
+// Batch-normalised branches, as in autofocus_kernels/norm_ops.py. Of `g` only N, O, K and the output size are read. Vectors
+// are contiguous [K, O] of the accumulator's type.
+struct NormInputs {
+  Problem g;
+  DType dtype;
+  TensorArgument branches, attention, grad_output;
+};
+void branch_moments(const NormInputs& in, void* mean, void* var, const Context& context);
+void branch_combine(const NormInputs& in, const void* scale, const void* shift, const TensorArgument& output,
+                    const Context& context);
+// grad_attention may be null.
+void branch_reduce(const NormInputs& in, const void* mean, const void* scale, const void* shift,
+                   const TensorArgument& grad_attention, void* grad_scale, void* grad_shift, const Context& context);
+// grad_branches may be the branches themselves.
+void branch_gradients(const NormInputs& in, const void* a_coef, const void* b_coef, const void* c_coef,
+                      const TensorArgument& grad_branches, const Context& context);
 
 }  // namespace autofocus::cuda

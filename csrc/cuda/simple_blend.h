@@ -9,7 +9,7 @@
 
 namespace autofocus::cuda {
 
-// input or grad_output [N, C or O, *], weight [O, C, *kernel], attention [N, K, *S_out], target [N, O or C, *].
+// input or grad_output [N, C or O, *] (the latter also one for each branch), weight [O, C, *kernel], attention [N, K, *S_out], target [N, O or C, *].
 // Forward adds sum_k a_k shift_k; the adjoint multiplies the sources by scale. Either may be null.
 template <typename T, bool kAdjoint>
 __global__ __launch_bounds__(kSimpleThreads, kSimpleBlocks) void simple_blend(Problem g, Strided<const T> source,
@@ -37,7 +37,7 @@ __global__ __launch_bounds__(kSimpleThreads, kSimpleBlocks) void simple_blend(Pr
           if (!inside(s, g.input)) continue;
         }
         const A a = to_accumulator(*attention.at(position.n, k, kAdjoint ? s : position.p));
-        const T* from = source.at(position.n, source0, s);
+        const T* from = source.at(position.n, source0, s) + k * source.k;
 #pragma unroll
         for (int i = 0; i < kSources; ++i, from += source.c) {
           if (source0 + i >= sources) break;

@@ -1,7 +1,7 @@
 // Gradients of the weight and of the branch scale, simple tier (docs/math.md, section 3).
 //
-// dW_t = sum_p G(p) u_t(p)^T with the forward's blend u_t. With a branch scale the sum is kept apart by branch,
-// M_kt = sum_p G(p) a_k(p) x(.)^T, of which weight_sum.h makes both gradients. Positions are split among blocks.
+// dW_t = sum_p G(p) u_t(p)^T with the forward's blend u_t. With a branch scale, or a G for each branch, the sum is kept apart
+// by branch, M_kt = sum_p G(p) a_k(p) x(.)^T, of which weight_sum.h makes the gradients. Positions are split among blocks.
 #include "elements.h"
 #include "weight_sum.h"
 
@@ -57,7 +57,7 @@ __global__ __launch_bounds__(kWeightThreads) void simple_weight_partial(Problem 
     for (int i = 0; i < kTile / kRows; ++i) {
       const int64_t channel = o0 + row + i * kRows;
       grads[lane * kTile + row + i * kRows] =
-          active && channel < g.O ? to_accumulator(*grad_output.at(n, channel, p)) : A(0);
+          active && channel < g.O ? to_accumulator(grad_output.at(n, channel, p)[first_branch * grad_output.k]) : A(0);
       blends[lane * kTile + row + i * kRows] = blended[i];
     }
     __syncthreads();
@@ -78,7 +78,7 @@ void simple_grad_weight(const Inputs& in, const TensorArgument& grad_output, con
                         const TensorArgument& grad_scale, const Context& context) {
   const Problem& g = in.g;
   const int64_t taps = num_taps(g), elements = g.O * g.C * taps;
-  const int64_t branches = in.scale.data == nullptr ? 1 : g.K;
+  const int64_t branches = in.scale.data == nullptr && grad_output.k == 0 ? 1 : g.K;
   const int64_t tiles = taps * ((g.O + kTile - 1) / kTile) * ((g.C + kTile - 1) / kTile);
   // Enough blocks to fill the device a few times over, and at least 1024 positions each.
   const int64_t wanted = (8 * int64_t(device_limits().multiprocessors) + tiles * branches - 1) / (tiles * branches);

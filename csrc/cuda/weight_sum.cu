@@ -47,10 +47,7 @@ __global__ __launch_bounds__(kSumThreads) void scale_sum(Problem g, WeightPartia
     sum += sum_of_splits<A>(partials, k, o, i / taps, i % taps, taps) *
            to_accumulator(*weight.at(o, i / taps, unravel(i % taps, g.kernel)));
   sums[threadIdx.x] = sum;
-  for (int half = kSumThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (int(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-  }
+  sum_rows<kSumThreads>(sums, 1);
   if (threadIdx.x == 0) store(grad_scale.data + k * grad_scale.n + o * grad_scale.c, sums[0]);
 }
 

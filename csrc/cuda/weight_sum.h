@@ -2,7 +2,7 @@
 //
 // With M_kt = sum_p G(p) a_k(p) x(.)^T, dW_t = sum_k scale_k M_kt and dscale_k = sum_t <W_t, M_kt> (docs/math.md,
 // section 3): the scale's gradient needs no pass over the volume of its own. Without a scale the blocks sum over the
-// branches too. Partial sums are added in a fixed order, so results repeat bit by bit.
+// branches too, unless G is another one for each. Partial sums are added in a fixed order, so results repeat bit by bit.
 #pragma once
 
 #include "kernels.h"
@@ -15,7 +15,7 @@ struct WeightPartials {
   int64_t splits, branches, outputs, inputs;
 };
 
-// Either gradient may be null. With a scale there must be K branches, else one.
+// Either gradient may be null. With a scale there must be K branches, else one or K.
 void sum_weight_partials(const Inputs& in, const WeightPartials& partials, const TensorArgument& grad_weight,
                          const TensorArgument& grad_scale, const Context& context);
 
