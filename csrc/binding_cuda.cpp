@@ -227,6 +227,24 @@ void* accumulator_vector(const char* name, const Tensor& vector, const Tensor& b
   return vector.data_ptr();
 }
 
+// Each branch is a forward pass of its own; `ones` stands where the attention does elsewhere.
+void norm_branches(const Tensor& input, const Tensor& weight, const Tensor& ones, const Tensor& branches, Ints dilations,
+                   Ints stride, Ints origin, bool fast) {
+  const Inputs in = make_inputs(input, weight, ones, {}, {}, {}, dilations, stride, origin);
+  const TensorArgument to = by_branch("branches", branches, input, in.g);
+  for (int64_t k = 0; k < in.g.K; ++k) {
+    Inputs one = in;
+    one.g = branch_problem(in.g, k);
+    TensorArgument branch = to;
+    branch.data = static_cast<char*>(to.data) + k * to.k * int64_t(branches.element_size());
+    const Launches launches(input);  // one for each, so that scratch memory is used again
+    if (fast && fast_refusal(Pass::kForward, one.g, in.dtype) == nullptr)
+      fast_branch(in, k, branch, launches.context());
+    else
+      simple_forward(one, branch, launches.context());
+  }
+}
+
 void norm_moments(const Tensor& branches, const Tensor& mean, const Tensor& var) {
   const NormInputs in = make_norm_inputs(branches, {}, {});
   const Launches launches(branches);
@@ -307,6 +325,9 @@ STABLE_TORCH_LIBRARY(autofocus_cuda, m) {
       "Tensor? branch_scale, Tensor? branch_shift, Tensor(a!)? grad_input, Tensor(b!)? grad_weight, "
       "Tensor(c!)? grad_attention, Tensor(d!)? grad_branch_scale, int[] dilations, int[] stride, int[] origin, "
       "bool fast=True) -> ()");
+  m.def(
+      "branches(Tensor input, Tensor weight, Tensor ones, Tensor(a!) branches, int[] dilations, int[] stride, "
+      "int[] origin, bool fast=True) -> ()");
   m.def("branch_moments(Tensor branches, Tensor(a!) mean, Tensor(b!) var) -> ()");
   m.def(
       "branch_combine(Tensor branches, Tensor attention, Tensor scale, Tensor shift, Tensor(a!) output) -> ()");
@@ -327,6 +348,7 @@ STABLE_TORCH_LIBRARY(autofocus_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(autofocus_cuda, AUTOFOCUS_CUDA_DISPATCH_KEY, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("branches", TORCH_BOX(&norm_branches));
   m.impl("branch_moments", TORCH_BOX(&norm_moments));
   m.impl("branch_combine", TORCH_BOX(&norm_combine));
   m.impl("branch_reduce", TORCH_BOX(&norm_reduce));

@@ -6,7 +6,6 @@ library picks one for every pass (docs/cuda.md). :func:`fast_refusal` says why a
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Optional
 
 import torch
@@ -74,11 +73,11 @@ def backward(
     )
 
 
-def branch_statistics(geometry, input, weight, branches, mean, var) -> None:
-    """Each branch is a forward pass of its own, with one dilation and a gate of ones."""
-    ones = input.new_ones(()).expand(input.shape[0], 1, *geometry.output_size)
-    for dilation, branch in zip(geometry.dilations, branches):
-        forward(replace(geometry, dilations=(dilation,)), input, weight, ones, None, None, None, branch)
+def branch_statistics(geometry, input, weight, branches, mean, var, *, fast=True) -> None:
+    ones = input.new_ones(()).expand(input.shape[0], geometry.num_branches, *geometry.output_size)
+    torch.ops.autofocus_cuda.branches(
+        *_as_3d(input, weight, ones), _branches_as_3d(branches), *_integers(geometry), fast
+    )
     if mean is not None:
         torch.ops.autofocus_cuda.branch_moments(_branches_as_3d(branches), mean, var)
 

@@ -88,8 +88,7 @@ __global__ __launch_bounds__(kSimpleThreads) void branch_totals(int64_t splits, 
     to_first = A(offset);
   } else {
     to_first = A(double(to_first) + offset);
-    const double var = of_product / double(count) - offset * offset;
-    to_second = A(var < 0 ? 0 : var);  // NaN stays
+    to_second = A(of_product / double(count) - offset * offset);
   }
 }
 

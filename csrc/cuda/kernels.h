@@ -39,6 +39,13 @@ enum class Pass { kForward, kGradInput, kGradAttention, kGradWeight, kBranchGrad
 // Gradients of input and weight also take one gradient for each branch, grad_output [K, N, O, *S_out] (docs/branch_norm.md);
 // then the attention must be ones and there may be no scale.
 
+// The problem of branch k alone.
+inline Problem branch_problem(Problem g, int64_t k) {
+  g.K = 1;
+  g.dilation[0] = g.dilation[k];
+  return g;
+}
+
 // Simple tier: every geometry and dtype.
 void simple_forward(const Inputs& in, const TensorArgument& output, const Context& context);
 void simple_grad_input(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_input,
@@ -52,6 +59,8 @@ void simple_grad_weight(const Inputs& in, const TensorArgument& grad_output, con
 // Fast tier: 16-bit, 3x3x3, staged sub-lattice tiles. Null if it takes the pass on the current device, else the reason.
 const char* fast_refusal(Pass pass, const Problem& g, DType dtype);
 void fast_forward(const Inputs& in, const TensorArgument& output, const Context& context);
+// Branch k alone, without attention: in.attention must be ones. Takes what fast_refusal lets pass for this branch.
+void fast_branch(const Inputs& in, int64_t k, const TensorArgument& branch, const Context& context);
 void fast_grad_input(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_input,
                      const Context& context);
 void fast_grad_attention(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_attention,
