@@ -169,7 +169,8 @@ def _backend_function(
 
 def fold(norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor, eps: list[float]):
     """``inv``, ``scale`` and ``shift``, ``[K, O]``: BN_k(y) is ``norm_weight (y - mean) inv + norm_bias``."""
-    inv = (var + var.new_tensor(eps).unsqueeze(1)).rsqrt()
+    # Not a tensor of eps: copying one to a GPU would wait for it, and a CUDA graph cannot record that.
+    inv = torch.stack([branch + value for branch, value in zip(var, eps)]).rsqrt()
     scale = norm_weight * inv
     return inv, scale, norm_bias - mean * scale
 

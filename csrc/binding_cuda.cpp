@@ -232,13 +232,14 @@ void norm_branches(const Tensor& input, const Tensor& weight, const Tensor& ones
                    Ints stride, Ints origin, bool fast) {
   const Inputs in = make_inputs(input, weight, ones, {}, {}, {}, dilations, stride, origin);
   const TensorArgument to = by_branch("branches", branches, input, in.g);
+  const auto takes = [&](const Problem& g) { return fast && fast_refusal(Pass::kForward, g, in.dtype) == nullptr; };
   for (int64_t k = 0; k < in.g.K; ++k) {
     Inputs one = in;
     one.g = branch_problem(in.g, k);
     TensorArgument branch = to;
     branch.data = static_cast<char*>(to.data) + k * to.k * int64_t(branches.element_size());
     const Launches launches(input);  // one for each, so that scratch memory is used again
-    if (fast && fast_refusal(Pass::kForward, one.g, in.dtype) == nullptr)
+    if (takes(in.g) || takes(one.g))
       fast_branch(in, k, branch, launches.context());
     else
       simple_forward(one, branch, launches.context());

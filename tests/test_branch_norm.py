@@ -158,10 +158,10 @@ def test_rounding_is_no_worse_than_the_plain_layers(backend, dtype, save_branche
     check_rounding(case, backend, dtype, save_branches, training)
 
 
-def check_rounding(case, backend, dtype, save_branches, training=True):
+def check_rounding(case, backend, dtype, save_branches, training=True, device="cpu"):
     """Twice the error of the plain layer in the same dtype, plus a rounding; parameters of norms stay float32."""
-    tensors = testing.make_tensors(case, dtype)
-    norms = make_norms(case, torch.float32).train(training)
+    tensors = testing.make_tensors(case, dtype, device)
+    norms = make_norms(case, torch.float32, device).train(training)
     exact = testing.Tensors(*(t if t is None else t.double() for t in tensors))
     truth = evaluate(plain, case, exact, copy.deepcopy(norms).double())
     results, same_dtype = run_both(case, tensors, norms, backend, save_branches=save_branches)

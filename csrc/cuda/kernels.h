@@ -59,7 +59,7 @@ void simple_grad_weight(const Inputs& in, const TensorArgument& grad_output, con
 // Fast tier: 16-bit, 3x3x3, staged sub-lattice tiles. Null if it takes the pass on the current device, else the reason.
 const char* fast_refusal(Pass pass, const Problem& g, DType dtype);
 void fast_forward(const Inputs& in, const TensorArgument& output, const Context& context);
-// Branch k alone, without attention: in.attention must be ones. Takes what fast_refusal lets pass for this branch.
+// Branch k alone, without attention: in.attention must be ones. Takes what fast_refusal lets pass for all branches or for k.
 void fast_branch(const Inputs& in, int64_t k, const TensorArgument& branch, const Context& context);
 void fast_grad_input(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_input,
                      const Context& context);

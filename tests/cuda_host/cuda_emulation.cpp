@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <deque>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -21,6 +22,7 @@ namespace {
 // Set by the test through autofocus_emulation_configure.
 DeviceLimits limits{3, 227 * 1024, 90};
 bool copies_are_late = true;
+std::map<std::string, int> launches;  // by kernel name, since the last configuration
 unsigned int order_seed = 0;  // 0: threads in order, 1: backwards, else shuffled anew at every turn
 
 constexpr size_t kStackBytes = 256 * 1024;
@@ -190,6 +192,7 @@ void Block::enter() {
 namespace emulation {
 
 void run_blocks(const char* name, dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel) {
+  ++launches[name];
   gridDim = grid;
   blockDim = dim3(threads);
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
@@ -290,4 +293,7 @@ extern "C" void autofocus_emulation_configure(int multiprocessors, int shared_by
   autofocus::cuda::limits = {multiprocessors, shared_bytes, capability};
   autofocus::cuda::copies_are_late = late_copies != 0;
   autofocus::cuda::order_seed = order;
+  autofocus::cuda::launches.clear();
 }
+
+extern "C" int autofocus_emulation_launches(const char* name) { return autofocus::cuda::launches[name]; }
