@@ -202,7 +202,8 @@ void backward(const Tensor& grad_output, const Tensor& input, const Tensor& weig
 // ------------------------------------------------------------------ batch-normalised branches
 
 // branches [K, N, O, D, H, W], and what every pass over them reads beside them; null where absent.
-NormInputs make_norm_inputs(const Tensor& branches, const OptionalTensor& attention, const OptionalTensor& grad_output) {
+NormInputs make_norm_inputs(const Tensor& branches, const OptionalTensor& attention,
+                            const OptionalTensor& grad_output) {
   STD_TORCH_CHECK(branches.dim() == 6, "branches must have six axes, got ", branches.dim());
   STD_TORCH_CHECK(branches.numel() > 0, "branches must not be empty");
   NormInputs in{};
@@ -228,8 +229,8 @@ void* accumulator_vector(const char* name, const Tensor& vector, const Tensor& b
 }
 
 // Each branch is a forward pass of its own; `ones` stands where the attention does elsewhere.
-void norm_branches(const Tensor& input, const Tensor& weight, const Tensor& ones, const Tensor& branches, Ints dilations,
-                   Ints stride, Ints origin, bool fast) {
+void norm_branches(const Tensor& input, const Tensor& weight, const Tensor& ones, const Tensor& branches,
+                   Ints dilations, Ints stride, Ints origin, bool fast) {
   const Inputs in = make_inputs(input, weight, ones, {}, {}, {}, dilations, stride, origin);
   const TensorArgument to = by_branch("branches", branches, input, in.g);
   const auto takes = [&](const Problem& g) { return fast && fast_refusal(Pass::kForward, g, in.dtype) == nullptr; };
@@ -264,8 +265,8 @@ void norm_combine(const Tensor& branches, const Tensor& attention, const Tensor&
 }
 
 void norm_reduce(const Tensor& grad_output, const Tensor& branches, const Tensor& attention, const Tensor& mean,
-                 const Tensor& scale, const Tensor& shift, const OptionalTensor& grad_attention, const Tensor& grad_scale,
-                 const Tensor& grad_shift) {
+                 const Tensor& scale, const Tensor& shift, const OptionalTensor& grad_attention,
+                 const Tensor& grad_scale, const Tensor& grad_shift) {
   const NormInputs in = make_norm_inputs(branches, attention, grad_output);
   const Problem& g = in.g;
   const TensorArgument to_attention =
@@ -298,20 +299,22 @@ void branch_backward(const Tensor& grad_branches, const Tensor& input, const Ten
                Launches(input).context());
 }
 
-// Why the fast tier does not take a pass ("forward", "grad_input", "grad_attention", "grad_weight", "branch_grad_input");
-// empty if it does.
+// Why the fast tier does not take a pass ("forward", "grad_input", "grad_attention", "grad_weight" or
+// "branch_grad_input"); empty if it does.
 std::string fast_tier_refusal(std::string pass, const Tensor& input, const Tensor& weight, Ints output_size,
                               Ints dilations, Ints stride, Ints origin) {
   const Problem g = make_problem(input, weight, output_size, dilations, stride, origin);
   const Launches launches(input);
   const char* names[] = {"forward", "grad_input", "grad_attention", "grad_weight", "branch_grad_input"};
-  const Pass passes[] = {Pass::kForward, Pass::kGradInput, Pass::kGradAttention, Pass::kGradWeight, Pass::kBranchGradInput};
+  const Pass passes[] = {Pass::kForward, Pass::kGradInput, Pass::kGradAttention, Pass::kGradWeight,
+                         Pass::kBranchGradInput};
   for (int i = 0; i < 5; ++i)
     if (pass == names[i]) {
       const char* refusal = fast_refusal(passes[i], g, dtype_of(input));
       return refusal == nullptr ? "" : refusal;
     }
-  STD_TORCH_CHECK(false, "the pass must be forward, grad_input, grad_attention, grad_weight or branch_grad_input, got ", pass);
+  STD_TORCH_CHECK(false, "the pass must be forward, grad_input, grad_attention, grad_weight or branch_grad_input, got ",
+                  pass);
   return "";
 }
 

@@ -327,8 +327,8 @@ def no_reference(monkeypatch):
 NORM_CASES = tuple(
     case for case in layers.CASES
     if case.name in (
-        "3d", "2d", "1d", "normal_gate", "valid", "stride", "dilation_beyond_volume", "one_branch", "kernel_1", "one_channel",
-        "channels_last", "channels_last_2d", "transposed", "sliced", "expanded",
+        "3d", "2d", "1d", "normal_gate", "valid", "stride", "dilation_beyond_volume", "one_branch", "kernel_1",
+        "one_channel", "channels_last", "channels_last_2d", "transposed", "sliced", "expanded",
     )
 )
 
@@ -342,15 +342,15 @@ def test_training_step_with_branch_norm_in_float64(device, no_reference, case):
         layers.assert_same(results, expected)
 
 
-# 3x3x3 with several tiles, chunks and blocks of channels. A slot for every plane, and rings; on the last GPU the gradient
-# of the input with an attention does not fit.
+# 3x3x3 with several tiles, chunks and blocks of channels. A slot for every plane, and rings; on the last GPU the
+# gradient of the input with an attention does not fit.
 @pytest.mark.parametrize(
     "gpu, dtype, save_branches, case",
     [
         (H100, torch.float16, False, Case("tiles", (9, 5, 10), channels=3, out_channels=9, dilations=(1, 2))),
         (H100, torch.bfloat16, True, Case("channels", (3, 4, 5), 35, 4, dilations=(1, 2), layout="channels_last")),
         (A100, torch.bfloat16, False, Case("valid", (9, 8, 6), 3, 4, batch=2, padding="valid", dilations=(1, 2, 3))),
-        (RTX_5090, torch.float16, True, Case("papers_rates", (4, 3, 6), 3, 9, dilations=(2, 6, 10, 14), layout="sliced")),
+        (RTX_5090, torch.float16, True, Case("rates", (4, 3, 6), 3, 9, dilations=(2, 6, 10, 14), layout="sliced")),
     ],
     ids=["tiles", "channels", "valid", "papers_rates"],
 )
@@ -369,11 +369,12 @@ def test_training_step_with_branch_norm_in_16_bits(
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_training_step_with_branch_norm_of_the_simple_tier(simple_tier, no_reference, dtype):
-    layers.check_rounding(Case("simple", (5, 6, 7), channels=5, out_channels=19, batch=2), "cuda", dtype, save_branches=False)
+    case = Case("simple", (5, 6, 7), channels=5, out_channels=19, batch=2)
+    layers.check_rounding(case, "cuda", dtype, save_branches=False)
 
 
 def branch_tensors(dtype, K=3, N=2, O=11, size=(3, 19, 13), channels_last=False, seed=0):
-    """Values for the functions of norm_ops.py, gradients and gate of awkward strides; the vectors as [K, O] in a dict."""
+    """Values for the functions of norm_ops.py: branches, gate and gradient of awkward strides, vectors by name."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, dtype=dtype):

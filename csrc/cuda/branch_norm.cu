@@ -1,7 +1,7 @@
 // Batch-normalised branches: what works on branches that exist already (docs/branch_norm.md, sections 2 and 3).
 //
-// Memory bounds every kernel: a thread takes a position and a few channels of it. The mean of a branch is estimated from a
-// sample first, and moments are taken about that: a variance is never a difference of large sums.
+// Memory bounds every kernel: a thread takes a position and a few channels of it. The mean of a branch is estimated
+// from a sample first, and moments are taken about that: a variance is never a difference of large sums.
 #include "simple.h"
 
 namespace autofocus::cuda {
@@ -57,8 +57,8 @@ __global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_sums(
     partial[((int64_t(blockIdx.x) * g.K + k) * g.O + o0) * 2 + row] = sums[row * kSimpleThreads];
 }
 
-// One block an element [k, o]. kEstimate: first = mean. kMoments: `first` is the pivot and becomes the mean, second the biased
-// variance. kGradients: the sums themselves.
+// One block an element [k, o]. kEstimate: first = mean. kMoments: `first` is the pivot and becomes the mean, `second`
+// the biased variance. kGradients: the sums themselves.
 template <typename A>
 __global__ __launch_bounds__(kSimpleThreads) void branch_totals(int64_t splits, const A* partial, int64_t count,
                                                                Totals totals, A* first, A* second) {
@@ -158,8 +158,8 @@ void branch_combine(const NormInputs& in, const void* scale, const void* shift,
     using T = decltype(element);
     using Vector = const Accumulator<T>*;
     launch("branch_combination", &branch_combination<T>, grid, kSimpleThreads, 0, context.stream, g,
-           Strided<const T>(in.branches), Strided<const T>(in.attention), static_cast<Vector>(scale), static_cast<Vector>(shift),
-           Strided<T>(output));
+           Strided<const T>(in.branches), Strided<const T>(in.attention), static_cast<Vector>(scale),
+           static_cast<Vector>(shift), Strided<T>(output));
   });
 }
 
@@ -193,8 +193,8 @@ void branch_reduce(const NormInputs& in, const void* mean, const void* scale,
     if (grad_attention.data != nullptr)
       launch("branch_grad_attention", &branch_grad_attention<T>,
              dim3(position_blocks(g.N, g.output), static_cast<unsigned int>(g.K)), kSimpleThreads, 0, context.stream, g,
-             Strided<const T>(in.grad_output), Strided<const T>(in.branches), static_cast<Vector>(scale), static_cast<Vector>(shift),
-             Strided<T>(grad_attention));
+             Strided<const T>(in.grad_output), Strided<const T>(in.branches), static_cast<Vector>(scale),
+             static_cast<Vector>(shift), Strided<T>(grad_attention));
   });
 }
 
@@ -237,7 +237,8 @@ void branch_gradients(const NormInputs& in, const void* a_coef, const void* b_co
     using Vector = const Accumulator<T>*;
     launch("branch_gradient", &branch_gradient<T>, grid, kSimpleThreads, 0, context.stream, g,
            Strided<const T>(in.grad_output), Strided<const T>(in.branches), Strided<const T>(in.attention),
-           static_cast<Vector>(a_coef), static_cast<Vector>(b_coef), static_cast<Vector>(c_coef), Strided<T>(grad_branches));
+           static_cast<Vector>(a_coef), static_cast<Vector>(b_coef), static_cast<Vector>(c_coef),
+           Strided<T>(grad_branches));
   });
 }
 

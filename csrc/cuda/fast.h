@@ -37,8 +37,8 @@ Plan plan_branch(const Inputs& in, Pass pass, int64_t k);
 // Chunks of channels, and what packing them takes.
 inline int num_chunks(int64_t channels) { return static_cast<int>((channels + kChunk - 1) / kChunk); }
 
-// source [N, channels, *] -> [N, chunks, points of all classes] of `bytes`, zeros beyond the source and the last channel.
-// With a source for each of the lattice's K branches: [N, K, chunks, points].
+// source [N, channels, *] -> [N, chunks, points of all classes] of `bytes`, zeros beyond the source and the last
+// channel. With a source for each of the lattice's K branches: [N, K, chunks, points].
 const unsigned char* pack_points(const Lattice& g, const TensorArgument& source, int64_t channels, int bytes,
                                  const Context& context);
 // The weight as MMA operand b of the blend kernels: [target blocks, chunks, tz, pair, target_tiles, lane].

@@ -8,8 +8,8 @@
 
 namespace autofocus::cuda {
 
-// The forward's blend cannot have a branch scale (fast_branches.cu). kBranchAdjoint: each branch has a source of its own and
-// no attention, so nothing is blended; the accumulator goes through the branches one after another.
+// The forward's blend cannot have a branch scale (fast_branches.cu). kBranchAdjoint: each branch has a source of its
+// own and no attention, so nothing is blended; the accumulator goes through the branches one after another.
 enum class Blend { kForward, kAdjoint, kScaledAdjoint, kBranchAdjoint };
 
 template <typename T>
@@ -135,7 +135,8 @@ void launch_blend(const char* name, const Plan& plan, const Inputs& in, const Te
   const int64_t sources = kAdjoint ? g.O : g.C, targets = kAdjoint ? g.C : g.O;
   const unsigned char* gates = nullptr;
   if (kBlend != Blend::kBranchAdjoint)
-    gates = pack_points(kAdjoint ? plan.lattice : packing_of_target(plan.lattice), in.attention, g.K, kGateBytes, context);
+    gates = pack_points(kAdjoint ? plan.lattice : packing_of_target(plan.lattice), in.attention, g.K, kGateBytes,
+                        context);
   const BlendArguments<T> args{pack_points(plan.lattice, source, sources, kPointBytes, context),
                                gates,
                                pack_blend_weight(in, kAdjoint, kTargetTiles, context),

@@ -2,8 +2,8 @@
 //
 // Here positions are what is summed over, so the blend is MMA operand b: blended in the layout of the forward, then
 // transposed in registers. A block keeps to eight input and 32 output channels and holds all 27 taps' sums in registers
-// while it goes through its tiles; weight_sum.h adds the sums of all blocks. With a branch scale, or a G for each branch, the
-// sums are kept apart by branch, one launch each.
+// while it goes through its tiles; weight_sum.h adds the sums of all blocks. With a branch scale, or a G for each
+// branch, the sums are kept apart by branch, one launch each.
 #include "fast.h"
 #include "weight_sum.h"
 
@@ -143,7 +143,8 @@ void fast_grad_weight(const Inputs& in, const TensorArgument& grad_output, const
 
   const bool by_branch = in.scale.data != nullptr || grad_output.k != 0;
   const int64_t wanted = ceil_div(plan.blocks, chunks * output_blocks), blocks = wanted < tiles ? wanted : tiles;
-  const WeightPartials sums{nullptr, blocks * kWeightSplits, by_branch ? g.K : 1, output_tiles * 16, int64_t(chunks) * kChunk};
+  const WeightPartials sums{nullptr, blocks * kWeightSplits, by_branch ? g.K : 1, output_tiles * 16,
+                            int64_t(chunks) * kChunk};
   const int64_t branch_size = sums.outputs * sums.inputs * 27;
   float* partial = static_cast<float*>(context.scratch(sums.splits * sums.branches * branch_size * int64_t(sizeof(float))));
   for_16_bit(in.dtype, [&](auto element) {

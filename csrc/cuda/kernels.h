@@ -36,8 +36,8 @@ struct Context {
 // The passes a tier can refuse one by one. kBranchGradInput: of a gradient for each branch.
 enum class Pass { kForward, kGradInput, kGradAttention, kGradWeight, kBranchGradInput };
 
-// Gradients of input and weight also take one gradient for each branch, grad_output [K, N, O, *S_out] (docs/branch_norm.md);
-// then the attention must be ones and there may be no scale.
+// Gradients of input and weight also take one gradient for each branch, grad_output [K, N, O, *S_out]
+// (docs/branch_norm.md); then the attention must be ones and there may be no scale.
 
 // The problem of branch k alone.
 inline Problem branch_problem(Problem g, int64_t k) {
@@ -59,7 +59,8 @@ void simple_grad_weight(const Inputs& in, const TensorArgument& grad_output, con
 // Fast tier: 16-bit, 3x3x3, staged sub-lattice tiles. Null if it takes the pass on the current device, else the reason.
 const char* fast_refusal(Pass pass, const Problem& g, DType dtype);
 void fast_forward(const Inputs& in, const TensorArgument& output, const Context& context);
-// Branch k alone, without attention: in.attention must be ones. Takes what fast_refusal lets pass for all branches or for k.
+// Branch k alone, without attention: in.attention must be ones. Takes what fast_refusal lets pass for all branches or
+// for branch_problem(k).
 void fast_branch(const Inputs& in, int64_t k, const TensorArgument& branch, const Context& context);
 void fast_grad_input(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_input,
                      const Context& context);
@@ -68,8 +69,8 @@ void fast_grad_attention(const Inputs& in, const TensorArgument& grad_output, co
 void fast_grad_weight(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_weight,
                       const TensorArgument& grad_scale, const Context& context);
 
-// Batch-normalised branches, as in autofocus_kernels/norm_ops.py. Of `g` only N, O, K and the output size are read. Vectors
-// are contiguous [K, O] of the accumulator's type.
+// Batch-normalised branches, as in autofocus_kernels/norm_ops.py. Of `g` only N, O, K and the output size are read.
+// Vectors are contiguous [K, O] of the accumulator's type.
 struct NormInputs {
   Problem g;
   DType dtype;

@@ -9,7 +9,8 @@
 
 namespace autofocus::cuda {
 
-// input or grad_output [N, C or O, *] (the latter also one for each branch), weight [O, C, *kernel], attention [N, K, *S_out], target [N, O or C, *].
+// input or grad_output [N, C or O, *] (the latter also one for each branch), weight [O, C, *kernel], attention
+// [N, K, *S_out], target [N, O or C, *].
 // Forward adds sum_k a_k shift_k; the adjoint multiplies the sources by scale. Either may be null.
 template <typename T, bool kAdjoint>
 __global__ __launch_bounds__(kSimpleThreads, kSimpleBlocks) void simple_blend(Problem g, Strided<const T> source,

@@ -1,7 +1,8 @@
 // Gradients of the weight and of the branch scale, simple tier (docs/math.md, section 3).
 //
-// dW_t = sum_p G(p) u_t(p)^T with the forward's blend u_t. With a branch scale, or a G for each branch, the sum is kept apart
-// by branch, M_kt = sum_p G(p) a_k(p) x(.)^T, of which weight_sum.h makes the gradients. Positions are split among blocks.
+// dW_t = sum_p G(p) u_t(p)^T with the forward's blend u_t. With a branch scale, or a G for each branch, the sum is kept
+// apart by branch, M_kt = sum_p G(p) a_k(p) x(.)^T, of which weight_sum.h makes the gradients. Positions are split
+// among blocks.
 #include "elements.h"
 #include "weight_sum.h"
 

@@ -2,7 +2,8 @@
 //
 // With M_kt = sum_p G(p) a_k(p) x(.)^T, dW_t = sum_k scale_k M_kt and dscale_k = sum_t <W_t, M_kt> (docs/math.md,
 // section 3): the scale's gradient needs no pass over the volume of its own. Without a scale the blocks sum over the
-// branches too, unless G is another one for each. Partial sums are added in a fixed order, so results repeat bit by bit.
+// branches too, unless each has a G of its own. Partial sums are added in a fixed order, so results repeat bit by
+// bit.
 #pragma once
 
 #include "kernels.h"
