@@ -220,24 +220,10 @@ def compiled_name(target, dtype, layout):
 
 def compile_kernels(target, dtype, layout):
     """Figures of every kernel of a training step with batch statistics, by the default configurations."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
     from autofocus_kernels.backends import triton as backend
-    from autofocus_kernels.backends.triton import kernels, launch, norm_kernels, tuning
+    from autofocus_kernels.backends.triton import kernels, launch, norm_kernels
 
-    amd = target.startswith("gfx")
-    torch.version.hip = "offline" if amd else None
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
-    arch = target if amd else int(target.removeprefix("sm_"))
-    launch.capability = lambda device: 8 if amd else arch // 10
-    triton.runtime.driver.set_active(
-        triton_worker.OfflineDriver(GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", arch, 32))
-    )
-    for kernel in (*vars(kernels).values(), *vars(norm_kernels).values()):
-        if isinstance(kernel, triton.runtime.JITFunction):
-            kernel.device_caches.clear()
-    tuning._chosen.clear()
+    triton_worker.compile_for(target, dtype, kernels, norm_kernels)
     figures = {}
 
     def submit(work):

@@ -175,12 +175,12 @@ class OfflineDriver:
         return 0
 
 
-def compile_kernels(target, dtype, mode, channels, out_channels, layout):
-    """Figures of every kernel that a forward and a backward launch with the default configuration."""
+def compile_for(target, dtype, *modules):
+    """Has the kernels of ``modules`` compiled for ``target``, as launches there would in ``dtype``."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from autofocus_kernels.backends.triton import kernels, launch, tuning
+    from autofocus_kernels.backends.triton import launch, tuning
 
     amd = target.startswith("gfx")
     torch.version.hip = "offline" if amd else None
@@ -190,10 +190,18 @@ def compile_kernels(target, dtype, mode, channels, out_channels, layout):
     triton.runtime.driver.set_active(
         OfflineDriver(GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", arch, 32))
     )
-    for kernel in vars(kernels).values():
-        if isinstance(kernel, triton.runtime.JITFunction):
-            kernel.device_caches.clear()
+    for module in modules:
+        for kernel in vars(module).values():
+            if isinstance(kernel, triton.runtime.JITFunction):
+                kernel.device_caches.clear()
     tuning._chosen.clear()
+
+
+def compile_kernels(target, dtype, mode, channels, out_channels, layout):
+    """Figures of every kernel that a forward and a backward launch with the default configuration."""
+    from autofocus_kernels.backends.triton import kernels, launch
+
+    compile_for(target, dtype, kernels)
     figures = []
 
     def submit(work):

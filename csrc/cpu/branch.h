@@ -52,7 +52,7 @@ void add_rows(const A* from, int64_t from_step, A* to, int64_t to_step, int64_t 
       V::store(to + v * V::kLanes, V::load(to + v * V::kLanes) + V::load(from + v * V::kLanes));
 }
 
-// to[p] += from[p], `count` rows of `width` elements: additions are a third of the time, and their loop a third of that.
+// to[p] += from[p], `count` rows of `width` elements, in a loop that knows how many vectors that is.
 template <typename A>
 void add_rows(int64_t width, const A* from, int64_t from_step, A* to, int64_t to_step, int64_t count) {
   static_assert(kMaxGroupVectors == 3);

@@ -2,7 +2,7 @@
 //
 // A is read one scalar at a time and may have any strides (a blended tile or its transpose); B and C have rows of whole
 // vectors. Each register tile of MR x NR vectors is summed over all of k before it is written. With AVX-512 the last
-// vector may be half a one: CPUs that run 512 bits in two steps save one, and no other loses.
+// vector may be half a one, which saves a step on CPUs that run 512 bits in two.
 #pragma once
 
 #include <algorithm>
