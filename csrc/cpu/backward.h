@@ -117,9 +117,9 @@ inline int64_t channel_group(int64_t vectors) { return vectors == 3 ? 3 : std::m
 
 // Calls visit(first column, columns) for the parts of a tap row's columns that hold channels: all of them at once, or
 // tap by tap where the last of the `width` channels do not exist.
-template <typename Visit>
+template <typename A, typename Visit>
 void for_each_tap_columns(int64_t taps, int64_t width, int64_t channels, const Visit& visit) {
-  if (channels == width) return visit(0, taps * width);
+  if (gemm_columns_written<A>(channels) == width) return visit(0, taps * width);
   for (int64_t x = 0; x < taps; ++x) visit(x * width, channels);
 }
 
@@ -343,7 +343,7 @@ class Backward {
         return brgemm(w.low_grad, low_depth_, low_weight_ + weight_row * low_depth_ * tap_columns_, w.projected,
                       tap_columns_, count, tap_columns_, low_depth_, false);
     clear_missing(w.projected.get(), count * tap_columns_, plan_.group_width, channels);
-    for_each_tap_columns(g_.kernel.x, plan_.group_width, channels, [&](int64_t first, int64_t columns) {
+    for_each_tap_columns<A>(g_.kernel.x, plan_.group_width, channels, [&](int64_t first, int64_t columns) {
       gemm<A>({w.grad_output, out_width_, 1, weight_ + weight_row * g_.O * tap_columns_ + first, tap_columns_,
                w.projected + first, tap_columns_, g_.O},
               count, columns, false);
@@ -358,7 +358,7 @@ class Backward {
         return brgemm(w.low_transposed, even(plan_.voxels), w.low_blended, to, tap_columns_, g_.O, tap_columns_,
                       even(count), true);
       }
-    for_each_tap_columns(g_.kernel.x, plan_.group_width, channels, [&](int64_t first, int64_t rows) {
+    for_each_tap_columns<A>(g_.kernel.x, plan_.group_width, channels, [&](int64_t first, int64_t rows) {
       gemm<A>({w.blended + first, 1, tap_columns_, w.grad_output, out_width_, to + first * out_width_, out_width_, count},
               rows, g_.O, true);
     });

@@ -43,23 +43,30 @@ void for_each_row(const Index3& size, const Visit& visit) {
     for (int64_t y = 0; y < size.y; ++y) visit(z, y);
 }
 
+// to[p] += from[p], `count` rows of `vectors` vectors.
 template <typename A, int vectors>
-void add_rows(const A* from, int64_t from_step, A* to, int64_t to_step, int64_t count) {
+void add_rows_of(const A* from, int64_t from_step, A* to, int64_t to_step, int64_t count) {
   using V = Vec<A>;
   for (int64_t p = 0; p < count; ++p, from += from_step, to += to_step)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v)
       V::store(to + v * V::kLanes, V::load(to + v * V::kLanes) + V::load(from + v * V::kLanes));
 }
 
-// to[p] += from[p], `count` rows of `width` elements, in a loop that knows how many vectors that is.
+// Of a row of a block, so that loops over one can be unrolled.
+constexpr int kMaxBlockBytes = 256;
+
+template <typename A, int... less>
+auto pick_add_rows(int64_t vectors, std::integer_sequence<int, less...>) {
+  static constexpr decltype(&add_rows_of<A, 1>) loops[] = {add_rows_of<A, less + 1>...};
+  return loops[vectors - 1];
+}
+
+// to[p] += from[p], `count` rows of `width` elements.
 template <typename A>
 void add_rows(int64_t width, const A* from, int64_t from_step, A* to, int64_t to_step, int64_t count) {
-  static_assert(kMaxGroupVectors == 3);
-  const int64_t vectors = width / Vec<A>::kLanes;
-  if (vectors == 1) return add_rows<A, 1>(from, from_step, to, to_step, count);
-  if (vectors == 2) return add_rows<A, 2>(from, from_step, to, to_step, count);
-  add_rows<A, 3>(from, from_step, to, to_step, count);
+  constexpr std::make_integer_sequence<int, kMaxBlockBytes / AUTOFOCUS_VECTOR_BYTES> widths;
+  pick_add_rows<A>(width / Vec<A>::kLanes, widths)(from, from_step, to, to_step, count);
 }
 
 template <typename T, typename A>
@@ -74,12 +81,12 @@ class Branches {
         parallel_(parallel),
         step{axis_factor(g, &Index3::z, 8), axis_factor(g, &Index3::y, 8), axis_factor(g, &Index3::x, 16)},
         lattices(g.N * volume(step)),
-        width((lattices >= 16 ? channel_group(vectors<A>(g.O)) : 1) * V::kLanes),
+        width(block_vectors() * V::kLanes),
         groups((g.O + width - 1) / width),
         tap_columns_(g.kernel.x * width),
         in_width_(padded<A>(g.C)),
         tap_rows_(g.kernel.z * g.kernel.y) {
-    constexpr int64_t kTileBytes = 20 * 1024;
+    constexpr int64_t kTileBytes = 32 * 1024;
     voxels_ = std::clamp<int64_t>(kTileBytes / sizeof(A) / (tap_columns_ + in_width_), 12, 64);
   }
 
@@ -108,7 +115,7 @@ class Branches {
                      const Produce& produce) const {
     const Scratch<A> projection = recompute ? projection_weight() : Scratch<A>(0);
     const Scratch<A> transposed = grad_input.data ? transposed_weight() : Scratch<A>(0);
-    const int64_t weight_size = num_taps(g_) * groups * width * in_width_;
+    const int64_t weight_size = num_taps(g_) * groups * width * g_.C;
     const int64_t partials = std::clamp<int64_t>((int64_t(1) << 23) / weight_size, 1, lattices);
     Scratch<A> sums(grad_weight.data ? partials * weight_size : 0);
     parallel_(partials, [&](int64_t begin, int64_t end) {
@@ -139,6 +146,14 @@ class Branches {
   }
 
  private:
+  // All channels, so that rows of tensors are read and written whole, unless there are few lattices to share out.
+  int64_t block_vectors() const {
+    const int64_t all = vectors<A>(g_.O), jobs = (16 + lattices - 1) / lattices;
+    const int64_t most = kMaxBlockBytes / AUTOFOCUS_VECTOR_BYTES;
+    const int64_t parts = std::max(jobs, (all + most - 1) / most);
+    return (all + parts - 1) / parts;
+  }
+
   const Problem& g_;
   const View<const T> input_, weight_;
   const ParallelFor parallel_;
@@ -208,23 +223,48 @@ class Branches {
                input_.c, s.count, g_.C, w.x + s.offset * in_width_, in_width_);
   }
 
-  // Calls visit(k, rows of the tile from, output row of the block, count) for every branch that links a segment of
-  // input points and a run of output points through tap `offset`; neighbours in the output are stride.x input points
-  // apart.
+  // The row of outputs of branch k that reads the segment's row of input points through a tap with this z and y; false
+  // if there is none.
+  static bool find_output_row(const Problem& g, int64_t k, const Segment& s, const Index3& offset, Index3& row) {
+    const int64_t z = s.z - g.origin.z - g.dilation[k].z * offset.z;
+    const int64_t y = s.y - g.origin.y - g.dilation[k].y * offset.y;
+    row = {z / g.stride.z, y / g.stride.y, 0};
+    return z >= 0 && y >= 0 && row.z < g.output.z && row.y < g.output.y && row.z * g.stride.z == z &&
+           row.y * g.stride.y == y;
+  }
+
+  // The rows of the tile from the first segment to the last that any output reads through a row of taps.
+  struct Part {
+    int64_t begin, end;
+  };
+  Part linked_part(const BranchBlock<A>& block, const Workspace& w, int64_t tap_row) const {
+    const Problem& g = block.lattice.problem;
+    const Index3 offset = tap_offset(g, tap_row * g.kernel.x);
+    Part part{0, 0};
+    Index3 row;
+    for (const Segment& s : w.segments)
+      for (int64_t k = 0; k < g.K; ++k)
+        if (find_output_row(g, k, s, offset, row)) {
+          if (part.end == 0) part.begin = s.offset;
+          part.end = s.offset + s.count;
+          break;
+        }
+    return part;
+  }
+
+  // Calls visit(row of the tile, output row of the block, count) for every branch that links a segment of input points
+  // and a run of output points through tap `offset`; neighbours in the output are stride.x input points apart.
   template <typename Visit>
   void for_each_link(const BranchBlock<A>& block, const Segment& s, const Index3& offset, const Visit& visit) const {
     const Problem& g = block.lattice.problem;
+    Index3 row;
     for (int64_t k = 0; k < g.K; ++k) {
-      const int64_t z = s.z - g.origin.z - g.dilation[k].z * offset.z;
-      const int64_t y = s.y - g.origin.y - g.dilation[k].y * offset.y;
-      if (z % g.stride.z != 0 || y % g.stride.y != 0) continue;
-      if (z < 0 || y < 0 || z / g.stride.z >= g.output.z || y / g.stride.y >= g.output.y) continue;
+      if (!find_output_row(g, k, s, offset, row)) continue;
       const int64_t base = g.origin.x + g.dilation[k].x * offset.x;  // input point of output point 0
       const int64_t begin = std::max<int64_t>(0, ceil_div(s.x - base, g.stride.x));
       const int64_t end = std::min(g.output.x, ceil_div(s.x + s.count - base, g.stride.x));
       if (begin >= end) continue;
-      visit(s.offset + base + g.stride.x * begin - s.x,
-            block.row(k, z / g.stride.z, y / g.stride.y) + begin * block.width, end - begin);
+      visit(s.offset + base + g.stride.x * begin - s.x, block.row(k, row.z, row.y) + begin * block.width, end - begin);
     }
   }
 
@@ -234,14 +274,19 @@ class Branches {
     std::fill(block.values, block.values + g_.K * volume(sub.output) * width, A(0));
     const TileGrid grid(sub.input, voxels_);
     for (int64_t tile = 0; tile < grid.count(); ++tile) {
-      const int64_t count = grid.at(tile, w.segments);
+      grid.at(tile, w.segments);
       pack_input(block, w);
       for (int64_t row = 0; row < tap_rows_; ++row) {
-        clear_missing(w.columns.get(), count * tap_columns_, width, block.channels);
-        for_each_tap_columns(g_.kernel.x, width, block.channels, [&](int64_t first, int64_t columns) {
-          gemm<A>({w.x, in_width_, 1, weight + (block.group * tap_rows_ + row) * g_.C * tap_columns_ + first,
-                   tap_columns_, w.columns + first, tap_columns_, g_.C},
-                  count, columns, false);
+        const Part part = linked_part(block, w, row);
+        if (part.begin == part.end) continue;
+        A* columns = w.columns + part.begin * tap_columns_;
+        const int64_t count = part.end - part.begin;
+        clear_missing(columns, count * tap_columns_, width, block.channels);
+        for_each_tap_columns<A>(g_.kernel.x, width, block.channels, [&](int64_t first, int64_t group_columns) {
+          gemm<A>({w.x + part.begin * in_width_, in_width_, 1,
+                   weight + (block.group * tap_rows_ + row) * g_.C * tap_columns_ + first, tap_columns_,
+                   columns + first, tap_columns_, g_.C},
+                  count, group_columns, false);
         });
         for (int64_t x = 0; x < g_.kernel.x; ++x) {
           const Index3 offset = tap_offset(sub, row * g_.kernel.x + x);
@@ -260,36 +305,37 @@ class Branches {
     const Problem& sub = block.lattice.problem;
     const TileGrid grid(sub.input, voxels_);
     for (int64_t tile = 0; tile < grid.count(); ++tile) {
-      const int64_t count = grid.at(tile, w.segments);
+      grid.at(tile, w.segments);
       if (grad_weight != nullptr) pack_input(block, w);
       for (int64_t row = 0; row < tap_rows_; ++row) {
-        bool any = false;
-        std::fill(w.columns.get(), w.columns + count * tap_columns_, A(0));
+        const Part part = linked_part(block, w, row);
+        if (part.begin == part.end) continue;
+        A* columns = w.columns + part.begin * tap_columns_;
+        const int64_t count = part.end - part.begin;
+        std::fill(columns, columns + count * tap_columns_, A(0));
         for (int64_t x = 0; x < g_.kernel.x; ++x) {
           const Index3 offset = tap_offset(sub, row * g_.kernel.x + x);
           for (const Segment& s : w.segments)
             for_each_link(block, s, offset, [&](int64_t at, const A* from, int64_t links) {
-              any = true;
               add_rows<A>(width, from, width, w.columns + at * tap_columns_ + x * width, sub.stride.x * tap_columns_,
                           links);
             });
         }
-        if (!any) continue;
-        const int64_t at = (block.group * tap_rows_ + row) * tap_columns_ * in_width_;
+        const int64_t tap_row = block.group * tap_rows_ + row;
         if (dx != nullptr) {
           const Segment& s = w.segments.front();  // the segments of a tile are one run of points
-          A* to = dx + ravel({s.z, s.y, s.x}, sub.input) * in_width_;
-          for_each_tap_columns(g_.kernel.x, width, block.channels, [&](int64_t first, int64_t depth) {
-            gemm<A>({w.columns + first, tap_columns_, 1, weight + at + first * in_width_, in_width_, to, in_width_,
-                     depth},
+          A* to = dx + (ravel({s.z, s.y, s.x}, sub.input) + part.begin) * in_width_;
+          for_each_tap_columns<A>(g_.kernel.x, width, block.channels, [&](int64_t first, int64_t depth) {
+            gemm<A>({columns + first, tap_columns_, 1, weight + (tap_row * tap_columns_ + first) * in_width_,
+                     in_width_, to, in_width_, depth},
                     count, g_.C, true);
           });
         }
         if (grad_weight != nullptr)
-          for_each_tap_columns(g_.kernel.x, width, block.channels, [&](int64_t first, int64_t rows) {
-            gemm<A>({w.columns + first, 1, tap_columns_, w.x, in_width_, grad_weight + at + first * in_width_, in_width_,
-                     count},
-                    rows, g_.C, true);
+          for_each_tap_columns<A>(g_.kernel.x, width, block.channels, [&](int64_t first, int64_t group_columns) {
+            gemm<A>({w.x + part.begin * in_width_, 1, in_width_, columns + first, tap_columns_,
+                     grad_weight + tap_row * g_.C * tap_columns_ + first, tap_columns_, count},
+                    g_.C, group_columns, true);
           });
       }
     }
@@ -303,10 +349,10 @@ class Branches {
         T* at_tap = to.data + j.z * to.s.z + j.y * to.s.y + j.x * to.s.x;
         for (int64_t o = 0; o < g_.O; ++o)
           for (int64_t c = 0; c < g_.C; ++c) {
-            const int64_t row = ((o / width * tap_rows_ + tap_row) * g_.kernel.x + j.x) * width + o % width;
+            const int64_t row = (o / width * tap_rows_ + tap_row) * g_.C + c;
             A total = 0;
             for (int64_t partial = 0; partial < partials; ++partial)
-              total += sums[partial * weight_size + row * in_width_ + c];
+              total += sums[partial * weight_size + (row * g_.kernel.x + j.x) * width + o % width];
             from_accumulator(total, at_tap[o * to.n + c * to.c]);
           }
       }

@@ -76,12 +76,26 @@ inline __attribute__((always_inline)) void transpose(typename Vec<A>::Native* ro
   }
 }
 
+// Elements 0, 2, 4 ... of a row of which `a` holds the first kLanes and `b` those from kLanes - 1 on.
+template <typename A, int... lane>
+inline __attribute__((always_inline)) typename Vec<A>::Native every_other(typename Vec<A>::Native a,
+                                                                          typename Vec<A>::Native b,
+                                                                          std::integer_sequence<int, lane...>) {
+  constexpr int n = Vec<A>::kLanes;
+  return __builtin_shufflevector(a, b, (2 * lane < n ? 2 * lane : 2 * lane + 1)...);
+}
+
 // One vector of elements `step` apart, of which the first `count` exist.
 template <typename T, typename A>
 inline __attribute__((always_inline)) typename Vec<A>::Native gather(const T* from, int64_t step, int64_t count) {
-  if constexpr (std::is_same_v<T, A>)
-    if (step == 1 && count == Vec<A>::kLanes) return Vec<A>::load(from);
-  A lanes[Vec<A>::kLanes] = {};
+  constexpr int64_t n = Vec<A>::kLanes;
+  if constexpr (std::is_same_v<T, A>) {
+    if (step == 1 && count == n) return Vec<A>::load(from);
+    // Every other element: two loads that end with the last one wanted.
+    if (step == 2 && count == n)
+      return every_other<A>(Vec<A>::load(from), Vec<A>::load(from + n - 1), std::make_integer_sequence<int, n>{});
+  }
+  A lanes[n] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i] = to_accumulator(from[i * step]);
   return Vec<A>::load(lanes);
 }
@@ -95,6 +109,15 @@ inline __attribute__((always_inline)) void scatter(typename Vec<A>::Native value
   for (int64_t i = 0; i < count; ++i) from_accumulator(lanes[i], to[i * step]);
 }
 
+// Copies the whole vectors of `count` neighbours, where nothing has to be converted; returns how many elements.
+template <typename From, typename To>
+inline __attribute__((always_inline)) int64_t whole_vectors(const From* from, int64_t count, To* to) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<From, To>)
+    for (; i + Vec<To>::kLanes <= count; i += Vec<To>::kLanes) Vec<To>::store(to + i, Vec<To>::load(from + i));
+  return i;
+}
+
 // `count` voxels from `from` (voxel distance x, channel distance c) to rows of `width` channels; those past `channels`
 // are zeroed, so that whole vectors can be read.
 template <typename T, typename A>
@@ -102,8 +125,9 @@ void pack_row(const T* from, int64_t x, int64_t c, int64_t count, int64_t channe
   constexpr int64_t n = Vec<A>::kLanes;
   if (c == 1) {
     for (int64_t i = 0; i < count; ++i, from += x, to += width) {
-      for (int64_t j = 0; j < channels; ++j) to[j] = to_accumulator(from[j]);
-      for (int64_t j = channels; j < width; ++j) to[j] = 0;
+      int64_t j = whole_vectors(from, channels, to);
+      for (; j < channels; ++j) to[j] = to_accumulator(from[j]);
+      for (; j < width; ++j) to[j] = 0;
     }
     return;
   }
@@ -131,8 +155,10 @@ template <typename A, typename T>
 void unpack_row(const A* from, int64_t width, int64_t count, int64_t channels, T* to, int64_t x, int64_t c) {
   constexpr int64_t n = Vec<A>::kLanes;
   if (c == 1) {
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t j = 0; j < channels; ++j) from_accumulator(from[i * width + j], to[i * x + j]);
+    for (int64_t i = 0; i < count; ++i, from += width, to += x) {
+      int64_t j = whole_vectors(from, channels, to);
+      for (; j < channels; ++j) from_accumulator(from[j], to[j]);
+    }
     return;
   }
   for (int64_t j = 0; j < channels; j += n)
