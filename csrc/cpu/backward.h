@@ -25,53 +25,62 @@ namespace AUTOFOCUS_ISA {
 
 enum Wanted { kInput = 1, kWeight = 2, kAttention = 4 };
 
-// One run of one tap and branch: see the table above. g, u and x hold `width` vectors a voxel.
+// One run of one tap: see the table above. g, u, x and dx hold `width` vectors a voxel; slot i is branch[i], which reads
+// x and dx `offset[i]` further on.
 template <typename A>
 struct TapPass {
-  const A* g;           // projected gradient of this tap
-  A* u;                 // blended input of this tap
-  int64_t tile_step;    // distance of voxels in g and u
-  const A* x[kMaxBranches];
-  A* dx[kMaxBranches];
-  const A* a[kMaxBranches];
-  A* da[kMaxBranches];  // one vector of partial sums a voxel
-  int64_t x_step, da_step;
+  const A* g;  // projected gradient of this tap
+  A* u;        // blended input of this tap
+  const A* x;
+  A* dx;
+  const A* a;
+  A* da;  // one vector of partial sums a voxel and branch
+  int64_t tile_step, x_step, a_branch, da_step;
+  int64_t offset[kMaxBranches], branch[kMaxBranches];
 };
 
 template <typename A, int N, int wanted, int width, bool add>
 void tap_pass(const TapPass<A>& t, int first, int64_t count) {
   using V = Vec<A>;
   using Native = typename V::Native;
-  for (int64_t p = 0; p < count; ++p) {
-    Native g[width], u[width];
+  // Local copies: the compiler cannot know that the stores leave the caller's struct alone.
+  const A *g = t.g, *x[N], *a[N];
+  A *u = t.u, *dx[N], *da[N];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) {
+    x[i] = t.x + t.offset[first + i];
+    dx[i] = t.dx + t.offset[first + i];
+    a[i] = t.a + t.branch[first + i] * t.a_branch;
+    da[i] = t.da + t.branch[first + i] * V::kLanes;
+  }
+  const int64_t tile_step = t.tile_step, x_step = t.x_step, da_step = t.da_step;
+  int64_t at_x = 0, at_da = 0;
+  for (int64_t p = 0; p < count; ++p, g += tile_step, u += tile_step, at_x += x_step, at_da += da_step) {
+    Native gv[width], uv[width];
 #pragma GCC unroll 4
     for (int v = 0; v < width; ++v) {
-      g[v] = V::load(t.g + p * t.tile_step + v * V::kLanes);
-      u[v] = add ? V::load(t.u + p * t.tile_step + v * V::kLanes) : Native{};
+      gv[v] = V::load(g + v * V::kLanes);
+      uv[v] = add ? V::load(u + v * V::kLanes) : Native{};
     }
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
-      const int k = first + i;
-      const Native a = V::broadcast(t.a[k][p]);
+      const Native weight = V::broadcast(a[i][p]);
       Native dot = {};
 #pragma GCC unroll 4
       for (int v = 0; v < width; ++v) {
-        const int64_t at = p * t.x_step + v * V::kLanes;
+        const int64_t at = at_x + v * V::kLanes;
         if (wanted & (kWeight | kAttention)) {
-          const Native x = V::load(t.x[k] + at);
-          if (wanted & kWeight) u[v] += a * x;
-          if (wanted & kAttention) dot += g[v] * x;
+          const Native xv = V::load(x[i] + at);
+          if (wanted & kWeight) uv[v] += weight * xv;
+          if (wanted & kAttention) dot += gv[v] * xv;
         }
-        if (wanted & kInput) V::store(t.dx[k] + at, V::load(t.dx[k] + at) + a * g[v]);
+        if (wanted & kInput) V::store(dx[i] + at, V::load(dx[i] + at) + weight * gv[v]);
       }
-      if (wanted & kAttention) {
-        A* da = t.da[k] + p * t.da_step;
-        V::store(da, V::load(da) + dot);
-      }
+      if (wanted & kAttention) V::store(da[i] + at_da, V::load(da[i] + at_da) + dot);
     }
     if (wanted & kWeight)
 #pragma GCC unroll 4
-      for (int v = 0; v < width; ++v) V::store(t.u + p * t.tile_step + v * V::kLanes, u[v]);
+      for (int v = 0; v < width; ++v) V::store(u + v * V::kLanes, uv[v]);
   }
 }
 
@@ -99,12 +108,13 @@ void tap_branches(const TapPass<A>& t, int active, int64_t count) {
 template <typename A>
 using TapFunction = void (*)(const TapPass<A>&, int, int64_t);
 
-constexpr int kMaxGroupVectors = 3;
+// More would not leave registers for both g and u of a voxel.
+constexpr int kMaxTapVectors = 4;
 
 template <typename A>
 TapFunction<A> tap_function(int wanted, int width) {
-  static constexpr TapFunction<A> table[8][kMaxGroupVectors] = {
-#define AUTOFOCUS_ROW(w) {tap_branches<A, w, 1>, tap_branches<A, w, 2>, tap_branches<A, w, 3>}
+  static constexpr TapFunction<A> table[8][kMaxTapVectors] = {
+#define AUTOFOCUS_ROW(w) {tap_branches<A, w, 1>, tap_branches<A, w, 2>, tap_branches<A, w, 3>, tap_branches<A, w, 4>}
       AUTOFOCUS_ROW(0), AUTOFOCUS_ROW(1), AUTOFOCUS_ROW(2), AUTOFOCUS_ROW(3),
       AUTOFOCUS_ROW(4), AUTOFOCUS_ROW(5), AUTOFOCUS_ROW(6), AUTOFOCUS_ROW(7),
 #undef AUTOFOCUS_ROW
@@ -112,7 +122,8 @@ TapFunction<A> tap_function(int wanted, int width) {
   return table[wanted][width - 1];
 }
 
-// Vectors of channels that one job takes, of `vectors`: two, or three where two would leave a lone one.
+// Vectors of channels that one job of branch mode takes, of `vectors`: two, or three where two would leave a lone one.
+constexpr int kMaxGroupVectors = 3;
 inline int64_t channel_group(int64_t vectors) { return vectors == 3 ? 3 : std::min<int64_t>(vectors, 2); }
 
 // Calls visit(first column, columns) for the parts of a tap row's columns that hold channels: all of them at once, or
@@ -136,13 +147,17 @@ struct BackwardPlan {
     // The x axis is cut too: smaller lattices keep x and dx of a job in the cache and give more jobs.
     step = {axis_factor(g, &Index3::z, 8), axis_factor(g, &Index3::y, 8), axis_factor(g, &Index3::x, 16)};
     lattices = g.N * volume(step);
-    // Narrow channel groups only where there are few lattices to share out.
-    group_vectors = lattices >= 16 ? channel_group(vectors<A>(g.C)) : 1;
+    // Channels are shared out evenly among groups of 128 bytes a voxel, or three vectors, or of 64 bytes where there are
+    // few lattices to share out.
+    const int64_t all = vectors<A>(g.C);
+    const int64_t few = 64 / AUTOFOCUS_VECTOR_BYTES;
+    const int64_t most = std::min<int64_t>(lattices < 16 ? few : all == 3 ? 3 : 2 * few, kMaxTapVectors);
+    group_vectors = ceil_div(all, ceil_div(all, most));
     group_width = group_vectors * Vec<A>::kLanes;
     groups = (g.C + group_width - 1) / group_width;
     constexpr int64_t kPartials = 32;
     partials = std::clamp<int64_t>(kPartials / groups, 1, lattices);
-    constexpr int64_t kTileBytes = 20 * 1024;
+    constexpr int64_t kTileBytes = (AUTOFOCUS_VECTOR_BYTES == 64 ? 20 : 36) * 1024;
     const int64_t row = 2 * g.kernel.x * group_width + padded<A>(g.O) + g.K * Vec<A>::kLanes;
     voxels = std::clamp<int64_t>(kTileBytes / sizeof(A) / row, 12, 64);
   }
@@ -306,28 +321,29 @@ class Backward {
                                plan_.group_width};
     const int64_t channels = std::min(plan_.group_width, g_.C - group * plan_.group_width);
     const TapFunction<A> pass = tap_function<A>(wanted_, int(plan_.group_vectors));
+    TapPass<A> t;
+    t.tile_step = tap_columns_;
+    t.x_step = sub.stride.x * plan_.group_width;
+    t.a_branch = voxels;
+    t.da_step = g_.K * lanes;
     const int64_t tap_rows = g_.kernel.z * g_.kernel.y;
     for (int64_t tap_row = 0; tap_row < tap_rows; ++tap_row) {
       const Index3 offset = tap_offset(sub, tap_row * g_.kernel.x);
       if (!find_tap_rows(sub, w.segments, offset, voxel_strides, w.rows)) continue;
       if (needs_projection()) project(group * tap_rows + tap_row, channels, count, w);
-      for (int64_t x = 0; x < g_.kernel.x; ++x)
-        for (size_t i = 0; i < w.segments.size(); ++i)
+      for (size_t i = 0; i < w.segments.size(); ++i)
+        for (int64_t x = 0; x < g_.kernel.x; ++x)
           for (const Run& run : runs.at(w.segments[i].part, x)) {
             const int64_t at = w.segments[i].offset + run.begin;
-            TapPass<A> t;
             t.g = w.projected + at * tap_columns_ + x * plan_.group_width;
             t.u = w.blended + at * tap_columns_ + x * plan_.group_width;
-            t.tile_step = tap_columns_;
-            t.x_step = sub.stride.x * plan_.group_width;
-            t.da_step = g_.K * lanes;
+            t.x = w.x + run.begin * t.x_step;
+            t.dx = w.dx + run.begin * t.x_step;
+            t.a = w.attention + at;
+            t.da = w.grad_attention + at * t.da_step;
             const int active = for_each_branch(run.branches & w.rows[i].inside, [&](int slot, int k) {
-              const int64_t along_x = sub.dilation[k].x * (x - g_.kernel.x / 2) + run.begin * sub.stride.x;
-              const int64_t voxel = w.rows[i].at[k] + along_x * voxel_strides.x;
-              t.x[slot] = w.x + voxel;
-              t.dx[slot] = w.dx + voxel;
-              t.a[slot] = w.attention + k * voxels + at;
-              t.da[slot] = w.grad_attention + (at * g_.K + k) * lanes;
+              t.offset[slot] = w.rows[i].at[k] + sub.dilation[k].x * (x - g_.kernel.x / 2) * plan_.group_width;
+              t.branch[slot] = k;
             });
             pass(t, active, run.count);
           }

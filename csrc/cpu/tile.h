@@ -130,8 +130,7 @@ inline bool find_tap_rows(const Problem& g, const std::vector<Segment>& segments
 template <typename Visit>
 inline int for_each_branch(BranchSet branches, const Visit& visit) {
   int count = 0;
-  for (int k = 0; branches != 0; ++k, branches >>= 1)
-    if (branches & 1) visit(count++, k);
+  for (; branches != 0; branches &= branches - 1) visit(count++, __builtin_ctzll(branches));
   return count;
 }
 
