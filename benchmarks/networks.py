@@ -30,7 +30,7 @@ from contenders import DTYPES, LAYOUTS, clock, interleave, precision
 sys.path.insert(0, str(harness.ROOT / "tests"))
 from plain_networks import BLOCKS, PlainNetwork
 
-PLAIN, RECOMPUTE, SAVE = "plain", "ours", "ours, save_branches"
+PLAIN, OURS, SAVE_NONE, SAVE_ALL = "plain", "ours", "ours, save_branches=False", "ours, save_branches=True"
 PASSES = ("inference", "training")
 COLUMNS = (
     "network", "pass", "dtype", "segment", "batch", "contender", "layout", "min_ms", "median_ms", "rounds",
@@ -69,7 +69,7 @@ def build(name: str, contender: str) -> nn.Module:
     plain = PlainNetwork(name, aspp=120 if name == "ASPP-s" else 30)
     if contender == PLAIN:
         return plain
-    network = networks.build(name, save_branches=contender == SAVE)
+    network = networks.build(name, save_branches={OURS: None, SAVE_NONE: False, SAVE_ALL: True}[contender])
     networks.load_original_state_dict(network, plain.state_dict())
     return network
 
@@ -177,7 +177,7 @@ def measure(name: str, pass_name: str, dtype: str, options: argparse.Namespace) 
     """
     device, training = options.device, pass_name == "training"
     size, batch = (options.training_size, options.batch) if training else (options.inference_size, 1)
-    names = (PLAIN, RECOMPUTE, SAVE) if training else (PLAIN, RECOMPUTE)
+    names = (PLAIN, OURS, SAVE_NONE, SAVE_ALL) if training else (PLAIN, OURS)
     rows, calls = {}, {}
     for layout in options.layouts:
         input, labels = make_input(size, batch, device, layout)

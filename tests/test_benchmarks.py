@@ -314,19 +314,19 @@ def test_networks_are_judged_before_they_are_timed(tmp_path, monkeypatch):
     assert networks.main(command) == 0
     with out.open() as file:
         rows = {row["contender"]: row for row in csv.DictReader(file)}
-    assert set(rows) == {networks.PLAIN, networks.RECOMPUTE, networks.SAVE}
+    assert set(rows) == {networks.PLAIN, networks.OURS, networks.SAVE_NONE, networks.SAVE_ALL}
     assert all(0 < float(row["error"]) < 1e-4 and float(row["min_ms"]) > 0 for row in rows.values())
-    saved = [float(rows[name]["saved_bytes"]) for name in (networks.RECOMPUTE, networks.SAVE, networks.PLAIN)]
+    saved = [float(rows[name]["saved_bytes"]) for name in (networks.SAVE_NONE, networks.SAVE_ALL, networks.PLAIN)]
     assert saved == sorted(set(saved))
 
     build = networks.build
 
     def build_wrong(name, contender):
         network = build(name, contender)
-        if contender == networks.SAVE:
+        if contender == networks.SAVE_ALL:
             network.head.weight.data[0, 0] *= 1.01
         return network
 
     monkeypatch.setattr(networks, "build", build_wrong)
-    with pytest.raises(AssertionError, match="ours, save_branches AFN-1 channels_last float32: relative error"):
+    with pytest.raises(AssertionError, match="ours, save_branches=True AFN-1 channels_last float32: relative error"):
         networks.main(command)

@@ -25,7 +25,7 @@ NAMES = tuple(PARAMETERS)
 SMALL = {"widths": (4, 6, 6, 5), "aspp": 3}
 
 
-def make_pair(name, save_branches=False, **sizes):
+def make_pair(name, save_branches=None, **sizes):
     """A network and its transcription with the same random state, nothing of it at its initial value."""
     torch.manual_seed(0)
     plain = PlainNetwork(name, **sizes).double()
@@ -123,8 +123,13 @@ def test_parity(name):
     assert_parity(network, plain, size=(32, 30, 33))
 
 
-def test_parity_with_saved_branches():
-    network, plain = make_pair("AFN-6", save_branches=True, **SMALL)
+@pytest.mark.parametrize(
+    "save_branches, layers", [(None, (False, True)), (False, (False, False)), (True, (True, True))]
+)
+def test_parity_and_which_layers_save_branches(save_branches, layers):
+    network, plain = make_pair("AFN-6", save_branches=save_branches, **SMALL)
+    for block in network.blocks:
+        assert (block.layer1.save_branches, block.layer2.save_branches) == layers
     assert_parity(network, plain, size=(32, 30, 33), steps=1)
 
 

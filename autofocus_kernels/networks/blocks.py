@@ -23,7 +23,7 @@ class Options:
     spatial_dims: int
     dilations: tuple[tuple[int, ...], ...]
     padding: str
-    save_branches: bool
+    save_branches: Optional[bool]  # None: in the second layer of each block
     backend: Optional[str]
     factory: dict  # device and dtype
 
@@ -44,10 +44,10 @@ class Options:
         conv = self.conv(*arguments, **keywords)
         return nn.Sequential(OrderedDict(conv=conv, norm=self.norm(conv.out_channels)))
 
-    def autofocus(self, in_channels: int, out_channels: int) -> nn.Module:
+    def autofocus(self, in_channels: int, out_channels: int, save_branches: bool) -> nn.Module:
         return AUTOFOCUS[self.spatial_dims](
             in_channels, out_channels, padding=self.padding, dilations=self.dilations, branch_norm=True,
-            save_branches=self.save_branches, backend=self.backend, **self.factory,
+            save_branches=save_branches, backend=self.backend, **self.factory,
         )
 
 
@@ -63,13 +63,14 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
 
-        def layer(in_channels: int, is_autofocus: bool) -> nn.Module:
-            if is_autofocus:
-                return options.autofocus(in_channels, out_channels)
+        def layer(index: int, in_channels: int) -> nn.Module:
+            if autofocus[index]:
+                save_branches = index == 1 if options.save_branches is None else options.save_branches
+                return options.autofocus(in_channels, out_channels, save_branches)
             return options.conv_norm(in_channels, out_channels, dilation=options.smallest_dilation)
 
-        self.layer1 = layer(in_channels, autofocus[0])
-        self.layer2 = layer(out_channels, autofocus[1])
+        self.layer1 = layer(0, in_channels)
+        self.layer2 = layer(1, out_channels)
         self.shortcut = nn.Identity()
         if in_channels != out_channels:
             self.shortcut = options.conv_norm(in_channels, out_channels, kernel_size=1)

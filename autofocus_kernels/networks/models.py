@@ -41,7 +41,7 @@ def build(
     widths: Optional[Sequence[int]] = None,
     dilations: Sequence[IntOrTuple] = (2, 6, 10, 14),
     padding: str = "valid",
-    save_branches: bool = False,
+    save_branches: Optional[bool] = None,
     backend: Optional[str] = None,
     device=None,
     dtype=None,
@@ -58,7 +58,10 @@ def build(
         dilations: rates of the autofocus or ASPP branches, each an int or one int per axis. The smallest is also
             that of the plain convolutions in the blocks.
         padding: "valid" as published (a 75^3 input gives 47^3 logits) or "same" (logits of the input's size).
-        save_branches, backend: see :class:`autofocus_kernels.AutofocusConv3d`.
+        save_branches: True keeps the branches of every autofocus layer for backward, False of none; None (the
+            default) of the second layer of each block, for most of the speed at less than half of the memory
+            (docs/branch_norm.md, section 3). Results are the same.
+        backend: see :class:`autofocus_kernels.AutofocusConv3d`.
 
     Raises:
         ValueError, TypeError: an argument of the wrong form; the message names it.
