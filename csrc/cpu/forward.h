@@ -98,9 +98,19 @@ void forward(const ForwardArguments<T>& args) {
   const Index3 step{axis_factor(g, &Index3::z, 8), axis_factor(g, &Index3::y, 8), 1};
   const Lattice largest = lattice_at(g, step, 0);
   const Index3 most{largest.problem.input.z + 1, largest.problem.input.y + 1, largest.problem.input.x};
-  // Rows of whole vectors of the right type are read where they are.
-  const bool direct = std::is_same_v<T, A> && args.input.c == 1 && g.C % V::kLanes == 0 && chunks.count == 1;
+  // Channels-last rows of the right type are read where they are. The last vector of a voxel reads `spill` elements more
+  // than it has, which no sum uses. Past the end of the tensor there may be none to read, so its last row is copied; the
+  // other rows end early enough if rows are `apart`.
+  const int64_t spill = chunks.begin(chunks.count - 1) + chunk_width - g.C;
+  const auto apart = [&](int64_t size, int64_t stride) { return size == 1 || stride >= spill; };
+  const bool direct = std::is_same_v<T, A> && args.input.c == 1 && apart(g.N, args.input.n) &&
+                      apart(g.input.z, args.input.s.z) && apart(g.input.y, args.input.s.y);
   Scratch<A> packed(direct ? 0 : volume(most) * in_width);
+  const bool copies_last = direct && spill > 0 && g.N * volume(g.input) > 0;
+  Scratch<A> last_row(copies_last ? g.input.x * args.input.s.x + g.C + spill : 0);
+  if (copies_last)
+    pack_row(lattice_row(args.input, g.N - 1, 0, {}, {1, 1, 1}, g.input.z - 1, g.input.y - 1, 0), args.input.s.x, 1,
+             g.input.x, g.C, last_row.get(), args.input.s.x);
 
   for (int64_t job = 0; job < g.N * volume(step); ++job) {
     const int64_t n = job / volume(step);
@@ -115,6 +125,11 @@ void forward(const ForwardArguments<T>& args) {
         source_base = lattice_row(args.input, n, 0, lattice.first_input, step, 0, 0, 0);
         source_strides = {step.z * args.input.s.z, step.y * args.input.s.y, step.x * args.input.s.x};
       }
+    const Index3 last{sub.input.z - 1, sub.input.y - 1, 0};
+    const int64_t last_at = last.z * source_strides.z + last.y * source_strides.y;
+    const bool has_last = copies_last && n == g.N - 1 &&
+                          lattice.first_input.z + step.z * last.z == g.input.z - 1 &&
+                          lattice.first_input.y + step.y * last.y == g.input.y - 1;
     const TileGrid grid(sub.output, voxels);
     const RunTable runs(sub, grid);
 
@@ -144,7 +159,10 @@ void forward(const ForwardArguments<T>& args) {
                   int active = for_each_branch(run.branches & rows[i].inside, [&](int slot, int k) {
                     const int64_t along_x = sub.dilation[k].x * offset_x + run.begin * sub.stride.x;
                     coefficient[slot] = attention + k * voxels + at;
-                    source[slot] = source_base + rows[i].at[k] + along_x * source_strides.x + chunks.begin(chunk);
+                    const Index3 q = input_position(sub, {s.z, s.y, s.x}, k, offset);
+                    const bool in_last = has_last && q.z == last.z && q.y == last.y;
+                    source[slot] = (in_last ? last_row + (rows[i].at[k] - last_at) : source_base + rows[i].at[k]) +
+                                   along_x * source_strides.x + chunks.begin(chunk);
                   });
                   if (centre && active > 0) {  // all branches read the same voxel
                     coefficient[0] = attention + g.K * voxels + at;
