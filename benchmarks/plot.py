@@ -31,6 +31,10 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _rounded(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def draw(rows: list[dict]) -> plt.Figure:
     """A row of panels per dtype: speed in each pass, then peak memory of the heaviest pass."""
     groups = harness.groups(rows)
@@ -86,7 +90,7 @@ def _bars(axis, groups: list[list[dict]], names: list[str], value, label) -> Non
 
 def _speed(axis, groups, names) -> None:
     def label(row: dict) -> str:
-        return f"{row['ratio']:.2f}x, {row['min_ms']:.3g} ms"
+        return f"{row['ratio']:.2f}x, {_rounded(row['min_ms'])} ms"
 
     _bars(axis, groups, names, lambda row: row["ratio"], label)
     axis.axvline(1, color=COLOURS[NAIVE], linewidth=0.8, linestyle=":")
@@ -98,7 +102,7 @@ def _memory(axis, groups, names) -> None:
     def value(row: dict) -> float | None:
         return None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20
 
-    _bars(axis, groups, names, value, lambda row: f"{value(row):.3g} MiB")
+    _bars(axis, groups, names, value, lambda row: f"{_rounded(value(row))} MiB")
     axis.set_xlabel("MiB beyond the layer's arguments", fontsize=8)
     axis.set_xlim(left=0)
 
