@@ -69,6 +69,14 @@ void add_rows(int64_t width, const A* from, int64_t from_step, A* to, int64_t to
   pick_add_rows<A>(width / Vec<A>::kLanes, widths)(from, from_step, to, to_step, count);
 }
 
+// Of whole vectors: 0 times anything else is no zero.
+template <typename A>
+bool all_finite(const A* values, int64_t count) {
+  typename Vec<A>::Native sum = {};
+  for (int64_t i = 0; i < count; i += Vec<A>::kLanes) sum += Vec<A>::load(values + i) * typename Vec<A>::Native{};
+  return Vec<A>::sum(sum) == 0;
+}
+
 template <typename T, typename A>
 class Branches {
   using V = Vec<A>;
@@ -115,6 +123,8 @@ class Branches {
                      const Produce& produce) const {
     const Scratch<A> projection = recompute ? projection_weight() : Scratch<A>(0);
     const Scratch<A> transposed = grad_input.data ? transposed_weight() : Scratch<A>(0);
+    const bool finite_weight =
+        !grad_input.data || all_finite<A>(transposed, groups * num_taps(g_) * width * in_width_);
     const int64_t weight_size = num_taps(g_) * groups * width * g_.C;
     const int64_t partials = std::clamp<int64_t>((int64_t(1) << 23) / weight_size, 1, lattices);
     Scratch<A> sums(grad_weight.data ? partials * weight_size : 0);
@@ -132,7 +142,8 @@ class Branches {
             if (recompute) fill(block, projection, w);
             produce(block, index);
             if (grad_input.data || grad_weight.data)
-              gather(block, transposed, grad_input.data ? dx.get() : nullptr, grad_weight.data ? sum : nullptr, w);
+              gather(block, transposed, finite_weight, grad_input.data ? dx.get() : nullptr,
+                     grad_weight.data ? sum : nullptr, w);
           }
           if (grad_input.data) for_each_row(sub.problem.input, [&](int64_t z, int64_t y) {
               unpack_row(dx + ravel({z, y, 0}, sub.problem.input) * in_width_, in_width_, sub.problem.input.x, g_.C,
@@ -169,8 +180,10 @@ class Branches {
   int64_t voxels_;
 
   struct Workspace {
-    explicit Workspace(const Branches& b) : x(b.voxels_ * b.in_width_), columns(b.voxels_ * b.tap_columns_) {}
+    explicit Workspace(const Branches& b)
+        : x(b.voxels_ * b.in_width_), columns(b.voxels_ * b.tap_columns_), linked(b.voxels_ * b.g_.kernel.x) {}
     Scratch<A> x, columns;
+    std::vector<char> linked;  // [voxel of the tile][tap x]: whether an output reads it
     std::vector<Segment> segments;
   };
 
@@ -301,22 +314,27 @@ class Branches {
   }
 
   // v_t(q) = sum_k dy_k(p), then dx += W_t^T v_t and dW_t += v_t x^T, tile by tile of input points.
-  void gather(const BranchBlock<A>& block, const A* weight, A* dx, A* grad_weight, Workspace& w) const {
+  // A voxel adds a zero for a tap that nothing reads, which must not meet NaN or Inf: where there are any, each voxel
+  // goes through its own taps only.
+  void gather(const BranchBlock<A>& block, const A* weight, bool finite_weight, A* dx, A* grad_weight,
+              Workspace& w) const {
     const Problem& sub = block.lattice.problem;
     const TileGrid grid(sub.input, voxels_);
     for (int64_t tile = 0; tile < grid.count(); ++tile) {
-      grid.at(tile, w.segments);
+      const int64_t voxels = grid.at(tile, w.segments);
       if (grad_weight != nullptr) pack_input(block, w);
+      const bool finite = finite_weight && (grad_weight == nullptr || all_finite<A>(w.x, voxels * in_width_));
       for (int64_t row = 0; row < tap_rows_; ++row) {
         const Part part = linked_part(block, w, row);
         if (part.begin == part.end) continue;
-        A* columns = w.columns + part.begin * tap_columns_;
-        const int64_t count = part.end - part.begin;
-        std::fill(columns, columns + count * tap_columns_, A(0));
+        std::fill(w.columns + part.begin * tap_columns_, w.columns + part.end * tap_columns_, A(0));
+        if (!finite) std::fill(w.linked.begin(), w.linked.end(), false);
         for (int64_t x = 0; x < g_.kernel.x; ++x) {
           const Index3 offset = tap_offset(sub, row * g_.kernel.x + x);
           for (const Segment& s : w.segments)
             for_each_link(block, s, offset, [&](int64_t at, const A* from, int64_t links) {
+              if (!finite)
+                for (int64_t p = 0; p < links; ++p) w.linked[(at + p * sub.stride.x) * g_.kernel.x + x] = true;
               add_rows<A>(width, from, width, w.columns + at * tap_columns_ + x * width, sub.stride.x * tap_columns_,
                           links);
             });
@@ -324,21 +342,35 @@ class Branches {
         const int64_t tap_row = block.group * tap_rows_ + row;
         if (dx != nullptr) {
           const Segment& s = w.segments.front();  // the segments of a tile are one run of points
-          A* to = dx + (ravel({s.z, s.y, s.x}, sub.input) + part.begin) * in_width_;
-          for_each_tap_columns<A>(g_.kernel.x, width, block.channels, [&](int64_t first, int64_t depth) {
-            gemm<A>({columns + first, tap_columns_, 1, weight + (tap_row * tap_columns_ + first) * in_width_,
-                     in_width_, to, in_width_, depth},
+          A* to = dx + ravel({s.z, s.y, s.x}, sub.input) * in_width_;
+          for_each_product(part, block, finite, w, [&](int64_t voxel, int64_t count, int64_t first, int64_t depth) {
+            gemm<A>({w.columns + voxel * tap_columns_ + first, tap_columns_, 1,
+                     weight + (tap_row * tap_columns_ + first) * in_width_, in_width_, to + voxel * in_width_, in_width_,
+                     depth},
                     count, g_.C, true);
           });
         }
         if (grad_weight != nullptr)
-          for_each_tap_columns<A>(g_.kernel.x, width, block.channels, [&](int64_t first, int64_t group_columns) {
-            gemm<A>({w.x + part.begin * in_width_, 1, in_width_, columns + first, tap_columns_,
+          for_each_product(part, block, finite, w, [&](int64_t voxel, int64_t count, int64_t first, int64_t columns) {
+            gemm<A>({w.x + voxel * in_width_, 1, in_width_, w.columns + voxel * tap_columns_ + first, tap_columns_,
                      grad_weight + tap_row * g_.C * tap_columns_ + first, tap_columns_, count},
-                    g_.C, group_columns, true);
+                    g_.C, columns, true);
           });
       }
     }
+  }
+
+  // Calls visit(first voxel, voxels, first column, columns) for the products of a row of taps.
+  template <typename Visit>
+  void for_each_product(const Part& part, const BranchBlock<A>& block, bool finite, const Workspace& w,
+                        const Visit& visit) const {
+    if (finite)
+      return for_each_tap_columns<A>(g_.kernel.x, width, block.channels, [&](int64_t first, int64_t columns) {
+        visit(part.begin, part.end - part.begin, first, columns);
+      });
+    for (int64_t voxel = part.begin; voxel < part.end; ++voxel)
+      for (int64_t x = 0; x < g_.kernel.x; ++x)
+        if (w.linked[voxel * g_.kernel.x + x]) visit(voxel, 1, x * width, block.channels);
   }
 
   void reduce_weight(const A* sums, int64_t partials, int64_t weight_size, const View<T>& to) const {
