@@ -346,29 +346,23 @@ def test_nan_reaches_no_gradient_through_a_tap_that_no_output_reads(mode):
     generator = torch.Generator().manual_seed(0)
     input, weight = torch.randn(1, 2, 33, generator=generator), torch.randn(3, 2, 3, generator=generator)
 
-    def gradients(backend, input, weight, dilations, **options):
-        a = torch.rand(1, len(dilations), reference_size(input, weight, dilations, **options), generator=generator)
+    def gradients(backend, input, weight, dilations, stride):
+        reach = min(dilations) * (weight.shape[-1] - 1)
+        size = (input.shape[-1] - reach - 1) // stride + 1
+        attention = torch.rand(1, len(dilations), size, generator=generator)
+        scale = torch.ones(len(dilations), 3) if mode == "branch" else None
         leaves = [input.clone().requires_grad_(), weight.clone().requires_grad_()]
-        if mode == "branch":
-            options["branch_scale"] = torch.ones(len(dilations), 3)
-        autofocus_conv(*leaves, a, dilations=dilations, backend=backend, **options).sum().backward()
+        output = autofocus_conv(
+            *leaves, attention, dilations=dilations, stride=stride, padding="valid", branch_scale=scale, backend=backend
+        )
+        output.sum().backward()
         return [leaf.grad.isnan() for leaf in leaves]
-
-    def reference_size(input, weight, dilations, padding, stride=1):
-        kernel = weight.shape[-1]
-        reach = min(dilations) * (kernel - 1)
-        return (input.shape[-1] + 2 * (padding if isinstance(padding, int) else 0) - reach - 1) // stride + 1
 
     weight_with_nan, input_with_nan = weight.clone(), torch.randn(1, 2, 8, generator=generator)
     weight_with_nan[0, 0, 0] = torch.nan
     input_with_nan[..., 7] = torch.nan  # the last one that a stride of two passes over
-    for arguments, options in [
-        ((input, weight_with_nan, (2, 6)), {"padding": "valid"}),
-        ((input_with_nan, weight[..., :1], (1, 2)), {"padding": 0, "stride": 2}),
-    ]:
-        for result, expected in zip(
-            gradients("cpu", *arguments, **options), gradients("reference", *arguments, **options)
-        ):
+    for arguments in [(input, weight_with_nan, (2, 6), 1), (input_with_nan, weight[..., :1], (1, 2), 2)]:
+        for result, expected in zip(gradients("cpu", *arguments), gradients("reference", *arguments)):
             assert torch.equal(result, expected)
 
 

@@ -122,12 +122,8 @@ TapFunction<A> tap_function(int wanted, int width) {
   return table[wanted][width - 1];
 }
 
-// Vectors of channels that one job of branch mode takes, of `vectors`: two, or three where two would leave a lone one.
-constexpr int kMaxGroupVectors = 3;
-inline int64_t channel_group(int64_t vectors) { return vectors == 3 ? 3 : std::min<int64_t>(vectors, 2); }
-
 // Calls visit(first column, columns) for the parts of a tap row's columns that hold channels: all of them at once, or
-// tap by tap where the last of the `width` channels do not exist.
+// tap by tap where whole vectors of the `width` hold none.
 template <typename A, typename Visit>
 void for_each_tap_columns(int64_t taps, int64_t width, int64_t channels, const Visit& visit) {
   if (gemm_columns_written<A>(channels) == width) return visit(0, taps * width);
@@ -137,7 +133,7 @@ void for_each_tap_columns(int64_t taps, int64_t width, int64_t channels, const V
 // Columns that for_each_tap_columns leaves out are read all the same: they must be zeros, not what a tile left there.
 template <typename A>
 void clear_missing(A* columns, int64_t size, int64_t width, int64_t channels) {
-  if (channels < width) std::fill(columns, columns + size, A(0));
+  if (gemm_columns_written<A>(channels) < width) std::fill(columns, columns + size, A(0));
 }
 
 // How the work is cut: by the problem alone, never by the number of threads.

@@ -159,10 +159,9 @@ class Branches {
  private:
   // All channels, so that rows of tensors are read and written whole, unless there are few lattices to share out.
   int64_t block_vectors() const {
-    const int64_t all = vectors<A>(g_.O), jobs = (16 + lattices - 1) / lattices;
-    const int64_t most = kMaxBlockBytes / AUTOFOCUS_VECTOR_BYTES;
-    const int64_t parts = std::max(jobs, (all + most - 1) / most);
-    return (all + parts - 1) / parts;
+    const int64_t all = vectors<A>(g_.O);
+    const int64_t parts = std::max(ceil_div(16, lattices), ceil_div(all, kMaxBlockBytes / AUTOFOCUS_VECTOR_BYTES));
+    return ceil_div(all, parts);
   }
 
   const Problem& g_;

@@ -107,10 +107,11 @@ void forward(const ForwardArguments<T>& args) {
                       apart(g.input.z, args.input.s.z) && apart(g.input.y, args.input.s.y);
   Scratch<A> packed(direct ? 0 : volume(most) * in_width);
   const bool copies_last = direct && spill > 0 && g.N * volume(g.input) > 0;
-  Scratch<A> last_row(copies_last ? g.input.x * args.input.s.x + g.C + spill : 0);
+  Scratch<A> last_row(copies_last ? (g.input.x - 1) * args.input.s.x + g.C + spill : 0);
   if (copies_last)
-    pack_row(lattice_row(args.input, g.N - 1, 0, {}, {1, 1, 1}, g.input.z - 1, g.input.y - 1, 0), args.input.s.x, 1,
-             g.input.x, g.C, last_row.get(), args.input.s.x);
+    for (int64_t x = 0; x < g.input.x; ++x)
+      pack_row(lattice_row(args.input, g.N - 1, 0, {}, {1, 1, 1}, g.input.z - 1, g.input.y - 1, x), 0, 1, 1, g.C,
+               last_row + x * args.input.s.x, g.C);
 
   for (int64_t job = 0; job < g.N * volume(step); ++job) {
     const int64_t n = job / volume(step);
