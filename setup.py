@@ -79,7 +79,7 @@ def cpu_library():
     check_compiler()
     return cpp_extension.CppExtension(
         "autofocus_kernels._cpu",
-        sources=["csrc/binding_cpu.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
+        sources=["csrc/binding/cpu.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
         depends=headers(),
         include_dirs=[str(CSRC)],  # absolute, since ninja runs elsewhere
         extra_compile_args={"cxx": list(FLAGS["CXX"])},
@@ -105,7 +105,7 @@ def cuda_library():
         architectures = FLAGS["gencode"](chosen)
     return cpp_extension.CUDAExtension(
         "autofocus_kernels._cuda",
-        sources=["csrc/binding_cuda.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))],
+        sources=["csrc/binding/cuda.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))],
         depends=headers(),
         include_dirs=[str(CSRC)],  # absolute, since ninja runs elsewhere
         extra_compile_args={"cxx": list(FLAGS["CXX_CUDA"]), "nvcc": FLAGS["NVCC"] + architectures},

@@ -1,4 +1,4 @@
-"""Validation of a call's tensors, written once for the public function, the reference and every backend."""
+"""Validation of a call's tensors, written once for the public functions, the reference and every backend."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .geometry import Geometry, resolve
+from .call import Call
+from .geometry import resolve
 
 
-def check_arguments(
+def check_call(
     input: Tensor,
     weight: Tensor,
     attention: Tensor,
@@ -20,62 +21,68 @@ def check_arguments(
     dilations,
     stride,
     padding,
-) -> Geometry:
-    """Checks batched arguments (input ``[N, C, *S]``) and returns the geometry they describe.
+    backend: Optional[str] = None,
+) -> Call:
+    """Checks batched arguments (input ``[N, C, *S]``) and returns the call that they make.
 
     Raises:
         TypeError: an argument is no tensor, or dtypes are not one shared floating dtype.
         ValueError: shapes, devices, layouts or numbers do not fit; the message names the argument.
     """
     check_input(input, weight)
-    optional = {"bias": bias, "branch_scale": branch_scale, "branch_shift": branch_shift}
     _check_tensor("attention", attention, input)
-    for name, tensor in optional.items():
-        if tensor is not None:
-            _check_tensor(name, tensor, input)
-    geometry = resolve(input.shape[2:], weight.shape[2:], dilations, stride, padding)
+    if bias is not None:
+        _check_tensor("bias", bias, input)
+    if branch_scale is not None:
+        _check_tensor("branch_scale", branch_scale, input)
+    if branch_shift is not None:
+        _check_tensor("branch_shift", branch_shift, input)
+    input_shape, weight_shape = input.shape, weight.shape
+    geometry = resolve(input_shape[2:], weight_shape[2:], dilations, stride, padding)
+    num_branches, out_channels = geometry.num_branches, weight_shape[0]
     _check_shape(
-        "attention", "[N, K, *S_out]", attention,
-        (input.shape[0], geometry.num_branches, *geometry.output_size),
+        "attention", "[N, K, *S_out]", attention, (input_shape[0], num_branches, *geometry.output_size)
     )
     if bias is not None:
         if branch_scale is not None or branch_shift is not None:
             raise ValueError(
                 "bias must be None when branch_scale or branch_shift is given: fold it into branch_shift"
             )
-        _check_shape("bias", "[O]", bias, (weight.shape[0],))
-    for name, tensor in (("branch_scale", branch_scale), ("branch_shift", branch_shift)):
-        if tensor is not None:
-            _check_shape(name, "[K, O]", tensor, (geometry.num_branches, weight.shape[0]))
-    return geometry
+        _check_shape("bias", "[O]", bias, (out_channels,))
+    if branch_scale is not None:
+        _check_shape("branch_scale", "[K, O]", branch_scale, (num_branches, out_channels))
+    if branch_shift is not None:
+        _check_shape("branch_shift", "[K, O]", branch_shift, (num_branches, out_channels))
+    return Call(input, weight, attention, bias, branch_scale, branch_shift, geometry, backend)
 
 
 def check_input(input: Tensor, weight: Tensor, mixed: bool = False) -> None:
     """Checks input ``[N, C, *S]`` against weight; ``mixed`` allows two dtypes, where autocast will unify them.
 
-    Raises: as :func:`check_arguments`.
+    Raises: as :func:`check_call`.
     """
     _check_tensor("input", input, input)
     _check_tensor("weight", weight, input, mixed)
-    spatial_dims = weight.dim() - 2
-    if spatial_dims not in (1, 2, 3):
+    input_shape, weight_shape = input.shape, weight.shape
+    spatial_dims = len(weight_shape) - 2
+    if not 1 <= spatial_dims <= 3:
         raise ValueError(
             "weight must be [O, C, *kernel_size] with one to three spatial axes, "
-            f"got shape {_shape(weight)}"
+            f"got shape {_sizes(weight_shape)}"
         )
-    if input.dim() != spatial_dims + 2:
+    if len(input_shape) != len(weight_shape):
         raise ValueError(
             f"input must be [N, C, *S] with {spatial_dims} spatial axes like weight (or [C, *S] without "
-            f"a batch axis), got shape {_shape(input)}"
+            f"a batch axis), got shape {_sizes(input_shape)}"
         )
-    if weight.shape[1] != input.shape[1]:
+    if weight_shape[1] != input_shape[1]:
         raise ValueError(
-            f"input must have the {weight.shape[1]} channels of weight {_shape(weight)} on axis 1 (groups are "
-            f"not supported), got shape {_shape(input)}"
+            f"input must have the {weight_shape[1]} channels of weight {_sizes(weight_shape)} on axis 1 (groups are "
+            f"not supported), got shape {_sizes(input_shape)}"
         )
-    if min(weight.shape[:2]) < 1:
+    if weight_shape[0] < 1 or weight_shape[1] < 1:
         raise ValueError(
-            f"weight must have at least one output and one input channel, got {_shape(weight)}"
+            f"weight must have at least one output and one input channel, got {_sizes(weight_shape)}"
         )
 
 
@@ -99,14 +106,8 @@ def _check_tensor(name: str, tensor: Tensor, input: Tensor, mixed: bool = False)
 
 
 def _check_shape(name: str, axes: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != tuple(expected):
-        raise ValueError(
-            f"{name} must be {axes} = {_sizes(expected)}, got shape {_shape(tensor)}"
-        )
-
-
-def _shape(tensor: Tensor) -> str:
-    return _sizes(tensor.shape)
+    if tensor.shape != expected:
+        raise ValueError(f"{name} must be {axes} = {_sizes(expected)}, got shape {_sizes(tensor.shape)}")
 
 
 def _sizes(sizes) -> str:

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import norm_ops, ops
-from .arguments import check_arguments
-from .dispatch import check_backend_name
-from .functional import _autocast, autocasts
-from .geometry import Geometry
+from .call import Call
+from .functional import prepare
 
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -53,20 +51,13 @@ def normed_autofocus_conv(
         TypeError, ValueError, RuntimeError: as :func:`autofocus_kernels.autofocus_conv`; also for ``norms`` that do
             not fit or are not all in one mode, and for a single value per channel to normalise by itself.
     """
-    check_backend_name(backend)
-    conv_bias = bias
-    if autocasts(input):
-        input, weight, attention, bias = _autocast(input.device.type, input, weight, attention, bias)
-    unbatched = (
-        isinstance(input, Tensor) and isinstance(weight, Tensor) and isinstance(attention, Tensor)
-        and input.dim() == attention.dim() == weight.dim() - 1
-    )
-    if unbatched:
-        input, attention = input.unsqueeze(0), attention.unsqueeze(0)
-    geometry = check_arguments(input, weight, attention, bias, None, None, dilations, stride, padding)
-    _check_norms(norms, geometry.num_branches, weight.shape[0])
-    apply = _by_batch_statistics if _uses_batch_statistics(norms) else _by_running_statistics
-    output = apply(geometry, input, weight, attention, conv_bias, norms, save_branches, backend)
+    call, unbatched = prepare(input, weight, attention, bias, None, None, dilations, stride, padding, backend)
+    call = call._replace(bias=None)  # where it goes the norms decide, and in their own dtype
+    _check_norms(norms, call.geometry.num_branches, call.weight.shape[0])
+    if _uses_batch_statistics(norms):
+        output = _by_batch_statistics(call, bias, norms, save_branches)
+    else:
+        output = _by_running_statistics(call, bias, norms)
     return output.squeeze(0) if unbatched else output
 
 
@@ -90,33 +81,30 @@ def _uses_batch_statistics(norms: Sequence[_BatchNorm]) -> bool:
     return modes[0]
 
 
-def _by_running_statistics(
-    geometry: Geometry, input, weight, attention, bias, norms, save_branches, backend
-) -> Tensor:
-    norm_weight, norm_bias = _affine(norms, input)
+def _by_running_statistics(call: Call, bias: Optional[Tensor], norms: Sequence[_BatchNorm]) -> Tensor:
+    norm_weight, norm_bias = _affine(norms, call.input)
     mean = torch.stack([norm.running_mean for norm in norms]).to(norm_weight.dtype)
     var = torch.stack([norm.running_var for norm in norms]).to(norm_weight.dtype)
     _, scale, shift = norm_ops.fold(norm_weight, norm_bias, mean, var, [norm.eps for norm in norms])
     if bias is not None:
         shift = torch.cat([shift[:1] + scale[:1] * bias, shift[1:]])
-    return ops.apply(
-        geometry, input, weight, attention, None, scale.to(input.dtype), shift.to(input.dtype), backend
-    )
+    dtype = call.input.dtype
+    return ops.apply(call._replace(branch_scale=scale.to(dtype), branch_shift=shift.to(dtype)))
 
 
 def _by_batch_statistics(
-    geometry: Geometry, input, weight, attention, bias, norms, save_branches, backend
+    call: Call, bias: Optional[Tensor], norms: Sequence[_BatchNorm], save_branches: bool
 ) -> Tensor:
     group = _process_group(norms)
+    attention = call.attention
     if group is None and attention[:, 0].numel() == 1:
         raise ValueError(
             "branch_norm needs more than one value per channel to normalise by batch statistics, "
-            f"got an output of shape {[attention.shape[0], weight.shape[0], *geometry.output_size]}"
+            f"got an output of shape {[attention.shape[0], call.weight.shape[0], *attention.shape[2:]]}"
         )
-    norm_weight, norm_bias = _affine(norms, input)
     output, statistics = norm_ops.apply(
-        geometry, input, weight, attention, bias, norm_weight, norm_bias,
-        eps=[norm.eps for norm in norms], save_branches=save_branches, group=group, backend=backend,
+        call, bias, *_affine(norms, call.input),
+        eps=[norm.eps for norm in norms], save_branches=save_branches, group=group,
     )
     empty = group is None and attention.numel() == 0
     _update_running_statistics(norms, None if empty else statistics, bias)

@@ -5,16 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import platform
 from functools import lru_cache
-from types import ModuleType
 from typing import Optional
 
-import torch
-from torch import Tensor
-
-from .backends import CannotRun
-from .geometry import Geometry
+from .backends.interface import Backend, CannotRun
+from .call import Call
 
 logger = logging.getLogger("autofocus_kernels")
 
@@ -24,8 +19,10 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 
-def backend_module(name: str) -> ModuleType:
-    return importlib.import_module(f"autofocus_kernels.backends.{name}")
+@lru_cache(maxsize=None)
+def backend_named(name: str) -> Backend:
+    """The backend ``name``, one of :data:`BACKENDS`, imported when it is first asked for."""
+    return importlib.import_module(f"autofocus_kernels.backends.{name}").backend
 
 
 def check_backend_name(name: Optional[str], source: str = "backend") -> None:
@@ -34,31 +31,27 @@ def check_backend_name(name: Optional[str], source: str = "backend") -> None:
         raise ValueError(f"{source} must be None or one of {', '.join(BACKENDS)}, got {name!r}")
 
 
-def run(
-    function: str, requested: Optional[str], geometry: Geometry, input: Tensor, weight: Tensor, branch_mode: bool,
-    *arguments,
-) -> None:
-    """Calls ``function(*arguments)`` of the backend for this call.
+def run(function: str, call: Call, *arguments) -> None:
+    """Calls ``function(call, *arguments)`` of the backend for this call (backends/interface.py).
 
-    ``requested``, or else the environment variable AUTOFOCUS_BACKEND, forces a backend; otherwise it is the first of
-    the device's preference list that takes the call and does not find, while it runs, that it cannot. Of a backend that
-    lacks the function, the reference's is called.
+    ``call.backend``, or else the environment variable AUTOFOCUS_BACKEND, forces a backend; otherwise it is the first
+    of the device's preference list that takes the call and does not find, while it runs, that it cannot.
 
     Raises:
         RuntimeError: a forced backend cannot run this call; the message gives its reason.
     """
-    forced = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
-    check_backend_name(forced, "backend" if requested else ENVIRONMENT_VARIABLE)
-    names = PREFERENCE.get(input.device.type, ("reference",)) if forced is None else (forced,)
+    forced = call.backend or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if forced is None:
+        names = PREFERENCE.get(call.input.device.type, ("reference",))
+    else:
+        check_backend_name(forced, "backend" if call.backend else ENVIRONMENT_VARIABLE)
+        names = (forced,)
     for name in names:
-        module = backend_module(name)
-        reason = module.can_use(geometry, input, weight, branch_mode)
+        backend = backend_named(name)
+        reason = backend.refusal(call)
         if reason is None:
-            if not hasattr(module, function):
-                log_refusal(name, f"it has no {function}; the reference computes it")
-                module = backend_module("reference")
             try:
-                return getattr(module, function)(*arguments)
+                return getattr(backend, function)(call, *arguments)
             except CannotRun as error:
                 reason = str(error)
         if forced is not None:
@@ -75,28 +68,4 @@ def log_refusal(name: str, reason: str) -> None:
 
 def available_backends() -> dict[str, Optional[str]]:
     """Backend name -> None if it can run in this process, else the reason it cannot."""
-    return {name: backend_module(name).unavailable() for name in BACKENDS}
-
-
-def show_config() -> str:
-    """Versions, devices and backends of this process, for bug reports."""
-    from . import __version__
-
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    lines = [
-        f"autofocus_kernels {__version__}",
-        f"python            {platform.python_version()} on {platform.platform()}",
-        f"torch             {torch.__version__}, {torch.get_num_threads()} CPU threads",
-        f"cpu capability    {torch.backends.cpu.get_cpu_capability()}",
-    ]
-    if torch.cuda.is_available():
-        lines += [
-            f"cuda device {i}     {torch.cuda.get_device_name(i)}"
-            for i in range(torch.cuda.device_count())
-        ]
-    lines.append(f"{ENVIRONMENT_VARIABLE} {forced if forced else 'not set'}")
-    lines += [
-        f"backend {name:<9} {'available' if reason is None else 'unavailable: ' + reason}"
-        for name, reason in available_backends().items()
-    ]
-    return "\n".join(lines)
+    return {name: backend_named(name).unavailable() for name in BACKENDS}

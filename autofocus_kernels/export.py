@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from . import ops, reference
+from . import reference
+from .call import from_operator
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
@@ -23,6 +24,5 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     return {torch.ops.autofocus.forward.default: _forward}
 
 
-def _forward(input, weight, attention, bias, branch_scale, branch_shift, *integers):
-    geometry = ops.Settings(*integers).geometry(input, weight, attention)
-    return reference.weighted_sum(geometry, input, weight, attention, bias, branch_scale, branch_shift)
+def _forward(*arguments):
+    return reference.weighted_sum(from_operator(*arguments))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .arguments import check_arguments
+from .arguments import check_call
+from .call import Call
 from .dispatch import check_backend_name
 
 
@@ -59,6 +60,30 @@ def autofocus_conv(
             and what came.
         RuntimeError: a forced backend cannot run the call; the message says why.
     """
+    call, unbatched = prepare(
+        input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, padding, backend
+    )
+    output = ops.apply(call)
+    return output.squeeze(0) if unbatched else output
+
+
+def prepare(
+    input: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Optional[Tensor],
+    branch_scale: Optional[Tensor],
+    branch_shift: Optional[Tensor],
+    dilations,
+    stride,
+    padding,
+    backend: Optional[str],
+) -> tuple[Call, bool]:
+    """What public functions do before they compute: autocast, the batch axis, every check.
+
+    Returns:
+        the call, and whether a batch axis was added that the result must lose again.
+    """
     check_backend_name(backend)
     if autocasts(input):
         input, weight, attention, bias, branch_scale, branch_shift = _autocast(
@@ -70,22 +95,20 @@ def autofocus_conv(
     )
     if unbatched:
         input, attention = input.unsqueeze(0), attention.unsqueeze(0)
-    geometry = check_arguments(
-        input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, padding
+    call = check_call(
+        input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, padding, backend
     )
-    output = ops.apply(
-        geometry, input, weight, attention, bias, branch_scale, branch_shift, backend
-    )
-    return output.squeeze(0) if unbatched else output
+    return call, unbatched
 
 
 def autocasts(input: Tensor) -> bool:
-    """Whether autocast is on for the device of ``input``; some devices (meta) know none."""
-    return (
-        isinstance(input, Tensor)
-        and torch.amp.is_autocast_available(input.device.type)
-        and torch.is_autocast_enabled(input.device.type)
-    )
+    """Whether autocast is on for the device of ``input``."""
+    if not isinstance(input, Tensor):
+        return False
+    # Asking about a device that knows no autocast is an error, and torch.amp.is_autocast_available cannot be traced
+    # by torch.compile before torch 2.13. The meta device is the one such that tensors of layers live on.
+    device_type = input.device.type
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(device_type: str, *tensors):

@@ -13,8 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from numbers import Integral
 from typing import Union
+
+import torch
 
 IntOrTuple = Union[int, Sequence[int]]
 Padding = Union[int, Sequence[int], str]
@@ -45,9 +48,31 @@ class Geometry:
     def num_taps(self) -> int:
         return math.prod(self.kernel_size)
 
+    @property
+    def integers(self) -> tuple[list[int], list[int], list[int]]:
+        """Dilations (flat, branch by branch), stride and origin: with the tensors' sizes, the whole geometry."""
+        return [r for dilation in self.dilations for r in dilation], list(self.stride), list(self.origin)
+
+    @cached_property
+    def largest(self) -> int:
+        """The largest of the integers that a kernel adds and multiplies, without its sign."""
+        return max(map(abs, (*self.integers[0], *self.stride, *self.origin, *self.output_size)))
+
+    @cached_property
+    def farthest(self) -> int:
+        """A coordinate that no read and no position of any axis lies beyond, on either side."""
+        axes = zip(self.kernel_size, zip(*self.dilations), self.stride, self.origin, self.input_size, self.output_size)
+        return max(
+            abs(origin) + max(dilations) * (kernel // 2) + max(size, stride * output)
+            for kernel, dilations, stride, origin, size, output in axes
+        )
+
+    @cached_property
     def as_3d(self) -> Geometry:
         """The same problem with leading axes of size one, the only form the compiled kernels know."""
         missing = 3 - self.spatial_dims
+        if missing == 0:
+            return self
         ones, zeros = (1,) * missing, (0,) * missing
         return Geometry(
             kernel_size=ones + self.kernel_size,
@@ -143,13 +168,37 @@ def resolve(
 ) -> Geometry:
     """The geometry of a call. ``padding`` is read, as in ``nn.ConvNd``, for the smallest dilation of each axis.
 
+    The same arguments are resolved once, then looked up: on small problems the checks would take most of the time.
+
     Raises:
         TypeError, ValueError: an argument of the wrong form, an even kernel size, ``padding="same"`` with a
             stride, or an input too small for an unpadded kernel; the message names the argument.
     """
+    if type(dilations) is list:
+        dilations = tuple(dilations)
+    arguments = (tuple(input_size), tuple(kernel_size), dilations, stride, padding)
+    if torch.compiler.is_compiling() or not all(map(_is_plain, arguments)):
+        return _resolve(*arguments)
+    return _resolve_once(*arguments)
+
+
+def _is_plain(value) -> bool:
+    """Whether ``value`` can be looked up: ints, strings and tuples of these.
+
+    Lists and symbolic sizes have no hash; True and 1.0 have that of 1, which must not make them valid.
+    """
+    kind = type(value)
+    return kind is int or kind is str or (kind is tuple and all(map(_is_plain, value)))
+
+
+def _resolve(
+    input_size: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    dilations: Sequence[IntOrTuple],
+    stride: IntOrTuple,
+    padding: Padding,
+) -> Geometry:
     spatial_dims = len(input_size)
-    input_size = tuple(input_size)
-    kernel_size = tuple(kernel_size)
     require_odd("the kernel of weight", kernel_size)
     branches = resolve_dilations(dilations, spatial_dims)
     stride = per_axis("stride", stride, spatial_dims, minimum=1)
@@ -165,3 +214,31 @@ def resolve(
         )
     output_size = tuple(-(-span // s) for span, s in zip(spans, stride))
     return Geometry(kernel_size, branches, stride, origin, input_size, output_size)
+
+
+_resolve_once = lru_cache(maxsize=4096)(_resolve)
+
+
+def from_integers(
+    dilations: tuple[int, ...],
+    stride: tuple[int, ...],
+    origin: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    input_size: tuple[int, ...],
+    output_size: tuple[int, ...],
+) -> Geometry:
+    """The geometry of an operator's arguments: the inverse of :attr:`Geometry.integers`."""
+    integers = (dilations, stride, origin, kernel_size, input_size, output_size)
+    try:
+        return _from_integers_once(*integers)
+    except TypeError:  # symbolic sizes have no hash
+        return _from_integers(*integers)
+
+
+def _from_integers(dilations, stride, origin, kernel_size, input_size, output_size) -> Geometry:
+    axes = len(stride)
+    branches = tuple(dilations[first : first + axes] for first in range(0, len(dilations), axes))
+    return Geometry(tuple(kernel_size), branches, stride, origin, tuple(input_size), tuple(output_size))
+
+
+_from_integers_once = lru_cache(maxsize=4096)(_from_integers)

@@ -5,30 +5,12 @@ The statistics have to be known before branches can be summed, and the gradient 
 the branches are held in one buffer ``[K, N, O, *S_out]`` while the forward or the backward of a layer runs. Between
 the two it is kept (``save_branches``) or freed and computed again.
 
-A backend may give these functions next to those of backends/__init__.py; for one that is absent the reference's is
-used, with one log line. Everything said there about tensors holds. ``branches[k]`` is y_k ``[N, O, *S_out]``, dense
-in the memory format of ``input`` and of its dtype. The vectors, ``[K, O]`` and contiguous, are float64 for float64
-tensors and float32 for all others.
-
-``branch_statistics(geometry, input, weight, branches, mean, var) -> None``
-    fills ``branches`` and, unless both are None, ``mean`` and ``var`` (biased) of each branch and channel over batch
-    and space. The variance must not be a difference of large sums: two passes, shifted sums or Welford.
-``branch_combine(branches, attention, scale, shift, output) -> None``
-    fills ``output = sum_k a_k (scale_k y_k + shift_k)``.
-``branch_reduce(grad_output, branches, attention, mean, scale, shift, grad_attention, grad_scale, grad_shift) -> None``
-    fills ``grad_shift = sum_p a_k G``, ``grad_scale = sum_p a_k G (y_k - mean_k)`` and, unless it is None,
-    ``grad_attention = sum_o G (scale_k y_k + shift_k)``.
-``branch_norm_backward(geometry, grad_output, input, weight, attention, branches, a_coef, b_coef, c_coef,
-grad_branches, grad_input, grad_weight) -> None``
-    fills ``grad_input`` and ``grad_weight`` (either may be None), the gradients of input and weight where that of
-    branch k is ``dy_k = a_coef_k a_k G + b_coef_k y_k + c_coef_k``. ``grad_branches`` is a buffer to hold dy_k:
-    like ``branches``, or ``branches`` itself where that may be overwritten.
+The last four functions of backends/interface.py do the work. The vectors of the norms, ``[K, O]``, are float64 for
+float64 tensors and float32 for all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
@@ -37,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, ops, reference
-from .dispatch import backend_module
-from .geometry import Geometry
+from .call import Call, from_operator
 
 _PRIMALS = "Tensor input, Tensor weight, Tensor attention"
 _AFFINE = "Tensor norm_weight, Tensor norm_bias"
@@ -57,7 +38,7 @@ torch.library.define(
 
 
 class NormSettings(NamedTuple):
-    """The arguments of the operators that are no tensors; the last four are those of ``ops.Settings``."""
+    """The arguments of the operators that are no tensors; the last four are ``Call.settings``."""
 
     eps: list[float]
     save_branches: bool
@@ -67,8 +48,8 @@ class NormSettings(NamedTuple):
     origin: list[int]
     backend: Optional[str]
 
-    def geometry(self, input: Tensor, weight: Tensor, attention: Tensor) -> Geometry:
-        return ops.Settings(*self[3:]).geometry(input, weight, attention)
+    def call(self, input: Tensor, weight: Tensor, attention: Tensor) -> Call:
+        return from_operator(input, weight, attention, None, None, None, *self[3:])
 
 
 class Statistics(NamedTuple):
@@ -80,10 +61,7 @@ class Statistics(NamedTuple):
 
 
 def apply(
-    geometry: Geometry,
-    input: Tensor,
-    weight: Tensor,
-    attention: Tensor,
+    call: Call,
     bias: Optional[Tensor],
     norm_weight: Tensor,
     norm_bias: Tensor,
@@ -91,54 +69,44 @@ def apply(
     eps: list[float],
     save_branches: bool,
     group: Optional[str],
-    backend: Optional[str],
 ) -> tuple[Tensor, Statistics]:
     """``sum_k a_k BN_k(y_k)`` ``[N, O, *S_out]`` by batch statistics, and these (not differentiable).
 
-    Takes validated arguments; ``norm_weight`` and ``norm_bias`` are ``[K, O]`` in the dtype of vectors. ``bias`` is
-    there for its gradient, which is zero: normalisation removes a constant. ``group`` names the process group
-    that shares statistics.
+    ``norm_weight`` and ``norm_bias`` are ``[K, O]`` in the dtype of vectors. ``bias`` ``[O]`` is there for its
+    gradient, which is zero: normalisation removes a constant. ``group`` names the process group that shares
+    statistics.
 
     Raises:
         RuntimeError: functorch transforms, forward-mode AD or double backward with a ``group``.
     """
-    if not torch.compiler.is_compiling() and ops._transforms_active():
+    if not torch.compiler.is_compiling() and ops.transforms_active():
         if group is not None:
             raise RuntimeError(
                 "branch_norm that shares statistics between processes supports reverse mode only, not functorch "
                 "transforms or forward-mode AD"
             )
-        return plain(geometry, input, weight, attention, bias, norm_weight, norm_bias, eps)
+        return plain(call, bias, norm_weight, norm_bias, eps)
     output, mean, var, count, _ = torch.ops.autofocus.branch_norm(
-        input, weight, attention, bias, norm_weight, norm_bias, eps, save_branches, group,
-        [r for dilation in geometry.dilations for r in dilation],
-        list(geometry.stride), list(geometry.origin), backend,
+        *call[:3], bias, norm_weight, norm_bias, eps, save_branches, group, *call.settings
     )
     return output, Statistics(mean.detach(), var.detach(), count.detach())
 
 
 def plain(
-    geometry: Geometry,
-    input: Tensor,
-    weight: Tensor,
-    attention: Tensor,
-    bias: Optional[Tensor],
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: list[float],
+    call: Call, bias: Optional[Tensor], norm_weight: Tensor, norm_bias: Tensor, eps: list[float]
 ) -> tuple[Tensor, Statistics]:
     """The definition in plain PyTorch: differentiable any number of times, every branch saved twice."""
-    output = None if bias is None else 0 * bias.view(-1, *(1,) * geometry.spatial_dims)
+    output = None if bias is None else 0 * reference.per_channel(bias, call.geometry)
     means, variances = [], []
-    over = (0, *range(2, input.dim()))
-    for k, branch in enumerate(reference.branches(geometry, input, weight)):
+    over = (0, *range(2, call.input.dim()))
+    for k, branch in enumerate(reference.branches(call)):
         normed = F.batch_norm(branch, None, None, norm_weight[k], norm_bias[k], True, eps=eps[k])
-        term = attention[:, k : k + 1] * normed
+        term = call.attention[:, k : k + 1] * normed
         output = term if output is None else output + term
         var, mean = torch.var_mean(branch.detach().to(norm_weight.dtype), over, correction=0)
         means.append(mean)
         variances.append(var)
-    count = norm_weight.new_full((), _values_per_channel(attention))
+    count = norm_weight.new_full((), _values_per_channel(call.attention))
     return output, Statistics(torch.stack(means), torch.stack(variances), count)
 
 
@@ -149,22 +117,21 @@ def _values_per_channel(attention: Tensor) -> int:
     return attention[:, 0].numel()
 
 
-def _allocate_branches(input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
+def allocate_branches(input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
+    """``[K, N, O, *S_out]``, each branch dense in the memory format of ``input``."""
     N, K, *size = attention.shape
     branches = torch.empty(
         (K * N, weight.shape[0], *size), dtype=input.dtype, device=input.device,
-        memory_format=ops._memory_format(input),
+        memory_format=ops.memory_format_of(input),
     )
     return branches.unflatten(0, (K, N))
 
 
-def _backend_function(
-    name: str, settings: NormSettings, geometry: Geometry, input: Tensor, weight: Tensor
-) -> Callable[..., None]:
-    """The function ``name`` of the backend for this call, or the reference's where that has none."""
-    if input.numel() == 0:
-        return getattr(backend_module("reference"), name)
-    return partial(dispatch.run, name, settings.backend, geometry, input, weight, True)
+def _run(function: str, call: Call, *arguments) -> None:
+    """As ``dispatch.run``; an input without elements, which other backends do not take, goes to the reference."""
+    if call.input.numel() == 0:
+        call = call._replace(backend="reference")
+    dispatch.run(function, call, *arguments)
 
 
 def fold(norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor, eps: list[float]):
@@ -176,34 +143,32 @@ def fold(norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor, eps:
 
 
 @torch.library.impl("autofocus::branch_norm", "CompositeExplicitAutograd")
-def _branch_norm(input, weight, attention, bias, norm_weight, norm_bias, *integers):
-    settings = NormSettings(*integers)
-    geometry = settings.geometry(input, weight, attention)
-    output = ops._allocate_output(input, weight, attention)
-    branches = _allocate_branches(input, weight, attention)
+def _branch_norm(input, weight, attention, bias, norm_weight, norm_bias, *settings):
+    settings = NormSettings(*settings)
+    call = settings.call(input, weight, attention)
+    output = ops.allocate_output(input, weight, attention)
+    branches = allocate_branches(input, weight, attention)
     mean, var = torch.zeros_like(norm_weight), torch.zeros_like(norm_weight)
     if output.numel() > 0:
-        fill = _backend_function("branch_statistics", settings, geometry, input, weight)
-        fill(geometry, input, weight, branches, mean, var)
+        _run("branch_statistics", call, branches, mean, var)
     statistics = Statistics(mean, var, mean.new_full((), _values_per_channel(attention)))
     if settings.group is not None:
         statistics = _across_processes(statistics, settings.group)
     if output.numel() > 0:
         _, scale, shift = fold(norm_weight, norm_bias, statistics.mean, statistics.var, settings.eps)
-        combine = _backend_function("branch_combine", settings, geometry, input, weight)
-        combine(branches, attention, scale, shift, output)
+        _run("branch_combine", call, branches, scale, shift, output)
     return output, *statistics, branches if settings.save_branches else input.new_empty(0)
 
 
 @torch.library.register_fake("autofocus::branch_norm")
-def _branch_norm_fake(input, weight, attention, bias, norm_weight, norm_bias, *integers):
-    save_branches = NormSettings(*integers).save_branches
+def _branch_norm_fake(input, weight, attention, bias, norm_weight, norm_bias, *settings):
+    save_branches = NormSettings(*settings).save_branches
     return (
-        ops._allocate_output(input, weight, attention),
+        ops.allocate_output(input, weight, attention),
         torch.empty_like(norm_weight),
         torch.empty_like(norm_weight),
         norm_weight.new_empty(()),
-        _allocate_branches(input, weight, attention) if save_branches else input.new_empty(0),
+        allocate_branches(input, weight, attention) if save_branches else input.new_empty(0),
     )
 
 
@@ -223,11 +188,11 @@ def _across_processes(local: Statistics, group: str) -> Statistics:
 
 @torch.library.impl("autofocus::branch_norm_backward", "CompositeExplicitAutograd")
 def _branch_norm_backward(
-    grad_output, input, weight, attention, norm_weight, norm_bias, mean, var, count, branches, *integers
+    grad_output, input, weight, attention, norm_weight, norm_bias, mean, var, count, branches, *settings
 ):
-    *integers, output_mask = integers
-    settings = NormSettings(*integers)
-    geometry = settings.geometry(input, weight, attention)
+    *settings, output_mask = settings
+    settings = NormSettings(*settings)
+    call = settings.call(input, weight, attention)
     primals = (input, weight, attention, norm_weight, norm_bias)
     gradients = _allocate_gradients(primals, output_mask)
     grad_input, grad_weight, grad_attention, *_ = (
@@ -240,11 +205,9 @@ def _branch_norm_backward(
     sums = norm_weight.new_zeros(2, *norm_weight.shape)
     if not empty:
         if not settings.save_branches:
-            branches = _allocate_branches(input, weight, attention)
-            fill = _backend_function("branch_statistics", settings, geometry, input, weight)
-            fill(geometry, input, weight, branches, None, None)
-        reduce = _backend_function("branch_reduce", settings, geometry, input, weight)
-        reduce(grad_output, branches, attention, mean, scale, shift, grad_attention, *sums)
+            branches = allocate_branches(input, weight, attention)
+            _run("branch_statistics", call, branches, None, None)
+        _run("branch_reduce", call, grad_output, branches, mean, scale, shift, grad_attention, *sums)
     # A process gives the parameters its own share, like nn.SyncBatchNorm: data parallelism sums the shares.
     gradients[3] = sums[0] * inv
     gradients[4] = sums[1].clone()
@@ -260,33 +223,32 @@ def _branch_norm_backward(
             b_coef = -scale * inv.square() * sums[0] / count
             c_coef = -scale * sums[1] / count - b_coef * mean
             grad_branches = torch.empty_like(branches) if settings.save_branches else branches
-            run = _backend_function("branch_norm_backward", settings, geometry, input, weight)
-            run(
-                geometry, grad_output, input, weight, attention, branches, scale, b_coef, c_coef,
-                grad_branches, grad_input, grad_weight,
+            _run(
+                "branch_norm_backward", call, grad_output, branches, scale, b_coef, c_coef, grad_branches,
+                grad_input, grad_weight,
             )
     return tuple(gradients)
 
 
 def _allocate_gradients(primals, output_mask) -> list[Tensor]:
     """As in ops.py, but those of the two vectors are always there: they cost nothing."""
-    return ops._allocate_gradients(primals, (*output_mask[:3], True, True))
+    return ops.allocate_gradients(primals, (*output_mask[:3], True, True))
 
 
 @torch.library.register_fake("autofocus::branch_norm_backward")
 def _branch_norm_backward_fake(
-    grad_output, input, weight, attention, norm_weight, norm_bias, mean, var, count, branches, *integers
+    grad_output, input, weight, attention, norm_weight, norm_bias, mean, var, count, branches, *settings
 ):
-    return tuple(_allocate_gradients((input, weight, attention, norm_weight, norm_bias), integers[-1]))
+    return tuple(_allocate_gradients((input, weight, attention, norm_weight, norm_bias), settings[-1]))
 
 
 # ------------------------------------------------------------------ autograd
 
 
 def _save(ctx, inputs, output) -> None:
-    input, weight, attention, bias, norm_weight, norm_bias, *integers = inputs
+    input, weight, attention, bias, norm_weight, norm_bias, *settings = inputs
     ctx.save_for_backward(input, weight, attention, norm_weight, norm_bias, *output[1:], bias)
-    ctx.settings = NormSettings(*integers)
+    ctx.settings = NormSettings(*settings)
     # A gradient for the saved branches would be a tensor of zeros of their size.
     ctx.set_materialize_grads(False)
 
@@ -308,9 +270,8 @@ torch.library.register_autograd("autofocus::branch_norm", _gradients, setup_cont
 
 def _save_for_double_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:6])
-    *integers, ctx.output_mask = inputs[10:]
-    ctx.settings = NormSettings(*integers)
-    ctx.geometry = ctx.settings.geometry(*inputs[1:4])
+    *settings, ctx.output_mask = inputs[10:]
+    ctx.settings = NormSettings(*settings)
     ctx.set_materialize_grads(False)
 
 
@@ -327,10 +288,7 @@ def _double_gradients(ctx, *grad_gradients):
             t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors
         ]
         grad_output, *primals = aliases
-        input, weight, attention, norm_weight, norm_bias = primals
-        output, _ = plain(
-            ctx.geometry, input, weight, attention, None, norm_weight, norm_bias, ctx.settings.eps
-        )
+        output, _ = plain(ctx.settings.call(*primals[:3]), None, *primals[3:], ctx.settings.eps)
         gradients = torch.autograd.grad(output, primals, grad_output, create_graph=True)
         pairs = [
             (gradient, grad)

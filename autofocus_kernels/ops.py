@@ -10,21 +10,23 @@ The operators take validated arguments; call :func:`autofocus_kernels.autofocus_
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from . import dispatch
-from .geometry import Geometry
+from .backends.interface import Gradients
+from .call import Call, from_operator
 
-# The six tensor arguments, in the order of the operator's schema and of its gradients.
+# The six tensor arguments, in the order of the operator's schema, of Call.tensors and of the gradients.
 INPUT, WEIGHT, ATTENTION, BIAS, SCALE, SHIFT = range(6)
 
 _TENSORS = (
     "Tensor input, Tensor weight, Tensor attention, Tensor? bias, Tensor? branch_scale, "
     "Tensor? branch_shift"
 )
+# Call.settings, to which `settings` refers below.
 _SETTINGS = "int[] dilations, int[] stride, int[] origin, str? backend"
 torch.library.define("autofocus::forward", f"({_TENSORS}, {_SETTINGS}) -> Tensor")
 torch.library.define(
@@ -34,50 +36,14 @@ torch.library.define(
 )
 
 
-class Settings(NamedTuple):
-    """The arguments of the operators that are no tensors. ``dilations`` is flat: K times one int per axis."""
-
-    dilations: list[int]
-    stride: list[int]
-    origin: list[int]
-    backend: Optional[str]
-
-    def geometry(self, input: Tensor, weight: Tensor, attention: Tensor) -> Geometry:
-        spatial_dims = len(self.stride)
-        return Geometry(
-            kernel_size=tuple(weight.shape[2:]),
-            dilations=tuple(zip(*[iter(self.dilations)] * spatial_dims)),
-            stride=tuple(self.stride),
-            origin=tuple(self.origin),
-            input_size=tuple(input.shape[2:]),
-            output_size=tuple(attention.shape[2:]),
-        )
-
-
-def apply(
-    geometry: Geometry,
-    input: Tensor,
-    weight: Tensor,
-    attention: Tensor,
-    bias: Optional[Tensor],
-    branch_scale: Optional[Tensor],
-    branch_shift: Optional[Tensor],
-    backend: Optional[str],
-) -> Tensor:
+def apply(call: Call) -> Tensor:
     """One differentiable call, through the operator or, where its autograd cannot follow, a Function."""
-    settings = Settings(
-        [r for dilation in geometry.dilations for r in dilation],
-        list(geometry.stride),
-        list(geometry.origin),
-        backend,
-    )
-    tensors = (input, weight, attention, bias, branch_scale, branch_shift)
-    if not torch.compiler.is_compiling() and _transforms_active():
-        return _Autofocus.apply(*tensors, *settings)
-    return torch.ops.autofocus.forward(*tensors, *settings)
+    if not torch.compiler.is_compiling() and transforms_active():
+        return _Autofocus.apply(*call.tensors, *call.settings)
+    return torch.ops.autofocus.forward(*call.tensors, *call.settings)
 
 
-def _transforms_active() -> bool:
+def transforms_active() -> bool:
     """functorch or forward-mode AD: the autograd registered on an operator fails under the first and gives
     silent zero tangents under the second; an autograd.Function serves both but breaks fullgraph compilation."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -86,14 +52,14 @@ def _transforms_active() -> bool:
 # ------------------------------------------------------------------ the operators: allocate, choose, run
 
 
-def _allocate_output(input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
+def allocate_output(input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
     shape = (input.shape[0], weight.shape[0], *attention.shape[2:])
     return torch.empty(
-        shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input)
+        shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input)
     )
 
 
-def _memory_format(input: Tensor) -> torch.memory_format:
+def memory_format_of(input: Tensor) -> torch.memory_format:
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
     if (
         channels_last is not None
@@ -105,32 +71,23 @@ def _memory_format(input: Tensor) -> torch.memory_format:
 
 
 @torch.library.impl("autofocus::forward", "CompositeExplicitAutograd")
-def _forward(
-    input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, origin, backend
-):
-    settings = Settings(dilations, stride, origin, backend)
-    output = _allocate_output(input, weight, attention)
+def _forward(*arguments):
+    call = from_operator(*arguments)
+    output = allocate_output(call.input, call.weight, call.attention)
     if output.numel() == 0:
         return output
-    if input.numel() == 0:
-        return output.copy_(_constant_term(attention, bias, branch_shift, output))
-    geometry = settings.geometry(input, weight, attention)
-    branch_mode = branch_scale is not None or branch_shift is not None
-    dispatch.run(
-        "forward", backend, geometry, input, weight, branch_mode,
-        geometry, input, weight, attention, bias, branch_scale, branch_shift, output,
-    )
+    if call.input.numel() == 0:
+        return output.copy_(_constant_term(call.attention, call.bias, call.branch_shift, output))
+    dispatch.run("forward", call, output)
     return output
 
 
 @torch.library.register_fake("autofocus::forward")
-def _forward_fake(
-    input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, origin, backend
-):
-    return _allocate_output(input, weight, attention)
+def _forward_fake(input, weight, attention, *_):
+    return allocate_output(input, weight, attention)
 
 
-def _allocate_gradients(primals, output_mask) -> list[Tensor]:
+def allocate_gradients(primals, output_mask) -> list[Tensor]:
     """One tensor like each wanted primal; an empty one, never read, where no gradient is wanted.
 
     Volumes and weight keep their layout; the vectors become contiguous, so that no kernel needs strides for them.
@@ -143,46 +100,35 @@ def _allocate_gradients(primals, output_mask) -> list[Tensor]:
 
 
 @torch.library.impl("autofocus::backward", "CompositeExplicitAutograd")
-def _backward(
-    grad_output, input, weight, attention, bias, branch_scale, branch_shift,
-    dilations, stride, origin, backend, output_mask,
-):
-    settings = Settings(dilations, stride, origin, backend)
-    primals = (input, weight, attention, bias, branch_scale, branch_shift)
-    gradients = _allocate_gradients(primals, output_mask)
+def _backward(grad_output, *arguments):
+    *arguments, output_mask = arguments
+    call = from_operator(*arguments)
+    gradients = allocate_gradients(call.tensors, output_mask)
     if output_mask[BIAS]:
-        gradients[BIAS].copy_(_attention_weighted_sum(attention.sum(1, keepdim=True), grad_output)[0])
+        of_sum = _attention_weighted_sum(call.attention.sum(1, keepdim=True), grad_output)
+        gradients[BIAS].copy_(of_sum[0])
     if output_mask[SHIFT]:
-        gradients[SHIFT].copy_(_attention_weighted_sum(attention, grad_output))
+        gradients[SHIFT].copy_(_attention_weighted_sum(call.attention, grad_output))
 
-    of_backend = [
-        gradients[i] if output_mask[i] else None for i in (INPUT, WEIGHT, ATTENTION, SCALE)
-    ]
+    of_backend = Gradients(*(gradients[i] if output_mask[i] else None for i in (INPUT, WEIGHT, ATTENTION, SCALE)))
     if all(gradient is None for gradient in of_backend):
         pass
-    elif input.numel() == 0 or grad_output.numel() == 0:
+    elif call.input.numel() == 0 or grad_output.numel() == 0:
         for gradient in of_backend:
             if gradient is not None:
                 gradient.zero_()
-        if output_mask[ATTENTION] and (bias is not None or branch_shift is not None):
-            gradients[ATTENTION].copy_(_constant_term_grad(grad_output, attention, bias, branch_shift))
+        if output_mask[ATTENTION] and (call.bias is not None or call.branch_shift is not None):
+            gradients[ATTENTION].copy_(
+                _constant_term_grad(grad_output, call.attention, call.bias, call.branch_shift)
+            )
     else:
-        geometry = settings.geometry(input, weight, attention)
-        branch_mode = branch_scale is not None or branch_shift is not None
-        dispatch.run(
-            "backward", backend, geometry, input, weight, branch_mode,
-            geometry, grad_output, *primals, *of_backend,
-        )
+        dispatch.run("backward", call, grad_output, of_backend)
     return tuple(gradients)
 
 
 @torch.library.register_fake("autofocus::backward")
-def _backward_fake(
-    grad_output, input, weight, attention, bias, branch_scale, branch_shift,
-    dilations, stride, origin, backend, output_mask,
-):
-    primals = (input, weight, attention, bias, branch_scale, branch_shift)
-    return tuple(_allocate_gradients(primals, output_mask))
+def _backward_fake(grad_output, *arguments):
+    return tuple(allocate_gradients(arguments[:6], arguments[-1]))
 
 
 # ------------------------------------------------------------------ terms that hold no convolution
@@ -206,7 +152,7 @@ def _constant_term_grad(grad_output, attention, bias, branch_shift) -> Tensor:
 
 def _attention_weighted_sum(attention: Tensor, grad_output: Tensor) -> Tensor:
     """``[K, O]``: ``sum_p a_k(p) G(p)``, as matrix products in the layout grad_output already has."""
-    if _memory_format(grad_output) is torch.contiguous_format:
+    if memory_format_of(grad_output) is torch.contiguous_format:
         return torch.bmm(attention.flatten(2), grad_output.flatten(2).transpose(1, 2)).sum(0)
     rows_a, rows_g = (tensor.movedim(1, -1).flatten(0, -2) for tensor in (attention, grad_output))
     return rows_a.t() @ rows_g
@@ -217,7 +163,7 @@ def _attention_weighted_sum(attention: Tensor, grad_output: Tensor) -> Tensor:
 
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:6])
-    ctx.settings = Settings(*inputs[6:])
+    ctx.settings = inputs[6:]
 
 
 def _gradients(ctx, grad_output):
@@ -244,7 +190,7 @@ def _tangent_terms(primals, tangents):
             yield slot, term
 
 
-def _tangent(primals, tangents, settings: Settings) -> Optional[Tensor]:
+def _tangent(primals, tangents, settings: tuple) -> Optional[Tensor]:
     """The directional derivative of the forward; None if every tangent is None."""
     terms = [
         torch.ops.autofocus.forward(*term, *settings) for _, term in _tangent_terms(primals, tangents)
@@ -256,12 +202,12 @@ def _tangent(primals, tangents, settings: Settings) -> Optional[Tensor]:
 
 def _save_for_double_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:7])
-    ctx.settings = Settings(*inputs[7:11])
+    ctx.settings = inputs[7:11]
     ctx.output_mask = inputs[11]
     ctx.set_materialize_grads(False)
 
 
-def _gradients_tangent(grad_output, primals, tangents, settings: Settings, mask):
+def _gradients_tangent(grad_output, primals, tangents, settings: tuple, mask):
     """The directional derivative, along ``tangents`` of the primals, of the gradients named by ``mask``.
 
     It is also, by symmetry, the gradient for the primals of ``<G, tangent(tangents)>``.

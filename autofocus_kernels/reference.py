@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import check_arguments
+from .arguments import check_call
+from .call import Call
 from .geometry import Geometry
 
 
@@ -34,37 +35,27 @@ def autofocus_conv(
     Differentiable any number of times, on every device and floating dtype, under ``torch.compile`` and
     ``torch.export``. Takes batched inputs only.
     """
-    geometry = check_arguments(
-        input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, padding
+    return weighted_sum(
+        check_call(input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, padding)
     )
-    return weighted_sum(geometry, input, weight, attention, bias, branch_scale, branch_shift)
 
 
-def weighted_sum(
-    geometry: Geometry,
-    input: Tensor,
-    weight: Tensor,
-    attention: Tensor,
-    bias: Optional[Tensor],
-    branch_scale: Optional[Tensor],
-    branch_shift: Optional[Tensor],
-) -> Tensor:
-    """``sum_k a_k (s_k y_k + h_k)`` for validated arguments; returns ``[N, O, *S_out]``."""
+def weighted_sum(call: Call) -> Tensor:
+    """``sum_k a_k (s_k y_k + h_k)`` ``[N, O, *S_out]``."""
     output = None
-    for k, branch in enumerate(branches(geometry, input, weight, bias)):
-        if branch_scale is not None:
-            branch = branch * per_channel(branch_scale[k], geometry)
-        if branch_shift is not None:
-            branch = branch + per_channel(branch_shift[k], geometry)
-        gate = attention[:, k : k + 1]
+    for k, branch in enumerate(branches(call)):
+        if call.branch_scale is not None:
+            branch = branch * per_channel(call.branch_scale[k], call.geometry)
+        if call.branch_shift is not None:
+            branch = branch + per_channel(call.branch_shift[k], call.geometry)
+        gate = call.attention[:, k : k + 1]
         output = gate * branch if output is None else output.addcmul(gate, branch)
     return output
 
 
-def branches(
-    geometry: Geometry, input: Tensor, weight: Tensor, bias: Optional[Tensor] = None
-) -> Iterator[Tensor]:
-    """The branches ``y_k`` (plus ``bias``), each ``[N, O, *S_out]``, one plain dilated convolution after another."""
+def branches(call: Call) -> Iterator[Tensor]:
+    """The branches ``y_k`` plus bias, each ``[N, O, *S_out]``, one plain dilated convolution after another."""
+    input, weight, bias, geometry = call.input, call.weight, call.bias, call.geometry
     if input.numel() == 0:
         # F.conv refuses empty axes. The products keep both arguments in the autograd graph.
         shape = (input.shape[0], weight.shape[0], *geometry.output_size)
@@ -85,10 +76,10 @@ def branches(
 
 
 def branch_gradients(
-    geometry: Geometry, k: int, grad_branch: Tensor, input: Tensor, weight: Tensor,
-    needs_input: bool, needs_weight: bool,
+    call: Call, k: int, grad_branch: Tensor, needs_input: bool, needs_weight: bool
 ) -> tuple[Optional[Tensor], Optional[Tensor]]:
     """The gradients of branch ``k`` for input and weight, where autograd does not record."""
+    input, weight, geometry = call.input, call.weight, call.geometry
     flat = geometry.spatial_dims == 1
     if flat:
         grad_branch, input, weight = (t.unsqueeze(2) for t in (grad_branch, input, weight))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .call import Call
 from .functional import autofocus_conv
 from .geometry import Geometry, per_axis, resolve
 
@@ -230,6 +231,11 @@ def _lay_out(tensor: Tensor, case: Case) -> Tensor:
 
 
 # ------------------------------------------------------------------ running and comparing
+
+
+def call_of(case: Case, tensors: Tensors) -> Call:
+    """What a backend is handed for these arguments."""
+    return Call(*tensors[:6], case.geometry, None)
 
 
 def evaluate(function: Callable[..., Tensor], case: Case, tensors: Tensors) -> dict[str, Tensor]:

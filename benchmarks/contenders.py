@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autofocus_kernels import autofocus_conv, reference, testing
-from autofocus_kernels.dispatch import PREFERENCE, backend_module
+from autofocus_kernels.dispatch import PREFERENCE, backend_named
 from autofocus_kernels.testing import Case, Tensors
 
 # "tf32" is float32 tensors with the matrix units' 19-bit products allowed to everybody; "float32" forbids them.
@@ -46,7 +46,7 @@ class Contender(NamedTuple):
 def backends_of(device: str) -> dict[str, str | None]:
     """Backend -> None or why it cannot run, for those meant for ``device``; the reference is the naive layer."""
     names = [name for name in PREFERENCE[device] if name != "reference"]
-    return {name: backend_module(name).unavailable() for name in names}
+    return {name: backend_named(name).unavailable() for name in names}
 
 
 def contenders(backends: list[str], compiled: bool) -> list[Contender]:

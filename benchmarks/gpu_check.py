@@ -136,7 +136,7 @@ def build(session: Session, limits: dict, device: str) -> None:
 def backends(device: str) -> list[str]:
     """Those of ``device`` that run, asked of a new process: a library may have been built since this one began."""
     code = (
-        "import sys; from autofocus_kernels.dispatch import PREFERENCE, backend_module as module\n"
+        "import sys; from autofocus_kernels.dispatch import PREFERENCE, backend_named as module\n"
         "print(*[n for n in PREFERENCE[sys.argv[1]] if n != 'reference' and module(n).unavailable() is None])"
     )
     command = [sys.executable, "-c", code, device]

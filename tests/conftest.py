@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from autofocus_kernels.dispatch import backend_module
+from autofocus_kernels.dispatch import backend_named
 
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 settings.load_profile("tests")
@@ -25,7 +25,7 @@ def one_thread():
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request):
     """Each backend that runs on CPU tensors. tests/test_environment.py sees to it that none is missing unnoticed."""
-    reason = backend_module(request.param).unavailable()
+    reason = backend_named(request.param).unavailable()
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
     return request.param

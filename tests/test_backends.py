@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autofocus_kernels import autofocus_conv, reference, testing
-from autofocus_kernels.dispatch import backend_module
+from autofocus_kernels.backends.interface import Gradients
+from autofocus_kernels.dispatch import backend_named
 from autofocus_kernels.testing import Case
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -242,15 +243,15 @@ def test_each_subset_of_gradients_equals_the_full_ones(backend, mode):
 def test_the_kernel_is_asked_for_wanted_gradients_only(backend, mode, monkeypatch):
     case = Case("asked", (6, 7), mode=mode, dilations=(1, 2))
     tensors = testing.make_tensors(case)
-    module = backend_module(backend)
-    kernel, asked = module.backward, []
+    spied, asked = backend_named(backend), []
+    kernel = spied.backward
 
-    def spy(*arguments):
-        asked.append([gradient is not None for gradient in arguments[-4:]])
-        kernel(*arguments)
+    def spy(call, grad_output, gradients):
+        asked.append([gradient is not None for gradient in gradients])
+        kernel(call, grad_output, gradients)
 
-    monkeypatch.setattr(module, "backward", spy)
-    of_kernel = ("input", "weight", "attention", "branch_scale")
+    monkeypatch.setattr(spied, "backward", spy)
+    of_kernel = Gradients._fields
     for wanted in tensors.arguments():
         asked.clear()
         arguments = {

@@ -1,10 +1,7 @@
 """Batch-normalised branches against the layer written out: a convolution and an ``nn.BatchNormNd`` per branch."""
 
 import copy
-import logging
-import sys
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from torch.library import opcheck
 
 from autofocus_kernels import AutofocusConv2d, AutofocusConv3d, norm_ops, testing
 from autofocus_kernels.branch_norm import normed_autofocus_conv
+from autofocus_kernels.call import Call
 from autofocus_kernels.testing import Case, relative_error
 
 CASES = (
@@ -421,24 +419,6 @@ def test_errors_say_what_is_needed(backend):
         layer(input)
 
 
-def test_a_backend_without_the_functions_falls_back_and_says_so(monkeypatch, caplog):
-    from autofocus_kernels import dispatch
-
-    bare = SimpleNamespace(can_use=lambda *_: None)
-    monkeypatch.setitem(sys.modules, "autofocus_kernels.backends.bare", bare)
-    monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("bare", "reference"))
-    dispatch.log_refusal.cache_clear()
-    layer = make_layer()
-    input = torch.randn(2, 3, 6, 7, dtype=torch.float64)
-    with caplog.at_level(logging.WARNING):
-        assert relative_error(layer(input), plain_layer(layer, input)) < 1e-12
-        layer(input)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"backend 'bare' is not used: it has no {name}; the reference computes it"
-        for name in ("branch_statistics", "branch_combine")
-    ]
-
-
 # ------------------------------------------------------------------ derivatives of every kind
 
 
@@ -490,8 +470,8 @@ def test_gradgradcheck(backend):
 
     def function(input, weight, attention, norm_weight, norm_bias):
         output, _ = norm_ops.apply(
-            case.geometry, input, weight, attention, None, norm_weight, norm_bias,
-            eps=[0.1, 0.2], save_branches=False, group=None, backend=backend,
+            Call(input, weight, attention, None, None, None, case.geometry, backend), None, norm_weight, norm_bias,
+            eps=[0.1, 0.2], save_branches=False, group=None,
         )
         return output
 
@@ -528,10 +508,8 @@ def test_functorch_and_forward_mode(backend, training):
 def operator_arguments(case, save_branches, backend):
     tensors = testing.make_tensors(case, torch.float64, requires_grad=True)
     vectors = [torch.randn(case.num_branches, case.out_channels, dtype=torch.float64) for _ in range(2)]
-    geometry = case.geometry
     return tensors, [v.requires_grad_() for v in vectors], (
-        [1e-5] * case.num_branches, save_branches, None, [r for d in geometry.dilations for r in d],
-        list(geometry.stride), list(geometry.origin), backend,
+        [1e-5] * case.num_branches, save_branches, None, *case.geometry.integers, backend,
     )
 
 

@@ -37,10 +37,7 @@ def fresh_compiler():
 
 
 def operator_arguments(case, backend, requires_grad):
-    tensors = testing.make_tensors(case, requires_grad=requires_grad)
-    geometry = case.geometry
-    settings = ([r for d in geometry.dilations for r in d], list(geometry.stride), list(geometry.origin), backend)
-    return tensors, settings
+    return testing.make_tensors(case, requires_grad=requires_grad), (*case.geometry.integers, backend)
 
 
 @each_case

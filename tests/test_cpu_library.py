@@ -12,11 +12,11 @@ import torch
 from torch.library import opcheck
 
 from autofocus_kernels import autofocus_conv, testing
-from autofocus_kernels.backends import cpu
+from autofocus_kernels.backends import native
 from autofocus_kernels.testing import Case
 
 pytestmark = pytest.mark.skipif(
-    cpu.unavailable() is not None, reason=f"the cpu backend is unavailable: {cpu.unavailable()}"
+    native.unavailable("cpu") is not None, reason=f"the cpu library is unavailable: {native.unavailable('cpu')}"
 )
 
 def forward_arguments(mode="plain"):
@@ -174,9 +174,9 @@ import os
 import sys
 import torch
 from autofocus_kernels import testing
-from autofocus_kernels.backends import cpu
+from autofocus_kernels.backends import native
 
-assert cpu.unavailable() is None
+assert native.unavailable("cpu") is None
 torch.set_num_threads(1)
 if "LD_PRELOAD" in os.environ:
     assert torch.empty(16).isnan().all(), "memory is not guarded"

@@ -1,6 +1,6 @@
 """The CUDA kernels, executed on the CPU.
 
-csrc/cuda and csrc/binding_cuda.cpp are compiled for the host against tests/cuda_host, which runs the threads of a block as
+csrc/cuda and csrc/binding/cuda.cpp are compiled for the host against tests/cuda_host, which runs the threads of a block as
 fibers and emulates barriers, asynchronous copies and the tensor cores' instructions. So the operators
 ``torch.ops.autofocus_cuda`` here take CPU tensors, and every line of index arithmetic, packing, staging and summation is the
 one a GPU gets. Not tested here: what the emulation replaces (csrc/cuda/device.h), speed, and real memory ordering;
@@ -23,11 +23,14 @@ import pytest
 import test_branch_norm as layers
 import torch
 
-from autofocus_kernels import reference, testing
-from autofocus_kernels.backends import cuda, native
-from autofocus_kernels.backends import reference as definition
-from autofocus_kernels.geometry import resolve
-from autofocus_kernels.testing import CASES, Case, evaluate, make_tensors
+from autofocus_kernels import autofocus_conv, dispatch, reference, testing
+from autofocus_kernels.backends import native
+from autofocus_kernels.backends.cuda import PASSES
+from autofocus_kernels.backends.cuda import backend as cuda
+from autofocus_kernels.backends.interface import Gradients
+from autofocus_kernels.backends.reference import backend as definition
+from autofocus_kernels.call import Call
+from autofocus_kernels.testing import CASES, Case, call_of, evaluate, make_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATION = ROOT / "tests" / "cuda_host"
@@ -46,7 +49,7 @@ def compile_emulation(folder: Path) -> Path:
         FLAGS["STABLE_ABI"], "-DUSE_CUDA", "-DAUTOFOCUS_CUDA_DISPATCH_KEY=CPU",
         f"-I{ROOT / 'csrc'}", f"-I{EMULATION}", f"-isystem{torch_folder / 'include'}",
     ]
-    sources = [*(ROOT / "csrc" / "cuda").glob("*.cu"), ROOT / "csrc" / "binding_cuda.cpp", *EMULATION.glob("*.cpp")]
+    sources = [*(ROOT / "csrc" / "cuda").glob("*.cu"), ROOT / "csrc" / "binding" / "cuda.cpp", *EMULATION.glob("*.cpp")]
     objects = [folder / f"{source.stem}.o" for source in sources]
 
     def run(command):
@@ -79,7 +82,9 @@ def library(tmp_path_factory):
 @pytest.fixture
 def device(library, monkeypatch):
     """Configures the emulated GPU; the cuda backend then takes CPU tensors."""
-    monkeypatch.setattr(cuda, "can_use", lambda *call: None)
+    monkeypatch.setattr(cuda, "device_type", "cpu")
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
     def configure(gpu=H100, late_copies=True, order=0, multiprocessors=3):
         library.autofocus_emulation_configure(multiprocessors, *gpu, int(late_copies), order)
@@ -91,15 +96,18 @@ def device(library, monkeypatch):
 
 @pytest.fixture
 def simple_tier(device, monkeypatch):
-    for name in ("forward", "backward", "branch_statistics", "branch_norm_backward"):
-        function = getattr(cuda, name)
-        monkeypatch.setattr(cuda, name, lambda *call, function=function: function(*call, fast=False))
+    monkeypatch.setenv("AUTOFOCUS_CUDA_TIER", "simple")
+
+
+@pytest.fixture(params=["simple", "fast"])
+def tier(device, request, monkeypatch):
+    monkeypatch.setenv("AUTOFOCUS_CUDA_TIER", request.param)
 
 
 def refusals(case, dtype=torch.float16):
     """Pass -> why the fast tier does not take it."""
-    tensors = make_tensors(case, dtype)
-    return {name: cuda.fast_refusal(name, case.geometry, tensors.input, tensors.weight) for name in cuda.PASSES}
+    call = call_of(case, make_tensors(case, dtype))
+    return {name: cuda.fast_refusal(name, call) for name in PASSES}
 
 
 # ------------------------------------------------------------------ the emulation itself
@@ -242,7 +250,7 @@ FAST_CASES = tuple(
 
 @pytest.mark.parametrize("case", FAST_CASES, ids=str)
 def test_fast_tier(device, case):
-    assert refusals(case) == dict.fromkeys(cuda.PASSES)
+    assert refusals(case) == dict.fromkeys(PASSES)
     for dtype in HALVES[:1] if case.name in SLOW else HALVES:
         testing.check("cuda", case, dtype)
 
@@ -268,7 +276,7 @@ def test_schedule_changes_no_bit(device, gpu, case):
     first = None
     for late, order in SCHEDULES:
         device(gpu, late, order)
-        results = evaluate(lambda **call: testing.autofocus_conv(**call, backend="cuda"), case, tensors)
+        results = evaluate(lambda **call: autofocus_conv(**call, backend="cuda"), case, tensors)
         first = first or results
         assert all(torch.equal(results[name], first[name]) for name in first), (late, order)
     testing.judge(first, case, tensors)
@@ -280,7 +288,7 @@ def test_number_of_multiprocessors_changes_only_how_sums_split(device, mode):
     tensors = make_tensors(case, torch.float16)
     for multiprocessors, order in ((1, 0), (2, 1), (200, 2)):
         device(multiprocessors=multiprocessors, order=order)
-        results = evaluate(lambda **call: testing.autofocus_conv(**call, backend="cuda"), case, tensors)
+        results = evaluate(lambda **call: autofocus_conv(**call, backend="cuda"), case, tensors)
         testing.judge(results, case, tensors, label=str(multiprocessors))
 
 
@@ -290,13 +298,12 @@ def test_nan_stays_where_it_is_read(device):
     tensors.input[0, 1, 4, 5, 6] = torch.nan
     arguments = tensors.arguments()
     expected = reference.autofocus_conv(**arguments, **case.options).isnan()
-    output = testing.autofocus_conv(**arguments, **case.options, backend="cuda")
+    output = autofocus_conv(**arguments, **case.options, backend="cuda")
     assert 0 < expected.sum() < expected.numel()
     assert torch.equal(output.isnan(), expected)
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["simple", "fast"])
-def test_offsets_beyond_32_bits(device, fast):
+def test_offsets_beyond_32_bits(tier):
     """Two samples more than 2^31 elements apart, in memory of which only the pages in use exist."""
     case = Case("far_apart", (4, 5, 6), channels=3, out_channels=2, batch=2, dilations=(1, 2))
     tensors = make_tensors(case, torch.float16)
@@ -308,9 +315,9 @@ def test_offsets_beyond_32_bits(device, fast):
         return stretched.copy_(tensor)
 
     output, expected = stretch(tensors.grad_output), torch.empty_like(tensors.grad_output)
-    arguments = tensors.weight, tensors.attention, tensors.bias, None, None
-    cuda.forward(case.geometry, stretch(tensors.input), *arguments, output, fast=fast)
-    cuda.forward(case.geometry, tensors.input, *arguments, expected, fast=fast)
+    call = call_of(case, tensors)
+    cuda.forward(call._replace(input=stretch(tensors.input)), output)
+    cuda.forward(call, expected)
     assert torch.equal(output, expected)
 
 
@@ -321,7 +328,7 @@ def test_offsets_beyond_32_bits(device, fast):
 def no_reference(monkeypatch):
     """The reference computes no part of a layer with batch-normalised branches."""
     for name in ("branch_statistics", "branch_combine", "branch_reduce", "branch_norm_backward"):
-        monkeypatch.delattr(definition, name)
+        monkeypatch.setattr(definition, name, None)
 
 
 NORM_CASES = tuple(
@@ -374,7 +381,7 @@ def test_training_step_with_branch_norm_of_the_simple_tier(simple_tier, no_refer
 
 
 def branch_tensors(dtype, K=3, N=2, O=11, size=(3, 19, 13), channels_last=False, seed=0):
-    """Values for the functions of norm_ops.py: branches, gate and gradient of awkward strides, vectors by name."""
+    """Values for the functions of existing branches: these, gate and gradient of awkward strides, vectors by name."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, dtype=dtype):
@@ -397,6 +404,25 @@ def assert_rounded_once(result, exact):
         assert (result == exact.to(result.dtype)).double().mean() > 0.97
 
 
+def call_with(attention, case=Case("attention_only", (3, 19, 13)), **tensors):
+    """A call of which only the attention (and what is named) is read."""
+    return call_of(case, make_tensors(case))._replace(attention=attention, bias=None, **tensors)
+
+
+def moments(values):
+    """Mean and variance of existing branches: those of a kernel of one voxel, whose weight lets channels pass."""
+    K, N, O, *size = values.shape
+    case = Case("moments", tuple(size), O, O, batch=N, kernel_size=1, dilations=(1,) * K, bias=False)
+    weight = torch.eye(O, dtype=values.dtype).view(O, O, 1, 1, 1)
+    assert K == 1
+    call = Call(values[0], weight, None, None, None, None, case.geometry, None)
+    mean, var = (torch.full((K, O), torch.nan, dtype=values.dtype) for _ in range(2))
+    branches = torch.full_like(values, torch.nan)
+    cuda.branch_statistics(call, branches, mean, var)
+    assert torch.equal(branches, values)
+    return mean, var
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
 def test_functions_of_branches(device, dtype, channels_last):
@@ -405,40 +431,50 @@ def test_functions_of_branches(device, dtype, channels_last):
     exact = [tensor.double() for tensor in (branches, attention, grad_output)]
     wide = {name: vector.double() for name, vector in vectors.items()}
     limit = 1e-13 if dtype == torch.float64 else 2e-6
+    call, exact_call = call_with(attention), call_with(exact[1])
 
     for multiprocessors in (1, 20):
         device(multiprocessors=multiprocessors)
-        mean, var = (torch.full_like(vectors["mean"], torch.nan) for _ in range(2))
-        torch.ops.autofocus_cuda.branch_moments(branches, mean, var)
-        expected = torch.var_mean(exact[0], (1, 3, 4, 5), correction=0)
-        assert testing.relative_error(var, expected[0]) < limit
-        assert testing.relative_error(mean, expected[1]) < limit
-
-        sums = torch.full((2, *mean.shape), torch.nan, dtype=mean.dtype)
+        sums = torch.full((2, *vectors["mean"].shape), torch.nan, dtype=vectors["mean"].dtype)
         grad_attention = torch.full_like(attention.contiguous(), torch.nan)
-        call = [vectors["mean"], vectors["scale"], vectors["shift"]]
-        cuda.branch_reduce(grad_output, branches, attention, *call, grad_attention, *sums)
+        given = [vectors["mean"], vectors["scale"], vectors["shift"]]
+        cuda.branch_reduce(call, grad_output, branches, *given, grad_attention, *sums)
         expected = torch.empty_like(sums, dtype=torch.float64), torch.empty_like(exact[1].contiguous())
         definition.branch_reduce(
-            exact[2], exact[0], exact[1], wide["mean"], wide["scale"], wide["shift"], expected[1], *expected[0]
+            exact_call, exact[2], exact[0], wide["mean"], wide["scale"], wide["shift"], expected[1], *expected[0]
         )
         assert testing.relative_error(sums, expected[0]) < limit
         alone = torch.full_like(sums, torch.nan)
-        cuda.branch_reduce(grad_output, branches, attention, *call, None, *alone)
+        cuda.branch_reduce(call, grad_output, branches, *given, None, *alone)
         assert torch.equal(alone, sums)
         assert_rounded_once(grad_attention, expected[1])
 
     output = torch.full_like(grad_output, torch.nan)
-    cuda.branch_combine(branches, attention, vectors["scale"], vectors["shift"], output)
+    cuda.branch_combine(call, branches, vectors["scale"], vectors["shift"], output)
     expected = torch.empty_like(exact[2])
-    definition.branch_combine(exact[0], exact[1], wide["scale"], wide["shift"], expected)
+    definition.branch_combine(exact_call, exact[0], wide["scale"], wide["shift"], expected)
     assert_rounded_once(output, expected)
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 20])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
+def test_statistics_are_those_of_the_branches(device, dtype, multiprocessors):
+    device(multiprocessors=multiprocessors)
+    case = Case("statistics", (5, 11, 13), channels=4, out_channels=11, batch=2, dilations=(1, 2, 3))
+    tensors = make_tensors(case, dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, var = (torch.full((3, 11), torch.nan, dtype=wide) for _ in range(2))
+    branches = tensors.grad_output.new_full((3, *tensors.grad_output.shape), torch.nan)
+    cuda.branch_statistics(call_of(case, tensors)._replace(bias=None), branches, mean, var)
+    expected = torch.var_mean(branches.double(), (1, 3, 4, 5), correction=0)
+    limit = 1e-13 if dtype == torch.float64 else 2e-6
+    assert testing.relative_error(var, expected[0]) < limit
+    assert testing.relative_error(mean, expected[1]) < limit
+
+
 @pytest.mark.parametrize("in_place", [False, True], ids=["into_a_buffer", "in_place"])
-@pytest.mark.parametrize("fast", [False, True], ids=["simple", "fast"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_gradients_of_branches_are_rounded_once(device, dtype, fast, in_place):
+def test_gradients_of_branches_are_rounded_once(tier, dtype, in_place):
     """Branches are added up in float32: from the buffer's dy_k on, input and weight have one rounding."""
     case = Case("rounding", (5, 6, 9), channels=9, out_channels=11, dilations=(1, 2, 3), batch=2)
     tensors = make_tensors(case, dtype)
@@ -446,18 +482,17 @@ def test_gradients_of_branches_are_rounded_once(device, dtype, fast, in_place):
     coefficients = [vectors[name] for name in ("scale", "b_coef", "shift")]
     grad_branches = branches.clone() if in_place else torch.full_like(branches, torch.nan)
     grad_input, grad_weight = torch.full_like(tensors.input, torch.nan), torch.full_like(tensors.weight, torch.nan)
-    call = (case.geometry, grad_output, tensors.input, tensors.weight, attention)
+    call = call_of(case, tensors)._replace(attention=attention, bias=None)
     held = grad_branches if in_place else branches
-    cuda.branch_norm_backward(*call, held, *coefficients, grad_branches, grad_input, grad_weight, fast=fast)
+    cuda.branch_norm_backward(call, grad_output, held, *coefficients, grad_branches, grad_input, grad_weight)
 
     a, b, c = (coefficient.double()[:, None, :, None, None, None] for coefficient in coefficients)
     gated = attention.double().transpose(0, 1).unsqueeze(2) * grad_output.double()
     assert_rounded_once(grad_branches, a * gated + b * branches.double() + c)
     expected = [torch.zeros_like(tensors.input).double(), torch.zeros_like(tensors.weight).double()]
+    exact = call._replace(input=tensors.input.double(), weight=tensors.weight.double())
     for k, branch in enumerate(grad_branches.double()):
-        gradients = reference.branch_gradients(
-            case.geometry, k, branch, tensors.input.double(), tensors.weight.double(), True, True
-        )
+        gradients = reference.branch_gradients(exact, k, branch, True, True)
         expected = [total + gradient for total, gradient in zip(expected, gradients)]
     assert_rounded_once(grad_input, expected[0])
     assert_rounded_once(grad_weight, expected[1])
@@ -475,8 +510,7 @@ def test_variance_of_branches_far_from_zero(device, dtype):
     with_beginning[..., :1300] -= 900
     constant = torch.linspace(1000, 1001, 11, dtype=dtype).view(11, 1, 1, 1).expand_as(around)
     for values in (around, with_border, with_beginning, constant):
-        mean, var = torch.empty(2, 1, values.shape[2], dtype=dtype)
-        torch.ops.autofocus_cuda.branch_moments(values, mean, var)
+        mean, var = moments(values)
         around_1000 = values.double() - 1000
         offset = around_1000.mean((1, 3, 4, 5), keepdim=True)  # torch.var_mean would be off by 200 roundings
         expected = (around_1000 - offset).square().mean((1, 3, 4, 5))
@@ -491,9 +525,10 @@ def test_branches_are_rounded_once(device, dilations):
     tensors = make_tensors(case, torch.float16)
     assert (refusals(case)["forward"] is None) == (dilations == (1, 2, 6))
     branches = tensors.grad_output.new_full((len(dilations), *tensors.grad_output.shape), torch.nan)
-    cuda.branch_statistics(case.geometry, tensors.input, tensors.weight, branches, None, None)
-    exact = reference.branches(case.geometry, tensors.input.double(), tensors.weight.double())
-    for branch, expected in zip(branches, exact):
+    call = call_of(case, tensors)._replace(bias=None)
+    cuda.branch_statistics(call, branches, None, None)
+    exact = call._replace(input=tensors.input.double(), weight=tensors.weight.double())
+    for branch, expected in zip(branches, reference.branches(exact)):
         assert_rounded_once(branch, expected)
 
 
@@ -515,7 +550,7 @@ def test_offsets_beyond_32_bits_between_branches(device):
     results = []
     for held in (apart, branches):
         sums = torch.empty(2, 2, 3)
-        cuda.branch_reduce(grad_output, held, attention, *[vectors["mean"]] * 3, None, *sums)
+        cuda.branch_reduce(call_with(attention), grad_output, held, *[vectors["mean"]] * 3, None, *sums)
         results.append(sums)
     assert torch.equal(*results)
 
@@ -570,9 +605,9 @@ def test_shared_memory_decides_pass_by_pass(device):
 
 
 def test_unknown_pass(device):
-    tensors = make_tensors(CASES[0], torch.float16)
+    call = call_of(CASES[0], make_tensors(CASES[0], torch.float16))
     with pytest.raises(RuntimeError, match="the pass must be forward"):
-        cuda.fast_refusal("sideways", CASES[0].geometry, tensors.input, tensors.weight)
+        cuda.fast_refusal("sideways", call)
 
 
 def direct_call(**change):
@@ -600,7 +635,7 @@ def direct_call(**change):
         ({"bias": torch.zeros(5)}, "bias must have size 4 on axis 0, got 5"),
         ({"branch_scale": torch.zeros(4)}, "branch_scale must have 2 axes, got 1"),
         ({"branch_shift": torch.zeros(2, 3)}, "branch_shift must have size 4 on axis 1, got 3"),
-        ({"bias": torch.zeros(4), "branch_shift": torch.zeros(2, 4)}, "exclude each other"),
+        ({"bias": torch.zeros(4), "branch_shift": torch.zeros(2, 4)}, "bias excludes"),
         ({"output": torch.zeros(2, 4, 5, 6, 8)}, "output must have size 7 on axis 4, got 8"),
         ({"dilations": [1, 1, 1, 2, 2]}, "dilations must hold three ints"),
         ({"dilations": [1] * 99}, "dilations must hold three ints for each of 1 to 32 branches, got 99"),
@@ -619,14 +654,15 @@ def test_wrong_direct_calls_are_errors(device, change, words):
 def test_wrong_gradients_are_errors(device):
     tensors = make_tensors(CASES[0], torch.float32)
     gradients = [torch.empty_like(tensors.input), torch.empty_like(tensors.weight), torch.empty_like(tensors.attention)]
-    call = (CASES[0].geometry, tensors.grad_output, *tensors[:6])
-    cuda.backward(*call, *gradients, None)
-    for i, gradient in enumerate(gradients):
-        wrong = [*gradients[:i], gradient[:, :, :-1], *gradients[i + 1:]]
-        with pytest.raises(RuntimeError, match=f"grad_{('input', 'weight', 'attention')[i]} must have size"):
-            cuda.backward(*call, *wrong, None)
+    call = (call_of(CASES[0], tensors), tensors.grad_output)
+    gradients = Gradients(*gradients, None)
+    cuda.backward(*call, gradients)
+    for name in ("input", "weight", "attention"):
+        wrong = gradients._replace(**{name: getattr(gradients, name)[:, :, :-1]})
+        with pytest.raises(RuntimeError, match=f"grad_{name} must have size"):
+            cuda.backward(*call, wrong)
     with pytest.raises(RuntimeError, match="grad_branch_scale needs branch_scale"):
-        cuda.backward(*call, *gradients, torch.empty(3, 5))
+        cuda.backward(*call, gradients._replace(branch_scale=torch.empty(3, 5)))
 
 
 def test_unwanted_gradients_are_left_alone(device):
@@ -634,13 +670,13 @@ def test_unwanted_gradients_are_left_alone(device):
     for case in (Case("plain", (6, 7, 8)), Case("branch", (6, 7, 8), mode="branch")):
         for dtype in (torch.float64, torch.float16):
             tensors = make_tensors(case, dtype)
-            call = (case.geometry, tensors.grad_output, *tensors[:6])
+            call = (call_of(case, tensors), tensors.grad_output)
             like = [tensors.input, tensors.weight, tensors.attention, tensors.branch_scale]
             together = [None if tensor is None else torch.empty_like(tensor) for tensor in like]
-            cuda.backward(*call, *together)
+            cuda.backward(*call, Gradients(*together))
             for i, gradient in enumerate(together):
                 alone = [torch.empty_like(gradient) if j == i and gradient is not None else None for j in range(4)]
-                cuda.backward(*call, *alone)
+                cuda.backward(*call, Gradients(*alone))
                 assert gradient is None or torch.equal(alone[i], gradient)
 
 
@@ -654,11 +690,41 @@ def test_backend_is_unavailable_without_a_gpu():
 
 
 def test_backend_refuses_cpu_tensors():
-    geometry = resolve((5, 6, 7), (3, 3, 3), (1, 2))
-    reason = cuda.can_use(geometry, torch.zeros(1, 2, 5, 6, 7), torch.zeros(2, 2, 3, 3, 3), False)
-    assert reason == "tensors are on cpu, the cuda backend reads GPU memory"
+    reason = cuda.refusal(call_of(CASES[0], make_tensors(CASES[0])))
+    assert reason == "tensors are on cpu, the cuda backend reads memory of the device cuda"
 
 
-def test_limits_of_python_and_cpp_agree():
-    header = (ROOT / "csrc" / "geometry.h").read_text()
-    assert f"kMaxBranches = {cuda.MAX_BRANCHES};" in header
+LIMITS = [
+    Case("branches", (5,), dilations=(1,) * 33),
+    Case("dilation", (1, 3, 1), dilations=((1, 1, 1), (2**31, 1, 1))),
+    Case("dilation_of_an_axis_that_is_there", (4, 3), dilations=(1, 2**31)),
+    Case("stride", (2, 3, 4), stride=(1, 1, 2**31), padding=1),
+    Case("origin", (2, 3, 4), padding=(2**31 + 1, 1, 1), stride=(2**30, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("case", LIMITS, ids=str)
+def test_a_call_beyond_the_limits_is_refused_and_not_begun(device, monkeypatch, case):
+    """Python refuses what the library would; so another backend takes the call, and its gradients."""
+    tensors = make_tensors(case)
+    call = call_of(case, tensors)
+    assert "the kernels take at most" in cuda.refusal(call)
+    with pytest.raises(RuntimeError):
+        cuda.forward(call, torch.empty_like(tensors.grad_output))
+    monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("cuda", "reference"))
+    testing.judge(evaluate(autofocus_conv, case, tensors), case, tensors)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("branches", (5,), dilations=(1,) * 32),
+        Case("dilation", (1, 3, 1), dilations=((1, 1, 1), (2**31 - 1, 1, 1))),
+        Case("stride", (2, 3, 4), stride=(1, 1, 2**31 - 1), padding=1),
+        Case("origin", (2, 3, 4), padding=(2**31, 1, 1), stride=(2**30, 1, 1)),
+    ],
+    ids=str,
+)
+def test_a_call_at_the_limits_is_taken_and_right(device, case):
+    assert cuda.refusal(call_of(case, make_tensors(case))) is None
+    testing.check("cuda", case, torch.float32)

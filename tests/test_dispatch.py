@@ -1,5 +1,6 @@
 """Which backend runs, who can force one, and what is said about the others."""
 
+import inspect
 import logging
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 
 import autofocus_kernels as ak
 from autofocus_kernels import dispatch, testing
-from autofocus_kernels.backends import CannotRun
+from autofocus_kernels.backends.interface import Backend, CannotRun
 from autofocus_kernels.testing import Case
 
 CASE = Case("small", (5, 6), dilations=(1, 2))
@@ -32,20 +33,20 @@ def ran(monkeypatch):
     """The names of the backends whose forward ran."""
     names = []
     for name in ("reference", "cpu"):
-        module = dispatch.backend_module(name)
+        backend = dispatch.backend_named(name)
 
-        def forward(*arguments, name=name, kernel=module.forward):
+        def forward(*arguments, name=name, kernel=backend.forward):
             names.append(name)
             kernel(*arguments)
 
-        monkeypatch.setattr(module, "forward", forward)
+        monkeypatch.setattr(backend, "forward", forward)
     return names
 
 
 @pytest.fixture
 def refuse(monkeypatch):
     def set_reason(name, reason):
-        monkeypatch.setattr(dispatch.backend_module(name), "can_use", lambda *_: reason)
+        monkeypatch.setattr(dispatch.backend_named(name), "refusal", lambda call: reason)
 
     return set_reason
 
@@ -53,16 +54,22 @@ def refuse(monkeypatch):
 # ------------------------------------------------------------------ the choice
 
 
-def test_every_backend_has_the_interface():
-    for name in dispatch.BACKENDS:
-        module = dispatch.backend_module(name)
-        for function in ("unavailable", "can_use", "forward", "backward"):
-            assert callable(getattr(module, function)), (name, function)
+@pytest.mark.parametrize("name", dispatch.BACKENDS)
+def test_every_backend_has_the_interface(name):
+    if name == "triton":
+        pytest.importorskip("triton")  # its functions are imported with it
+    functions = {name: member for name, member in vars(Backend).items() if inspect.isfunction(member)}
+    functions = {name: member for name, member in functions.items() if not name.startswith("_")}
+    assert len(functions) == 8
+    backend = dispatch.backend_named(name)
+    for function, declared in functions.items():
+        expected = list(inspect.signature(declared).parameters)[1:]  # without self
+        assert list(inspect.signature(getattr(backend, function)).parameters) == expected, function
 
 
 def test_cpu_tensors_run_on_the_cpu_backend_where_it_is_built(ran):
     call()
-    built = dispatch.backend_module("cpu").unavailable() is None
+    built = dispatch.backend_named("cpu").unavailable() is None
     assert ran == (["cpu"] if built else ["reference"])
 
 
@@ -107,9 +114,9 @@ def tried(monkeypatch):
 
         return run
 
-    functions = {name: cannot(name) for name in ("forward", "backward", "branch_statistics")}
-    module = SimpleNamespace(can_use=lambda *_: None, **functions)
-    monkeypatch.setitem(sys.modules, "autofocus_kernels.backends.cpu", module)
+    functions = {name: cannot(name) for name in ("forward", "backward", "branch_statistics", "branch_combine")}
+    backend, named = SimpleNamespace(refusal=lambda call: None, **functions), dispatch.backend_named
+    monkeypatch.setattr(dispatch, "backend_named", lambda name: backend if name == "cpu" else named(name))
     return names
 
 
@@ -124,10 +131,10 @@ def test_the_next_backend_takes_what_turns_out_to_be_beyond_one(tried, caplog):
     ]
 
 
-def test_the_next_backend_takes_branch_statistics_too(tried):
+def test_the_next_backend_takes_the_steps_of_branch_norm_too(tried):
     layer = ak.AutofocusConv2d(3, 4, dilations=(1, 2), branch_norm=True)
     layer(torch.randn(2, 3, 6, 5))
-    assert tried == ["branch_statistics"]
+    assert tried == ["branch_statistics", "branch_combine"]
 
 
 def test_what_turns_out_to_be_beyond_a_forced_backend_is_an_error(tried):
@@ -183,13 +190,13 @@ def test_unknown_name_in_the_environment(monkeypatch):
 
 
 def test_a_forced_backend_runs_the_backward_too(backend, monkeypatch):
-    module, names = dispatch.backend_module(backend), []
+    forced, names = dispatch.backend_named(backend), []
 
-    def backward(*arguments, kernel=module.backward):
+    def backward(*arguments, kernel=forced.backward):
         names.append(backend)
         kernel(*arguments)
 
-    monkeypatch.setattr(module, "backward", backward)
+    monkeypatch.setattr(forced, "backward", backward)
     arguments = testing.make_tensors(CASE, requires_grad=True).arguments()
     ak.autofocus_conv(**arguments, **CASE.options, backend=backend).sum().backward()
     assert names == [backend]
@@ -199,14 +206,12 @@ def test_a_forced_backend_runs_the_backward_too(backend, monkeypatch):
 
 
 def reason(name, case, dtype=torch.float32, device="cpu"):
-    tensors = testing.make_tensors(case, dtype, device)
-    module = dispatch.backend_module(name)
-    return module.can_use(case.geometry, tensors.input, tensors.weight, case.mode != "plain")
+    return dispatch.backend_named(name).refusal(testing.call_of(case, testing.make_tensors(case, dtype, device)))
 
 
 def test_reasons_of_the_cpu_backend():
-    if dispatch.backend_module("cpu").unavailable() is not None:
-        assert reason("cpu", CASE) == dispatch.backend_module("cpu").unavailable()
+    if dispatch.backend_named("cpu").unavailable() is not None:
+        assert reason("cpu", CASE) == dispatch.backend_named("cpu").unavailable()
         return
     assert reason("cpu", CASE) is None
     assert "meta" in reason("cpu", CASE, device="meta")

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 import autofocus_kernels
-from autofocus_kernels.dispatch import backend_module
+from autofocus_kernels.dispatch import backend_named
 
 LIBRARIES = sorted(Path(autofocus_kernels.__file__).parent.glob("_cpu*.so"))
 
 
 def test_cpu_library_that_was_built_loads():
     if LIBRARIES:
-        assert backend_module("cpu").unavailable() is None, f"{LIBRARIES} exists but does not load"
+        assert backend_named("cpu").unavailable() is None, f"{LIBRARIES} exists but does not load"
 
 
 def test_cpu_library_was_built_where_a_compiler_is():
@@ -27,4 +27,4 @@ def test_cpu_library_was_built_where_a_compiler_is():
 
 
 def test_reference_is_always_available():
-    assert backend_module("reference").unavailable() is None
+    assert backend_named("reference").unavailable() is None

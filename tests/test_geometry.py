@@ -86,7 +86,7 @@ def test_counts():
 
 
 def test_as_3d_adds_leading_axes_of_size_one():
-    geometry = resolve((9,), (3,), (2, 4), stride=2, padding=1).as_3d()
+    geometry = resolve((9,), (3,), (2, 4), stride=2, padding=1).as_3d
     assert geometry.kernel_size == (1, 1, 3)
     assert geometry.dilations == ((1, 1, 2), (1, 1, 4))
     assert geometry.stride == (1, 1, 2)
@@ -97,7 +97,7 @@ def test_as_3d_adds_leading_axes_of_size_one():
 
 def test_as_3d_of_3d_is_itself():
     geometry = resolve((5, 6, 7), (1, 3, 5), ((1, 2, 3),))
-    assert geometry.as_3d() == geometry
+    assert geometry.as_3d == geometry
 
 
 def test_an_empty_axis_is_no_error():

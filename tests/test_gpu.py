@@ -8,7 +8,7 @@ import torch
 import test_branch_norm as layers
 from autofocus_kernels import AutofocusConv3d, autofocus_conv, reference, testing
 from autofocus_kernels.branch_norm import normed_autofocus_conv
-from autofocus_kernels.dispatch import PREFERENCE, backend_module
+from autofocus_kernels.dispatch import PREFERENCE, backend_named
 from autofocus_kernels.testing import Case
 
 DEVICE = "cuda"
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    reason = backend_module(request.param).unavailable()
+    reason = backend_named(request.param).unavailable()
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
     return request.param
@@ -45,7 +45,7 @@ def skip_if_refused(backend, case, dtype):
     """Only where the backend says so beforehand; whatever it takes it must get right."""
     tensors = testing.make_tensors(case, dtype, DEVICE)
     branch_mode = case.mode != "plain"
-    reason = backend_module(backend).can_use(case.geometry, tensors.input, tensors.weight, branch_mode)
+    reason = backend_named(backend).can_use(case.geometry, tensors.input, tensors.weight, branch_mode)
     if reason is not None:
         pytest.skip(f"backend {backend}: {reason}")
 
@@ -101,7 +101,7 @@ def test_repeats_bit_for_bit(backend, case, dtype):
 @pytest.mark.parametrize("mode", ["plain", "branch"])
 def test_gradcheck_in_float64(mode):
     """Only the cuda backend takes float64."""
-    reason = backend_module("cuda").unavailable()
+    reason = backend_named("cuda").unavailable()
     if reason is not None:
         pytest.skip(f"backend cuda: {reason}")
     case = Case("gradcheck", (4, 5, 3), 2, 3, dilations=(1, 2), mode=mode, batch=2)
@@ -211,7 +211,7 @@ def test_training_step_with_branch_norm(backend, case, dtype, save_branches):
 
 
 def test_cuda_backend_leaves_no_part_of_branch_norm_to_the_reference():
-    module = backend_module("cuda")
+    module = backend_named("cuda")
     if module.unavailable() is not None:
         pytest.skip(f"backend cuda: {module.unavailable()}")
     for name in ("branch_statistics", "branch_combine", "branch_reduce", "branch_norm_backward"):

@@ -43,9 +43,9 @@ def tree(tmp_path):
 
 def only_source(tree, text):
     """Makes ``text`` the whole of the CPU library."""
-    for source in [*tree.glob("csrc/*.cpp"), *tree.glob("csrc/c*/*")]:
-        source.unlink()
-    (tree / "csrc" / "binding_cpu.cpp").write_text(text)
+    for folder in ("cpu", "cuda"):
+        shutil.rmtree(tree / "csrc" / folder)
+    (tree / "csrc" / "binding" / "cpu.cpp").write_text(text)
 
 
 def run(tree, *command, **environment):

@@ -13,20 +13,13 @@ import torch
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def load(name: str) -> None:
-    """Loads library ``name`` ("cpu" or "cuda"), which registers ``torch.ops.autofocus_<name>``.
-
-    Raises:
-        RuntimeError: it is not built or does not load; the message says why.
-    """
-    reason = unavailable(name)
-    if reason is not None:
-        raise RuntimeError(f"the {name} library cannot be used: {reason}")
-
-
 @lru_cache(maxsize=None)
 def unavailable(name: str) -> Optional[str]:
-    """Loads library ``name`` at the first call; returns None, or the reason it cannot be used."""
+    """Loads library ``name`` ("cpu" or "cuda") at the first call, which registers ``torch.ops.autofocus_<name>``.
+
+    Returns:
+        None, or the reason it cannot be used.
+    """
     built = build_record().get(name, {})
     how = f"reinstall from source with AUTOFOCUS_BUILD={name} to build it or to see why that fails"
     library = _find(name)

@@ -1,12 +1,10 @@
 // The kernels of one instruction set, as the binding calls them.
 #pragma once
 
+#include "../call.h"
 #include "arguments.h"
 
 namespace autofocus {
-
-// Storage dtypes. Arithmetic is in float, or in double for kFloat64.
-enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // The tensors of a call whatever their dtype; kernels cast the views to their own.
 struct Kernels {

@@ -94,7 +94,7 @@ __global__ __launch_bounds__(kSimpleThreads) void branch_totals(int64_t splits, 
 
 // Both steps, over `count` positions `spacing` apart.
 template <typename T>
-void sum_branches(const NormInputs& in, const void* pivot, int64_t count, int64_t spacing, Totals totals, void* first,
+void sum_branches(const BranchTensors& in, const void* pivot, int64_t count, int64_t spacing, Totals totals, void* first,
                   void* second, const Context& context) {
   using A = Accumulator<T>;
   using Read = Strided<const T>;
@@ -115,7 +115,7 @@ void sum_branches(const NormInputs& in, const void* pivot, int64_t count, int64_
          static_cast<const A*>(partial), count, totals, static_cast<A*>(first), static_cast<A*>(second));
 }
 
-void branch_moments(const NormInputs& in, void* mean, void* var, const Context& context) {
+void branch_moments(const BranchTensors& in, void* mean, void* var, const Context& context) {
   const int64_t positions = in.g.N * volume(in.g.output);
   // Odd, so that the sample does not keep to one side of the volume.
   const int64_t spacing = positions / kSamples | 1;
@@ -150,8 +150,8 @@ __global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_combinatio
     if (o0 + j < g.O) store(output.at(position.n, o0 + j, position.p), sum[j]);
 }
 
-void branch_combine(const NormInputs& in, const void* scale, const void* shift,
-                    const TensorArgument& output, const Context& context) {
+void branch_combine(const BranchTensors& in, const void* scale, const void* shift,
+                    const TensorView& output, const Context& context) {
   const Problem& g = in.g;
   const dim3 grid(position_blocks(g.N, g.output), static_cast<unsigned int>((g.O + kNormChannels - 1) / kNormChannels));
   for_dtype(in.dtype, [&](auto element) {
@@ -182,8 +182,8 @@ __global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_grad_atten
   store(grad_attention.at(position.n, k, position.p), sum);
 }
 
-void branch_reduce(const NormInputs& in, const void* mean, const void* scale,
-                   const void* shift, const TensorArgument& grad_attention, void* grad_scale,
+void branch_reduce(const BranchTensors& in, const void* mean, const void* scale,
+                   const void* shift, const TensorView& grad_attention, void* grad_scale,
                    void* grad_shift, const Context& context) {
   const Problem& g = in.g;
   for_dtype(in.dtype, [&](auto element) {
@@ -228,8 +228,8 @@ __global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_gradient(
   }
 }
 
-void branch_gradients(const NormInputs& in, const void* a_coef, const void* b_coef,
-                      const void* c_coef, const TensorArgument& grad_branches, const Context& context) {
+void branch_gradients(const BranchTensors& in, const void* a_coef, const void* b_coef,
+                      const void* c_coef, const TensorView& grad_branches, const Context& context) {
   const Problem& g = in.g;
   const dim3 grid(position_blocks(g.N, g.output), static_cast<unsigned int>((g.O + kNormChannels - 1) / kNormChannels));
   for_dtype(in.dtype, [&](auto element) {

@@ -28,7 +28,7 @@ __device__ inline void store(float* to, float value) { *to = value; }
 __device__ inline void store(Half* to, float value) { from_float(*to, value); }
 __device__ inline void store(BFloat16* to, float value) { from_float(*to, value); }
 
-// A TensorArgument whose element type is known. Offsets are 64-bit throughout.
+// A TensorView whose element type is known. Offsets are 64-bit throughout.
 template <typename T>
 struct Strided {
   T* data;
@@ -36,7 +36,7 @@ struct Strided {
   Index3 s;
   int64_t k;
 
-  explicit Strided(const TensorArgument& tensor)
+  explicit Strided(const TensorView& tensor)
       : data(static_cast<T*>(tensor.data)), n(tensor.n), c(tensor.c), s(tensor.s), k(tensor.k) {}
 
   AUTOFOCUS_HD T* at(int64_t i, int64_t j, const Index3& p) const {

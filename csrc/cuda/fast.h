@@ -39,7 +39,7 @@ inline int num_chunks(int64_t channels) { return static_cast<int>((channels + kC
 
 // source [N, channels, *] -> [N, chunks, points of all classes] of `bytes`, zeros beyond the source and the last
 // channel. With a source for each of the lattice's K branches: [N, K, chunks, points].
-const unsigned char* pack_points(const Lattice& g, const TensorArgument& source, int64_t channels, int bytes,
+const unsigned char* pack_points(const Lattice& g, const TensorView& source, int64_t channels, int bytes,
                                  const Context& context);
 // The weight as MMA operand b of the blend kernels: [target blocks, chunks, tz, pair, target_tiles, lane].
 const uint2* pack_blend_weight(const Inputs& in, bool adjoint, int target_tiles, const Context& context);

@@ -128,8 +128,8 @@ __global__ __launch_bounds__(kMaxThreads, 1) void fast_blend(Lattice g, BlendArg
 }
 
 template <typename T, int kTargetTiles, Blend kBlend>
-void launch_blend(const char* name, const Plan& plan, const Inputs& in, const TensorArgument& source,
-                  const TensorArgument& target, const Context& context) {
+void launch_blend(const char* name, const Plan& plan, const Inputs& in, const TensorView& source,
+                  const TensorView& target, const Context& context) {
   const Problem& g = in.g;
   constexpr bool kAdjoint = kBlend != Blend::kForward;
   const int64_t sources = kAdjoint ? g.O : g.C, targets = kAdjoint ? g.C : g.O;
@@ -152,8 +152,8 @@ void launch_blend(const char* name, const Plan& plan, const Inputs& in, const Te
 
 // Target channels go by 32 or by 64; with more than that the blend is repeated for every 64.
 template <Blend kBlend>
-void fast_blend_pass(const char* name, const Plan& plan, const Inputs& in, const TensorArgument& source,
-                     const TensorArgument& target, const Context& context) {
+void fast_blend_pass(const char* name, const Plan& plan, const Inputs& in, const TensorView& source,
+                     const TensorView& target, const Context& context) {
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
     if ((kBlend == Blend::kForward ? in.g.O : in.g.C) <= 32)

@@ -98,7 +98,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void fast_branches_kernel(Lattice g
   }
 }
 
-void fast_branches(const Inputs& in, const TensorArgument& output, const Context& context) {
+void fast_branches(const Inputs& in, const TensorView& output, const Context& context) {
   const Plan plan = plan_all(in, Pass::kForward);
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);

@@ -5,6 +5,6 @@
 
 namespace autofocus::cuda {
 
-void fast_branches(const Inputs& in, const TensorArgument& output, const Context& context);
+void fast_branches(const Inputs& in, const TensorView& output, const Context& context);
 
 }  // namespace autofocus::cuda

@@ -4,12 +4,12 @@
 
 namespace autofocus::cuda {
 
-void fast_forward(const Inputs& in, const TensorArgument& output, const Context& context) {
+void fast_forward(const Inputs& in, const TensorView& output, const Context& context) {
   if (in.scale.data != nullptr) return fast_branches(in, output, context);
   fast_blend_pass<Blend::kForward>("fast_forward", plan_all(in, Pass::kForward), in, in.input, output, context);
 }
 
-void fast_branch(const Inputs& in, int64_t k, const TensorArgument& branch, const Context& context) {
+void fast_branch(const Inputs& in, int64_t k, const TensorView& branch, const Context& context) {
   Inputs one = in;
   one.g = branch_problem(in.g, k);
   // A large dilation alone leaves lattices smaller than a tile.

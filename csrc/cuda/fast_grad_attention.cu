@@ -157,7 +157,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void fast_grad_attention_kernel(Lat
 }
 
 template <typename T, int kSteps>
-void launch_grad_attention(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_attention,
+void launch_grad_attention(const Inputs& in, const TensorView& grad_output, const TensorView& grad_attention,
                            const Context& context) {
   const Problem& g = in.g;
   const bool scaled = in.scale.data != nullptr;
@@ -172,7 +172,7 @@ void launch_grad_attention(const Inputs& in, const TensorArgument& grad_output, 
     launch("pack_projections", &pack_projections<T>, dim3(static_cast<unsigned int>(ceil_div(items, 256))), 256, 0,
            context.stream, Strided<const T>(in.weight), Strided<const T>(in.scale), Strided<const T>(in.shift), k,
            int64_t(own.lattice.K), g.C, g.O, chunks, kSteps, items, weight);
-    TensorArgument target = grad_attention;
+    TensorView target = grad_attention;
     target.data = static_cast<T*>(target.data) + k * target.c;
     const GradAttentionArguments<T> args{points,        weight, grads, chunks, output_blocks, num_chunks(g.O),
                                          Strided<T>(target)};
@@ -182,7 +182,7 @@ void launch_grad_attention(const Inputs& in, const TensorArgument& grad_output, 
   }
 }
 
-void fast_grad_attention(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_attention,
+void fast_grad_attention(const Inputs& in, const TensorView& grad_output, const TensorView& grad_attention,
                          const Context& context) {
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);

@@ -3,7 +3,7 @@
 
 namespace autofocus::cuda {
 
-void fast_grad_input(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_input,
+void fast_grad_input(const Inputs& in, const TensorView& grad_output, const TensorView& grad_input,
                      const Context& context) {
   const Plan plan = plan_all(in, grad_output.k == 0 ? Pass::kGradInput : Pass::kBranchGradInput);
   if (grad_output.k != 0)

@@ -130,8 +130,8 @@ __global__ __launch_bounds__(kWeightThreads, 1) void fast_weight_partial(Lattice
         }
 }
 
-void fast_grad_weight(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_weight,
-                      const TensorArgument& grad_scale, const Context& context) {
+void fast_grad_weight(const Inputs& in, const TensorView& grad_output, const TensorView& grad_weight,
+                      const TensorView& grad_scale, const Context& context) {
   const Problem& g = in.g;
   const Plan plan = plan_all(in, Pass::kGradWeight);
   const int chunks = num_chunks(g.C);
@@ -151,7 +151,7 @@ void fast_grad_weight(const Inputs& in, const TensorArgument& grad_output, const
     using T = decltype(element);
     for (int64_t k = 0; k < sums.branches; ++k) {
       const Plan own = by_branch ? plan_branch(in, Pass::kGradWeight, k) : plan;
-      TensorArgument attention = in.attention;
+      TensorView attention = in.attention;
       if (by_branch) attention.data = static_cast<T*>(attention.data) + k * attention.c;
       const unsigned char* gates =
           pack_points(packing_of_target(own.lattice), attention, own.lattice.K, kGateBytes, context);

@@ -97,7 +97,7 @@ __global__ __launch_bounds__(kPackThreads) void pack_points_kernel(Lattice g, St
     *reinterpret_cast<uint2*>(to) = words[0];
 }
 
-const unsigned char* pack_points(const Lattice& g, const TensorArgument& source, int64_t channels, int bytes,
+const unsigned char* pack_points(const Lattice& g, const TensorView& source, int64_t channels, int bytes,
                                  const Context& context) {
   const int count = bytes / 2;
   const int chunks = static_cast<int>(ceil_div(channels, count));

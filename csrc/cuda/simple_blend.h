@@ -69,7 +69,7 @@ __global__ __launch_bounds__(kSimpleThreads, kSimpleBlocks) void simple_blend(Pr
 }
 
 template <bool kAdjoint>
-void launch_simple_blend(const char* name, const Inputs& in, const TensorArgument& source, const TensorArgument& target,
+void launch_simple_blend(const char* name, const Inputs& in, const TensorView& source, const TensorView& target,
                          const Context& context) {
   const Problem& g = in.g;
   const dim3 grid(position_blocks(g.N, kAdjoint ? g.input : g.output),

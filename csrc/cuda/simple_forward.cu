@@ -33,7 +33,7 @@ __global__ __launch_bounds__(kSimpleThreads, kSimpleBlocks) void simple_branches
     if (o0 + j < g.O) store(output.at(position.n, o0 + j, position.p), sum[j]);
 }
 
-void simple_forward(const Inputs& in, const TensorArgument& output, const Context& context) {
+void simple_forward(const Inputs& in, const TensorView& output, const Context& context) {
   if (in.scale.data == nullptr) return launch_simple_blend<false>("simple_forward", in, in.input, output, context);
   const dim3 grid(position_blocks(in.g.N, in.g.output), static_cast<unsigned int>((in.g.O + kTargets - 1) / kTargets));
   for_dtype(in.dtype, [&](auto element) {

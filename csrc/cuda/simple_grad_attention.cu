@@ -79,7 +79,7 @@ __global__ __launch_bounds__(kSimpleThreads, kSimpleBlocks) void simple_grad_att
   if (position.active) store(grad_attention.at(position.n, k, position.p), sum);
 }
 
-void simple_grad_attention(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_attention,
+void simple_grad_attention(const Inputs& in, const TensorView& grad_output, const TensorView& grad_attention,
                            const Context& context) {
   const unsigned int blocks = position_blocks(in.g.N, in.g.output);
   for_dtype(in.dtype, [&](auto element) {

@@ -3,7 +3,7 @@
 
 namespace autofocus::cuda {
 
-void simple_grad_input(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_input,
+void simple_grad_input(const Inputs& in, const TensorView& grad_output, const TensorView& grad_input,
                        const Context& context) {
   launch_simple_blend<true>("simple_grad_input", in, grad_output, grad_input, context);
 }

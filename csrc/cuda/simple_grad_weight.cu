@@ -75,8 +75,8 @@ __global__ __launch_bounds__(kWeightThreads) void simple_weight_partial(Problem 
         block[((o0 + o + a) * g.C + c0 + c + b) * taps + tap] = sum[a][b];
 }
 
-void simple_grad_weight(const Inputs& in, const TensorArgument& grad_output, const TensorArgument& grad_weight,
-                        const TensorArgument& grad_scale, const Context& context) {
+void simple_grad_weight(const Inputs& in, const TensorView& grad_output, const TensorView& grad_weight,
+                        const TensorView& grad_scale, const Context& context) {
   const Problem& g = in.g;
   const int64_t taps = num_taps(g), elements = g.O * g.C * taps;
   const int64_t branches = in.scale.data == nullptr && grad_output.k == 0 ? 1 : g.K;

@@ -51,8 +51,8 @@ __global__ __launch_bounds__(kSumThreads) void scale_sum(Problem g, WeightPartia
   if (threadIdx.x == 0) store(grad_scale.data + k * grad_scale.n + o * grad_scale.c, sums[0]);
 }
 
-void sum_weight_partials(const Inputs& in, const WeightPartials& partials, const TensorArgument& grad_weight,
-                         const TensorArgument& grad_scale, const Context& context) {
+void sum_weight_partials(const Inputs& in, const WeightPartials& partials, const TensorView& grad_weight,
+                         const TensorView& grad_scale, const Context& context) {
   const Problem& g = in.g;
   const int64_t elements = g.O * g.C * num_taps(g);
   for_dtype(in.dtype, [&](auto element) {

@@ -17,7 +17,7 @@ struct WeightPartials {
 };
 
 // Either gradient may be null. With a scale there must be K branches, else one or K.
-void sum_weight_partials(const Inputs& in, const WeightPartials& partials, const TensorArgument& grad_weight,
-                         const TensorArgument& grad_scale, const Context& context);
+void sum_weight_partials(const Inputs& in, const WeightPartials& partials, const TensorView& grad_weight,
+                         const TensorView& grad_scale, const Context& context);
 
 }  // namespace autofocus::cuda

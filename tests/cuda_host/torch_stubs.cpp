@@ -1,4 +1,4 @@
-// The three things binding_cuda.cpp asks of a CUDA build of torch, for a build without: a device, its guard, a stream.
+// The three things binding/cuda.cpp asks of a CUDA build of torch, for a build without: a device, its guard, a stream.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 extern "C" {

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from functools import lru_cache
-from typing import Optional
+from typing import Optional, cast
 
 import torch
 
-from .configs import NoConfigurationFits as NoConfigurationFits
+from ...call import Call
+from ..interface import Backend
 
-name = "triton"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Coordinates are 32-bit in the kernels, and a read this far out marks one that is switched off (kernels.OUTSIDE).
 COORDINATE_LIMIT = 1 << 30
+_NORM = ("branch_statistics", "branch_combine", "branch_reduce", "branch_norm_backward")
+_MODULES = {"forward": "launch", "backward": "launch", **dict.fromkeys(_NORM, "norm")}
 
 
 def interpreted() -> bool:
@@ -23,7 +26,7 @@ def interpreted() -> bool:
 
 
 @lru_cache(maxsize=None)
-def unavailable() -> Optional[str]:
+def _unavailable() -> Optional[str]:
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed"
     if not interpreted() and not torch.cuda.is_available():
@@ -31,71 +34,37 @@ def unavailable() -> Optional[str]:
     return None
 
 
-def can_use(geometry, input, weight, branch_mode: bool) -> Optional[str]:
-    reason = unavailable()
-    if reason is not None:
-        return reason
-    device = "cpu" if interpreted() else "cuda"
-    if input.device.type != device:
-        return f"tensors are on {input.device}, the kernels run on {device}"
-    if input.dtype not in DTYPES:
-        return f"dtype {input.dtype} is none of float16, bfloat16, float32"
-    if device == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(input.device)
-        if capability < (8, 0):
-            return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    for axis, size in enumerate(geometry.input_size):
-        reach = max(dilation[axis] for dilation in geometry.dilations) * (geometry.kernel_size[axis] // 2)
-        if abs(geometry.origin[axis]) + reach + max(size, geometry.stride[axis] * geometry.output_size[axis]) >= COORDINATE_LIMIT:
-            return f"axis {axis} reads coordinates of {COORDINATE_LIMIT} and more"
-    return None
+class TritonBackend:
+    """Refuses or takes a call without Triton; what computes is in launch.py and norm.py, which import it."""
+
+    def unavailable(self) -> Optional[str]:
+        return _unavailable()
+
+    def refusal(self, call: Call) -> Optional[str]:
+        reason = _unavailable()
+        if reason is not None:
+            return reason
+        device_type, dtype = ("cpu" if interpreted() else "cuda"), call.input.dtype
+        device = call.input.device
+        if device.type != device_type:
+            return f"tensors are on {device}, the kernels run on {device_type}"
+        if dtype not in DTYPES:
+            return f"dtype {dtype} is none of float16, bfloat16, float32"
+        if device_type == "cuda" and torch.version.hip is None:
+            capability = torch.cuda.get_device_capability(device)
+            if capability < (8, 0):
+                return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+        if call.geometry.farthest >= COORDINATE_LIMIT:
+            return f"coordinates of {COORDINATE_LIMIT} and more are read"
+        return None
+
+    def __getattr__(self, name: str):
+        """The functions that compute, at their first use."""
+        if name not in _MODULES:
+            raise AttributeError(f"the triton backend has no {name}")
+        function = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        setattr(self, name, function)
+        return function
 
 
-def forward(geometry, input, weight, attention, bias, branch_scale, branch_shift, output) -> None:
-    from . import launch
-
-    launch.forward(geometry, input, weight, attention, bias, branch_scale, branch_shift, output)
-
-
-def backward(
-    geometry, grad_output, input, weight, attention, bias, branch_scale, branch_shift,
-    grad_input, grad_weight, grad_attention, grad_branch_scale,
-) -> None:
-    from . import launch
-
-    launch.backward(
-        geometry, grad_output, input, weight, attention, bias, branch_scale, branch_shift,
-        grad_input, grad_weight, grad_attention, grad_branch_scale,
-    )
-
-
-def branch_statistics(geometry, input, weight, branches, mean, var) -> None:
-    from . import norm
-
-    norm.branch_statistics(geometry, input, weight, branches, mean, var)
-
-
-def branch_combine(branches, attention, scale, shift, output) -> None:
-    from . import norm
-
-    norm.branch_combine(branches, attention, scale, shift, output)
-
-
-def branch_reduce(
-    grad_output, branches, attention, mean, scale, shift, grad_attention, grad_scale, grad_shift
-) -> None:
-    from . import norm
-
-    norm.branch_reduce(grad_output, branches, attention, mean, scale, shift, grad_attention, grad_scale, grad_shift)
-
-
-def branch_norm_backward(
-    geometry, grad_output, input, weight, attention, branches, a_coef, b_coef, c_coef,
-    grad_branches, grad_input, grad_weight,
-) -> None:
-    from . import norm
-
-    norm.branch_norm_backward(
-        geometry, grad_output, input, weight, attention, branches, a_coef, b_coef, c_coef,
-        grad_branches, grad_input, grad_weight,
-    )
+backend = cast(Backend, TritonBackend())

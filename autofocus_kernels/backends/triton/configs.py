@@ -1,7 +1,7 @@
-"""Tile shapes: which lattice, which box of it, which blocks of channels. Plain Python, shared with the traffic model.
+"""Tile shapes: which lattice, which box of it, which blocks of channels. Plain Python.
 
 Axes: C input channels, O output channels, K branches, T kernel taps, P rows (positions) of a tile. docs/triton.md has
-the reasons, benchmarks/traffic_model.py the figures behind the defaults.
+the reasons.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ...geometry import Geometry
-from .. import CannotRun
 
 Triple = tuple[int, int, int]
 
@@ -154,7 +153,7 @@ def _ways(problem: Geometry, axis: int, rows: int, transposed: bool) -> list[_Ax
 def configurations(
     kernel: str, itemsize: int, precision: str, capability: int, C: int, O: int
 ) -> tuple[Config, ...]:
-    """What ``kernel`` may run with: the default first, then others to tune over, the last the least demanding.
+    """What ``kernel`` may run with: the best first, the last the least demanding.
 
     ``capability`` is the major compute capability of an NVIDIA device; AMD counts as 8: it too has all operands of its
     matrix instructions in registers.
@@ -202,7 +201,3 @@ def _grad_input_weight(
     narrow = Config(128, block(C, 128), block(O, most_o), 8, 128 if small else 255)
     wide = Config(256, block(C, 64), block(O, 32 if max(C, O) <= 32 else 16), 8, 255)
     return (wide, narrow, least) if max(C, O) <= 32 else (narrow, wide, least)
-
-
-class NoConfigurationFits(CannotRun):
-    """Every configuration of a kernel needs more shared memory or registers than the device has."""

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import reference
+from ...call import Call, as_3d
 from ...geometry import Geometry
-from .. import reference as reference_backend
-from . import interpreted, kernels, tuning
+from ..interface import Gradients
+from . import fitting, interpreted, kernels
 from .configs import Config, Tiling, choose_tiling, configurations
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -42,38 +42,23 @@ def submit(launch: Launch) -> None:
 # ------------------------------------------------------------------ the two entry points
 
 
-def forward(geometry, input, weight, attention, bias, branch_scale, branch_shift, output) -> None:
-    def expected() -> list[Tensor]:
-        exact = map(_wider, (input, weight, attention, bias, branch_scale, branch_shift))
-        return [reference.weighted_sum(geometry, *exact)]
-
-    problem = geometry.as_3d()
-    shift = _shift(problem, bias, branch_shift)
-    kernel, make = ("forward", _forward) if branch_scale is None else ("forward_scaled", _forward_scaled)
-    tuning.require_fit(_key(kernel, problem, weight))  # before anything is packed
-    with _on_device_of(input):
-        source = gather_source(as_3d(input))
-        tensors = (source, as_3d(weight), as_3d(attention), branch_scale, shift, as_3d(output))
-        _run(kernel, make, problem, tensors, weight, [output], expected)
+def forward(call: Call, output: Tensor) -> None:
+    call = call.as_3d()
+    problem, weight, branch_scale, shift = call.geometry, call.weight, call.branch_scale, _shift(call)
+    kernel, make = ("forward", make_forward) if branch_scale is None else ("forward_scaled", _forward_scaled)
+    fitting.require_fit(_key(kernel, problem, weight))  # before anything is packed
+    with on_device_of(weight):
+        source = gather_source(call.input)
+        run(kernel, make, problem, weight, source, weight, call.attention, branch_scale, shift, as_3d(output))
 
 
-def backward(
-    geometry, grad_output, input, weight, attention, bias, branch_scale, branch_shift,
-    grad_input, grad_weight, grad_attention, grad_branch_scale,
-) -> None:
-    def expected(*wanted: Optional[Tensor]) -> list[Tensor]:
-        exact = map(_wider, (grad_output, input, weight, attention, bias, branch_scale, branch_shift))
-        gradients = [_wider(tensor) for tensor in wanted]
-        reference_backend.backward(geometry, *exact, *gradients)
-        return [gradient for gradient in gradients if gradient is not None]
-
-    def run(kernel: str, make, tensors: tuple, *wanted: Optional[Tensor]) -> None:
-        outputs = [tensor for tensor in wanted if tensor is not None]
-        _run(kernel, make, problem, tensors, weight, outputs, lambda: expected(*wanted))
-
-    problem = geometry.as_3d()
-    shift = _shift(problem, bias, branch_shift)
-    grad_output_3d, input_3d, weight_3d, attention_3d = map(as_3d, (grad_output, input, weight, attention))
+def backward(call: Call, grad_output: Tensor, gradients: Gradients) -> None:
+    call = call.as_3d()
+    problem, weight, attention = call.geometry, call.weight, call.attention
+    branch_scale, shift = call.branch_scale, _shift(call)
+    grad_output, *volumes = map(as_3d, (grad_output, *gradients[:3]))
+    grad_input, grad_weight, grad_attention = volumes
+    grad_branch_scale = gradients.branch_scale
     if branch_scale is None:
         gather, dots = "grad_input_weight", "grad_attention"
     else:
@@ -81,40 +66,32 @@ def backward(
     wants_gather = grad_input is not None or grad_weight is not None
     wants_dots = grad_attention is not None or grad_branch_scale is not None
     wanted = [kernel for kernel, is_wanted in ((gather, wants_gather), (dots, wants_dots)) if is_wanted]
-    tuning.require_fit(*(_key(kernel, problem, weight) for kernel in wanted))
-    with _on_device_of(input):
+    fitting.require_fit(*(_key(kernel, problem, weight) for kernel in wanted))
+    with on_device_of(weight):
         if wants_gather:
-            tensors = (
-                gather_source(grad_output_3d), input_3d, weight_3d, attention_3d, branch_scale,
-                as_3d(grad_input), as_3d(grad_weight),
-            )
-            run(gather, _grad_input_weight, tensors, grad_input, grad_weight, None, None)
-            del tensors  # a packed copy is freed before the next one is made
+            run(
+                gather, make_grad_input_weight, problem, weight, gather_source(grad_output), call.input, weight,
+                attention, branch_scale, grad_input, grad_weight,
+            )  # its packed copy is freed before the next one is made
         if not wants_dots:
             return
-        source = gather_source(input_3d)
+        source = gather_source(call.input)
         if branch_scale is None:
-            tensors = (grad_output_3d, source, weight_3d, shift, as_3d(grad_attention))
-            run(dots, _grad_attention, tensors, None, None, grad_attention, None)
+            run(dots, _grad_attention, problem, weight, grad_output, source, weight, shift, grad_attention)
         else:
-            tensors = (
-                grad_output_3d, source, weight_3d, attention_3d, branch_scale, shift,
-                as_3d(grad_attention), grad_branch_scale,
+            run(
+                dots, _grad_scaled, problem, weight, grad_output, source, weight, attention, branch_scale, shift,
+                grad_attention, grad_branch_scale,
             )
-            run(dots, _grad_scaled, tensors, None, None, grad_attention, grad_branch_scale)
 
 
-def _run(
-    kernel: str, make, problem: Geometry, tensors: tuple, weight: Tensor, outputs: list[Tensor], expected
-) -> None:
-    """One kernel, by the configuration that ``tuning`` settles on for its class of problems."""
+def run(kernel: str, make: Callable[..., Launch], problem: Geometry, weight: Tensor, *tensors) -> None:
+    """Submits ``make(config, problem, *tensors)`` by the configuration of this class of problems."""
     O, C = weight.shape[:2]
-    tuning.run(
+    fitting.run(
         _key(kernel, problem, weight),
         configurations(kernel, weight.itemsize, dot_precision(weight), capability(weight.device), C, O),
         lambda config: submit(make(config, problem, *tensors)),
-        outputs,
-        expected,
     )
 
 
@@ -131,7 +108,7 @@ def _key(kernel: str, problem: Geometry, weight: Tensor) -> tuple:
 # Each turns (config, problem, *tensors) into a Launch; ``source`` is the Source of the gathered tensor.
 
 
-def _forward(config, problem, source, weight, attention, branch_scale, shift, output) -> Launch:
+def make_forward(config, problem, source, weight, attention, branch_scale, shift, output) -> Launch:
     """For branches without a scale: ``branch_scale`` is None."""
     walk = Walk(problem, config, source.tensor.shape[0])
     align = alignment(output)
@@ -140,7 +117,7 @@ def _forward(config, problem, source, weight, attention, branch_scale, shift, ou
         (walk.num_tiles, triton.cdiv(weight.shape[0], config.block_o)),
         (
             source.tensor, repack(weight, config, (2, 1, 0)), attention, shift, output,
-            source.stride, attention.stride(), _stride(shift), _stride(output, align), *walk.arguments,
+            source.stride, attention.stride(), strides_of(shift), strides_of(output, align), *walk.arguments,
         ),
         _constants(config, walk, source, weight, align, attention, output)
         | {"HAS_SHIFT": shift is not None, "BLEND": blend_dtype(weight)},
@@ -155,14 +132,14 @@ def _forward_scaled(config, problem, source, weight, attention, branch_scale, sh
         (walk.num_tiles, triton.cdiv(weight.shape[0], config.block_o)),
         (
             source.tensor, repack(weight, config, (2, 1, 0)), attention, branch_scale, shift, output,
-            source.stride, attention.stride(), branch_scale.stride(), _stride(shift), _stride(output, align),
+            source.stride, attention.stride(), branch_scale.stride(), strides_of(shift), strides_of(output, align),
             *walk.arguments,
         ),
         _constants(config, walk, source, weight, align, attention, output) | {"HAS_SHIFT": shift is not None},
     )
 
 
-def _grad_input_weight(
+def make_grad_input_weight(
     config, problem, source, input, weight, attention, branch_scale, grad_input, grad_weight
 ) -> Launch:
     """Without ``attention``, each branch has its own gradient, ``source.branch_stride`` after the one before it."""
@@ -186,8 +163,8 @@ def _grad_input_weight(
         (splits, blocks),
         (
             source.tensor, attention, branch_scale, packed, input, grad_input, sums,
-            source.stride, source.branch_stride, _stride(attention), _stride(branch_scale),
-            _stride(input, align), _stride(grad_input, align), *walk.arguments, walk.num_tiles,
+            source.stride, source.branch_stride, strides_of(attention), strides_of(branch_scale),
+            strides_of(input, align), strides_of(grad_input, align), *walk.arguments, walk.num_tiles,
         ),
         _constants(config, walk, source, weight, align, attention, input, grad_input)
         | {
@@ -210,7 +187,7 @@ def _grad_attention(config, problem, grad_output, source, weight, shift, grad_at
         (walk.num_tiles, 1),
         (
             grad_output, source.tensor, repack(weight, config, (2, 0, 1)), shift, grad_attention,
-            _stride(grad_output, align), source.stride, _stride(shift), grad_attention.stride(), *walk.arguments,
+            strides_of(grad_output, align), source.stride, strides_of(shift), grad_attention.stride(), *walk.arguments,
         ),
         _constants(config, walk, source, weight, align, grad_output, grad_attention) | {"HAS_SHIFT": shift is not None},
     )
@@ -237,8 +214,8 @@ def _grad_scaled(
         (
             grad_output, source.tensor, repack(weight, config, (2, 1, 0)), attention, branch_scale, shift,
             grad_attention, sums,
-            _stride(grad_output, align), source.stride, attention.stride(), branch_scale.stride(), _stride(shift),
-            _stride(grad_attention), *walk.arguments,
+            strides_of(grad_output, align), source.stride, attention.stride(), branch_scale.stride(), strides_of(shift),
+            strides_of(grad_attention), *walk.arguments,
         ),
         _constants(config, walk, source, weight, align, grad_output, attention, grad_attention)
         | {
@@ -264,7 +241,7 @@ def _constants(
         "ALIGN": source.align,
         "TILE_ALIGN": align,
         "DOT": dot_dtype(weight),
-        "ROW": _row_dtype(source.tensor, *volumes),
+        "ROW": row_dtype(source.tensor, *volumes),
         "PRECISION": dot_precision(weight),
         "num_warps": config.num_warps,
         # More stages would copy what is gathered past L1 into shared memory, and L1 is where its reuse is.
@@ -277,7 +254,7 @@ def _register_limit(config: Config) -> dict:
     return {} if torch.version.hip else {"maxnreg": config.registers}
 
 
-def _row_dtype(*volumes: Optional[Tensor]) -> tl.dtype:
+def row_dtype(*volumes: Optional[Tensor]) -> tl.dtype:
     """32 bits, or 64 if a batch entry spans too many elements; offsets between batch entries always have 64."""
     spans = [
         sum((size - 1) * stride for size, stride in zip(volume.shape[1:], volume.stride()[1:]))
@@ -337,7 +314,7 @@ def gather_source(tensor: Tensor) -> Source:
     widest = min(16 // tensor.itemsize, triton.next_power_of_2(C))
     if alignment(tensor) < widest:
         tensor = pack(tensor, triton.cdiv(C, widest) * widest)
-    return Source(tensor, _stride(tensor, widest), widest)
+    return Source(tensor, strides_of(tensor, widest), widest)
 
 
 def alignment(*tensors: Optional[Tensor]) -> int:
@@ -400,13 +377,6 @@ def repack(weight: Tensor, config: Config, order: tuple[int, int, int]) -> Tenso
     return padded
 
 
-def as_3d(tensor: Optional[Tensor]) -> Optional[Tensor]:
-    """A view with leading spatial axes of size one."""
-    if tensor is None or tensor.dim() == 5:
-        return tensor
-    return tensor[(slice(None), slice(None)) + (None,) * (5 - tensor.dim())]
-
-
 def dot_dtype(tensor: Tensor) -> tl.dtype:
     """That of the tensor; but the interpreter's bfloat16 arithmetic is wrong, there bfloat16 is only loaded and stored."""
     return tl.float32 if interpreted() and tensor.dtype == torch.bfloat16 else DTYPES[tensor.dtype]
@@ -429,12 +399,12 @@ def capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if nvidia else 8
 
 
-def _shift(problem: Geometry, bias: Optional[Tensor], branch_shift: Optional[Tensor]) -> Optional[Tensor]:
+def _shift(call: Call) -> Optional[Tensor]:
     """What is added to each branch, [K, O]: a bias is the same shift for all."""
-    return branch_shift if bias is None else bias.expand(problem.num_branches, -1)
+    return call.branch_shift if call.bias is None else call.bias.expand(call.geometry.num_branches, -1)
 
 
-def _stride(tensor: Optional[Tensor], align: int = 1) -> tuple[int, ...]:
+def strides_of(tensor: Optional[Tensor], align: int = 1) -> tuple[int, ...]:
     """Strides in units of ``align`` elements, but that of the channels in elements."""
     if tensor is None:
         return (0,) * 5
@@ -442,13 +412,6 @@ def _stride(tensor: Optional[Tensor], align: int = 1) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, strides))
 
 
-def _wider(tensor: Optional[Tensor]) -> Optional[Tensor]:
-    """A copy in the next wider dtype."""
-    if tensor is None:
-        return None
-    return tensor.to(torch.float64 if tensor.dtype == torch.float32 else torch.float32)
-
-
-def _on_device_of(tensor: Tensor):
+def on_device_of(tensor: Tensor):
     """Triton launches on the current device's current stream."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Batch-normalised branches by Triton: the functions that norm_ops.py asks of a backend (docs/branch_norm.md).
+"""Batch-normalised branches by Triton (docs/branch_norm.md).
 
 Axes: N batch, C input channels, O output channels, K branches, and the spatial axes, one to three or, flattened, one.
 """
@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Optional
 
 import torch
 import triton
 from torch import Tensor
 
-from ... import reference
+from ...call import Call, as_3d
 from ...geometry import Geometry
 from . import launch, norm_kernels
-from .launch import Launch, Source, as_3d
+from .launch import Launch, Source
 
 # Elements of a tile in the kernels that treat each voxel alone: 16 a thread of eight warps, two loads of 16 bytes
 # in 16 bits, so a few programs of an SM keep enough in flight, with registers to spare for two sums.
@@ -29,23 +30,25 @@ MAX_BLOCK_O = 128
 TILES = 4
 
 
-def branch_statistics(geometry, input, weight, branches, mean, var) -> None:
+def branch_statistics(call: Call, branches: Tensor, mean: Optional[Tensor], var: Optional[Tensor]) -> None:
     """Each branch is a forward with one dilation and a gate of ones; one pass over them all gives mean and var."""
-    problem = geometry.as_3d()
-    with launch._on_device_of(input):
-        source = launch.gather_source(as_3d(input))
-        gate = input.new_ones(()).expand(input.shape[0], 1, *problem.output_size)
-        for k in range(problem.num_branches):
-            _fill_branch(geometry, k, input, source, weight, gate, branches[k])
+    call = call.as_3d()
+    problem, weight = call.geometry, call.weight
+    with launch.on_device_of(weight):
+        source = launch.gather_source(call.input)
+        gate = weight.new_ones(()).expand(call.input.shape[0], 1, *problem.output_size)
+        for dilation, branch in zip(problem.dilations, branches):
+            one = dataclasses.replace(problem, dilations=(dilation,))
+            launch.run("forward", launch.make_forward, one, weight, source, weight, gate, None, None, as_3d(branch))
         if mean is not None:
             _fill_statistics(branches, mean, var)
 
 
-def branch_combine(branches, attention, scale, shift, output) -> None:
+def branch_combine(call: Call, branches: Tensor, scale: Tensor, shift: Tensor, output: Tensor) -> None:
     K, N, O = branches.shape[:3]
-    y, a, out = branches.flatten(3), attention.flatten(2), output.flatten(2)
+    y, a, out = branches.flatten(3), call.attention.flatten(2), output.flatten(2)
     constants = _constants(O, y[0], a, out)
-    with launch._on_device_of(output):
+    with launch.on_device_of(output):
         launch.submit(
             Launch(
                 norm_kernels.combine_kernel,
@@ -58,12 +61,13 @@ def branch_combine(branches, attention, scale, shift, output) -> None:
 
 
 def branch_reduce(
-    grad_output, branches, attention, mean, scale, shift, grad_attention, grad_scale, grad_shift
+    call: Call, grad_output: Tensor, branches: Tensor, mean: Tensor, scale: Tensor, shift: Tensor,
+    grad_attention: Optional[Tensor], grad_scale: Tensor, grad_shift: Tensor,
 ) -> None:
     K, N, O = branches.shape[:3]
-    grad, y, a = grad_output.flatten(2), branches.flatten(3), attention.flatten(2)
+    grad, y, a = grad_output.flatten(2), branches.flatten(3), call.attention.flatten(2)
     positions = y.shape[3]
-    with launch._on_device_of(grad_output):
+    with launch.on_device_of(grad_output):
         parts = None if grad_attention is None else grad_attention.flatten(2).unsqueeze(0)
         constants = _constants(O, grad, y[0], a, *(() if parts is None else parts))
         blocks = triton.cdiv(O, constants["BLOCK_O"])
@@ -99,49 +103,24 @@ def branch_reduce(
 
 
 def branch_norm_backward(
-    geometry, grad_output, input, weight, attention, branches, a_coef, b_coef, c_coef,
-    grad_branches, grad_input, grad_weight,
+    call: Call, grad_output: Tensor, branches: Tensor, a_coef: Tensor, b_coef: Tensor, c_coef: Tensor,
+    grad_branches: Tensor, grad_input: Optional[Tensor], grad_weight: Optional[Tensor],
 ) -> None:
     """All dy_k, then one kernel that gathers from each and projects their sum once."""
-    with launch._on_device_of(input):
-        gradients, geometry = _branch_gradients(
-            geometry, grad_output, branches, attention, (a_coef, b_coef, c_coef), grad_branches
-        )
-        wanted = [gradient for gradient in (grad_input, grad_weight) if gradient is not None]
-
-        def expected() -> list[Tensor]:
-            exact = [torch.zeros_like(launch._wider(tensor)) for tensor in (input, weight)]
-            for k, gradient in enumerate(gradients[:, :, : weight.shape[0]]):
-                of_branch = reference.branch_gradients(
-                    geometry, k, *map(launch._wider, (gradient, input, weight)), True, True
-                )
-                for total, part in zip(exact, of_branch):
-                    total += part
-            return [total for total, gradient in zip(exact, (grad_input, grad_weight)) if gradient is not None]
-
+    call = call.as_3d()
+    weight = call.weight
+    with launch.on_device_of(weight):
+        gradients, problem = _branch_gradients(call, grad_output, branches, (a_coef, b_coef, c_coef), grad_branches)
         align = _widest(branches)
         first = as_3d(gradients[0])
-        source = Source(first, launch._stride(first, align), align, gradients.stride(0) // align)
-        tensors = (source, as_3d(input), as_3d(weight), None, None, as_3d(grad_input), as_3d(grad_weight))
-        launch._run(
-            "grad_input_weight_branches", launch._grad_input_weight, geometry.as_3d(), tensors, weight, wanted, expected
+        source = Source(first, launch.strides_of(first, align), align, gradients.stride(0) // align)
+        launch.run(
+            "grad_input_weight_branches", launch.make_grad_input_weight, problem, weight,
+            source, call.input, weight, None, None, as_3d(grad_input), as_3d(grad_weight),
         )
 
 
 # ------------------------------------------------------------------ one function per launch
-
-
-def _fill_branch(
-    geometry: Geometry, k: int, input: Tensor, source: Source, weight: Tensor, gate: Tensor, branch: Tensor
-) -> None:
-    """y_k; ``source`` is what ``input`` is gathered from, made once for all branches."""
-    one = dataclasses.replace(geometry, dilations=(geometry.dilations[k],))
-
-    def expected() -> list[Tensor]:
-        return list(reference.branches(one, launch._wider(input), launch._wider(weight)))
-
-    tensors = (source, as_3d(weight), gate, None, None, as_3d(branch))
-    launch._run("forward", launch._forward, one.as_3d(), tensors, weight, [branch], expected)
 
 
 def _fill_statistics(branches: Tensor, mean: Tensor, var: Tensor) -> None:
@@ -172,14 +151,14 @@ def _fill_statistics(branches: Tensor, mean: Tensor, var: Tensor) -> None:
 
 
 def _branch_gradients(
-    geometry: Geometry, grad_output: Tensor, branches: Tensor, attention: Tensor, coefs: tuple[Tensor, ...],
-    grad_branches: Tensor,
+    call: Call, grad_output: Tensor, branches: Tensor, coefs: tuple[Tensor, ...], grad_branches: Tensor
 ) -> tuple[Tensor, Geometry]:
     """All dy_k, ``[K, N, O or more, *S]``, as kernels gather them: adjacent channels, aligned rows.
 
-    In ``grad_branches`` unless padded channels need more memory than that. Also ``geometry`` with the dilations in the
+    In ``grad_branches`` unless padded channels need more memory than that. Also the geometry with the dilations in the
     order in which the branches lie.
     """
+    geometry, attention = call.geometry, call.attention
     K, N, O, *size = branches.shape
     align = _widest(branches)
 
@@ -244,7 +223,7 @@ def _constants(O: int, *volumes: Tensor) -> dict:
         "O": O,
         "BLOCK_O": block_o,
         "ROWS": ELEMENTS // block_o,
-        "ROW": launch._row_dtype(*volumes),
+        "ROW": launch.row_dtype(*volumes),
         "num_warps": WARPS,
         "num_stages": 1,
     }

@@ -1,0 +1,94 @@
+"""What a backend is, and what it may expect of the tensors that it is handed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Protocol
+
+from torch import Tensor
+
+from ..call import Call
+
+
+class CannotRun(RuntimeError):
+    """The call is beyond this backend on this device, as turned out only while it ran; the message is the reason."""
+
+
+class Gradients(NamedTuple):
+    """Where a backward writes; None where no gradient is wanted."""
+
+    input: Optional[Tensor]  # [N, C, *S]
+    weight: Optional[Tensor]  # [O, C, *kernel_size]
+    attention: Optional[Tensor]  # [N, K, *S_out]
+    branch_scale: Optional[Tensor]  # [K, O]
+
+
+class Backend(Protocol):
+    """Kernels for the calls of some devices and dtypes; the object ``backend`` of its module.
+
+    A call is validated: its tensors have one dtype and device and any strides, and no axis is empty. What a function
+    is to fill arrives allocated and uninitialised. A function that finds only when it runs that it cannot raises
+    :class:`CannotRun`, and another backend takes the call.
+
+    The last four functions serve batch-normalised branches (norm_ops.py), whose calls have no bias, scale and shift
+    of their own. ``branches`` are the y_k ``[K, N, O, *S_out]``, each dense in the memory format of the call's input
+    and of its dtype. The vectors beside them, ``[K, O]`` and contiguous, are float64 for float64 tensors and float32
+    for all others.
+    """
+
+    def unavailable(self) -> Optional[str]:
+        """Why the backend cannot run in this process; None if it can."""
+
+    def refusal(self, call: Call) -> Optional[str]:
+        """Why the backend does not take this call; None if it does. Cheap: asked at every call."""
+
+    def forward(self, call: Call, output: Tensor) -> None:
+        """Fills ``output`` ``[N, O, *S_out]``."""
+
+    def backward(self, call: Call, grad_output: Tensor, gradients: Gradients) -> None:
+        """Fills the wanted gradients, given that of the output ``[N, O, *S_out]``, and does no work for the others.
+
+        That of the attention includes the terms of bias and shift, whose own gradients ops.py computes.
+        """
+
+    def branch_statistics(
+        self, call: Call, branches: Tensor, mean: Optional[Tensor], var: Optional[Tensor]
+    ) -> None:
+        """Fills ``branches`` and, unless both are None, ``mean`` and ``var`` (biased) over batch and space.
+
+        The variance must not be a difference of large sums: two passes, shifted sums or Welford.
+        """
+
+    def branch_combine(self, call: Call, branches: Tensor, scale: Tensor, shift: Tensor, output: Tensor) -> None:
+        """Fills ``output = sum_k a_k (scale_k y_k + shift_k)`` ``[N, O, *S_out]``."""
+
+    def branch_reduce(
+        self,
+        call: Call,
+        grad_output: Tensor,  # G, [N, O, *S_out]
+        branches: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        grad_attention: Optional[Tensor],  # [N, K, *S_out]
+        grad_scale: Tensor,
+        grad_shift: Tensor,
+    ) -> None:
+        """Fills ``grad_shift = sum_p a_k G``, ``grad_scale = sum_p a_k G (y_k - mean_k)`` and, unless it is None,
+        ``grad_attention = sum_o G (scale_k y_k + shift_k)``."""
+
+    def branch_norm_backward(
+        self,
+        call: Call,
+        grad_output: Tensor,  # G, [N, O, *S_out]
+        branches: Tensor,
+        a_coef: Tensor,
+        b_coef: Tensor,
+        c_coef: Tensor,
+        grad_branches: Tensor,
+        grad_input: Optional[Tensor],  # [N, C, *S]
+        grad_weight: Optional[Tensor],  # [O, C, *kernel_size]
+    ) -> None:
+        """Fills the wanted gradients, where that of branch k is ``dy_k = a_coef_k a_k G + b_coef_k y_k + c_coef_k``.
+
+        ``grad_branches`` is memory for dy_k: like ``branches``, or ``branches`` itself where that may be overwritten.
+        """

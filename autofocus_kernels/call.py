@@ -1,0 +1,61 @@
+"""One validated call of the layer's convolution: what the operators hand to the backends."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+from torch import Tensor
+
+from .geometry import Geometry, from_integers
+
+
+class Call(NamedTuple):
+    """Tensors of one dtype and device, of any strides, and the integers and choices that come with them.
+
+    The six tensors stand in the order of the operators' schemas. A call of batch-normalised branches
+    (norm_ops.py) has the first three only.
+    """
+
+    input: Tensor  # [N, C, *S]
+    weight: Tensor  # [O, C, *kernel_size]
+    attention: Tensor  # [N, K, *S_out]
+    bias: Optional[Tensor]  # [O]
+    branch_scale: Optional[Tensor]  # [K, O]
+    branch_shift: Optional[Tensor]  # [K, O]
+    geometry: Geometry
+    backend: Optional[str]  # the one that the caller forces
+
+    @property
+    def tensors(self) -> tuple[Optional[Tensor], ...]:
+        return self[:6]
+
+    @property
+    def settings(self) -> tuple[list[int], list[int], list[int], Optional[str]]:
+        """The arguments of an operator that are no tensors: dilations, stride, origin, backend."""
+        return (*self.geometry.integers, self.backend)
+
+    def as_3d(self) -> Call:
+        """The same call with leading spatial axes of size one, the only form that most kernels know."""
+        if self.input.dim() == 5:
+            return self
+        volumes = map(as_3d, self[:3])
+        return Call(*volumes, *self[3:6], self.geometry.as_3d, self.backend)
+
+
+def as_3d(tensor: Optional[Tensor], first_axis: int = 2) -> Optional[Tensor]:
+    """A view with spatial axes of size one before the others, which begin at ``first_axis``."""
+    if tensor is not None:
+        for _ in range(first_axis + 3 - tensor.dim()):
+            tensor = tensor.unsqueeze(first_axis)
+    return tensor
+
+
+def from_operator(
+    input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, origin, backend
+) -> Call:
+    """The inverse of :attr:`Call.tensors` and :attr:`Call.settings`: the call that reached an operator."""
+    geometry = from_integers(
+        tuple(dilations), tuple(stride), tuple(origin),
+        weight.shape[2:], input.shape[2:], attention.shape[2:],
+    )
+    return Call(input, weight, attention, bias, branch_scale, branch_shift, geometry, backend)

@@ -1,0 +1,176 @@
+// torch.ops.autofocus_cuda: device, stream and scratch memory of a call, and the tier of every pass.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "../cuda/kernels.h"
+#include "operators.h"
+
+// The tests build this file for CPU tensors, over the emulation of tests/cuda_host.
+#ifndef AUTOFOCUS_CUDA_DISPATCH_KEY
+#define AUTOFOCUS_CUDA_DISPATCH_KEY CUDA
+#endif
+
+namespace {
+
+using namespace autofocus;
+using namespace autofocus::binding;
+using namespace autofocus::cuda;
+
+// The device of `input` made current, its current stream, and scratch memory of torch's own allocator, which orders its
+// reuse by that stream.
+class Launches {
+ public:
+  explicit Launches(const Tensor& input) : guard_(input.get_device_index()) {
+    void* stream = nullptr;
+    STD_TORCH_CHECK(
+        aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+        "torch gives no stream of CUDA device ", input.get_device_index());
+    context_ = {stream, [this, input](int64_t bytes) {
+                  scratch_.push_back(torch::stable::new_empty(input, {bytes}, ScalarType::Byte));
+                  return scratch_.back().data_ptr();
+                }};
+  }
+  Launches(const Launches&) = delete;
+  const Context& context() const { return context_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  std::vector<Tensor> scratch_;
+  Context context_;
+};
+
+// Whether the fast tier runs the pass; AUTOFOCUS_CUDA_TIER=simple keeps every pass from it.
+bool takes_fast(Pass pass, const Problem& g, DType dtype) {
+  const char* tier = std::getenv("AUTOFOCUS_CUDA_TIER");
+  return (tier == nullptr || std::string(tier) != "simple") && fast_refusal(pass, g, dtype) == nullptr;
+}
+
+// A bias is a shift that is the same for every branch.
+Inputs inputs_of(const Call& call) {
+  const int64_t O = call.g.O;
+  const TensorView shift = call.bias != nullptr ? TensorView{call.bias, 0, 1, {}} : TensorView{call.shift, O, 1, {}};
+  return {call.g, call.dtype, call.input, call.weight, call.attention, {call.scale, O, 1, {}}, shift};
+}
+
+// Attention of ones, which branches that have none of their own are given: one element for all.
+class Ones {
+ public:
+  explicit Ones(const Tensor& input) : one_(torch::stable::new_empty(input, {1})) { torch::stable::fill_(one_, 1.0); }
+  TensorView view() const { return {one_.data_ptr(), 0, 0, {}}; }
+
+ private:
+  Tensor one_;
+};
+
+// Every gradient that is not null, each by the tier that takes it.
+void run_backward(const Inputs& in, const TensorView& grad_output, const Gradients& gradients, const Context& context) {
+  const auto fast = [&](Pass pass) { return takes_fast(pass, in.g, in.dtype); };
+  const TensorView grad_scale = {gradients.scale, in.g.O, 1, {}};
+  const Pass pass_of_input = grad_output.k == 0 ? Pass::kGradInput : Pass::kBranchGradInput;
+  if (gradients.input.data != nullptr)
+    (fast(pass_of_input) ? fast_grad_input : simple_grad_input)(in, grad_output, gradients.input, context);
+  if (gradients.attention.data != nullptr)
+    (fast(Pass::kGradAttention) ? fast_grad_attention : simple_grad_attention)(in, grad_output, gradients.attention,
+                                                                               context);
+  if (gradients.weight.data != nullptr || gradients.scale != nullptr)
+    (fast(Pass::kGradWeight) ? fast_grad_weight : simple_grad_weight)(in, grad_output, gradients.weight, grad_scale,
+                                                                      context);
+}
+
+struct Cuda {
+  static constexpr int64_t kLargest = INT32_MAX;  // beyond it backends/cuda.py refuses
+
+  // The operators are registered for the device already, so only the device of the others matters.
+  static void check_device(const Tensor&) {}
+
+  static void forward(const Tensor& input, const Call& call, const TensorView& output) {
+    const Launches launches(input);
+    (takes_fast(Pass::kForward, call.g, call.dtype) ? fast_forward : simple_forward)(inputs_of(call), output,
+                                                                                     launches.context());
+  }
+
+  static void backward(const Tensor& input, const Call& call, const TensorView& grad_output,
+                       const Gradients& gradients) {
+    run_backward(inputs_of(call), grad_output, gradients, Launches(input).context());
+  }
+
+  // Each branch is a forward pass of its own.
+  static void branch_statistics(const Tensor& input, const Call& call, const TensorView& branches, void* mean,
+                                void* var) {
+    const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+    const Ones ones(input);
+    Inputs in = inputs_of(call);
+    in.attention = ones.view();
+    const int64_t element_size = input.element_size();
+    for (int64_t k = 0; k < in.g.K; ++k) {
+      Inputs one = in;
+      one.g = branch_problem(in.g, k);
+      TensorView branch = branches;
+      branch.data = static_cast<char*>(branches.data) + k * branches.k * element_size;
+      const Launches launches(input);  // one for each, so that scratch memory is used again
+      if (takes_fast(Pass::kForward, in.g, in.dtype) || takes_fast(Pass::kForward, one.g, in.dtype))
+        fast_branch(in, k, branch, launches.context());
+      else
+        simple_forward(one, branch, launches.context());
+    }
+    if (mean != nullptr) branch_moments({call.g, call.dtype, branches, {}, {}}, mean, var, Launches(input).context());
+  }
+
+  static void branch_combine(const Tensor& tensor, const BranchTensors& in, void* scale, void* shift,
+                             const TensorView& output) {
+    cuda::branch_combine(in, scale, shift, output, Launches(tensor).context());
+  }
+
+  static void branch_reduce(const Tensor& tensor, const BranchTensors& in, void* mean, void* scale, void* shift,
+                            const TensorView& grad_attention, void* grad_scale, void* grad_shift) {
+    cuda::branch_reduce(in, mean, scale, shift, grad_attention, grad_scale, grad_shift, Launches(tensor).context());
+  }
+
+  static void branch_norm_backward(const Tensor& input, const Call& call, const BranchTensors& in, void* a_coef,
+                                   void* b_coef, void* c_coef, const TensorView& grad_branches,
+                                   const TensorView& grad_input, const TensorView& grad_weight) {
+    const Launches launches(input);
+    branch_gradients(in, a_coef, b_coef, c_coef, grad_branches, launches.context());
+    const Ones ones(input);
+    Inputs by_branch = inputs_of(call);
+    by_branch.attention = ones.view();
+    run_backward(by_branch, grad_branches, {grad_input, grad_weight, {}, nullptr}, launches.context());
+  }
+};
+
+// Why the fast tier does not take a pass ("forward", "grad_input", "grad_attention", "grad_weight" or
+// "branch_grad_input"); empty if it does.
+std::string fast_tier_refusal(std::string pass, const Tensor& input, const Tensor& weight, Ints output_size,
+                              Ints dilations, Ints stride, Ints origin) {
+  const Problem g = problem_of(input, weight, output_size, dilations, stride, origin, Cuda::kLargest);
+  const Launches launches(input);
+  const char* names[] = {"forward", "grad_input", "grad_attention", "grad_weight", "branch_grad_input"};
+  const Pass passes[] = {Pass::kForward, Pass::kGradInput, Pass::kGradAttention, Pass::kGradWeight,
+                         Pass::kBranchGradInput};
+  for (int i = 0; i < 5; ++i)
+    if (pass == names[i]) {
+      const char* refusal = fast_refusal(passes[i], g, dtype_of(input));
+      return refusal == nullptr ? "" : refusal;
+    }
+  STD_TORCH_CHECK(false, "the pass must be forward, grad_input, grad_attention, grad_weight or branch_grad_input, got ",
+                  pass);
+  return "";
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(autofocus_cuda, m) {
+  define_operators(m);
+  m.def(
+      "fast_refusal(str tier_pass, Tensor input, Tensor weight, int[] output_size, int[] dilations, int[] stride, "
+      "int[] origin) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(autofocus_cuda, AUTOFOCUS_CUDA_DISPATCH_KEY, m) {
+  implement_operators<Cuda>(m);
+  m.impl("fast_refusal", TORCH_BOX(&fast_tier_refusal));
+}
