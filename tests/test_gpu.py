@@ -43,9 +43,7 @@ def results_of(backend, case, tensors):
 
 def skip_if_refused(backend, case, dtype):
     """Only where the backend says so beforehand; whatever it takes it must get right."""
-    tensors = testing.make_tensors(case, dtype, DEVICE)
-    branch_mode = case.mode != "plain"
-    reason = backend_named(backend).can_use(case.geometry, tensors.input, tensors.weight, branch_mode)
+    reason = backend_named(backend).refusal(testing.call_of(case, testing.make_tensors(case, dtype, DEVICE)))
     if reason is not None:
         pytest.skip(f"backend {backend}: {reason}")
 
@@ -208,14 +206,6 @@ def test_training_step_with_branch_norm(backend, case, dtype, save_branches):
         tensors, norms = testing.make_tensors(case, dtype, DEVICE), layers.make_norms(case, torch.float32, DEVICE)
         function = partial(normed_autofocus_conv, save_branches=save_branches, backend=backend)
         layers.compare(function, case, tensors, norms)
-
-
-def test_cuda_backend_leaves_no_part_of_branch_norm_to_the_reference():
-    module = backend_named("cuda")
-    if module.unavailable() is not None:
-        pytest.skip(f"backend cuda: {module.unavailable()}")
-    for name in ("branch_statistics", "branch_combine", "branch_reduce", "branch_norm_backward"):
-        assert hasattr(module, name), name
 
 
 def test_cuda_graph_of_branch_norm(backend):

@@ -44,7 +44,7 @@ def tree(tmp_path):
 def only_source(tree, text):
     """Makes ``text`` the whole of the CPU library."""
     for folder in ("cpu", "cuda"):
-        shutil.rmtree(tree / "csrc" / folder)
+        shutil.rmtree(tree / "csrc" / folder, ignore_errors=True)
     (tree / "csrc" / "binding" / "cpu.cpp").write_text(text)
 
 
@@ -95,7 +95,7 @@ def test_every_source_is_where_setup_looks():
         for path in ROOT.glob("csrc/**/*")
         if path.suffix in (".cpp", ".cu")
     }
-    compiled = re.compile(r"csrc/(binding_(cpu|cuda)\.cpp|cpu/[^/]+\.cpp|cuda/[^/]+\.cu)")
+    compiled = re.compile(r"csrc/(binding/(cpu|cuda)\.cpp|cpu/[^/]+\.cpp|cuda/[^/]+\.cu)")
     assert [source for source in sources if not compiled.fullmatch(source)] == []
 
 

@@ -3,19 +3,18 @@
 import contextlib
 import logging
 import math
-import os
 
 import torch
 from triton.runtime.errors import OutOfResources
 
 from autofocus_kernels import autofocus_conv, dispatch, testing
-from autofocus_kernels.backends import triton as backend
-from autofocus_kernels.backends.triton import launch, tuning
-from autofocus_kernels.backends.triton.configs import Config, NoConfigurationFits
-from autofocus_kernels.testing import Case
+from autofocus_kernels.backends.interface import Gradients
+from autofocus_kernels.backends.triton import backend, fitting, launch
+from autofocus_kernels.backends.triton.configs import Config
+from autofocus_kernels.testing import Case, call_of
 
 CASE = Case("small", (3, 5), dilations=(1, 2), kernel_size=(1, 3))
-SMALL, MEDIUM, BIG = (Config(rows, 16, 16, 4, 255) for rows in (16, 32, 64))
+SMALL, BIG = (Config(rows, 16, 16, 4, 255) for rows in (16, 64))
 
 
 @contextlib.contextmanager
@@ -50,8 +49,7 @@ def logged():
 @contextlib.contextmanager
 def candidates(*configs, refused=()):
     """The launcher has these configurations, and the device refuses some; yields the rows of those launched."""
-    tuning._chosen.clear()
-    tuning._unfit.clear()
+    fitting.forget()
     dispatch.log_refusal.cache_clear()
     launched, submit = [], launch.submit
 
@@ -70,7 +68,7 @@ def candidates(*configs, refused=()):
 def forward(case=CASE):
     tensors = testing.make_tensors(case)
     output = torch.full_like(tensors.grad_output, math.nan)
-    backend.forward(case.geometry, *tensors[:6], output)
+    backend.forward(call_of(case, tensors), output)
     expected = testing.truth(case, tensors)["output"]
     assert testing.relative_error(output, expected) < 1e-6
 
@@ -98,14 +96,13 @@ def a_configuration_that_does_not_fit_gives_way():
 
 def one_that_fitted_may_stop_fitting():
     """A class of problems holds layouts and 64-bit offsets that need more registers."""
-    with candidates(BIG, SMALL):
+    refused = []
+    with candidates(BIG, SMALL, refused=refused) as launched:
         forward()
-        chosen = dict(tuning._chosen)
-    with candidates(BIG, SMALL, refused=[BIG]) as launched:
-        tuning._chosen.update(chosen)
+        refused.append(BIG)
         forward()
-    assert launched[0] == 64 and launched[-1] == 16, launched
-    assert chosen_rows() == 16
+        forward()
+    assert launched == [64, 64, 64, 16, 16], launched  # chosen; refused, and tried once more, then the next
 
 
 def nothing_fits_and_another_backend_takes_the_call():
@@ -149,73 +146,6 @@ def what_fits_runs_though_another_pass_does_not_fit():
     assert len(launched) == 3, launched
 
 
-# ------------------------------------------------------------------ autotuning
-
-
-@contextlib.contextmanager
-def autotuned(times, wrong=()):
-    """Autotuning is on; a configuration takes ``times[rows]`` seconds, those of ``wrong`` rows leave a NaN."""
-    submit = launch.submit
-
-    def submit_wrong(work):
-        submit(work)
-        if work.constants.get("G") and work.constants["G"].rows in wrong:
-            work.arguments[4].view(-1)[-1] = math.nan  # the output of forward_kernel
-
-    def measure(call, device):
-        rows = []
-        with replaced(launch, submit=lambda work: rows.append(work.constants["G"].rows)):
-            call()
-        return times[rows[0]]
-
-    os.environ[tuning.ENVIRONMENT_VARIABLE] = "1"
-    try:
-        with replaced(launch, submit=submit_wrong), replaced(tuning, measure=measure):
-            yield
-    finally:
-        del os.environ[tuning.ENVIRONMENT_VARIABLE]
-
-
-def chosen_rows():
-    (config,) = tuning._chosen.values()
-    return config.rows
-
-
-def autotuning_takes_the_fastest():
-    with candidates(BIG, MEDIUM, SMALL) as launched, autotuned({64: 3.0, 32: 1.0, 16: 2.0}):
-        forward()
-        assert chosen_rows() == 32
-        assert launched == [64, 32, 16, 32], launched  # each once to check it, then the choice
-        forward()
-        assert launched[4:] == [32], launched
-
-
-def autotuning_refuses_what_is_wrong_or_does_not_fit():
-    with candidates(BIG, MEDIUM, SMALL, refused=[BIG]), logged() as messages:
-        with autotuned({32: 1.0, 16: 2.0}, wrong=[32]):
-            forward()
-            assert chosen_rows() == 16
-    errors = [message for level, message in messages if level == "ERROR"]
-    assert len(errors) == 1 and "rows=32" in errors[0] and "wrong results" in errors[0], errors
-
-
-def autotuning_with_nothing_right_is_a_refusal():
-    with candidates(SMALL), autotuned({}, wrong=[16]):
-        message_of(NoConfigurationFits, forward)
-
-
-def autotuning_measures_backward_against_the_reference():
-    """Every gradient of every kernel is right as tuned, with the real clock."""
-    os.environ[tuning.ENVIRONMENT_VARIABLE] = "1"
-    try:
-        for mode in ("plain", "branch"):
-            with candidates(MEDIUM, SMALL), replaced(tuning.measure, __defaults__=(1,)):
-                testing.check("triton", Case("small", (3, 5), dilations=(1, 2), kernel_size=(1, 3), mode=mode))
-                assert len(tuning._chosen) == 3
-    finally:
-        del os.environ[tuning.ENVIRONMENT_VARIABLE]
-
-
 # ------------------------------------------------------------------ 64-bit offsets
 
 # Planes this many elements apart: the last of three begins past 2^31. Only pages that are touched take memory.
@@ -250,11 +180,10 @@ def offsets_beyond_32_bits():
             }
             scale = None if given.branch_scale is None else torch.full_like(given.branch_scale, math.nan)
             grad_weight = torch.full_like(given.weight, math.nan)
-            backend.forward(case.geometry, *given[:6], nan["output"])
-            backend.backward(
-                case.geometry, given.grad_output, *given[:6],
-                nan["grad_input"], grad_weight, nan["grad_attention"], scale,
-            )
+            call = call_of(case, given)
+            backend.forward(call, nan["output"])
+            gradients = Gradients(nan["grad_input"], grad_weight, nan["grad_attention"], scale)
+            backend.backward(call, given.grad_output, gradients)
             return [*nan.values(), grad_weight, *([] if scale is None else [scale])]
 
         with candidates(SMALL):
@@ -270,9 +199,5 @@ CHECKS = (
     one_that_fitted_may_stop_fitting,
     nothing_fits_and_another_backend_takes_the_call,
     what_fits_runs_though_another_pass_does_not_fit,
-    autotuning_takes_the_fastest,
-    autotuning_refuses_what_is_wrong_or_does_not_fit,
-    autotuning_with_nothing_right_is_a_refusal,
-    autotuning_measures_backward_against_the_reference,
     offsets_beyond_32_bits,
 )

@@ -83,9 +83,9 @@ NAMES = [*(interpreted_name(*entry) for entry in INTERPRETED), "layer", "memory"
 
 def configure(config=LARGE, elements=4096, block_o=128):
     """Tiles of every kernel; returns a record of the grids that are launched."""
-    from autofocus_kernels.backends.triton import launch, norm, tuning
+    from autofocus_kernels.backends.triton import fitting, launch, norm
 
-    tuning._chosen.clear()
+    fitting.forget()
     launch.configurations = lambda *key: (config,)
     norm.ELEMENTS, norm.MAX_BLOCK_O = elements, block_o
     grids = {}
@@ -122,19 +122,20 @@ def interpret(case, dtype, save_branches):
 
 def _same_bits(case, tensors):
     """A gradient that is wanted alone is the same, to the last bit."""
-    from autofocus_kernels.backends import triton as backend
+    from autofocus_kernels.backends.triton import backend
 
     volumes = (tensors.input, tensors.weight, tensors.attention)
-    branches = norm_ops._allocate_branches(*volumes).normal_()
+    branches = norm_ops.allocate_branches(*volumes).normal_()
     vectors = torch.randn(3, case.num_branches, case.out_channels)
+    call = testing.call_of(case, tensors)._replace(bias=None)
 
     def gradients(*wanted):
         outputs = [torch.full_like(v, torch.nan) if slot in wanted else None for slot, v in enumerate(volumes)]
         backend.branch_norm_backward(
-            case.geometry, tensors.grad_output, *volumes, branches, *vectors, torch.empty_like(branches), *outputs[:2]
+            call, tensors.grad_output, branches, *vectors, torch.empty_like(branches), *outputs[:2]
         )
         sums = torch.empty_like(vectors[:2])
-        backend.branch_reduce(tensors.grad_output, branches, volumes[2], *vectors, outputs[2], *sums)
+        backend.branch_reduce(call, tensors.grad_output, branches, *vectors, outputs[2], *sums)
         return *outputs, sums
 
     together = gradients(0, 1, 2)
@@ -160,21 +161,20 @@ class Allocations(TorchDispatchMode):
 
 def interpret_memory():
     """The gradients of branches take the memory of the branches, and at most one branch more. Launches nothing."""
-    from autofocus_kernels.backends import triton as backend
-    from autofocus_kernels.backends.triton import launch
+    from autofocus_kernels.backends.triton import backend, launch
 
     configure(SMALL)
     launch.submit = lambda work: None
     for layout in ("contiguous", "channels_last"):
         case = Case("memory", (40, 50), channels=2, out_channels=8, dilations=(1, 2, 4), batch=2, layout=layout)
         tensors = testing.make_tensors(case)
-        branches = norm_ops._allocate_branches(tensors.input, tensors.weight, tensors.attention)
+        branches = norm_ops.allocate_branches(tensors.input, tensors.weight, tensors.attention)
         coefs = torch.ones(3, case.num_branches, case.out_channels)
         outputs = torch.empty_like(tensors.input), torch.empty_like(tensors.weight)
         with Allocations() as new:
             backend.branch_norm_backward(
-                case.geometry, tensors.grad_output, tensors.input, tensors.weight, tensors.attention, branches, *coefs,
-                branches, *outputs,
+                testing.call_of(case, tensors)._replace(bias=None), tensors.grad_output, branches, *coefs, branches,
+                *outputs,
             )
         new.bytes.pop(branches.data_ptr(), None)
         assert max(new.bytes.values()) <= branches[0].nbytes, (layout, new.bytes)
@@ -220,8 +220,7 @@ def compiled_name(target, dtype, layout):
 
 def compile_kernels(target, dtype, layout):
     """Figures of every kernel of a training step with batch statistics, by the default configurations."""
-    from autofocus_kernels.backends import triton as backend
-    from autofocus_kernels.backends.triton import kernels, launch, norm_kernels
+    from autofocus_kernels.backends.triton import backend, kernels, launch, norm_kernels
 
     triton_worker.compile_for(target, dtype, kernels, norm_kernels)
     figures = {}
@@ -239,19 +238,20 @@ def compile_kernels(target, dtype, layout):
         "aot", (24, 24, 24), channels=channels, out_channels=channels, dilations=(2, 6, 10, 14), layout=layout, batch=1
     )
     tensors = testing.make_tensors(case, FLOAT32 if dtype in ("tf32", "float32") else getattr(torch, dtype))
-    one_branch = Case("aot", case.size, dilations=(6,)).geometry
     K, O = case.num_branches, channels
-    vectors = torch.ones(7, K, O)
-    branches = norm_ops._allocate_branches(tensors.input, tensors.weight, tensors.attention)
-    backend.branch_statistics(one_branch, tensors.input, tensors.weight, branches[:1], vectors[0, :1], vectors[1, :1])
-    backend.branch_combine(branches, tensors.attention, vectors[0], vectors[1], torch.empty_like(tensors.grad_output))
+    vectors = torch.ones(5, K, O)
+    branches = norm_ops.allocate_branches(tensors.input, tensors.weight, tensors.attention)
+    call = testing.call_of(case, tensors)._replace(bias=None)
+    one_branch = call._replace(geometry=Case("aot", case.size, dilations=(6,)).geometry)
+    backend.branch_statistics(one_branch, branches[:1], vectors[0, :1], vectors[1, :1])
+    backend.branch_combine(call, branches, vectors[0], vectors[1], torch.empty_like(tensors.grad_output))
     backend.branch_reduce(
-        tensors.grad_output, branches, tensors.attention, vectors[0], vectors[1], vectors[2],
-        torch.empty_like(tensors.attention), vectors[3], vectors[4],
+        call, tensors.grad_output, branches, vectors[0], vectors[1], vectors[2], torch.empty_like(tensors.attention),
+        vectors[3], vectors[4],
     )
     backend.branch_norm_backward(
-        case.geometry, tensors.grad_output, tensors.input, tensors.weight, tensors.attention, branches,
-        vectors[0], vectors[1], vectors[2], branches, torch.empty_like(tensors.input), torch.empty_like(tensors.weight),
+        call, tensors.grad_output, branches, vectors[0], vectors[1], vectors[2], branches,
+        torch.empty_like(tensors.input), torch.empty_like(tensors.weight),
     )
     return figures
 

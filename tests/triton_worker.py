@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from autofocus_kernels import testing
+from autofocus_kernels.backends.interface import Gradients
 from autofocus_kernels.backends.triton.configs import Config
 from autofocus_kernels.testing import Case
 
@@ -67,11 +68,10 @@ def _interpreted():
 
 def interpret(case, dtype, config):
     """Forward and every gradient against truth; gradients wanted alone, and again, are the same bits."""
-    from autofocus_kernels.backends import triton as backend
-    from autofocus_kernels.backends.triton import launch, tuning
+    from autofocus_kernels.backends.triton import backend, fitting, launch
 
     launch.configurations = lambda *key: (config,)
-    tuning._chosen.clear()
+    fitting.forget()
     testing.check("triton", case, dtype)
     if dtype != torch.float32 or case.spatial_dims != 1:
         return
@@ -83,7 +83,7 @@ def interpret(case, dtype, config):
             torch.full_like(tensor, torch.nan) if slot in slots and tensor is not None else None
             for slot, tensor in enumerate(wanted)
         ]
-        backend.backward(case.geometry, tensors.grad_output, *tensors[:6], *outputs)
+        backend.backward(testing.call_of(case, tensors), tensors.grad_output, Gradients(*outputs))
         return outputs
 
     together = gradients(0, 1, 2, 3)
@@ -180,7 +180,7 @@ def compile_for(target, dtype, *modules):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from autofocus_kernels.backends.triton import launch, tuning
+    from autofocus_kernels.backends.triton import fitting, launch
 
     amd = target.startswith("gfx")
     torch.version.hip = "offline" if amd else None
@@ -194,7 +194,7 @@ def compile_for(target, dtype, *modules):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.runtime.JITFunction):
                 kernel.device_caches.clear()
-    tuning._chosen.clear()
+    fitting.forget()
 
 
 def compile_kernels(target, dtype, mode, channels, out_channels, layout):
@@ -218,8 +218,9 @@ def compile_kernels(target, dtype, mode, channels, out_channels, layout):
         None if tensor is None else torch.empty_like(tensor)
         for tensor in (tensors.input, tensors.weight, tensors.attention, tensors.branch_scale)
     ]
-    launch.forward(case.geometry, *tensors[:6], torch.empty_like(tensors.grad_output))
-    launch.backward(case.geometry, tensors.grad_output, *tensors[:6], *gradients)
+    call = testing.call_of(case, tensors)
+    launch.forward(call, torch.empty_like(tensors.grad_output))
+    launch.backward(call, tensors.grad_output, Gradients(*gradients))
     if layout == "channels_last" and channels % 8 == 0:  # else packing has been launched already
         launch.pack(tensors.input.contiguous(), channels)
     return figures
