@@ -25,15 +25,6 @@ class Call(NamedTuple):
     geometry: Geometry
     backend: Optional[str]  # the one that the caller forces
 
-    @property
-    def tensors(self) -> tuple[Optional[Tensor], ...]:
-        return self[:6]
-
-    @property
-    def settings(self) -> tuple[list[int], list[int], list[int], Optional[str]]:
-        """The arguments of an operator that are no tensors: dilations, stride, origin, backend."""
-        return (*self.geometry.integers, self.backend)
-
     def as_3d(self) -> Call:
         """The same call with leading spatial axes of size one, the only form that most kernels know."""
         if self.input.dim() == 5:
@@ -50,10 +41,21 @@ def as_3d(tensor: Optional[Tensor], first_axis: int = 2) -> Optional[Tensor]:
     return tensor
 
 
+# Functions and not properties: torch.compile before 2.11 looks for none on a NamedTuple.
+def operator_arguments(call: Call) -> tuple:
+    """The six tensors and :func:`operator_settings`, as the schemas of the operators name them."""
+    return (*call[:6], *operator_settings(call))
+
+
+def operator_settings(call: Call) -> tuple[list[int], list[int], list[int], Optional[str]]:
+    """The arguments of an operator that are no tensors: dilations, stride, origin, backend."""
+    return (*call.geometry.integers, call.backend)
+
+
 def from_operator(
     input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, origin, backend
 ) -> Call:
-    """The inverse of :attr:`Call.tensors` and :attr:`Call.settings`: the call that reached an operator."""
+    """The call that reached an operator: the inverse of :func:`operator_arguments`."""
     geometry = from_integers(
         tuple(dilations), tuple(stride), tuple(origin),
         weight.shape[2:], input.shape[2:], attention.shape[2:],

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, ops, reference
-from .call import Call, from_operator
+from .call import Call, from_operator, operator_settings
 
 _PRIMALS = "Tensor input, Tensor weight, Tensor attention"
 _AFFINE = "Tensor norm_weight, Tensor norm_bias"
@@ -38,7 +38,7 @@ torch.library.define(
 
 
 class NormSettings(NamedTuple):
-    """The arguments of the operators that are no tensors; the last four are ``Call.settings``."""
+    """The arguments of the operators that are no tensors; the last four are ``call.operator_settings``."""
 
     eps: list[float]
     save_branches: bool
@@ -87,7 +87,7 @@ def apply(
             )
         return plain(call, bias, norm_weight, norm_bias, eps)
     output, mean, var, count, _ = torch.ops.autofocus.branch_norm(
-        *call[:3], bias, norm_weight, norm_bias, eps, save_branches, group, *call.settings
+        *call[:3], bias, norm_weight, norm_bias, eps, save_branches, group, *operator_settings(call)
     )
     return output, Statistics(mean.detach(), var.detach(), count.detach())
 

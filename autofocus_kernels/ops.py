@@ -17,16 +17,16 @@ from torch import Tensor
 
 from . import dispatch
 from .backends.interface import Gradients
-from .call import Call, from_operator
+from .call import Call, from_operator, operator_arguments
 
-# The six tensor arguments, in the order of the operator's schema, of Call.tensors and of the gradients.
+# The six tensor arguments, in the order of the operator's schema, of a Call and of the gradients.
 INPUT, WEIGHT, ATTENTION, BIAS, SCALE, SHIFT = range(6)
 
 _TENSORS = (
     "Tensor input, Tensor weight, Tensor attention, Tensor? bias, Tensor? branch_scale, "
     "Tensor? branch_shift"
 )
-# Call.settings, to which `settings` refers below.
+# call.operator_settings, to which `settings` refers below.
 _SETTINGS = "int[] dilations, int[] stride, int[] origin, str? backend"
 torch.library.define("autofocus::forward", f"({_TENSORS}, {_SETTINGS}) -> Tensor")
 torch.library.define(
@@ -39,8 +39,8 @@ torch.library.define(
 def apply(call: Call) -> Tensor:
     """One differentiable call, through the operator or, where its autograd cannot follow, a Function."""
     if not torch.compiler.is_compiling() and transforms_active():
-        return _Autofocus.apply(*call.tensors, *call.settings)
-    return torch.ops.autofocus.forward(*call.tensors, *call.settings)
+        return _Autofocus.apply(*operator_arguments(call))
+    return torch.ops.autofocus.forward(*operator_arguments(call))
 
 
 def transforms_active() -> bool:
@@ -103,7 +103,7 @@ def allocate_gradients(primals, output_mask) -> list[Tensor]:
 def _backward(grad_output, *arguments):
     *arguments, output_mask = arguments
     call = from_operator(*arguments)
-    gradients = allocate_gradients(call.tensors, output_mask)
+    gradients = allocate_gradients(call[:6], output_mask)
     if output_mask[BIAS]:
         of_sum = _attention_weighted_sum(call.attention.sum(1, keepdim=True), grad_output)
         gradients[BIAS].copy_(of_sum[0])

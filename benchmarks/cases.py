@@ -36,8 +36,13 @@ LARGE = (
     _case("32x128^3", (128, 128, 128), 32, 32),
     _case("64x96^3", (96, 96, 96), 64, 64),
 )
+# So small that what the host does for a call, its checks and its way to the kernel, is all of the time.
+HOST = (
+    _case("host-1x2^3", (2, 2, 2), 1, 1),
+    _case("host-4x6^3", (6, 6, 6), 4, 4),
+)
 
-CPU_CASES = PLAIN_AFN6 + OTHERS + BRANCH_AFN6
+CPU_CASES = PLAIN_AFN6 + OTHERS + BRANCH_AFN6 + HOST
 GPU_CASES = PLAIN_AFN6 + OTHERS + LARGE + BRANCH_AFN6
 # Seconds instead of minutes: to try a change of the harness itself, and for its tests.
 TINY = (
@@ -45,7 +50,7 @@ TINY = (
     _case("tiny-2d-3x20x17", (20, 17), 3, 5),
     _case("tiny-4x9^3-branch", (9, 9, 9), 4, 6, mode="branch", padding="valid"),
 )
-BY_NAME = {case.name: case for case in GPU_CASES + TINY}
+BY_NAME = {case.name: case for case in GPU_CASES + HOST + TINY}
 
 
 def shape(case: Case) -> str:

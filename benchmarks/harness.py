@@ -371,7 +371,7 @@ def table(rows: list[dict]) -> str:
                 continue
             ratio = "1 (best)" if row is best else "" if best is None else f"{row['ratio']:.2f}x"
             lines.append(
-                f"{head}{row['min_ms']:>10.2f}{row['median_ms']:>10.2f}{ratio:>12}{_mib(row.get('peak_bytes')):>11}"
+                f"{head}{_ms(row['min_ms']):>10}{_ms(row['median_ms']):>10}{ratio:>12}{_mib(row.get('peak_bytes')):>11}"
                 f"{_mib(row.get('saved_bytes')):>11}{row['fraction_of_floor']:>10.0%}{row['error']:>10.0e}"
             )
     return "\n".join(lines)
@@ -392,7 +392,7 @@ def summary(rows: list[dict]) -> str:
         best = best_naive(group)
         layout = best["layout"] if best else group[0]["layout"]
         short = "nc" if layout == "contiguous" else "cl"
-        line += f"{best['min_ms']:>9.2f} {short}" if best else f"{'not ok':>12}"
+        line += f"{_ms(best['min_ms']):>9} {short}" if best else f"{'not ok':>12}"
         in_layout = {row["contender"]: row for row in group if row["layout"] == layout}
         line += "".join(f"{_brief(in_layout.get(name), best):>30}" for name in names)
         lines.append(line)
@@ -404,7 +404,7 @@ def _brief(row: dict | None, best: dict | None) -> str:
         return "-"
     if row["status"] != "ok":
         return row["status"].upper()
-    parts = [f"{row['min_ms']:.2f}"]
+    parts = [_ms(row["min_ms"])]
     if best is not None:
         parts.append(f"{row['ratio']:.2f}x")
     parts.append(f"{row['fraction_of_floor']:.0%}")
@@ -415,3 +415,7 @@ def _brief(row: dict | None, best: dict | None) -> str:
 
 def _mib(count: float | None) -> str:
     return "" if count is None else f"{count / 2**20:.1f} MiB"
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.2f}" if milliseconds >= 1 else f"{milliseconds:.3f}"

@@ -44,17 +44,17 @@ def submit(launch: Launch) -> None:
 
 def forward(call: Call, output: Tensor) -> None:
     call = call.as_3d()
-    problem, weight, branch_scale, shift = call.geometry, call.weight, call.branch_scale, _shift(call)
+    weight, branch_scale, shift = call.weight, call.branch_scale, _shift(call)
     kernel, make = ("forward", make_forward) if branch_scale is None else ("forward_scaled", _forward_scaled)
-    fitting.require_fit(_key(kernel, problem, weight))  # before anything is packed
+    fitting.require_fit(_key(kernel, call))  # before anything is packed
     with on_device_of(weight):
         source = gather_source(call.input)
-        run(kernel, make, problem, weight, source, weight, call.attention, branch_scale, shift, as_3d(output))
+        run(kernel, make, call, source, weight, call.attention, branch_scale, shift, as_3d(output))
 
 
 def backward(call: Call, grad_output: Tensor, gradients: Gradients) -> None:
     call = call.as_3d()
-    problem, weight, attention = call.geometry, call.weight, call.attention
+    weight, attention = call.weight, call.attention
     branch_scale, shift = call.branch_scale, _shift(call)
     grad_output, *volumes = map(as_3d, (grad_output, *gradients[:3]))
     grad_input, grad_weight, grad_attention = volumes
@@ -66,37 +66,40 @@ def backward(call: Call, grad_output: Tensor, gradients: Gradients) -> None:
     wants_gather = grad_input is not None or grad_weight is not None
     wants_dots = grad_attention is not None or grad_branch_scale is not None
     wanted = [kernel for kernel, is_wanted in ((gather, wants_gather), (dots, wants_dots)) if is_wanted]
-    fitting.require_fit(*(_key(kernel, problem, weight) for kernel in wanted))
+    fitting.require_fit(*(_key(kernel, call) for kernel in wanted))
     with on_device_of(weight):
         if wants_gather:
+            # Its packed copy is freed before the next one is made.
             run(
-                gather, make_grad_input_weight, problem, weight, gather_source(grad_output), call.input, weight,
-                attention, branch_scale, grad_input, grad_weight,
-            )  # its packed copy is freed before the next one is made
+                gather, make_grad_input_weight, call, gather_source(grad_output), call.input, weight, attention,
+                branch_scale, grad_input, grad_weight,
+            )
         if not wants_dots:
             return
         source = gather_source(call.input)
         if branch_scale is None:
-            run(dots, _grad_attention, problem, weight, grad_output, source, weight, shift, grad_attention)
+            run(dots, _grad_attention, call, grad_output, source, weight, shift, grad_attention)
         else:
             run(
-                dots, _grad_scaled, problem, weight, grad_output, source, weight, attention, branch_scale, shift,
+                dots, _grad_scaled, call, grad_output, source, weight, attention, branch_scale, shift,
                 grad_attention, grad_branch_scale,
             )
 
 
-def run(kernel: str, make: Callable[..., Launch], problem: Geometry, weight: Tensor, *tensors) -> None:
+def run(kernel: str, make: Callable[..., Launch], call: Call, *tensors) -> None:
     """Submits ``make(config, problem, *tensors)`` by the configuration of this class of problems."""
+    weight = call.weight
     O, C = weight.shape[:2]
     fitting.run(
-        _key(kernel, problem, weight),
+        _key(kernel, call),
         configurations(kernel, weight.itemsize, dot_precision(weight), capability(weight.device), C, O),
-        lambda config: submit(make(config, problem, *tensors)),
+        lambda config: submit(make(config, call.geometry, *tensors)),
     )
 
 
-def _key(kernel: str, problem: Geometry, weight: Tensor) -> tuple:
+def _key(kernel: str, call: Call) -> tuple:
     """The class of problems that share a configuration."""
+    weight, problem = call.weight, call.geometry
     O, C = weight.shape[:2]
     return (
         kernel, weight.device, weight.dtype, dot_precision(weight), C, O,

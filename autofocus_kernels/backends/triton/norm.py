@@ -38,8 +38,8 @@ def branch_statistics(call: Call, branches: Tensor, mean: Optional[Tensor], var:
         source = launch.gather_source(call.input)
         gate = weight.new_ones(()).expand(call.input.shape[0], 1, *problem.output_size)
         for dilation, branch in zip(problem.dilations, branches):
-            one = dataclasses.replace(problem, dilations=(dilation,))
-            launch.run("forward", launch.make_forward, one, weight, source, weight, gate, None, None, as_3d(branch))
+            one = call._replace(geometry=dataclasses.replace(problem, dilations=(dilation,)))
+            launch.run("forward", launch.make_forward, one, source, weight, gate, None, None, as_3d(branch))
         if mean is not None:
             _fill_statistics(branches, mean, var)
 
@@ -115,8 +115,8 @@ def branch_norm_backward(
         first = as_3d(gradients[0])
         source = Source(first, launch.strides_of(first, align), align, gradients.stride(0) // align)
         launch.run(
-            "grad_input_weight_branches", launch.make_grad_input_weight, problem, weight,
-            source, call.input, weight, None, None, as_3d(grad_input), as_3d(grad_weight),
+            "grad_input_weight_branches", launch.make_grad_input_weight, call._replace(geometry=problem), source,
+            call.input, weight, None, None, as_3d(grad_input), as_3d(grad_weight),
         )
 
 
