@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .call import Call
-from .geometry import resolve
+from .geometry import Geometry, once, resolve
 
 
 def check_call(
@@ -29,7 +29,8 @@ def check_call(
         TypeError: an argument is no tensor, or dtypes are not one shared floating dtype.
         ValueError: shapes, devices, layouts or numbers do not fit; the message names the argument.
     """
-    check_input(input, weight)
+    _check_tensor("input", input, input)
+    _check_tensor("weight", weight, input)
     _check_tensor("attention", attention, input)
     if bias is not None:
         _check_tensor("bias", bias, input)
@@ -37,23 +38,41 @@ def check_call(
         _check_tensor("branch_scale", branch_scale, input)
     if branch_shift is not None:
         _check_tensor("branch_shift", branch_shift, input)
-    input_shape, weight_shape = input.shape, weight.shape
-    geometry = resolve(input_shape[2:], weight_shape[2:], dilations, stride, padding)
-    num_branches, out_channels = geometry.num_branches, weight_shape[0]
-    _check_shape(
-        "attention", "[N, K, *S_out]", attention, (input_shape[0], num_branches, *geometry.output_size)
+    if type(dilations) is list:
+        dilations = tuple(dilations)
+    geometry = _check_shapes(
+        input.shape, weight.shape, attention.shape,
+        None if bias is None else bias.shape,
+        None if branch_scale is None else branch_scale.shape,
+        None if branch_shift is None else branch_shift.shape,
+        dilations, stride, padding,
     )
-    if bias is not None:
-        if branch_scale is not None or branch_shift is not None:
-            raise ValueError(
-                "bias must be None when branch_scale or branch_shift is given: fold it into branch_shift"
-            )
-        _check_shape("bias", "[O]", bias, (out_channels,))
-    if branch_scale is not None:
-        _check_shape("branch_scale", "[K, O]", branch_scale, (num_branches, out_channels))
-    if branch_shift is not None:
-        _check_shape("branch_shift", "[K, O]", branch_shift, (num_branches, out_channels))
     return Call(input, weight, attention, bias, branch_scale, branch_shift, geometry, backend)
+
+
+@once
+def _check_shapes(
+    input: torch.Size,
+    weight: torch.Size,
+    attention: torch.Size,
+    bias: Optional[torch.Size],
+    branch_scale: Optional[torch.Size],
+    branch_shift: Optional[torch.Size],
+    dilations,
+    stride,
+    padding,
+) -> Geometry:
+    """The geometry of tensors of these shapes, which fit each other."""
+    _check_input_shape(input, weight)
+    geometry = resolve(input[2:], weight[2:], dilations, stride, padding)
+    num_branches, out_channels = geometry.num_branches, weight[0]
+    _check_shape("attention", "[N, K, *S_out]", attention, (input[0], num_branches, *geometry.output_size))
+    if bias is not None and (branch_scale is not None or branch_shift is not None):
+        raise ValueError("bias must be None when branch_scale or branch_shift is given: fold it into branch_shift")
+    _check_shape("bias", "[O]", bias, (out_channels,))
+    _check_shape("branch_scale", "[K, O]", branch_scale, (num_branches, out_channels))
+    _check_shape("branch_shift", "[K, O]", branch_shift, (num_branches, out_channels))
+    return geometry
 
 
 def check_input(input: Tensor, weight: Tensor, mixed: bool = False) -> None:
@@ -63,7 +82,10 @@ def check_input(input: Tensor, weight: Tensor, mixed: bool = False) -> None:
     """
     _check_tensor("input", input, input)
     _check_tensor("weight", weight, input, mixed)
-    input_shape, weight_shape = input.shape, weight.shape
+    _check_input_shape(input.shape, weight.shape)
+
+
+def _check_input_shape(input_shape: torch.Size, weight_shape: torch.Size) -> None:
     spatial_dims = len(weight_shape) - 2
     if not 1 <= spatial_dims <= 3:
         raise ValueError(
@@ -105,9 +127,9 @@ def _check_tensor(name: str, tensor: Tensor, input: Tensor, mixed: bool = False)
         )
 
 
-def _check_shape(name: str, axes: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tensor.shape != expected:
-        raise ValueError(f"{name} must be {axes} = {_sizes(expected)}, got shape {_sizes(tensor.shape)}")
+def _check_shape(name: str, axes: str, shape: Optional[torch.Size], expected: tuple[int, ...]) -> None:
+    if shape is not None and shape != expected:
+        raise ValueError(f"{name} must be {axes} = {_sizes(expected)}, got shape {_sizes(shape)}")
 
 
 def _sizes(sizes) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from numbers import Integral
 from typing import Union
 
@@ -49,9 +49,9 @@ class Geometry:
         return math.prod(self.kernel_size)
 
     @property
-    def integers(self) -> tuple[list[int], list[int], list[int]]:
+    def integers(self) -> tuple[list[int], tuple[int, ...], tuple[int, ...]]:
         """Dilations (flat, branch by branch), stride and origin: with the tensors' sizes, the whole geometry."""
-        return [r for dilation in self.dilations for r in dilation], list(self.stride), list(self.origin)
+        return [r for dilation in self.dilations for r in dilation], self.stride, self.origin
 
     @cached_property
     def largest(self) -> int:
@@ -82,6 +82,34 @@ class Geometry:
             input_size=ones + self.input_size,
             output_size=ones + self.output_size,
         )
+
+
+def once(function):
+    """``function`` that looks up what it gave the same arguments before: on small problems the checks of a call would
+    otherwise take most of its time. For functions of shapes and settings that return something immutable."""
+    cached = lru_cache(maxsize=4096)(function)
+
+    @wraps(function)
+    def looked_up(*arguments, **options):
+        if options or torch.compiler.is_compiling() or not all(map(_is_plain, arguments)):
+            return function(*arguments, **options)
+        return cached(*arguments)
+
+    return looked_up
+
+
+def _is_plain(value) -> bool:
+    """Whether ``value`` can be looked up: None, ints, strings and tuples of these.
+
+    Lists and symbolic sizes have no hash; True and 1.0 have that of 1, which must not make them valid.
+    """
+    kind = type(value)
+    if kind is tuple or kind is torch.Size:
+        for entry in value:
+            if type(entry) is not int and not _is_plain(entry):
+                return False
+        return True
+    return value is None or kind is int or kind is str
 
 
 def per_axis(name: str, value: IntOrTuple, spatial_dims: int, minimum: int) -> tuple[int, ...]:
@@ -159,6 +187,7 @@ def resolve_dilations(dilations: Sequence[IntOrTuple], spatial_dims: int) -> tup
     )
 
 
+@once
 def resolve(
     input_size: Sequence[int],
     kernel_size: Sequence[int],
@@ -168,36 +197,11 @@ def resolve(
 ) -> Geometry:
     """The geometry of a call. ``padding`` is read, as in ``nn.ConvNd``, for the smallest dilation of each axis.
 
-    The same arguments are resolved once, then looked up: on small problems the checks would take most of the time.
-
     Raises:
         TypeError, ValueError: an argument of the wrong form, an even kernel size, ``padding="same"`` with a
             stride, or an input too small for an unpadded kernel; the message names the argument.
     """
-    if type(dilations) is list:
-        dilations = tuple(dilations)
-    arguments = (tuple(input_size), tuple(kernel_size), dilations, stride, padding)
-    if torch.compiler.is_compiling() or not all(map(_is_plain, arguments)):
-        return _resolve(*arguments)
-    return _resolve_once(*arguments)
-
-
-def _is_plain(value) -> bool:
-    """Whether ``value`` can be looked up: ints, strings and tuples of these.
-
-    Lists and symbolic sizes have no hash; True and 1.0 have that of 1, which must not make them valid.
-    """
-    kind = type(value)
-    return kind is int or kind is str or (kind is tuple and all(map(_is_plain, value)))
-
-
-def _resolve(
-    input_size: tuple[int, ...],
-    kernel_size: tuple[int, ...],
-    dilations: Sequence[IntOrTuple],
-    stride: IntOrTuple,
-    padding: Padding,
-) -> Geometry:
+    input_size, kernel_size = tuple(input_size), tuple(kernel_size)
     spatial_dims = len(input_size)
     require_odd("the kernel of weight", kernel_size)
     branches = resolve_dilations(dilations, spatial_dims)
@@ -214,9 +218,6 @@ def _resolve(
         )
     output_size = tuple(-(-span // s) for span, s in zip(spans, stride))
     return Geometry(kernel_size, branches, stride, origin, input_size, output_size)
-
-
-_resolve_once = lru_cache(maxsize=4096)(_resolve)
 
 
 def from_integers(

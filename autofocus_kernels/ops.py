@@ -37,15 +37,50 @@ torch.library.define(
 
 
 def apply(call: Call) -> Tensor:
-    """One differentiable call, through the operator or, where its autograd cannot follow, a Function."""
-    if not torch.compiler.is_compiling() and transforms_active():
-        return _Autofocus.apply(*operator_arguments(call))
-    return torch.ops.autofocus.forward(*operator_arguments(call))
+    """One differentiable call."""
+    return _differentiable(torch.ops.autofocus.forward, _Autofocus, _forward, operator_arguments(call))
+
+
+def _differentiable(op, function: type[torch.autograd.Function], implementation, arguments: tuple):
+    """``op(*arguments)``, differentiated by ``function``, or by the op's own autograd where a tracer looks at ops.
+
+    That own autograd is what torch.compile, torch.export and torch.jit.trace see through. It fails under functorch,
+    gives silent zero tangents in forward mode and takes the host seven times as long as a Function.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return op(*arguments)
+    if transforms_active():
+        return function.apply(*arguments)
+    if torch.is_grad_enabled():
+        # Past Function.apply, whose binding of arguments to a signature is most of its time.
+        return super(torch.autograd.Function, function).apply(*arguments)
+    return _unrecorded(op, implementation, arguments)
+
+
+def _unrecorded(op, implementation, arguments: tuple):
+    """``op(*arguments)``, with nothing for autograd to record.
+
+    Where nobody watches operators that is ``implementation``, called directly: the dispatcher's way there and back is
+    a fifth of the time of a small call.
+    """
+    if (
+        _PLAIN.issuperset(map(type, arguments))
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        # autograd.grad(is_grads_batched=True) has a vmap of its own, for the gradient that comes first.
+        and not torch._C._functorch.is_legacy_batchedtensor(arguments[0])
+    ):
+        return implementation(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+# Types of an operator's arguments: no subclass of Tensor, which may have operators of its own.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), list, tuple, str})
 
 
 def transforms_active() -> bool:
-    """functorch or forward-mode AD: the autograd registered on an operator fails under the first and gives
-    silent zero tangents under the second; an autograd.Function serves both but breaks fullgraph compilation."""
+    """Whether functorch or forward-mode AD is at work."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -60,17 +95,13 @@ def allocate_output(input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
 
 
 def memory_format_of(input: Tensor) -> torch.memory_format:
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
-    if (
-        channels_last is not None
-        and input.is_contiguous(memory_format=channels_last)
-        and not input.is_contiguous()
-    ):
-        return channels_last
+    if not input.is_contiguous():
+        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
+        if channels_last is not None and input.is_contiguous(memory_format=channels_last):
+            return channels_last
     return torch.contiguous_format
 
 
-@torch.library.impl("autofocus::forward", "CompositeExplicitAutograd")
 def _forward(*arguments):
     call = from_operator(*arguments)
     output = allocate_output(call.input, call.weight, call.attention)
@@ -80,6 +111,9 @@ def _forward(*arguments):
         return output.copy_(_constant_term(call.attention, call.bias, call.branch_shift, output))
     dispatch.run("forward", call, output)
     return output
+
+
+torch.library.impl("autofocus::forward", "CompositeExplicitAutograd")(_forward)
 
 
 @torch.library.register_fake("autofocus::forward")
@@ -99,16 +133,16 @@ def allocate_gradients(primals, output_mask) -> list[Tensor]:
     ]
 
 
-@torch.library.impl("autofocus::backward", "CompositeExplicitAutograd")
 def _backward(grad_output, *arguments):
     *arguments, output_mask = arguments
     call = from_operator(*arguments)
     gradients = allocate_gradients(call[:6], output_mask)
-    if output_mask[BIAS]:
-        of_sum = _attention_weighted_sum(call.attention.sum(1, keepdim=True), grad_output)
-        gradients[BIAS].copy_(of_sum[0])
-    if output_mask[SHIFT]:
-        gradients[SHIFT].copy_(_attention_weighted_sum(call.attention, grad_output))
+    if output_mask[BIAS] or output_mask[SHIFT]:
+        sums = _attention_weighted_sums(call.attention, grad_output)
+        if output_mask[BIAS]:
+            torch.sum(sums, (0, 1), out=gradients[BIAS])
+        if output_mask[SHIFT]:
+            torch.sum(sums, 0, out=gradients[SHIFT])
 
     of_backend = Gradients(*(gradients[i] if output_mask[i] else None for i in (INPUT, WEIGHT, ATTENTION, SCALE)))
     if all(gradient is None for gradient in of_backend):
@@ -124,6 +158,9 @@ def _backward(grad_output, *arguments):
     else:
         dispatch.run("backward", call, grad_output, of_backend)
     return tuple(gradients)
+
+
+torch.library.impl("autofocus::backward", "CompositeExplicitAutograd")(_backward)
 
 
 @torch.library.register_fake("autofocus::backward")
@@ -150,12 +187,12 @@ def _constant_term_grad(grad_output, attention, bias, branch_shift) -> Tensor:
     return torch.einsum("no...,o->n...", grad_output, bias).unsqueeze(1).expand_as(attention)
 
 
-def _attention_weighted_sum(attention: Tensor, grad_output: Tensor) -> Tensor:
-    """``[K, O]``: ``sum_p a_k(p) G(p)``, as matrix products in the layout grad_output already has."""
+def _attention_weighted_sums(attention: Tensor, grad_output: Tensor) -> Tensor:
+    """Parts, along the first axis, of ``sum_p a_k(p) G(p)`` ``[K, O]``: matrix products of grad_output as it lies."""
     if memory_format_of(grad_output) is torch.contiguous_format:
-        return torch.bmm(attention.flatten(2), grad_output.flatten(2).transpose(1, 2)).sum(0)
+        return torch.bmm(attention.flatten(2), grad_output.flatten(2).transpose(1, 2))
     rows_a, rows_g = (tensor.movedim(1, -1).flatten(0, -2) for tensor in (attention, grad_output))
-    return rows_a.t() @ rows_g
+    return (rows_a.t() @ rows_g)[None]
 
 
 # ------------------------------------------------------------------ autograd
@@ -167,7 +204,6 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, grad_output):
-    """The backward of the forward operator, and of the Function around it."""
     mask = list(ctx.needs_input_grad[:6])
     gradients = torch.ops.autofocus.backward(grad_output, *ctx.saved_tensors, *ctx.settings, mask)
     return *(g if wanted else None for g, wanted in zip(gradients, mask)), None, None, None, None
@@ -253,13 +289,13 @@ torch.library.register_autograd(
 
 
 class _Autofocus(torch.autograd.Function):
-    """The forward operator for functorch transforms and forward-mode AD."""
+    """The forward operator where nothing is compiled (:func:`_differentiable`)."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs):
-        return torch.ops.autofocus.forward(*inputs)
+        return _unrecorded(torch.ops.autofocus.forward, _forward, inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -268,8 +304,9 @@ class _Autofocus(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        mask = tuple(ctx.needs_input_grad[:6])
-        gradients = _AutofocusBackward.apply(grad_output, *ctx.saved_tensors, *ctx.settings, mask)
+        mask = list(ctx.needs_input_grad[:6])
+        arguments = (grad_output, *ctx.saved_tensors, *ctx.settings, mask)
+        gradients = _differentiable(torch.ops.autofocus.backward, _AutofocusBackward, _backward, arguments)
         return *(g if wanted else None for g, wanted in zip(gradients, mask)), None, None, None, None
 
     @staticmethod
@@ -278,13 +315,13 @@ class _Autofocus(torch.autograd.Function):
 
 
 class _AutofocusBackward(torch.autograd.Function):
-    """The backward operator for functorch transforms (a gradient of a gradient) and forward-mode AD over it."""
+    """The backward operator likewise: the backward of :class:`_Autofocus`, itself differentiable."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*inputs):
-        return torch.ops.autofocus.backward(*inputs)
+        return _unrecorded(torch.ops.autofocus.backward, _backward, inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

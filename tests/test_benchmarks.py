@@ -217,7 +217,7 @@ def test_rows_of_other_sources_are_measured_again(tmp_path):
 
 def test_the_default_plan_covers_every_case_the_results_are_quoted_for():
     jobs = run.plan(run.parse([]))
-    assert [case for case, dtype, _ in jobs if dtype == "float32"] == [*cases.PLAIN_AFN6, *cases.OTHERS]
+    assert [case for case, dtype, _ in jobs if dtype == "float32"] == [*cases.PLAIN_AFN6, *cases.OTHERS, *cases.HOST]
     assert {case.name for case, dtype, _ in jobs if dtype == "bfloat16"} == set(run.DEFAULT_16_BIT)
     full = run.plan(run.parse(["--full"]))
     assert len(full) == 2 * len(cases.CPU_CASES) and all(compiled for *_, compiled in full)

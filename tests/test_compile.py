@@ -239,3 +239,12 @@ def test_autocast_under_compile(backend):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = compiled(**arguments, **case.options)
         assert torch.equal(output, autofocus_conv(**arguments, **case.options, backend=backend))
+
+
+def test_a_traced_layer_holds_the_operator():
+    """torch.jit.trace sees operators and not Python, as an autograd.Function would be."""
+    layer, input = autofocus_kernels.AutofocusConv2d(2, 3, dilations=(1, 2)), torch.randn(1, 2, 6, 7)
+    traced = torch.jit.trace(layer, (input,))
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert "autofocus::forward" in kinds and "prim::PythonOp" not in kinds
+    torch.testing.assert_close(traced(input), layer(input))
