@@ -243,7 +243,7 @@ def test_autocast_under_compile(backend):
 
 def test_a_traced_layer_holds_the_operator():
     """torch.jit.trace sees operators and not Python, as an autograd.Function would be."""
-    layer, input = autofocus_kernels.AutofocusConv2d(2, 3, dilations=(1, 2)), torch.randn(1, 2, 6, 7)
+    layer, input = AutofocusConv2d(2, 3, dilations=(1, 2)), torch.randn(1, 2, 6, 7)
     traced = torch.jit.trace(layer, (input,))
     kinds = {node.kind() for node in traced.inlined_graph.nodes()}
     assert "autofocus::forward" in kinds and "prim::PythonOp" not in kinds
