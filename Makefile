@@ -4,6 +4,7 @@
 # with its own torch (a CUDA build, say), name its interpreter to use it as it is, with nothing
 # installed: make test PYTHON=python3
 # AUTOFOCUS_BUILD (see setup.py) says which libraries are compiled.
+# make compat, the step before a release, does the same for the oldest and the newest torch: gigabytes and an hour.
 
 AUTOFOCUS_BUILD ?= auto
 export AUTOFOCUS_BUILD
@@ -17,7 +18,7 @@ endif
 # One stamp at a time: another interpreter or another AUTOFOCUS_BUILD builds anew.
 BUILT := build/.built-$(subst /,-,$(PYTHON))-$(AUTOFOCUS_BUILD)
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench compat clean
 
 demo: $(BUILT)
 	$(PYTHON) benchmarks/demo.py
@@ -27,6 +28,9 @@ test: $(BUILT)
 
 bench: $(BUILT)
 	$(PYTHON) benchmarks/run.py
+
+compat:
+	python3 .ci/compat.py
 
 $(BUILT): setup.py $(shell find csrc -type f -not -path '*/__pycache__/*') $(INSTALLED)
 	$(PYTHON) setup.py build_ext --inplace
