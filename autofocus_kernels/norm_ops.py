@@ -15,7 +15,6 @@ from typing import NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, ops, reference
@@ -100,12 +99,17 @@ def plain(
     means, variances = [], []
     over = (0, *range(2, call.input.dim()))
     for k, branch in enumerate(reference.branches(call)):
-        normed = F.batch_norm(branch, None, None, norm_weight[k], norm_bias[k], True, eps=eps[k])
+        # Not F.batch_norm: from the third on its derivatives are wrong, and torch 2.14 refuses them.
+        wide = branch.to(norm_weight.dtype)
+        mean = wide.mean(over)
+        centred = wide - reference.per_channel(mean, call.geometry)
+        var = centred.square().mean(over)
+        scale = reference.per_channel(norm_weight[k] * (var + eps[k]).rsqrt(), call.geometry)
+        normed = (scale * centred + reference.per_channel(norm_bias[k], call.geometry)).to(branch.dtype)
         term = call.attention[:, k : k + 1] * normed
         output = term if output is None else output + term
-        var, mean = torch.var_mean(branch.detach().to(norm_weight.dtype), over, correction=0)
-        means.append(mean)
-        variances.append(var)
+        means.append(mean.detach())
+        variances.append(var.detach())
     count = norm_weight.new_full((), _values_per_channel(call.attention))
     return output, Statistics(torch.stack(means), torch.stack(variances), count)
 
