@@ -15,7 +15,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, reference
 from .backends.interface import Gradients
 from .call import Call, from_operator, operator_arguments
 
@@ -38,17 +38,25 @@ torch.library.define(
 
 def apply(call: Call) -> Tensor:
     """One differentiable call."""
-    return _differentiable(torch.ops.autofocus.forward, _Autofocus, _forward, operator_arguments(call))
+    arguments = operator_arguments(call)
+    if traced():
+        if torch.onnx.is_in_onnx_export():  # ONNX has no such operator, but convolutions
+            return reference.weighted_sum(call)
+        return torch.ops.autofocus.forward(*arguments)
+    return _recorded(torch.ops.autofocus.forward, _Autofocus, _forward, arguments)
 
 
-def _differentiable(op, function: type[torch.autograd.Function], implementation, arguments: tuple):
-    """``op(*arguments)``, differentiated by ``function``, or by the op's own autograd where a tracer looks at ops.
+def traced() -> bool:
+    """Whether a tracer looks at operators, and so at their own autograd, not at Python.
 
     That own autograd is what torch.compile, torch.export and torch.jit.trace see through. It fails under functorch,
     gives silent zero tangents in forward mode and takes the host seven times as long as a Function.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return op(*arguments)
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _recorded(op, function: type[torch.autograd.Function], implementation, arguments: tuple):
+    """``op(*arguments)``, differentiated by ``function``."""
     if transforms_active():
         return function.apply(*arguments)
     if torch.is_grad_enabled():
@@ -65,6 +73,7 @@ def _unrecorded(op, implementation, arguments: tuple):
     """
     if (
         _PLAIN.issuperset(map(type, arguments))
+        and not torch.autograd.profiler._is_profiler_enabled  # it shows operators by name
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         # autograd.grad(is_grads_batched=True) has a vmap of its own, for the gradient that comes first.
@@ -290,7 +299,7 @@ torch.library.register_autograd(
 
 
 class _Autofocus(torch.autograd.Function):
-    """The forward operator where nothing is compiled (:func:`_differentiable`)."""
+    """The forward operator where nothing is compiled (:func:`_recorded`)."""
 
     generate_vmap_rule = True
 
@@ -307,7 +316,8 @@ class _Autofocus(torch.autograd.Function):
     def backward(ctx, grad_output):
         mask = list(ctx.needs_input_grad[:6])
         arguments = (grad_output, *ctx.saved_tensors, *ctx.settings, mask)
-        gradients = _differentiable(torch.ops.autofocus.backward, _AutofocusBackward, _backward, arguments)
+        op = torch.ops.autofocus.backward
+        gradients = op(*arguments) if traced() else _recorded(op, _AutofocusBackward, _backward, arguments)
         return *(g if wanted else None for g, wanted in zip(gradients, mask)), None, None, None, None
 
     @staticmethod
