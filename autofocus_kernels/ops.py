@@ -149,9 +149,9 @@ def _backward(grad_output, *arguments):
     if output_mask[BIAS] or output_mask[SHIFT]:
         sums = _attention_weighted_sums(call.attention, grad_output)
         if output_mask[BIAS]:
-            torch.sum(sums, (0, 1), out=gradients[BIAS])
+            _sum_into(gradients[BIAS], sums, (0, 1))
         if output_mask[SHIFT]:
-            torch.sum(sums, 0, out=gradients[SHIFT])
+            _sum_into(gradients[SHIFT], sums, 0)
 
     of_backend = Gradients(*(gradients[i] if output_mask[i] else None for i in (INPUT, WEIGHT, ATTENTION, SCALE)))
     if all(gradient is None for gradient in of_backend):
@@ -197,12 +197,37 @@ def _constant_term_grad(grad_output, attention, bias, branch_shift) -> Tensor:
 
 
 def _attention_weighted_sums(attention: Tensor, grad_output: Tensor) -> Tensor:
-    """Parts, along the first axis, of ``sum_p a_k(p) G(p)`` ``[K, O]``: matrix products of grad_output as it lies."""
+    """Parts, along the first axis, of ``sum_p a_k(p) G(p)`` ``[K, O]``: matrix products of grad_output as it lies.
+
+    They are float32 for 16-bit tensors, where parts of either sign may be much larger than their sum.
+    """
     if memory_format_of(grad_output) is torch.contiguous_format:
         # With K columns and not K rows: on a CPU a third of the time.
-        return torch.bmm(grad_output.flatten(2), attention.flatten(2).transpose(1, 2)).transpose(1, 2)
+        product = _product(torch.bmm, grad_output.flatten(2), attention.flatten(2).transpose(1, 2))
+        return product.transpose(1, 2)
     rows_a, rows_g = (tensor.movedim(1, -1).flatten(0, -2) for tensor in (attention, grad_output))
-    return (rows_a.t() @ rows_g)[None]
+    return _product(torch.mm, rows_a.t(), rows_g)[None]
+
+
+def _product(multiply, a: Tensor, b: Tensor) -> Tensor:
+    """``multiply(a, b)``, torch.mm or torch.bmm; in float32 for 16-bit tensors."""
+    if a.element_size() > 2:
+        return multiply(a, b)
+    if a.is_cuda and torch.version.hip is None:  # ROCm refuses it
+        return multiply(a, b, out_dtype=torch.float32)
+    # In pieces of the long axis, whose float32 copies stay in cache.
+    pieces = zip(a.split(_PIECE, -1), b.split(_PIECE, -2))
+    return sum(multiply(piece_a.float(), piece_b.float()) for piece_a, piece_b in pieces)
+
+
+_PIECE = 2**14
+
+
+def _sum_into(gradient: Tensor, parts: Tensor, axes) -> None:
+    if gradient.dtype == parts.dtype:
+        torch.sum(parts, axes, out=gradient)
+    else:  # `out` of another dtype would round the parts
+        gradient.copy_(parts.sum(axes))
 
 
 # ------------------------------------------------------------------ autograd
