@@ -24,9 +24,8 @@ from .geometry import (
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
-# torch.fx.symbolic_trace calls forward without values: what looks at them becomes a node of the graph.
-for _looks_at_values in ("_check_layer_input", "_result", "resolve"):
-    torch.fx.wrap(_looks_at_values)
+# torch.fx.symbolic_trace calls forward without values: what looks at them is wrapped, to be a node of the graph.
+torch.fx.wrap("resolve")
 
 
 def require_spatial_dims(value: int) -> int:
@@ -36,12 +35,14 @@ def require_spatial_dims(value: int) -> int:
     return int(value)
 
 
+@torch.fx.wrap
 def _check_layer_input(input: Tensor, weight: Tensor) -> None:
     """:func:`check_input` for an input with or without a batch axis, of another dtype only under autocast."""
     unbatched = isinstance(input, Tensor) and input.dim() == weight.dim() - 1
     check_input(input.unsqueeze(0) if unbatched else input, weight, mixed=autocasts(input))
 
 
+@torch.fx.wrap
 def _result(output: Tensor, attention: Tensor, return_attention: bool):
     return (output, attention) if return_attention else output
 
