@@ -1,6 +1,6 @@
 """What torch.utils.flop_counter counts and what torch.profiler names."""
 
-import subprocess
+import importlib
 import sys
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from autofocus_kernels import AutofocusConv2d, autofocus_conv, reference, testing
+from autofocus_kernels import AutofocusConv2d, autofocus_conv, flops, reference, testing
 from autofocus_kernels.testing import Case
 
 CASES = (
@@ -23,7 +23,7 @@ def count(function):
     """Flops of each operator that ``function`` calls, by its name."""
     with FlopCounterMode(display=False) as counter:
         function()
-    return {packet.__name__: flops for packet, flops in counter.get_flop_counts()["Global"].items()}
+    return {packet.__name__: number for packet, number in counter.get_flop_counts()["Global"].items()}
 
 
 def convolutions(case):
@@ -79,21 +79,26 @@ def test_branch_norm_counts_what_its_backward_computes_again(backend, save_branc
         3, case.out_channels, dilations=(1, 2), branch_norm=True, save_branches=save_branches, backend=backend
     )
     counts = count(lambda: layer(testing.make_tensors(case, requires_grad=True).input).sum().backward())
-    ours = {name: flops for name, flops in counts.items() if name.startswith("branch_norm")}
+    ours = {name: number for name, number in counts.items() if name.startswith("branch_norm")}
     assert ours == {"branch_norm": convolutions(case), "branch_norm_backward": passes * convolutions(case)}
 
 
-def test_counts_where_the_counter_is_imported_first():
-    """The tests above imported the package first."""
-    code = """
-import torch.utils.flop_counter
-from autofocus_kernels import AutofocusConv1d
-with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-    AutofocusConv1d(1, 1, 1, dilations=(1,), attention=torch.ones_like)(torch.ones(1, 1, 5))
-assert counter.get_total_flops() == 10, counter.get_flop_counts()
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize("first", ["counter", "package"])
+def test_formulas_are_there_whichever_is_imported_first(first, monkeypatch):
+    name = "torch.utils.flop_counter"
+    monkeypatch.setattr(torch.utils, "flop_counter", None)  # both are what they were, afterwards
+    monkeypatch.delitem(sys.modules, name)
+    modules = [name, flops.__name__] if first == "counter" else [flops.__name__, name]
+    finders = list(sys.meta_path)
+    for module in modules:
+        if module == name:
+            counter = importlib.import_module(name)
+        else:
+            importlib.reload(flops)
+    assert sys.meta_path == finders
+    operators = torch.ops.autofocus
+    for operator in (operators.forward, operators.backward, operators.branch_norm, operators.branch_norm_backward):
+        assert operator in counter.flop_registry
 
 
 @pytest.mark.parametrize("branch_norm", [False, True])

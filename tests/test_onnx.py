@@ -65,17 +65,17 @@ def away_from_initial_values(model):
 )
 def test_a_layer_with_dynamic_batch_and_volume(Layer, settings, arguments):
     torch.manual_seed(0)
-    layer = away_from_initial_values(Layer(2, 3, dilations=(1, 2, 4), **settings)).eval()
+    layer = away_from_initial_values(Layer(2, 3, dilations=(1, 3), **settings)).eval()
     size = (9, 8, 7)[: layer.spatial_dims]
     program = export(layer, (2, 2, *size), **arguments)
     operators = [node.op_type for node in program.model_proto.graph.node]
-    assert operators.count("Conv") == 3 + 2  # the branches and the gate
+    assert operators.count("Conv") == 2 + 2  # the branches and the gate
     runtime = session(program)
     for shape in ((2, 2, *size), (1, 2, *(length + 3 for length in size)), (3, 2, *(length - 2 for length in size))):
         assert_equal_outputs(runtime, layer, shape, **arguments)
 
 
-def test_a_network_with_dynamic_batch_and_size():
+def test_a_network_with_dynamic_batch_and_length():
     torch.manual_seed(1)
     options = {"spatial_dims": 1, "widths": (4, 5, 6, 7), "dilations": (1, 2), "padding": "same"}
     model = away_from_initial_values(networks.build("AFN-1", 2, 3, **options)).eval()
@@ -91,10 +91,7 @@ def test_branch_norm_by_batch_statistics():
 
 
 def test_an_exported_program_through_decompositions():
-    """What torch.export gives holds the operator, after an export to ONNX as before; decompositions take it out."""
     torch.manual_seed(4)
     layer, shape = AutofocusConv2d(2, 3, dilations=(1, 2)).eval(), (1, 2, 6, 7)
-    export(layer, shape, dynamic=False)
-    program = torch.export.export(layer, (torch.randn(shape),))
-    assert torch.ops.autofocus.forward.default in {node.target for node in program.graph.nodes}
-    assert_equal_outputs(session(export(program.run_decompositions(decompositions()), None)), layer, shape)
+    program = torch.export.export(layer, (torch.randn(shape),)).run_decompositions(decompositions())
+    assert_equal_outputs(session(export(program, None)), layer, shape)
