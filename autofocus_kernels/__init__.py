@@ -1,5 +1,6 @@
 """The autofocus layer (Qin et al., MICCAI 2018): K dilated convolutions, one weight, in a single fused pass."""
 
+from . import flops as flops
 from . import networks, reference
 from .config import show_config
 from .dispatch import available_backends

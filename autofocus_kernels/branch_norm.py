@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import norm_ops, ops
 from .call import Call
@@ -51,7 +52,13 @@ def normed_autofocus_conv(
         TypeError, ValueError, RuntimeError: as :func:`autofocus_kernels.autofocus_conv`; also for ``norms`` that do
             not fit or are not all in one mode, and for a single value per channel to normalise by itself.
     """
-    call, unbatched = prepare(input, weight, attention, bias, None, None, dilations, stride, padding, backend)
+    tensors = (input, weight, attention, bias)
+    if has_torch_function(tensors):  # a proxy of torch.fx, a subclass of Tensor
+        return handle_torch_function(
+            normed_autofocus_conv, tensors, *tensors, norms, dilations=dilations, stride=stride, padding=padding,
+            save_branches=save_branches, backend=backend,
+        )
+    call, unbatched = prepare(*tensors, None, None, dilations, stride, padding, backend)
     call = call._replace(bias=None)  # where it goes the norms decide, and in their own dtype
     _check_norms(norms, call.geometry.num_branches, call.weight.shape[0])
     if _uses_batch_statistics(norms):

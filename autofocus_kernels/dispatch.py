@@ -40,7 +40,7 @@ def run(function: str, call: Call, *arguments) -> None:
     Raises:
         RuntimeError: a forced backend cannot run this call; the message gives its reason.
     """
-    forced = call.backend or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    forced = call.backend or os.environ.get(ENVIRONMENT_VARIABLE, "").strip().lower() or None
     if forced is None:
         names = PREFERENCE.get(call.input.device.type, ("reference",))
     else:

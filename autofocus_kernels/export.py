@@ -1,4 +1,7 @@
-"""The operator written out in plain PyTorch, for runtimes that know no custom operators (ONNX, for one)."""
+"""The operator written out in plain PyTorch, for programs of torch.export and runtimes that know no custom operators.
+
+torch.onnx.export of a module needs none of this: while it looks, the layers are plain PyTorch (ops.py, norm_ops.py).
+"""
 
 from __future__ import annotations
 

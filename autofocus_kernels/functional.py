@@ -6,6 +6,7 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import ops
 from .arguments import check_call
@@ -32,7 +33,8 @@ def autofocus_conv(
     branches are centred on the same voxel; ``a_k`` is ``attention[:, k]``. Without ``branch_scale`` and
     ``branch_shift``, ``s_k`` is 1 and ``h_k`` is ``bias``. All branches are computed in one pass and none is kept
     for backward. Differentiable in every tensor, twice, in reverse and forward mode; works under ``torch.func``,
-    ``torch.compile(fullgraph=True)`` and autocast (tensors are cast to its dtype, float64 excepted).
+    ``torch.compile(fullgraph=True)``, ``torch.fx.symbolic_trace`` (as one node) and autocast (tensors are cast to its
+    dtype, float64 excepted).
 
     Source: Qin et al., "Autofocus Layer for Semantic Segmentation", MICCAI 2018, section 2; docs/math.md.
 
@@ -60,9 +62,13 @@ def autofocus_conv(
             and what came.
         RuntimeError: a forced backend cannot run the call; the message says why.
     """
-    call, unbatched = prepare(
-        input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, padding, backend
-    )
+    tensors = (input, weight, attention, bias, branch_scale, branch_shift)
+    if has_torch_function(tensors):  # a proxy of torch.fx, a subclass of Tensor
+        return handle_torch_function(
+            autofocus_conv, tensors, *tensors[:4], dilations=dilations, stride=stride, padding=padding,
+            branch_scale=branch_scale, branch_shift=branch_shift, backend=backend,
+        )
+    call, unbatched = prepare(*tensors, dilations, stride, padding, backend)
     output = ops.apply(call)
     return output.squeeze(0) if unbatched else output
 

@@ -1,9 +1,9 @@
 """Drop-in layers: ``AutofocusConvNd`` in place of ``nn.ConvNd``, and the gate of the paper, ``ScaleAttention``."""
 
-from __future__ import annotations
-
+# Not `from __future__ import annotations`: torch.fx pickles the annotations of forward, and no strings.
 from typing import Optional
 
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,6 +24,9 @@ from .geometry import (
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
+# torch.fx.symbolic_trace calls forward without values: what looks at them is wrapped, to be a node of the graph.
+torch.fx.wrap("resolve")
+
 
 def require_spatial_dims(value: int) -> int:
     """Raises TypeError or ValueError unless ``value`` is 1, 2 or 3."""
@@ -32,10 +35,16 @@ def require_spatial_dims(value: int) -> int:
     return int(value)
 
 
+@torch.fx.wrap
 def _check_layer_input(input: Tensor, weight: Tensor) -> None:
     """:func:`check_input` for an input with or without a batch axis, of another dtype only under autocast."""
     unbatched = isinstance(input, Tensor) and input.dim() == weight.dim() - 1
     check_input(input.unsqueeze(0) if unbatched else input, weight, mixed=autocasts(input))
+
+
+@torch.fx.wrap
+def _result(output: Tensor, attention: Tensor, return_attention: bool):
+    return (output, attention) if return_attention else output
 
 
 class ScaleAttention(nn.Module):
@@ -195,7 +204,7 @@ class _AutofocusConv:
             output = normed_autofocus_conv(
                 *tensors, self.branch_norm, save_branches=self.save_branches, **options
             )
-        return (output, attention) if return_attention else output
+        return _result(output, attention, return_attention)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"dilations={_short(self.dilations)}"]

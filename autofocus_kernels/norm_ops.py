@@ -76,13 +76,13 @@ def apply(
     statistics.
 
     Raises:
-        RuntimeError: functorch transforms, forward-mode AD or double backward with a ``group``.
+        RuntimeError: functorch transforms, forward-mode AD, double backward or ONNX with a ``group``.
     """
-    if not torch.compiler.is_compiling() and ops.transforms_active():
+    if torch.onnx.is_in_onnx_export() if ops.traced() else ops.transforms_active():
         if group is not None:
             raise RuntimeError(
                 "branch_norm that shares statistics between processes supports reverse mode only, not functorch "
-                "transforms or forward-mode AD"
+                "transforms, forward-mode AD or ONNX"
             )
         return plain(call, bias, norm_weight, norm_bias, eps)
     output, mean, var, count, _ = torch.ops.autofocus.branch_norm(

@@ -15,7 +15,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, reference
 from .backends.interface import Gradients
 from .call import Call, from_operator, operator_arguments
 
@@ -38,17 +38,25 @@ torch.library.define(
 
 def apply(call: Call) -> Tensor:
     """One differentiable call."""
-    return _differentiable(torch.ops.autofocus.forward, _Autofocus, _forward, operator_arguments(call))
+    arguments = operator_arguments(call)
+    if traced():
+        if torch.onnx.is_in_onnx_export():  # ONNX has no such operator, but convolutions
+            return reference.weighted_sum(call)
+        return torch.ops.autofocus.forward(*arguments)
+    return _recorded(torch.ops.autofocus.forward, _Autofocus, _forward, arguments)
 
 
-def _differentiable(op, function: type[torch.autograd.Function], implementation, arguments: tuple):
-    """``op(*arguments)``, differentiated by ``function``, or by the op's own autograd where a tracer looks at ops.
+def traced() -> bool:
+    """Whether a tracer looks at operators, and so at their own autograd, not at Python.
 
     That own autograd is what torch.compile, torch.export and torch.jit.trace see through. It fails under functorch,
     gives silent zero tangents in forward mode and takes the host seven times as long as a Function.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return op(*arguments)
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _recorded(op, function: type[torch.autograd.Function], implementation, arguments: tuple):
+    """``op(*arguments)``, differentiated by ``function``."""
     if transforms_active():
         return function.apply(*arguments)
     if torch.is_grad_enabled():
@@ -65,6 +73,7 @@ def _unrecorded(op, implementation, arguments: tuple):
     """
     if (
         _PLAIN.issuperset(map(type, arguments))
+        and not torch.autograd.profiler._is_profiler_enabled  # it shows operators by name
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         # autograd.grad(is_grads_batched=True) has a vmap of its own, for the gradient that comes first.
@@ -140,9 +149,9 @@ def _backward(grad_output, *arguments):
     if output_mask[BIAS] or output_mask[SHIFT]:
         sums = _attention_weighted_sums(call.attention, grad_output)
         if output_mask[BIAS]:
-            torch.sum(sums, (0, 1), out=gradients[BIAS])
+            _sum_into(gradients[BIAS], sums, (0, 1))
         if output_mask[SHIFT]:
-            torch.sum(sums, 0, out=gradients[SHIFT])
+            _sum_into(gradients[SHIFT], sums, 0)
 
     of_backend = Gradients(*(gradients[i] if output_mask[i] else None for i in (INPUT, WEIGHT, ATTENTION, SCALE)))
     if all(gradient is None for gradient in of_backend):
@@ -188,12 +197,37 @@ def _constant_term_grad(grad_output, attention, bias, branch_shift) -> Tensor:
 
 
 def _attention_weighted_sums(attention: Tensor, grad_output: Tensor) -> Tensor:
-    """Parts, along the first axis, of ``sum_p a_k(p) G(p)`` ``[K, O]``: matrix products of grad_output as it lies."""
+    """Parts, along the first axis, of ``sum_p a_k(p) G(p)`` ``[K, O]``: matrix products of grad_output as it lies.
+
+    They are float32 for 16-bit tensors, where parts of either sign may be much larger than their sum.
+    """
     if memory_format_of(grad_output) is torch.contiguous_format:
         # With K columns and not K rows: on a CPU a third of the time.
-        return torch.bmm(grad_output.flatten(2), attention.flatten(2).transpose(1, 2)).transpose(1, 2)
+        product = _product(torch.bmm, grad_output.flatten(2), attention.flatten(2).transpose(1, 2))
+        return product.transpose(1, 2)
     rows_a, rows_g = (tensor.movedim(1, -1).flatten(0, -2) for tensor in (attention, grad_output))
-    return (rows_a.t() @ rows_g)[None]
+    return _product(torch.mm, rows_a.t(), rows_g)[None]
+
+
+def _product(multiply, a: Tensor, b: Tensor) -> Tensor:
+    """``multiply(a, b)``, torch.mm or torch.bmm; in float32 for 16-bit tensors."""
+    if a.element_size() > 2:
+        return multiply(a, b)
+    if a.is_cuda and torch.version.hip is None:  # ROCm refuses it
+        return multiply(a, b, out_dtype=torch.float32)
+    # In pieces of the long axis, whose float32 copies stay in cache.
+    pieces = zip(a.split(_PIECE, -1), b.split(_PIECE, -2))
+    return sum(multiply(piece_a.float(), piece_b.float()) for piece_a, piece_b in pieces)
+
+
+_PIECE = 2**14
+
+
+def _sum_into(gradient: Tensor, parts: Tensor, axes) -> None:
+    if gradient.dtype == parts.dtype:
+        torch.sum(parts, axes, out=gradient)
+    else:  # `out` of another dtype would round the parts
+        gradient.copy_(parts.sum(axes))
 
 
 # ------------------------------------------------------------------ autograd
@@ -290,7 +324,7 @@ torch.library.register_autograd(
 
 
 class _Autofocus(torch.autograd.Function):
-    """The forward operator where nothing is compiled (:func:`_differentiable`)."""
+    """The forward operator where nothing is compiled (:func:`_recorded`)."""
 
     generate_vmap_rule = True
 
@@ -307,7 +341,8 @@ class _Autofocus(torch.autograd.Function):
     def backward(ctx, grad_output):
         mask = list(ctx.needs_input_grad[:6])
         arguments = (grad_output, *ctx.saved_tensors, *ctx.settings, mask)
-        gradients = _differentiable(torch.ops.autofocus.backward, _AutofocusBackward, _backward, arguments)
+        op = torch.ops.autofocus.backward
+        gradients = op(*arguments) if traced() else _recorded(op, _AutofocusBackward, _backward, arguments)
         return *(g if wanted else None for g, wanted in zip(gradients, mask)), None, None, None, None
 
     @staticmethod

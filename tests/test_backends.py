@@ -109,6 +109,26 @@ def test_bias_counts_once_for_every_branch_by_its_gate(backend):
     assert torch.equal(output, torch.tensor([3.0, 6.0]).view(1, 2, 1).expand(1, 2, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("mode", ["plain", "branch"])
+def test_gradients_of_bias_and_shift_are_summed_in_float32(dtype, layout, mode):
+    """Of samples that nearly cancel: a sum rounded to 16 bits on the way would be wrong by many times the result."""
+    case = Case("cancel", (150, 140), channels=1, out_channels=1, batch=2, layout=layout, mode=mode)
+    tensors = testing.make_tensors(case, dtype, requires_grad=True)
+    attention, grad_output = tensors.attention.detach(), tensors.grad_output.abs()
+    attention[1], grad_output[1] = attention[0], -grad_output[0]
+    grad_output[1, :, :20] *= 1.01
+    arguments = {**tensors.arguments(), "attention": attention}
+    autofocus_conv(**arguments, **case.options).backward(grad_output)
+
+    sums = torch.einsum("nkhw,nohw->ko", attention.double(), grad_output.double())
+    gradient, truth = (tensors.bias, sums.sum(0)) if mode == "plain" else (tensors.branch_shift, sums)
+    size_of_parts = torch.einsum("nkhw,nohw->ko", attention.double(), grad_output.double().abs()).sum()
+    rounding = torch.finfo(dtype).eps * truth.abs() + torch.finfo(torch.float32).eps * size_of_parts
+    assert (gradient.grad.double() - truth).abs().le(rounding).all()
+
+
 def test_one_channel_stays_contiguous(backend):
     """A volume of one channel is in every memory format at once; plain means plain."""
     input, weight, attention = torch.ones(1, 1, 4, 5), torch.ones(3, 1, 3, 3), torch.ones(1, 2, 4, 5)

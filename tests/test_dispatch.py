@@ -156,14 +156,22 @@ def test_environment_forces(ran, backend, monkeypatch):
     assert ran == [backend]
 
 
+@pytest.mark.parametrize("name", [" cpu", "CPU", "Cpu\n"])
+def test_environment_is_read_without_case_and_blanks(ran, name, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, name)
+    call()
+    assert ran == ["cpu"]
+
+
 def test_argument_wins_over_the_environment(ran, backend, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, "cuda")
     call(backend=backend)
     assert ran == [backend]
 
 
-def test_empty_environment_forces_nothing(ran, monkeypatch):
-    monkeypatch.setenv(ENVIRONMENT, "")
+@pytest.mark.parametrize("empty", ["", " "])
+def test_empty_environment_forces_nothing(ran, empty, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, empty)
     call()
     assert len(ran) == 1
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -80,6 +81,7 @@ class Block(nn.Module):
         return F.relu(output + self.shortcut(_centre(input, output.shape[2:])))
 
 
+@torch.fx.wrap
 def _centre(input: Tensor, size: torch.Size) -> Tensor:
     for axis, length in enumerate(size, start=2):
         input = input.narrow(axis, (input.shape[axis] - length) // 2, length)

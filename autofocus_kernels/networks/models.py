@@ -1,11 +1,10 @@
 """The nine networks of the paper by name."""
 
-from __future__ import annotations
-
+# Not `from __future__ import annotations`: torch.fx pickles the annotations of forward, and no strings.
 from collections.abc import Sequence
 from typing import Optional
 
-import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,7 +44,7 @@ def build(
     backend: Optional[str] = None,
     device=None,
     dtype=None,
-) -> SegmentationNetwork:
+) -> "SegmentationNetwork":
     """A network of the paper with its initial weights.
 
     Source: Qin et al., MICCAI 2018, section 3.
@@ -121,27 +120,26 @@ class SegmentationNetwork(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check_input(input)
+        _check_input(input, self.in_channels, self.crop, self.name)
         for layer in self.stem:
             input = F.relu(layer(input))
         for block in self.blocks:
             input = block(input)
         return self.head(input)
 
-    def _check_input(self, input: Tensor) -> None:
-        dims = len(self.crop)
-        if not isinstance(input, Tensor):
-            raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
-        if input.dim() != dims + 2 or input.shape[1] != self.in_channels:
-            raise ValueError(
-                f"input must be [N, {self.in_channels}, *S] with {dims} spatial axes, got {list(input.shape)}"
-            )
-        if any(size <= crop < size + crop for size, crop in zip(input.shape[2:], self.crop)):
-            raise ValueError(
-                f"input must be at least {[crop + 1 for crop in self.crop]} voxels, as the unpadded convolutions of "
-                f'{self.name} take {list(self.crop)} away (padding="same" keeps the size), '
-                f"got {list(input.shape[2:])}"
-            )
-
     def extra_repr(self) -> str:
         return f"name={self.name!r}"
+
+
+@torch.fx.wrap
+def _check_input(input: Tensor, in_channels: int, crop: tuple[int, ...], name: str) -> None:
+    dims = len(crop)
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}")
+    if input.dim() != dims + 2 or input.shape[1] != in_channels:
+        raise ValueError(f"input must be [N, {in_channels}, *S] with {dims} spatial axes, got {list(input.shape)}")
+    if any(size <= less < size + less for size, less in zip(input.shape[2:], crop)):
+        raise ValueError(
+            f"input must be at least {[less + 1 for less in crop]} voxels, as the unpadded convolutions of "
+            f'{name} take {list(crop)} away (padding="same" keeps the size), got {list(input.shape[2:])}'
+        )
