@@ -2,6 +2,7 @@
 
 from . import networks, reference
 from .config import show_config
+from .convert import convert, revert
 from .dispatch import available_backends
 from .export import decompositions
 from .functional import autofocus_conv
@@ -15,8 +16,10 @@ __all__ = [
     "ScaleAttention",
     "autofocus_conv",
     "available_backends",
+    "convert",
     "decompositions",
     "networks",
     "reference",
+    "revert",
     "show_config",
 ]
