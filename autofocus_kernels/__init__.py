@@ -2,6 +2,7 @@
 
 from . import networks, reference
 from .config import show_config
+from .conv_op import ConvOp1d, ConvOp2d, ConvOp3d
 from .convert import convert, revert
 from .dispatch import available_backends
 from .export import decompositions
@@ -13,6 +14,9 @@ __all__ = [
     "AutofocusConv1d",
     "AutofocusConv2d",
     "AutofocusConv3d",
+    "ConvOp1d",
+    "ConvOp2d",
+    "ConvOp3d",
     "ScaleAttention",
     "autofocus_conv",
     "available_backends",

@@ -287,7 +287,7 @@ def test_weight_norm_by_hooks_is_refused(norm):
         ({"select": [1]}, TypeError, r"select must hold names, got 1"),
         ({"select": ["dwon"]}, ValueError, r"select must name a convolution .*'dwon' is no module of network"),
         ({"select": ["head"]}, ValueError, r"select must name a convolution .*'head' holds none"),
-        ({"select": lambda name, module: False}, ValueError, r"select must choose .*got none of stem\.0, down, deep\.0"),
+        ({"select": lambda *_: False}, ValueError, r"select must choose .*got none of stem\.0, down, deep\.0"),
         ({"initial_attention": 0}, ValueError, r"initial_attention must be above 0 and at most 1, got 0"),
         ({"initial_attention": "one"}, TypeError, r"initial_attention must be a number, got 'one'"),
     ],
@@ -349,7 +349,7 @@ def test_a_gate_that_changes_its_mind_is_refused_by_name():
     network = ak.convert(UNet(), (1, 2), initial_attention=None)
     with pytest.raises(ValueError, match=r"^stem\.0 must give a branch at least 0\.95 of the attention .*got at least"):
         ak.revert(network, example=torch.randn(1, 2, 8, 12))
-    with pytest.raises(ValueError, match=r"^stem\.0 has a gate that depends on its input: give a branch, or an example"):
+    with pytest.raises(ValueError, match=r"^stem\.0 has a gate that depends on its input: give a branch"):
         ak.revert(network)
     assert layers(network) == ["stem.0", "down", "deep.0"]
 
@@ -359,6 +359,39 @@ def test_a_layer_that_the_example_does_not_reach_is_named():
     network.spare = ak.AutofocusConv2d(3, 3)
     with pytest.raises(ValueError, match="^spare is not reached by example"):
         ak.revert(network, example=(torch.randn(1, 2, 8, 12),))
+
+
+def test_a_shared_layer_is_measured_at_each_of_its_places():
+    class Sign(nn.Module):
+        """Branch 0 for an input that is mostly positive, branch 1 for another."""
+
+        def forward(self, input):
+            first = (input.mean() > 0).expand(input.shape[0], 1, *input.shape[2:])
+            return torch.cat([first, ~first], 1).to(input.dtype)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = ak.AutofocusConv2d(3, 3, dilations=(1, 2), attention=Sign())
+
+        def forward(self, input):
+            return self.layer(input) + self.layer(-input)
+
+    with pytest.raises(ValueError, match=r"^layer must give .*got at least 0 for"):
+        ak.revert(Twice(), example=torch.ones(1, 3, 5, 6))
+    assert type(ak.revert(Twice().layer, example=torch.ones(1, 3, 5, 6))) is nn.Conv2d
+
+
+@pytest.mark.parametrize(
+    "layer, message",
+    [
+        (lambda: type("Mine", (ak.AutofocusConv2d,), {})(3, 3), "AutofocusConv3d itself, got its subclass Mine"),
+        (lambda: prune.l1_unstructured(ak.AutofocusConv2d(3, 3), "weight", 1), "computes its weight"),
+    ],
+)
+def test_a_layer_that_computes_something_else_is_refused_by_name(layer, message):
+    with pytest.raises(ValueError, match=f"^0 .*{message}"):
+        ak.revert(nn.Sequential(layer()), 0)
 
 
 def test_revert_selects_as_convert_does():
