@@ -20,8 +20,9 @@ from autofocus_kernels.nnunet.nnUNetTrainerAutofocus import nnUNetTrainerAutofoc
 class nnUNetTrainerTiny(nnUNetTrainerAutofocus):
     dilations = (1, 2, 3)
 
-    def __init__(self, *arguments, **keywords):
-        super().__init__(*arguments, **keywords)
+    # nnU-Net reads the names of the arguments.
+    def __init__(self, plans, configuration, fold, dataset_json, device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 3, 1
 """
 
