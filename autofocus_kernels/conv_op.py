@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from .convert import AUTOFOCUS, RELATIVE_DILATIONS
+from .convert import RELATIVE_DILATIONS
 from .geometry import per_axis, resolve_dilations
-from .modules import CONV
+from .modules import AUTOFOCUS, CONV
 
 
 class _ConvOp:

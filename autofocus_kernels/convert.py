@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .geometry import IntOrTuple, resolve_dilations
-from .modules import CONV, AutofocusConv1d, AutofocusConv2d, AutofocusConv3d, ScaleAttention
+from .modules import AUTOFOCUS, CONV, AutofocusConv1d, ScaleAttention
 
-AUTOFOCUS = {1: AutofocusConv1d, 2: AutofocusConv2d, 3: AutofocusConv3d}
 # The paper's (2, 6, 10, 14) in units of the smallest: that of the convolution itself.
 RELATIVE_DILATIONS = (1, 3, 5, 7)
 # The softmax of logits this far apart is one-hot in every floating dtype.

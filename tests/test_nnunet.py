@@ -26,6 +26,29 @@ class nnUNetTrainerTiny(nnUNetTrainerAutofocus):
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 3, 1
 """
 
+GATES = """
+import sys
+import torch
+from autofocus_kernels import AutofocusConv3d
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.run.run_training import get_trainer_from_args
+
+plain, tiny = (
+    get_trainer_from_args("1", "3d_fullres", 0, name, device=torch.device("cpu"))
+    for name in ("nnUNetTrainer", "nnUNetTrainerTiny")
+)
+plain.initialize()
+tiny.initialize()
+plain.save_checkpoint(sys.argv[1])
+tiny.add_gates(sys.argv[1], sys.argv[2])
+load_pretrained_weights(tiny.network, sys.argv[2])
+weights = tiny.network.state_dict()
+for name, value in plain.network.state_dict().items():
+    assert ".seg_layers." in name or torch.equal(weights[name], value), name
+layers = [module for module in tiny.network.modules() if isinstance(module, AutofocusConv3d)]
+assert layers and not any(layer.attention.conv2.weight.any() for layer in layers)
+"""
+
 
 def run(code, *arguments, **environment):
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1", **environment}
@@ -60,9 +83,17 @@ def test_nnunet_finds_the_trainer():
     assert "nnUNetTrainerAutofocus.nnUNetTrainerAutofocus" in result.stdout.splitlines()[-1]
 
 
-@pytest.fixture
-def environment(tmp_path):
-    """nnU-Net's folders with a dataset of five volumes, noise with a bright ball that is to be found."""
+def command(module, entry, *arguments, **environment):
+    """Runs one of nnU-Net's commands, by the function that it calls."""
+    result = run(f"from nnunetv2.{module} import {entry} as main; main()", *arguments, **environment)
+    assert result.returncode == 0, result.stdout[-5000:]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """nnU-Net's folders with five volumes, noise with a bright ball that is to be found, planned and preprocessed."""
+    pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed (pip install '.[nnunet]')")
+    tmp_path = tmp_path_factory.mktemp("nnunet")
     nibabel = pytest.importorskip("nibabel")
     numpy = pytest.importorskip("numpy")
     folders = {f"nnUNet_{name}": tmp_path / name for name in ("raw", "preprocessed", "results")}
@@ -82,26 +113,20 @@ def environment(tmp_path):
         "file_ending": ".nii.gz",
     }))
     (tmp_path / "trainers" / "tiny_trainer.py").write_text(TINY)
-    return {
+    environment = {
         **{name: str(folder) for name, folder in folders.items()}, "nnUNet_n_proc_DA": "1",
         "nnUNet_extTrainer": os.pathsep.join([nnunet.FOLDER, str(tmp_path / "trainers")]),
     }
+    plan = "experiment_planning.plan_and_preprocess_entrypoints"
+    command(plan, "plan_and_preprocess_entry", "-d", "1", "-c", "3d_fullres", "-np", "1", "-npfp", "1", **environment)
+    return environment
 
 
 @pytest.mark.nnunet
 def test_an_epoch_of_training_and_prediction(environment, tmp_path):
-    pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed (pip install '.[nnunet]')")
-
-    def command(module, entry, *arguments):
-        result = run(f"from nnunetv2.{module} import {entry} as main; main()", *arguments, **environment)
-        assert result.returncode == 0, result.stdout[-5000:]
-        return result.stdout
-
-    plan = "experiment_planning.plan_and_preprocess_entrypoints"
-    command(plan, "plan_and_preprocess_entry", "-d", "1", "-c", "3d_fullres", "-np", "1", "-npfp", "1")
     settings = ("-tr", "nnUNetTrainerTiny", "-device", "cpu")
-    command("run.run_training", "run_training_entry", "1", "3d_fullres", "0", *settings)
-    trained = tmp_path / "results" / "Dataset001_Ball" / "nnUNetTrainerTiny__nnUNetPlans__3d_fullres"
+    command("run.run_training", "run_training_entry", "1", "3d_fullres", "0", *settings, **environment)
+    trained = Path(environment["nnUNet_results"]) / "Dataset001_Ball" / "nnUNetTrainerTiny__nnUNetPlans__3d_fullres"
     checkpoint = torch.load(trained / "fold_0" / "checkpoint_final.pth", weights_only=False)
     gates = {name.split(".convs")[0] for name in checkpoint["network_weights"] if ".attention." in name}
     stages = max(int(name.split(".")[2]) for name in checkpoint["network_weights"] if "decoder.stages" in name)
@@ -113,5 +138,12 @@ def test_an_epoch_of_training_and_prediction(environment, tmp_path):
     command(
         "inference.predict_from_raw_data", "predict_entry_point", "-i", str(raw), "-o", str(tmp_path / "predicted"),
         "-d", "1", "-c", "3d_fullres", "-f", "0", *settings, "-npp", "1", "-nps", "1", "--disable_tta",
+        **environment,
     )
     assert len(list((tmp_path / "predicted").glob("ball_*.nii.gz"))) == 5
+
+
+@pytest.mark.nnunet
+def test_a_checkpoint_of_plain_nnunet_becomes_pretrained_weights(environment, tmp_path):
+    result = run(GATES, str(tmp_path / "plain.pth"), str(tmp_path / "with_gates.pth"), **environment)
+    assert result.returncode == 0, result.stdout[-5000:]

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..branch_norm import BATCH_NORM
-from ..modules import CONV, AutofocusConv1d, AutofocusConv2d, AutofocusConv3d
-
-AUTOFOCUS = {1: AutofocusConv1d, 2: AutofocusConv2d, 3: AutofocusConv3d}
+from ..modules import AUTOFOCUS, CONV
 
 
 @dataclass(frozen=True)

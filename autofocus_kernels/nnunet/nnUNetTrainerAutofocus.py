@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 # Absolute: nnU-Net imports this file by its bare name, outside of the package.
@@ -9,6 +10,8 @@ from autofocus_kernels.convert import RELATIVE_DILATIONS, convert
 
 try:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 except ImportError as error:
     raise ImportError(
         f"nnUNetTrainerAutofocus needs nnunetv2 2.8 or newer ({error}): pip install 'autofocus-kernels[nnunet]'"
@@ -49,3 +52,22 @@ class nnUNetTrainerAutofocus(nnUNetTrainer):
         )
         # Nothing is trained yet that a one-hot start would preserve.
         return convert(network, cls.dilations, cls.select(network), initial_attention=None)
+
+    @classmethod
+    def add_gates(cls, source, target) -> None:
+        """Writes ``source``, a checkpoint of plain nnU-Net, to ``target`` as one for ``-pretrained_weights``.
+
+        nnU-Net loads pretrained weights only if they hold every parameter of the network. The gates added here give
+        nearly all attention to the trained convolution, so that training starts close to where ``source`` ended.
+        """
+        checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+        made_with = checkpoint["init_args"]
+        plans = PlansManager(made_with["plans"])
+        configuration = plans.get_configuration(made_with["configuration"])
+        network = super().build_network_architecture(
+            plans, configuration, determine_num_input_channels(plans, configuration, made_with["dataset_json"]),
+            plans.get_label_manager(made_with["dataset_json"]).num_segmentation_heads,
+        )
+        network.load_state_dict(checkpoint["network_weights"])
+        convert(network, cls.dilations, cls.select(network))
+        torch.save({**checkpoint, "network_weights": network.state_dict()}, target)
