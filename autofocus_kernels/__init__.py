@@ -3,6 +3,8 @@
 from . import flops as flops
 from . import networks, reference
 from .config import show_config
+from .conv_op import ConvOp1d, ConvOp2d, ConvOp3d
+from .convert import convert, revert
 from .dispatch import available_backends
 from .export import decompositions
 from .functional import autofocus_conv
@@ -13,11 +15,16 @@ __all__ = [
     "AutofocusConv1d",
     "AutofocusConv2d",
     "AutofocusConv3d",
+    "ConvOp1d",
+    "ConvOp2d",
+    "ConvOp3d",
     "ScaleAttention",
     "autofocus_conv",
     "available_backends",
+    "convert",
     "decompositions",
     "networks",
     "reference",
+    "revert",
     "show_config",
 ]

@@ -265,3 +265,6 @@ class AutofocusConv2d(_AutofocusConv, nn.Conv2d):
 class AutofocusConv3d(_AutofocusConv, nn.Conv3d):
     __doc__ = _DOC.format(n=3)
     spatial_dims = 3
+
+
+AUTOFOCUS = {1: AutofocusConv1d, 2: AutofocusConv2d, 3: AutofocusConv3d}

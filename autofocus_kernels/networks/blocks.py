@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..branch_norm import BATCH_NORM
-from ..modules import CONV, AutofocusConv1d, AutofocusConv2d, AutofocusConv3d
-
-AUTOFOCUS = {1: AutofocusConv1d, 2: AutofocusConv2d, 3: AutofocusConv3d}
+from ..modules import AUTOFOCUS, CONV
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,8 @@ class Options:
     save_branches: Optional[bool]  # None: in the second layer of each block
     backend: Optional[str]
     factory: dict  # device and dtype
+    act: Callable[[], nn.Module] = nn.ReLU
+    norm_of: Optional[Callable[[int], nn.Module]] = None  # from a number of channels; None is a batch norm
 
     @property
     def smallest_dilation(self) -> tuple[int, ...]:
@@ -39,6 +39,8 @@ class Options:
         )
 
     def norm(self, channels: int) -> nn.Module:
+        if self.norm_of is not None:
+            return self.norm_of(channels)
         return BATCH_NORM[self.spatial_dims](channels, **self.factory)
 
     def conv_norm(self, *arguments, **keywords) -> nn.Sequential:
@@ -46,17 +48,24 @@ class Options:
         return nn.Sequential(OrderedDict(conv=conv, norm=self.norm(conv.out_channels)))
 
     def autofocus(self, in_channels: int, out_channels: int, save_branches: bool) -> nn.Module:
-        return AUTOFOCUS[self.spatial_dims](
-            in_channels, out_channels, padding=self.padding, dilations=self.dilations, branch_norm=True,
+        norms = [self.norm(out_channels) for _ in self.dilations]
+        per_branch = isinstance(norms[0], nn.modules.batchnorm._BatchNorm)
+        layer = AUTOFOCUS[self.spatial_dims](
+            in_channels, out_channels, padding=self.padding, dilations=self.dilations, branch_norm=per_branch,
             save_branches=save_branches, backend=self.backend, **self.factory,
         )
+        if per_branch:
+            layer.branch_norm = nn.ModuleList(norms)
+            return layer
+        # Other norms do not fold into a branch: one of them follows the sum.
+        return nn.Sequential(OrderedDict(conv=layer, norm=norms[0]))
 
 
 class Block(nn.Module):
     """Two layers and a shortcut; ``autofocus`` says which of the two is an autofocus layer.
 
-    The others are a convolution of the smallest dilation and a batch norm. With ``padding="valid"`` the shortcut is
-    cropped to the size of the result, before its convolution and batch norm where the channel count changes.
+    The others are a convolution of the smallest dilation and a norm. With ``padding="valid"`` the shortcut is
+    cropped to the size of the result, before its convolution and norm where the channel count changes.
     """
 
     def __init__(
@@ -72,13 +81,14 @@ class Block(nn.Module):
 
         self.layer1 = layer(0, in_channels)
         self.layer2 = layer(1, out_channels)
+        self.act1, self.act2 = options.act(), options.act()
         self.shortcut = nn.Identity()
         if in_channels != out_channels:
             self.shortcut = options.conv_norm(in_channels, out_channels, kernel_size=1)
 
     def forward(self, input: Tensor) -> Tensor:
-        output = self.layer2(F.relu(self.layer1(input)))
-        return F.relu(output + self.shortcut(_centre(input, output.shape[2:])))
+        output = self.layer2(self.act1(self.layer1(input)))
+        return self.act2(output + self.shortcut(_centre(input, output.shape[2:])))
 
 
 @torch.fx.wrap
@@ -89,7 +99,7 @@ def _centre(input: Tensor, size: torch.Size) -> Tensor:
 
 
 class ConcatHead(nn.Module):
-    """ASPP-c: a convolution per dilation, concatenated, batch norm, ReLU, 1 x 1 x 1 convolution to the classes."""
+    """ASPP-c: a convolution per dilation, concatenated, norm, activation, 1 x 1 x 1 convolution to the classes."""
 
     def __init__(self, options: Options, in_channels: int, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -98,15 +108,16 @@ class ConcatHead(nn.Module):
             for dilation in options.dilations
         )
         self.norm = options.norm(len(self.branches) * channels)
+        self.act = options.act()
         self.classes = options.conv(len(self.branches) * channels, num_classes, kernel_size=1)
 
     def forward(self, input: Tensor) -> Tensor:
         features = torch.cat([branch(input) for branch in self.branches], dim=1)
-        return self.classes(F.relu(self.norm(features)))
+        return self.classes(self.act(self.norm(features)))
 
 
 class SumHead(nn.Module):
-    """ASPP-s: per dilation a convolution, batch norm, ReLU and 1 x 1 x 1 convolution to the classes, summed."""
+    """ASPP-s: per dilation a convolution, norm, activation and 1 x 1 x 1 convolution to the classes, summed."""
 
     def __init__(self, options: Options, in_channels: int, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -117,8 +128,9 @@ class SumHead(nn.Module):
         self.classes = nn.ModuleList(
             options.conv(channels, num_classes, kernel_size=1) for _ in options.dilations
         )
+        self.acts = nn.ModuleList(options.act() for _ in options.dilations)
 
     def forward(self, input: Tensor) -> Tensor:
         return sum(
-            classes(F.relu(branch(input))) for branch, classes in zip(self.branches, self.classes)
+            classes(act(branch(input))) for branch, act, classes in zip(self.branches, self.acts, self.classes)
         )

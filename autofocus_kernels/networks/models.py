@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Optional
 
 import torch.fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..geometry import IntOrTuple, require_count, resolve_dilations
@@ -65,6 +64,23 @@ def build(
     Raises:
         ValueError, TypeError: an argument of the wrong form; the message names it.
     """
+    factory = {"device": device, "dtype": dtype}
+    return SegmentationNetwork(
+        *resolve_arguments(
+            name, in_channels, num_classes, spatial_dims, widths, dilations, padding, save_branches, backend,
+            factory=factory,
+        )
+    )
+
+
+def resolve_arguments(
+    name, in_channels, num_classes, spatial_dims, widths, dilations, padding, save_branches, backend, **options
+) -> tuple[str, Options, int, int, tuple[int, ...]]:
+    """The arguments of :class:`SegmentationNetwork` from those of :func:`build`; ``options`` go to its layers.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong form; the message names it.
+    """
     if name not in NAMES:
         raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}")
     spatial_dims = require_spatial_dims(spatial_dims)
@@ -80,11 +96,9 @@ def build(
     widths = tuple(require_count(f"widths[{i}]", width) for i, width in enumerate(widths))
     in_channels = require_count("in_channels", in_channels)
     num_classes = require_count("num_classes", num_classes)
-    options = Options(
-        spatial_dims, resolve_dilations(dilations, spatial_dims), padding, save_branches, backend,
-        {"device": device, "dtype": dtype},
-    )
-    return SegmentationNetwork(name, options, in_channels, num_classes, widths)
+    dilations = resolve_dilations(dilations, spatial_dims)
+    options = Options(spatial_dims, dilations, padding, save_branches, backend, **options)
+    return name, options, in_channels, num_classes, widths
 
 
 class SegmentationNetwork(nn.Module):
@@ -107,6 +121,7 @@ class SegmentationNetwork(nn.Module):
         self.stem = nn.ModuleList(
             options.conv_norm(channels, widths[0]) for channels in (in_channels, widths[0])
         )
+        self.acts = nn.ModuleList(options.act() for _ in self.stem)
         self.blocks = nn.ModuleList(
             Block(options, widths[i], widths[i + 1], autofocus)
             for i, autofocus in enumerate(_BLOCKS[name])
@@ -121,8 +136,8 @@ class SegmentationNetwork(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         _check_input(input, self.in_channels, self.crop, self.name)
-        for layer in self.stem:
-            input = F.relu(layer(input))
+        for layer, act in zip(self.stem, self.acts):
+            input = act(layer(input))
         for block in self.blocks:
             input = block(input)
         return self.head(input)

@@ -79,6 +79,8 @@ def _names(model: SegmentationNetwork) -> dict[str, str]:
     names = {}
     for ours in model.state_dict():
         module, entry = ours.rsplit(".", 1)
+        if module not in modules:
+            raise ValueError(f"model must have the activations and norms of the original, which holds no {ours}")
         names[ours] = f"{modules[module]}.{entry}"
     return names
 
