@@ -91,8 +91,12 @@ class SpatiallySharded(nn.Module):
         if isinstance(layer, AUTOFOCUS):
             self.attention_reach = _attention_reach(layer.attention, self.dim, attention_reach)
 
-    @torch.compiler.disable  # compilers follow no messages between processes
     def forward(self, input: Tensor, return_attention: bool = False):
+        if torch.compiler.is_compiling():  # which follows no messages between processes
+            return torch.compiler.disable(self._forward)(input, return_attention)
+        return self._forward(input, return_attention)
+
+    def _forward(self, input: Tensor, return_attention: bool):
         layer, dim = self.layer, self.dim
         fused = isinstance(layer, AUTOFOCUS)
         if fused:
