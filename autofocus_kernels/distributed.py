@@ -125,6 +125,8 @@ class SpatiallySharded(nn.Module):
         window = _Gather.apply(input, Exchange(dim, rank, self.process_group, shards, windows))
 
         def part(span: Span) -> Tensor:
+            if span == windows[rank]:
+                return window  # the gradient of a view would be a copy of the size of the window
             return window.narrow(dim, span.start - windows[rank].start, span.length)
 
         def own_outputs(of_context: Tensor) -> Tensor:

@@ -178,6 +178,41 @@ def check_group(rank):
     }
 
 
+def shard_convolutions(module, dim):
+    """The recipe of docs/distributed.md."""
+    for name, child in module.named_children():
+        if isinstance(child, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            setattr(module, name, SpatiallySharded(child, dim))
+        else:
+            shard_convolutions(child, dim)
+
+
+def check_network(rank):
+    torch.manual_seed(0)
+    network = networks.build(
+        "AFN-4", 2, 3, 2, widths=(3, 4, 4, 5), dilations=(1, 3), padding="same", dtype=torch.float64
+    )
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    network.eval()
+    sharded = copy.deepcopy(network)
+    shard_convolutions(sharded, 2)
+    image = torch.randn(1, 2, 13, 6, dtype=torch.float64)
+    output, grad_image, gradients = gradients_of(network, image, torch.ones(1, 3, 13, 6, dtype=torch.float64))
+    sizes = (4, 3, 6)
+    part, grad_part, shares = gradients_of(
+        sharded, image.split(sizes, 2)[rank], torch.ones(1, 3, sizes[rank], 6, dtype=torch.float64)
+    )
+    errors = {
+        "output": relative_error(part, output.split(sizes, 2)[rank]),
+        "input": relative_error(grad_part, grad_image.split(sizes, 2)[rank]),
+    }
+    for name, share in shares.items():
+        dist.all_reduce(share)
+        errors[name] = relative_error(share, gradients[name.replace(".layer.", ".").removeprefix("layer.")])
+    return errors
+
+
 def error_of(function):
     try:
         function()
@@ -341,6 +376,7 @@ def process(rank, folder):
         for name in VOLUMES:
             results[name] = check_volume(name, rank)
         results["second derivative"] = check_second_derivative(rank)
+        results["network"] = check_network(rank)
         results["group"] = check_group(rank)
         results["errors"] = check_errors(rank)
         results["DDP"] = check_ddp(rank)
@@ -368,7 +404,7 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("name", [*VOLUMES, "second derivative", "DDP of shards", "layer of DTensors"])
+@pytest.mark.parametrize("name", [*VOLUMES, "second derivative", "network", "DDP of shards", "layer of DTensors"])
 def test_parts_equal_one_process(ranks, name):
     for results in ranks:
         for quantity, error in results[name].items():
