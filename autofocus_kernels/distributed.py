@@ -242,8 +242,8 @@ class _Axis(NamedTuple):
     def context(self, outputs: Span, reach: int) -> Span:
         """A part of the volume on which a module, run with its own padding, is right about these outputs.
 
-        ``reach`` is how far the module reads. The part starts at a multiple of the stride: output ``p`` of the volume is
-        output ``p - start / stride`` of the part.
+        ``reach`` is how far the module reads. The part starts at a multiple of the stride: output ``p`` of the volume
+        is output ``p - start / stride`` of the part.
         """
         centres = self.centres(outputs)
         first = min((centres.start - reach) // self.stride, outputs.start, (self.size - 1) // self.stride)

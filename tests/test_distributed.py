@@ -444,7 +444,7 @@ def test_data_parallel_training_equals_one_process(ranks, name):
 
 @pytest.mark.parametrize("name", ["DDP", "FSDP2"])
 def test_training_moves_the_network(ranks, name):
-    """The test above can fail: the steps change the weights, and the rows of one rank alone change them otherwise."""
+    """The test above can fail: steps change the weights, and the rows of one rank alone change them otherwise."""
     for other in (make_network(name == "FSDP2"), train(make_network(name == "FSDP2"), make_batch()[:1])):
         assert relative_error(ranks[0][name]["2.weight"], other[2].weight) > 1e-3
 
