@@ -1,6 +1,6 @@
 """Memory of a training step of one layer on a volume, whole and sharded over processes.
 
-``python benchmarks/sharded.py``: each process holds its part of the volume and measures by how much its resident set grows at most in forward and
+Each process holds its part of the volume and measures by how much its resident set grows at most in forward and
 backward (memory.py), and what autograd keeps between the two. Linux only.
 """
 

@@ -399,7 +399,8 @@ def process(rank, folder):
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     # Forks of a process that has imported torch once, not a process each that imports it again.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch.distributed.fsdp", "autofocus_kernels.dtensor"])
+    preloaded = ["torch.distributed.fsdp", "autofocus_kernels.dtensor"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preloaded)
     mp.start_processes(process, args=(str(folder),), nprocs=RANKS, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
