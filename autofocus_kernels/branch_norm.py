@@ -61,7 +61,7 @@ def normed_autofocus_conv(
     call, unbatched = prepare(*tensors, None, None, dilations, stride, padding, backend)
     call = call._replace(bias=None)  # where it goes the norms decide, and in their own dtype
     _check_norms(norms, call.geometry.num_branches, call.weight.shape[0])
-    if _uses_batch_statistics(norms):
+    if uses_batch_statistics(norms):
         output = _by_batch_statistics(call, bias, norms, save_branches)
     else:
         output = _by_running_statistics(call, bias, norms)
@@ -78,7 +78,7 @@ def _check_norms(norms: Sequence[nn.Module], K: int, O: int) -> None:
             raise ValueError(f"branch_norm[{k}] must have num_features = {O}, got {norm.num_features}")
 
 
-def _uses_batch_statistics(norms: Sequence[_BatchNorm]) -> bool:
+def uses_batch_statistics(norms: Sequence[_BatchNorm]) -> bool:
     modes = [norm.training or norm.running_mean is None for norm in norms]
     if any(modes) and not all(modes):
         raise RuntimeError(

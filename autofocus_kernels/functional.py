@@ -46,7 +46,8 @@ def autofocus_conv(
         dilations: K branches, each an int or one int per spatial axis.
         stride: int or one int per spatial axis.
         padding: "same", "valid", an int or one int per spatial axis, read as in ``nn.ConvNd`` for the smallest
-            dilation of each axis; larger dilations are padded further to stay centred.
+            dilation of each axis; larger dilations are padded further to stay centred. An int below zero crops:
+            so many more input positions on each side are read but are not the centre of an output.
         branch_scale: ``[K, O]`` or None (ones): ``s_k``. Giving it or ``branch_shift`` selects branch mode.
         branch_shift: ``[K, O]`` or None (zeros): ``h_k``.
         backend: None chooses; "reference", "cpu", "triton" or "cuda" forces one. The environment variable

@@ -156,15 +156,15 @@ def require_odd(name: str, sizes: tuple[int, ...]) -> None:
 
 
 def resolve_padding(
-    padding: Padding, stride: tuple[int, ...], reach: tuple[int, ...]
+    padding: Padding, stride: tuple[int, ...], reach: tuple[int, ...], minimum: int = 0
 ) -> tuple[int, ...]:
     """Zeros per side and axis around the input, for a kernel that reaches ``reach`` voxels from its centre.
 
     Raises:
-        TypeError, ValueError: ``padding`` of the wrong form, or "same" with a stride.
+        TypeError, ValueError: ``padding`` of the wrong form or below ``minimum``, or "same" with a stride.
     """
     if not isinstance(padding, str):
-        return per_axis("padding", padding, len(stride), minimum=0)
+        return per_axis("padding", padding, len(stride), minimum)
     if padding not in ("same", "valid"):
         raise ValueError(f'padding must be "same", "valid" or ints, got {padding!r}')
     if padding == "same" and max(stride) > 1:
@@ -197,6 +197,9 @@ def resolve(
 ) -> Geometry:
     """The geometry of a call. ``padding`` is read, as in ``nn.ConvNd``, for the smallest dilation of each axis.
 
+    Below zero it keeps the outer positions from being computed, although larger dilations read there: what a window
+    cut from a larger volume needs.
+
     Raises:
         TypeError, ValueError: an argument of the wrong form, an even kernel size, ``padding="same"`` with a
             stride, or an input too small for an unpadded kernel; the message names the argument.
@@ -208,7 +211,7 @@ def resolve(
     stride = per_axis("stride", stride, spatial_dims, minimum=1)
     smallest = tuple(min(axis) for axis in zip(*branches))
     reach = tuple(r * (size - 1) // 2 for r, size in zip(smallest, kernel_size))
-    pad = resolve_padding(padding, stride, reach)
+    pad = resolve_padding(padding, stride, reach, minimum=-LARGEST)
     origin = tuple(r - p for r, p in zip(reach, pad))
     spans = tuple(size - 2 * o for size, o in zip(input_size, origin))
     if any(span < 0 or (span == 0 and size > 0) for span, size in zip(spans, input_size)):

@@ -36,7 +36,7 @@ def require_spatial_dims(value: int) -> int:
 
 
 @torch.fx.wrap
-def _check_layer_input(input: Tensor, weight: Tensor) -> None:
+def check_layer_input(input: Tensor, weight: Tensor) -> None:
     """:func:`check_input` for an input with or without a batch axis, of another dtype only under autocast."""
     unbatched = isinstance(input, Tensor) and input.dim() == weight.dim() - 1
     check_input(input.unsqueeze(0) if unbatched else input, weight, mixed=autocasts(input))
@@ -111,7 +111,7 @@ class ScaleAttention(nn.Module):
         self.conv2 = conv(hidden_channels, num_branches, 1, **options)
 
     def forward(self, input: Tensor) -> Tensor:
-        _check_layer_input(input, self.conv1.weight)
+        check_layer_input(input, self.conv1.weight)
         spatial_dims = len(self.kernel_size)
         size = input.shape[-spatial_dims:]
         resolve(size, self.kernel_size, (self.dilation,), self.stride, self.padding)  # raises if it is too small
@@ -191,20 +191,20 @@ class _AutofocusConv:
 
     def forward(self, input: Tensor, return_attention: bool = False):
         # Before the gate, whose convolutions would complain first and without naming an argument of the layer.
-        _check_layer_input(input, self.weight)
+        check_layer_input(input, self.weight)
         attention = self.attention(input.detach() if self.detach_attention else input)
+        output = self.blend(input, attention, self.padding)
+        return _result(output, attention, return_attention)
+
+    def blend(self, input: Tensor, attention: Tensor, padding: Padding) -> Tensor:
+        """The layer's output for the weights that the gate gave, and for a padding of the caller's."""
         tensors = (input, self.weight, attention.to(input.dtype), self.bias)
         options = {
-            "dilations": self.dilations, "stride": self.stride, "padding": self.padding,
-            "backend": self.backend,
+            "dilations": self.dilations, "stride": self.stride, "padding": padding, "backend": self.backend,
         }
         if self.branch_norm is None:
-            output = autofocus_conv(*tensors, **options)
-        else:
-            output = normed_autofocus_conv(
-                *tensors, self.branch_norm, save_branches=self.save_branches, **options
-            )
-        return _result(output, attention, return_attention)
+            return autofocus_conv(*tensors, **options)
+        return normed_autofocus_conv(*tensors, self.branch_norm, save_branches=self.save_branches, **options)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"dilations={_short(self.dilations)}"]

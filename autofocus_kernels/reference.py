@@ -65,14 +65,13 @@ def branches(call: Call) -> Iterator[Tensor]:
         return
     for k in range(geometry.num_branches):
         # As 2D: oneDNN in torch 2.13 returns wrong float32 weight gradients for strided, dilated conv1d.
-        stride, padding, dilation = _conv_arguments(geometry, k)
+        stride, padding, crop, dilation = _conv_arguments(geometry, k)
         if geometry.spatial_dims == 1:
-            yield F.conv2d(
-                input.unsqueeze(2), weight.unsqueeze(2), bias, stride, padding, dilation
-            ).squeeze(2)
+            read = _cropped(input.unsqueeze(2), crop)
+            yield F.conv2d(read, weight.unsqueeze(2), bias, stride, padding, dilation).squeeze(2)
         else:
             conv = F.conv2d if geometry.spatial_dims == 2 else F.conv3d
-            yield conv(input, weight, bias, stride, padding, dilation)
+            yield conv(_cropped(input, crop), weight, bias, stride, padding, dilation)
 
 
 def branch_gradients(
@@ -83,26 +82,42 @@ def branch_gradients(
     flat = geometry.spatial_dims == 1
     if flat:
         grad_branch, input, weight = (t.unsqueeze(2) for t in (grad_branch, input, weight))
-    stride, padding, dilation = _conv_arguments(geometry, k)
-    gradients = torch.ops.aten.convolution_backward(
-        grad_branch, input, weight, None, stride, padding, dilation, False, [0] * len(stride), 1,
+    stride, padding, crop, dilation = _conv_arguments(geometry, k)
+    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_branch, _cropped(input, crop), weight, None, stride, padding, dilation, False, [0] * len(stride), 1,
         [needs_input, needs_weight, False],
-    )[:2]
+    )
+    if needs_input and any(crop):
+        grad_input = F.pad(grad_input, [cut for cut in reversed(crop) for _ in range(2)])
     if flat:
-        gradients = tuple(g if g is None else g.squeeze(2) for g in gradients)
-    return gradients
+        grad_input, grad_weight = (g if g is None else g.squeeze(2) for g in (grad_input, grad_weight))
+    return grad_input, grad_weight
 
 
 def _conv_arguments(geometry: Geometry, k: int):
-    """Stride, padding and dilation of branch ``k``, with a leading axis of size one for a 1D problem."""
+    """Stride, padding, crop and dilation of branch ``k``, with a leading axis of size one for a 1D problem.
+
+    A branch that starts reading inside the input is padded by less than nothing, which convolutions refuse: its input
+    is cropped instead.
+    """
     dilation = geometry.dilations[k]
-    padding = tuple(
+    margins = [
         r * (size - 1) // 2 - o
         for r, size, o in zip(dilation, geometry.kernel_size, geometry.origin)
-    )
+    ]
+    padding = tuple(max(margin, 0) for margin in margins)
+    crop = tuple(max(-margin, 0) for margin in margins)
     if geometry.spatial_dims == 1:
-        return (1, *geometry.stride), (0, *padding), (1, *dilation)
-    return geometry.stride, padding, dilation
+        return (1, *geometry.stride), (0, *padding), (0, *crop), (1, *dilation)
+    return geometry.stride, padding, crop, dilation
+
+
+def _cropped(input: Tensor, crop: tuple[int, ...]) -> Tensor:
+    """``input`` without ``crop`` positions on either side of its spatial axes."""
+    for axis, cut in enumerate(crop, start=2):
+        if cut:
+            input = input.narrow(axis, cut, input.shape[axis] - 2 * cut)
+    return input
 
 
 def per_channel(vector: Tensor, geometry: Geometry) -> Tensor:

@@ -108,6 +108,8 @@ CASES = (
     Case("padding_per_axis", (9, 8, 10), padding=(0, 1, 4)),
     Case("wide_padding", (4, 5, 6), padding=(7, 9, 8), dilations=(1, 2)),
     Case("wide_padding_branch", (5, 6), padding=9, dilations=(1, 2), mode="branch"),
+    Case("window", (17, 9, 12), padding=(-5, 1, -2), dilations=(1, 3, 6), batch=2),
+    Case("window_branch", (19, 14), padding=(-4, -3), dilations=(2, 5), stride=(3, 1), mode="branch"),
     Case("stride", (9, 12, 11), stride=(2, 1, 3), padding=1),
     Case("stride_2d", (15, 14), stride=(3, 2), padding=(2, 0), dilations=(2, 4)),
     Case("stride_branch", (9, 10, 8), stride=2, padding=1, mode="branch"),

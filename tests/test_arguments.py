@@ -183,7 +183,7 @@ BAD_NUMBERS = [
     ({"stride": "2"}, TypeError, r"stride must be an int .*got '2'"),
     ({"stride": True}, TypeError, r"stride must hold ints, got True"),
     ({"stride": 2}, ValueError, r'padding="same" needs stride 1, got stride \(2, 2\)'),
-    ({"padding": -1}, ValueError, r"padding must be at least 0 on every axis, got -1"),
+    ({"padding": -2}, ValueError, r"input is too small: spatial size \(6, 7\) with padding \(-2, -2\)"),
     ({"padding": (1,)}, ValueError, r"padding must be an int or 2 ints.*got \(1,\)"),
     ({"padding": 0.5}, TypeError, r"padding must be an int .*got 0\.5"),
     ({"padding": "full"}, ValueError, r'padding must be "same", "valid" or ints, got \'full\''),

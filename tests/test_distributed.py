@@ -1,0 +1,500 @@
+"""A volume sharded over three processes, and data parallelism over them, against one process that sees everything.
+
+One start of the processes runs everything; each saves its results under the names of the tests below.
+"""
+
+import copy
+import multiprocessing
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from autofocus_kernels import (
+    AutofocusConv1d,
+    AutofocusConv2d,
+    AutofocusConv3d,
+    autofocus_conv,
+    networks,
+    testing,
+)
+from autofocus_kernels.distributed import SpatiallySharded
+from autofocus_kernels.testing import relative_error
+
+RANKS = 3
+
+
+class TwoConvGate(nn.Module):
+    """Reaches two voxels; its biases and ReLU tell zeros outside the volume from values computed there."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
+
+    def forward(self, input):
+        return self.layers(input).softmax(1)
+
+
+def autofocus(dims, **options):
+    layer = {1: AutofocusConv1d, 2: AutofocusConv2d, 3: AutofocusConv3d}[dims]
+    return lambda: layer(3, 4, **{"dilations": (1, 3), **options})
+
+
+# name: (layer, sizes of the shards, sizes of the other spatial axes, dim, options of SpatiallySharded)
+VOLUMES = {
+    "first of three axes": (autofocus(3), (4, 4, 4), (5, 6), 2, {}),
+    "second of three axes": (autofocus(3), (4, 4, 4), (5, 6), -2, {}),
+    "third of three axes": (autofocus(3), (4, 4, 4), (5, 6), 4, {}),
+    "uneven": (autofocus(2, dilations=(2, 4)), (9, 5, 6), (7,), 2, {}),
+    "halo of several neighbours": (autofocus(2, dilations=(2, 9)), (1, 2, 9), (5,), 3, {}),
+    "dilations beyond the volume": (autofocus(1, dilations=(2, 40)), (3, 4, 5), (), 2, {}),
+    "stride": (autofocus(1, stride=3, padding=1, dilations=(1, 4)), (9, 8, 7), (), 2, {}),
+    "stride and crop": (autofocus(2, stride=(2, 1), padding=0, dilations=(2, 3)), (9, 8, 7), (9,), 2, {}),
+    "valid": (autofocus(2, padding="valid", dilations=(2, 3)), (5, 3, 6), (9,), 2, {}),
+    "wide padding": (autofocus(1, padding=7, dilations=(1, 2)), (3, 1, 2), (), -1, {}),
+    "wide padding, empty last": (autofocus(1, padding=3, dilations=(1, 2)), (3, 2, 0), (), -1, {}),
+    "kernel and dilation per axis": (
+        autofocus(2, kernel_size=(5, 3), dilations=((1, 3), (2, 1), (3, 2))), (6, 7, 5), (8,), 2, {},
+    ),
+    "kernel of one": (autofocus(2, kernel_size=1, stride=2, padding=0), (3, 4, 6), (5,), 2, {}),
+    "gradient through the gate": (autofocus(2, detach_attention=False), (4, 3, 5), (6,), 2, {}),
+    "gate of the user's": (
+        lambda: autofocus(2, attention=TwoConvGate(), detach_attention=False)(), (3, 4, 3), (5,), 2,
+        {"attention_reach": 2},
+    ),
+    "convolution": (lambda: nn.Conv2d(3, 4, 3, padding=2, dilation=2), (4, 3, 5), (6,), 2, {}),
+    "strided convolution": (lambda: nn.Conv3d(3, 4, 3, stride=2, padding=1), (5, 4, 6), (6, 7), 3, {}),
+    "convolution of the same size": (lambda: nn.Conv1d(3, 6, 5, padding="same", groups=3), (5, 4, 6), (), 2, {}),
+    "channels last": (autofocus(3), (4, 3, 4), (3, 4), 3, {}),
+    "without a batch axis": (autofocus(2), (4, 3, 4), (3,), -2, {}),
+    "batch norm": (autofocus(2, branch_norm=True), (4, 3, 5), (6,), 2, {}),
+    "batch norm in evaluation": (autofocus(2, branch_norm=True), (4, 3, 5), (6,), 2, {}),
+}
+
+
+def make_volume(name):
+    """The layer, the whole volume and the shards' sizes; the same in every process."""
+    build, sizes, others, dim, _ = VOLUMES[name]
+    torch.manual_seed(list(VOLUMES).index(name))
+    layer = nn.SyncBatchNorm.convert_sync_batchnorm(build().double())
+    if "evaluation" in name:
+        layer.eval()
+        for norm in layer.branch_norm:
+            norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    size = list(others)
+    size.insert(dim - 2 if dim > 0 else dim + len(size) + 1, sum(sizes))
+    input = torch.randn(2, 3, *size, dtype=torch.float64)
+    if name == "channels last":
+        input = input.contiguous(memory_format=torch.channels_last_3d)
+    if name == "without a batch axis":
+        input = input[0]
+    return layer, input, dim - input.dim() if dim > 0 else dim
+
+
+def gradients_of(layer, input, grad_output):
+    input = input.detach().requires_grad_()
+    output = layer(input)
+    output.backward(grad_output)
+    return output.detach(), input.grad, {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
+def check_volume(name, rank):
+    """Largest errors of this rank's shard; of the parameters' gradients, the error of their sum."""
+    _, sizes, _, _, options = VOLUMES[name]
+    layer, input, dim = make_volume(name)
+    whole = copy.deepcopy(layer)
+    dims = len(layer.kernel_size)
+    if "norm" in name:
+        # One process shares nothing, and its norms are the definition.
+        whole.branch_norm = nn.ModuleList(nn.BatchNorm2d(4, dtype=torch.float64) for _ in layer.branch_norm)
+        whole.branch_norm.load_state_dict(layer.branch_norm.state_dict())
+        whole.train(layer.training)
+    torch.manual_seed(100)
+    grad_output = torch.randn_like(whole(input))
+    if "norm" in name:
+        whole.branch_norm.load_state_dict(layer.branch_norm.state_dict())
+    expected = gradients_of(whole, input, grad_output)
+
+    dim = dim if dim < 0 else dim - dims
+    sharded = SpatiallySharded(layer, dim, **options)
+    shard = input.split(sizes, dim)[rank]
+    with torch.no_grad():
+        length = torch.tensor(copy.deepcopy(sharded)(shard).shape[dim])
+    lengths = [torch.empty_like(length) for _ in range(RANKS)]
+    dist.all_gather(lengths, length)
+    lengths = [int(length) for length in lengths]
+    assert sum(lengths) == grad_output.shape[dim]
+    output, grad_input, gradients = gradients_of(sharded, shard, grad_output.split(lengths, dim)[rank])
+    errors = {
+        "output": relative_error(output, expected[0].split(lengths, dim)[rank]),
+        "input": relative_error(grad_input, expected[1].split(sizes, dim)[rank]),
+    }
+    for parameter, gradient in gradients.items():
+        dist.all_reduce(gradient)
+        errors[parameter] = relative_error(gradient, expected[2][parameter.removeprefix("layer.")])
+    for buffer, value in layer.named_buffers():
+        errors[buffer] = relative_error(value, whole.get_buffer(buffer))
+    return errors
+
+
+# ------------------------------------------------------------------ more about shards
+
+
+def check_second_derivative(rank):
+    """A gradient penalty on shards: gradients of the sum over ranks of the squared gradient of the input."""
+    layer, input, dim = make_volume("first of three axes")
+    sizes = VOLUMES["first of three axes"][1]
+    results = []
+    for module, part in ((layer, input), (SpatiallySharded(copy.deepcopy(layer), dim), input.split(sizes, dim)[rank])):
+        part = part.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(module(part).square().sum(), part, create_graph=True)
+        gradient.square().sum().backward()
+        results.append((part.grad, {name: p.grad for name, p in module.named_parameters()}))
+    (whole, whole_parameters), (shard, parameters) = results
+    errors = {"input": relative_error(shard, whole.split(sizes, dim)[rank])}
+    for name, gradient in parameters.items():
+        dist.all_reduce(gradient)
+        errors[name] = relative_error(gradient, whole_parameters[name.removeprefix("layer.")])
+    return errors
+
+
+def check_group(rank):
+    """A group of the last two ranks; the first one, outside, is refused."""
+    layer, input, dim = make_volume("uneven")
+    group = dist.new_group([1, 2])
+    sharded = SpatiallySharded(layer, dim, group)
+    if rank == 0:
+        return {"outside": error_of(lambda: sharded(input))}
+    sizes = (7, input.shape[dim] - 7)
+    output, attention = sharded(input.split(sizes, dim)[rank - 1], return_attention=True)
+    whole, whole_attention = layer(input, return_attention=True)
+    return {
+        "output": relative_error(output, whole.split(sizes, dim)[rank - 1]),
+        "attention": relative_error(attention, whole_attention.split(sizes, dim)[rank - 1]),
+    }
+
+
+def shard_convolutions(module, dim):
+    """The recipe of docs/distributed.md."""
+    for name, child in module.named_children():
+        if isinstance(child, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            setattr(module, name, SpatiallySharded(child, dim))
+        else:
+            shard_convolutions(child, dim)
+
+
+def check_network(rank):
+    torch.manual_seed(0)
+    network = networks.build(
+        "AFN-4", 2, 3, 2, widths=(3, 4, 4, 5), dilations=(1, 3), padding="same", dtype=torch.float64
+    )
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    network.eval()
+    sharded = copy.deepcopy(network)
+    shard_convolutions(sharded, 2)
+    image = torch.randn(1, 2, 13, 6, dtype=torch.float64)
+    output, grad_image, gradients = gradients_of(network, image, torch.ones(1, 3, 13, 6, dtype=torch.float64))
+    sizes = (4, 3, 6)
+    part, grad_part, shares = gradients_of(
+        sharded, image.split(sizes, 2)[rank], torch.ones(1, 3, sizes[rank], 6, dtype=torch.float64)
+    )
+    errors = {
+        "output": relative_error(part, output.split(sizes, 2)[rank]),
+        "input": relative_error(grad_part, grad_image.split(sizes, 2)[rank]),
+    }
+    for name, share in shares.items():
+        dist.all_reduce(share)
+        errors[name] = relative_error(share, gradients[name.replace(".layer.", ".").removeprefix("layer.")])
+    return errors
+
+
+def error_of(function):
+    try:
+        function()
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def check_errors(rank):
+    layer = AutofocusConv2d(3, 4, dilations=(1, 3))
+    normed = AutofocusConv2d(3, 4, dilations=(1, 3), branch_norm=True)
+    strided = AutofocusConv2d(3, 4, dilations=(1, 3), stride=4, padding=1)
+    image = torch.randn(1, 3, 6, 6)
+    return {
+        "shapes": error_of(lambda: SpatiallySharded(layer, 2)(torch.randn(1, 3, 6, 6 + rank))),
+        "gradients": error_of(lambda: SpatiallySharded(layer, 2)(image.clone().requires_grad_(rank == 1))),
+        "dtypes": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3), 2)(image.bfloat16() if rank else image.half())),
+        "empty": error_of(lambda: SpatiallySharded(strided, 2)(image[:, :, : 1 if rank else 6])),
+        "norms": error_of(lambda: SpatiallySharded(normed, 2)(image)),
+        "small": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3, dilation=20), 2)(image)),
+        "attention": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3), 2)(image, return_attention=True)),
+    }
+
+
+# ------------------------------------------------------------------ data parallelism
+
+
+def make_network(branch_norm):
+    torch.manual_seed(0)
+    options = {"dilations": (1, 3), "branch_norm": branch_norm, "dtype": torch.float64}
+    return nn.Sequential(
+        AutofocusConv2d(2, 4, **options), nn.ReLU(), AutofocusConv2d(4, 5, **options), nn.Sigmoid(),
+        nn.Conv2d(5, 3, 1, dtype=torch.float64),
+    )
+
+
+def make_batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(RANKS, 2, 7, 6, dtype=torch.float64, generator=generator)
+
+
+def train(network, batch, steps=2):
+    """Steps of plain gradient descent on a mean over the batch, as data parallelism expects.
+
+    Not by torch.optim, whose first step imports the compilers: seconds in every process.
+    """
+    for _ in range(steps):
+        network.zero_grad()
+        network(batch).square().mean().backward()
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter -= 2 * parameter.grad
+    return network
+
+
+def check_ddp(rank):
+    # Without norms: DDP itself refuses nn.SyncBatchNorm on a CPU.
+    network = DistributedDataParallel(make_network(branch_norm=False))
+    return train(network, make_batch()[rank : rank + 1]).module.state_dict()
+
+
+def check_ddp_of_shards(rank):
+    """A network on shards of a volume: DDP takes the mean over ranks of the parameters' gradients, not their sum."""
+    whole = make_network(branch_norm=False)
+    image = make_batch()[:1]
+    whole(image).square().mean().backward()
+    network = copy.deepcopy(whole)
+    network.zero_grad()
+    for index in (0, 2):
+        network[index] = SpatiallySharded(network[index], -1)
+    parallel = DistributedDataParallel(network)
+    share = parallel(image.tensor_split(RANKS, -1)[rank]).square().sum() / whole(image).numel()
+    (RANKS * share).backward()
+    return {
+        name: relative_error(parameter.grad, whole.get_parameter(name.replace("layer.", "")).grad)
+        for name, parameter in network.named_parameters()
+    }
+
+
+def check_fsdp(rank):
+    """fully_shard of every layer and of the whole: parameters live as shards, DTensors, between steps."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(make_network(branch_norm=True))
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    for layer in (network[0], network[2], network):
+        fully_shard(layer, mesh=mesh)
+    train(network, make_batch()[rank : rank + 1])
+    assert isinstance(network[2].weight, DTensor)
+    state = network.state_dict()
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+
+
+# ------------------------------------------------------------------ DTensor
+
+TENSOR_CASES = {
+    "plain": testing.Case("plain", (6, 7), batch=RANKS + 1),
+    "branch": testing.Case("branch", (7, 6, 5), batch=RANKS, mode="branch", stride=2, padding=1, dilations=(1, 2)),
+}
+
+
+def check_dtensor(mesh, case, sharding):
+    """Errors, placements of output and gradients, and the number of collectives."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    placements = {
+        "batch": {"input": Shard(0), "attention": Shard(0)},
+        "channels": {"weight": Shard(0), "bias": Shard(0), "branch_scale": Shard(1), "branch_shift": Shard(1)},
+    }[sharding]
+    tensors = testing.make_tensors(case, torch.float64)
+    expected = testing.truth(case, tensors)
+    results = {}
+    # Other gradients in every round: what DTensor remembers of one must not be taken for another.
+    for wanted in (["input"], ["weight", "attention"], list(tensors.arguments())):
+        arguments = {
+            name: distribute_tensor(tensor, mesh, [placements.get(name, Replicate())]).requires_grad_(name in wanted)
+            for name, tensor in tensors.arguments().items()
+        }
+        grad_output = distribute_tensor(tensors.grad_output, mesh, [Shard(0 if sharding == "batch" else 1)])
+        with CommDebugMode() as messages:
+            output = autofocus_conv(**arguments, **case.options)
+            output.backward(grad_output)
+        results["collectives"] = messages.get_total_counts()
+        results["placements"] = {"output": str(output.placements[0])}
+        errors = {"output": relative_error(output.full_tensor(), expected["output"])}
+        for name in wanted:
+            gradient = arguments[name].grad
+            results["placements"][name] = str(gradient.placements[0])
+            errors[name] = relative_error(gradient.full_tensor(), expected[name])
+        results[f"errors {wanted}"] = errors
+    return results
+
+
+def check_layer_of_dtensors(mesh):
+    """The whole layer, gate included, on a batch that DTensor holds in shards."""
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    torch.manual_seed(0)
+    layer = AutofocusConv2d(3, 4, dilations=(1, 3), dtype=torch.float64)
+    input = torch.randn(RANKS, 3, 6, 5, dtype=torch.float64)
+    whole = copy.deepcopy(layer)
+    whole(input).square().sum().backward()
+    distribute_module(layer, mesh)
+    layer(distribute_tensor(input, mesh, [Shard(0)])).square().sum().backward()
+    return {
+        name: relative_error(layer.get_parameter(name).grad.full_tensor(), parameter.grad)
+        for name, parameter in whole.named_parameters()
+    }
+
+
+# ------------------------------------------------------------------ the processes and the tests
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    results = {}
+    try:
+        for name in VOLUMES:
+            results[name] = check_volume(name, rank)
+        results["second derivative"] = check_second_derivative(rank)
+        results["network"] = check_network(rank)
+        results["group"] = check_group(rank)
+        results["errors"] = check_errors(rank)
+        results["DDP"] = check_ddp(rank)
+        results["DDP of shards"] = check_ddp_of_shards(rank)
+        results["FSDP2"] = check_fsdp(rank)
+
+        import autofocus_kernels.dtensor  # noqa: F401, registers the rules
+
+        mesh = dist.init_device_mesh("cpu", (RANKS,))
+        for name, case in TENSOR_CASES.items():
+            for sharding in ("batch", "channels"):
+                results["DTensor", name, sharding] = check_dtensor(mesh, case, sharding)
+        results["layer of DTensors"] = check_layer_of_dtensors(mesh)
+        torch.save(results, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    # Forks of a process that has imported torch once, not a process each that imports it again.
+    preloaded = ["torch.distributed.fsdp", "autofocus_kernels.dtensor"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preloaded)
+    mp.start_processes(process, args=(str(folder),), nprocs=RANKS, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("name", [*VOLUMES, "second derivative", "network", "DDP of shards", "layer of DTensors"])
+def test_parts_equal_one_process(ranks, name):
+    for results in ranks:
+        for quantity, error in results[name].items():
+            assert error < 1e-12, quantity
+
+
+def test_a_group_of_some_ranks(ranks):
+    outside, *inside = (results["group"] for results in ranks)
+    assert outside == {"outside": "RuntimeError: SpatiallySharded: this process is not in process_group"}
+    for errors in inside:
+        assert max(errors.values()) < 1e-12
+
+
+def test_every_rank_refuses_what_no_rank_can_run(ranks):
+    expected = {
+        "shapes": r"ValueError: input must have .* one shape on all ranks.*\[1, 3, 6, 6\] .*\[1, 3, 6, 7\]",
+        "gradients": "ValueError: input must .* require a gradient on all or none.*gradient False.*gradient True",
+        "dtypes": "ValueError: input must have one dtype",
+        "empty": r"ValueError: every rank must hold the centre of an output, got shards of \[6, 1, 1\]",
+        "norms": r"ValueError: branch_norm\[0\] must share its statistics.*got BatchNorm2d",
+        "small": "ValueError: input is too small",
+        "attention": "TypeError: return_attention is for autofocus layers, got a layer of type Conv2d",
+    }
+    for results in ranks:
+        for name, pattern in expected.items():
+            assert re.match(pattern, results["errors"][name]), results["errors"][name]
+
+
+@pytest.mark.parametrize("name", ["DDP", "FSDP2"])
+def test_data_parallel_training_equals_one_process(ranks, name):
+    expected = train(make_network(name == "FSDP2"), make_batch()).state_dict()
+    for results in ranks:
+        assert results[name].keys() == expected.keys()
+        for key, value in expected.items():
+            assert relative_error(results[name][key], value) < 1e-12, key
+
+
+@pytest.mark.parametrize("name", ["DDP", "FSDP2"])
+def test_training_moves_the_network(ranks, name):
+    """The test above can fail: steps change the weights, and the rows of one rank alone change them otherwise."""
+    for other in (make_network(name == "FSDP2"), train(make_network(name == "FSDP2"), make_batch()[:1])):
+        assert relative_error(ranks[0][name]["2.weight"], other[2].weight) > 1e-3
+
+
+def test_sync_batch_norm_replaces_the_norms_of_a_network():
+    network = networks.build("AFN-6", 2, 3, 2, widths=(3, 4, 4, 5), dilations=(1, 3))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 2 + 6 * 2 + 2 and all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", TENSOR_CASES)
+@pytest.mark.parametrize("sharding", ["batch", "channels"])
+def test_dtensor_runs_on_parts_without_a_message(ranks, name, sharding):
+    vectors = {"plain": ["bias"], "branch": ["branch_scale", "branch_shift"]}[name]
+    if sharding == "batch":
+        expected = {"output": "S(0)", "input": "S(0)", "attention": "S(0)"}
+        expected |= dict.fromkeys(["weight", *vectors], "P(sum)")
+    else:
+        expected = {"output": "S(1)", "input": "P(sum)", "attention": "P(sum)", "weight": "S(0)"}
+        expected |= {vector: "S(0)" if vector == "bias" else "S(1)" for vector in vectors}
+    for results in ranks:
+        results = results["DTensor", name, sharding]
+        assert results["collectives"] == 0
+        assert results["placements"] == expected
+        for key in results:
+            if key.startswith("errors"):
+                assert max(results[key].values()) < 1e-12, key
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ((nn.Linear(3, 4), 2), TypeError, "layer must be an AutofocusConvNd or an nn.ConvNd, got Linear"),
+        ((nn.Conv2d(3, 4, 2), 2), ValueError, "layer must have odd kernel sizes and zero padding, got Conv2d"),
+        ((nn.Conv2d(3, 4, 3, padding_mode="circular"), 2), ValueError, "zero padding, got Conv2d"),
+        ((nn.Conv2d(3, 4, 3), 1), ValueError, r"dim must be 2 to 3 or -2 to -1 .*, got 1"),
+        ((nn.Conv2d(3, 4, 3), -3), ValueError, r"dim must be 2 to 3 or -2 to -1 .*, got -3"),
+        ((nn.Conv2d(3, 4, 3), 2.0), TypeError, "dim must be an int, got 2.0"),
+        ((AutofocusConv2d(3, 4, attention=nn.Conv2d(3, 4, 3)), 2), ValueError, "attention_reach must be given for a"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        SpatiallySharded(*arguments)
+
+
+def test_a_process_alone_is_told_to_initialise():
+    with pytest.raises(RuntimeError, match="needs torch.distributed.init_process_group"):
+        SpatiallySharded(AutofocusConv2d(3, 4), 2)(torch.randn(1, 3, 5, 5))
