@@ -2,14 +2,15 @@
 
 Before a call goes to a backend that asks for it (``Backend.checked``), its function runs once on a small random problem
 of the same kind: same channels, branches, dilations, kernel, stride, padding, dtype, order of axes in memory, tensors
-given and gradients wanted, two samples of a volume with interior and ragged tiles. What comes out must lie within twice
-the tolerance of tolerance.py (the truth is the reference in float32, itself rounded, or float64 for float64) in norm and
-at its worst element, from memory filled with NaN. Whatever errs is refused for the rest of the process, on that device.
+given and gradients wanted; two samples of a volume with interior and ragged tiles. From memory filled with NaN, results
+must come within twice the tolerance of tolerance.py, in norm and at the worst element. The truth is the reference in
+float32 (hence twice), or in float64 for float64. What errs is refused, on that device, for the rest of the process.
 
 The kind of a problem is the small problem itself: calls with the same one share its check. Nothing is checked while a
-CUDA graph is recorded, where nothing may wait for the GPU: warm up before, as recording asks for anyhow. The check
-leaves random states, streams, autograd and autocast alone; torch's precision of float32 convolutions and its search for
-the fastest are switched, for all threads, while the truth is computed.
+CUDA graph is recorded, when nothing may wait for the GPU: warm up before, as recording asks for anyhow. The check
+leaves random states, streams, autograd, autocast and the precision of float32 products alone: values have so few bits
+that TF32 holds them and products of two or three of them, so the truth is the same with and without it. Only cuDNN's
+search for the fastest convolution is off, for all threads, while the truth is computed.
 
 Not seen: what only large volumes do (64-bit offsets). Not survived: a kernel that reads or writes where it must not may
 end the process's use of the GPU, check or no check.
@@ -41,9 +42,10 @@ BATCH = 2
 VOXELS = 4096
 MOST_VOXELS = 2**17
 MOST_WORK = 2**35
-TF32_EPS = 2.0**-10
+# By TF32, for the roundings of two operands, a blend and a result: what the reference rounds, cuDNN decides.
+TF32_TOLERANCE = 4 * 2.0**-10
 
-# What each function of backends/interface.py reads and then fills after the call, gradients by the name of their tensor.
+# What each function of backends/interface.py reads and then fills after the call; gradients have their tensor's name.
 _READ = {
     "forward": (),
     "backward": ("grad_output",),
@@ -99,9 +101,9 @@ class Variant(NamedTuple):
         ]
         geometry = self.geometry
         return (
-            f"{self.function} ({', '.join(wanted)}) for {self.channels} to {self.out_channels} channels of {self.dtype} "
-            f"on {self.device}, kernel {geometry.kernel_size}, dilations {geometry.dilations}, stride {geometry.stride}, "
-            f"volume {geometry.input_size}"
+            f"{self.function} ({', '.join(wanted)}) for {self.channels} to {self.out_channels} channels of "
+            f"{self.dtype} on {self.device}, kernel {geometry.kernel_size}, dilations {geometry.dilations}, "
+            f"stride {geometry.stride}, volume {geometry.input_size}"
         )
 
 
@@ -127,22 +129,28 @@ def refusal(name: str, backend: Backend, function: str, call: Call, arguments: t
 
     None if it was right, or could not be checked. The first call of its kind is checked here.
     """
-    arguments = (arguments[0], *arguments[1]) if function == "backward" else arguments
-    weight, geometry = call.weight, call.geometry
-    tf32 = weight.dtype == torch.float32 and _allows_tf32(weight.device)
+    if function == "backward":
+        arguments = (arguments[0], *arguments[1])
+    input, weight, attention, bias, scale, shift, geometry, _ = call
+    device, dtype = weight.device, weight.dtype
+    tf32 = dtype is torch.float32 and device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
     in_place = function == "branch_norm_backward" and arguments[5].data_ptr() == arguments[1].data_ptr()
-    strides = [None if tensor is None else tensor.stride() for tensor in (*call[:6], *arguments)]
-    key = (name, function, weight.device, weight.dtype, tf32, weight.shape, geometry, in_place, *strides)
+    # Every call passes here. What is filled lies like what is read, and the layout of vectors hardly matters.
+    key = (
+        name, function, geometry, dtype, device, tf32, in_place, weight.shape, input.stride(), weight.stride(),
+        attention.stride(), arguments[0].stride(), bias is None, scale is None, shift is None,
+        *[argument is None for argument in arguments],
+    )
     try:
         return _known[key]
     except KeyError:
         pass
-    if capturing(weight.device):
+    if capturing(device):
         return None
     O, C = weight.shape[:2]
     layouts = [None if tensor is None else _layout(tensor) for tensor in (*call[:6], *arguments)]
     variant = Variant(
-        name, function, weight.device, weight.dtype, tf32, _small(geometry, C, O, backend.tiles_by_volume), C, O,
+        name, function, device, dtype, tf32, _small(geometry, C, O, backend.tiles_by_volume), C, O,
         tuple(layouts[:6]), tuple(layouts[6:]), in_place,
     )
     with _lock:
@@ -266,12 +274,13 @@ def _values(variant: Variant) -> tuple[Call, dict[str, Tensor]]:
             return None
 
         def values(shape: list[int]) -> Tensor:
-            dtype = _exact(variant.dtype)
-            tensor = torch.randn(shape, generator=generator, device=variant.device, dtype=dtype)
+            # Eighths from 0 to 1 for the attention, else quarters from -3 to 3.
+            random = torch.rand if name == "attention" else torch.randn
+            tensor = random(shape, generator=generator, device=variant.device, dtype=torch.float32)
+            steps = 8 if name == "attention" else 4
+            tensor = tensor.mul_(steps).round_().div_(steps).clamp_(-3, 3)
             if name == "weight":
-                tensor *= fan_in**-0.5
-            if name == "attention":
-                tensor = tensor.softmax(layout.order.index(1))
+                tensor *= 2.0 ** round(-math.log2(fan_in) / 2)
             return tensor.to(_dtype(name, variant.dtype))
 
         return layout.allocate(_shape(name, variant), values)
@@ -347,15 +356,16 @@ def _truth(variant: Variant, call: Call, read: dict[str, Tensor]) -> tuple[dict[
     """The reference in float32 or float64, and how far each result may be from it."""
     exact = _exact(variant.dtype)
     exact_call = Call(*(t if t is None else t.to(exact) for t in call[:6]), *call[6:])
-    with _convolutions(variant.device, "ieee"):
+    with _no_search():
         expected = _run(reference, variant, exact_call, {name: tensor.to(exact) for name, tensor in read.items()})
-    if variant.dtype == exact and not variant.tf32:
-        terms = tolerance.terms(call)
-        return expected, [2 * tolerance.of_sum(terms[_TERMS.get(name, name)], exact) for name in expected]
-    eps = TF32_EPS if variant.tf32 else torch.finfo(variant.dtype).eps
-    with _convolutions(variant.device):
+        if variant.tf32:
+            return expected, [TF32_TOLERANCE] * len(expected)
+        if variant.dtype == exact:
+            terms = tolerance.terms(call)
+            return expected, [2 * tolerance.of_sum(terms[_TERMS.get(name, name)], exact) for name in expected]
         same = _run(reference, variant, call, read)
     errors = torch.stack([tolerance.worst_error(same[name], expected[name]) for name in expected]).tolist()
+    eps = torch.finfo(variant.dtype).eps
     return expected, [2 * tolerance.of_rounding(error, eps) for error in errors]
 
 
@@ -381,23 +391,14 @@ def _run(backend: Backend, variant: Variant, call: Call, read: dict[str, Tensor]
     return results
 
 
-def _allows_tf32(device: torch.device) -> bool:
-    """Whether products of float32 tensors may be rounded to TF32, by the kernels or by the reference."""
-    if device.type != "cuda":
-        return False
-    return "tf32" in (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
-
-
 @contextlib.contextmanager
-def _convolutions(device: torch.device, precision: Optional[str] = None) -> Iterator[None]:
-    """Convolutions without a search for the fastest, and in ``precision`` unless it is None."""
-    if device.type != "cuda":
-        yield
-        return
-    cudnn = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision, cudnn.benchmark
-    cudnn.conv.fp32_precision, cudnn.benchmark = precision or before[0], False
+def _no_search() -> Iterator[None]:
+    """Without cudnn.benchmark, which would take seconds."""
+    before = torch.backends.cudnn.benchmark
+    if before:
+        torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
-        cudnn.conv.fp32_precision, cudnn.benchmark = before
+        if before:
+            torch.backends.cudnn.benchmark = True

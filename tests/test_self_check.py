@@ -1,5 +1,6 @@
 """A backend that is wrong is found out at its first use, and another takes its calls. Planted on CPU tensors."""
 
+import dataclasses
 import inspect
 import logging
 import math
@@ -141,6 +142,40 @@ def test_one_wrong_element_is_refused_and_the_next_backend_is_right(plant, said,
     expected = run()
     for result in results:
         assert all(torch.equal(result[name], expected[name]) for name in expected)
+
+
+def _with_geometry(call, **changed):
+    return call._replace(geometry=dataclasses.replace(call.geometry, **changed))
+
+
+def _without(tensor, *window):
+    tensor = tensor.clone()
+    tensor[window] = 0
+    return tensor
+
+
+# What a kernel gets wrong: call -> the call that it computes instead.
+MISTAKES = {
+    "a dilation off by one": lambda call: _with_geometry(call, dilations=(*call.geometry.dilations[:-1], (15, 15))),
+    "branches exchanged": lambda call: call._replace(attention=call.attention.flip(1)),
+    "every sample the first": lambda call: call._replace(input=call.input[:1].expand_as(call.input)),
+    "bias forgotten": lambda call: call._replace(bias=None),
+    "the last input channel forgotten": lambda call: call._replace(input=_without(call.input, slice(None), -1)),
+    "a tap of a channel forgotten": lambda call: call._replace(weight=_without(call.weight, 7, slice(None), 0, 0)),
+    "the last column read as zeros": lambda call: call._replace(input=_without(call.input, ..., -1)),
+    "kernel flipped": lambda call: call._replace(weight=call.weight.flip(-1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_of_kernels_are_refused(plant, said, mistake, dtype):
+    case = Case("wide", (40, 44), 32, 32, dilations=(2, 6, 14), layout="channels_last")
+    planted = plant(Planted())
+    planted.run = lambda function, call, *arguments: getattr(reference, function)(MISTAKES[mistake](call), *arguments)
+    call(case, dtype)
+    (message,) = said()
+    assert "output is off by" in message
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -440,7 +475,10 @@ def test_under_functorch_and_compile(plant, said):
     assert planted.calls and not said()
 
 
-@pytest.mark.parametrize("case", [case for case in testing.CASES if case.name.startswith(("chan", "trans", "exp"))], ids=str)
+LAID_OUT = [case for case in testing.CASES if case.name.startswith(("channels_last", "transposed", "expanded"))]
+
+
+@pytest.mark.parametrize("case", LAID_OUT, ids=str)
 def test_the_small_problem_lies_in_memory_as_the_call(plant, case):
     planted = plant(Planted())
     call(case)
@@ -448,6 +486,26 @@ def test_the_small_problem_lies_in_memory_as_the_call(plant, case):
     for ours, theirs in zip(small[:6], real[:6]):
         if theirs is not None:
             assert self_check._layout(ours) == self_check._layout(theirs)
+
+
+def test_tf32_holds_the_operands_of_the_truth(plant):
+    """So the truth does not depend on whether convolutions and matrix products may round to it."""
+
+    def held(tensor):
+        return not (tensor.contiguous().view(torch.int32) & 0x1FFF).any()  # 10 bits of the mantissa's 23
+
+    plant(Planted())
+    testing.evaluate(ak.autofocus_conv, BRANCH, testing.make_tensors(BRANCH))
+    train_norm()
+    for variant in self_check._outcomes:
+        values, read = self_check._values(variant)
+        assert all(held(tensor) for tensor in (*values[:6], *read.values()) if tensor is not None)
+        if "grad_output" in read:
+            gated = read["grad_output"] * values.attention[:, :1]
+            assert held(gated)
+            if values.branch_scale is not None:
+                assert held(gated * values.branch_scale[0].view(-1, 1, 1))
+    assert not held(torch.randn(100))
 
 
 # ------------------------------------------------------------------ the small problem's size
