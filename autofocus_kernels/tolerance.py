@@ -1,8 +1,8 @@
 """How far a result is from what is expected, and how far it may be: for tests, benchmarks and self_check.py alike.
 
 float32, float64: a sum of n terms of random sign, each rounded, is off by about ``eps * sqrt(n) / 4`` when added one
-by one and by less when blocked. A factor 4 is left for luck and for sums with cancellation; eps itself is added for each
-of the few roundings outside the sum (blend, scale, shift, the final store).
+by one and by less when blocked. A factor 4 is left for luck and for sums with cancellation; eps itself is added for
+each of the few roundings outside the sum (blend, scale, shift, the final store).
 float16, bfloat16: twice the error of the reference in the same dtype, plus one rounding of the result, eps / 2.
 """
 
