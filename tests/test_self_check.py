@@ -5,6 +5,7 @@ import inspect
 import logging
 import math
 import threading
+import time
 
 import pytest
 import torch
@@ -323,21 +324,28 @@ def test_other_gradients_are_another_kind(plant):
     assert planted.count("backward") == 4 + 3
 
 
-def test_threads_check_once_and_all_get_the_right_result(plant):
-    planted, expected = plant(Planted()), call(backend="reference")
+@pytest.mark.parametrize("wrong", [None, spoil("forward", 0)], ids=["right", "wrong"])
+def test_threads_wait_for_one_check(plant, wrong):
+    planted, expected = plant(Planted(wrong)), call(backend="reference")
     together, results = threading.Barrier(4), []
+    run = planted.run
+
+    def slow(*arguments):
+        time.sleep(0.05)  # so that the others come while it is checked
+        run(*arguments)
 
     def work():
         together.wait()
         results.append(call())
 
+    planted.run = slow
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(results) == 4 and all(torch.equal(result, expected) for result in results)
-    assert planted.count("forward") == 4 + 1
+    assert planted.count("forward") == (1 + 4 if wrong is None else 1)
 
 
 # ------------------------------------------------------------------ what cannot be checked, or not now
@@ -400,20 +408,27 @@ def test_a_failing_reference_is_said_once_and_the_backend_runs(plant, monkeypatc
     assert "runs without a self-check" in message and "no such convolution" in message
 
 
-def test_a_check_that_calls_back_does_not_check_again(plant):
-    planted = plant(Planted())
+def test_a_check_within_a_check_is_none(plant, monkeypatch):
+    """A function of a backend that calls another through dispatch."""
+    planted, depths, check = plant(Planted()), [0], self_check._check
     run = planted.run
 
-    def nested(function, call, *arguments):
+    def calls_forward(function, call, *arguments):
         if function == "branch_statistics":
-            output = torch.empty_like(arguments[0][0])
-            dispatch.run("forward", call._replace(branch_scale=None), output)
+            dispatch.run("forward", call, torch.empty_like(arguments[0][0]))
         run(function, call, *arguments)
 
-    planted.run = nested
-    train_norm()
-    # One nested in the check, unchecked; one nested in the call, checked; the same for the backward's recomputation.
-    assert planted.count("branch_statistics") == 4 and planted.count("forward") <= 6
+    def counted(*arguments):
+        depths.append(depths[-1] + 1)
+        outcome = check(*arguments)
+        depths.append(depths[-1] - 1)
+        return outcome
+
+    planted.run = calls_forward
+    monkeypatch.setattr(self_check, "_check", counted)
+    train_norm(save_branches=True)
+    assert max(depths) == 1 and depths[-1] == 0
+    assert planted.count("forward") == 1 + 2  # in the check of the other; then checked itself, and run
 
 
 # ------------------------------------------------------------------ the user's state
