@@ -191,7 +191,7 @@ def report() -> list[str]:
         for where, verdicts in counts.items()
     ]
     lines += [f"  {outcome.reason}" for outcome in outcomes.values() if outcome.verdict != "right"]
-    return lines or ["self-check         nothing yet: kernels are checked at their first use on a GPU"]
+    return lines or ["self-check        nothing yet: kernels are checked at their first use on a GPU"]
 
 
 def forget() -> None:
