@@ -7,12 +7,13 @@ import platform
 
 import torch
 
+from . import self_check
 from .dispatch import ENVIRONMENT_VARIABLE, available_backends
 from .version import __version__
 
 
 def show_config() -> str:
-    """Versions, devices and backends of this process."""
+    """Versions, devices and backends of this process, and what its self-checks found (self_check.py)."""
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
     lines = [
         f"autofocus_kernels {__version__}",
@@ -30,4 +31,4 @@ def show_config() -> str:
         f"backend {name:<9} {'available' if reason is None else 'unavailable: ' + reason}"
         for name, reason in available_backends().items()
     ]
-    return "\n".join(lines)
+    return "\n".join(lines + self_check.report())

@@ -8,6 +8,7 @@ import os
 from functools import lru_cache
 from typing import Optional
 
+from . import self_check
 from .backends.interface import Backend, CannotRun
 from .call import Call
 
@@ -35,10 +36,11 @@ def run(function: str, call: Call, *arguments) -> None:
     """Calls ``function(call, *arguments)`` of the backend for this call (backends/interface.py).
 
     ``call.backend``, or else the environment variable AUTOFOCUS_BACKEND, forces a backend; otherwise it is the first
-    of the device's preference list that takes the call and does not find, while it runs, that it cannot.
+    of the device's preference list that takes the call, passes its self-check (self_check.py) and does not find, while
+    it runs, that it cannot.
 
     Raises:
-        RuntimeError: a forced backend cannot run this call; the message gives its reason.
+        RuntimeError: a forced backend cannot run this call, or fails its self-check; the message gives the reason.
     """
     forced = call.backend or os.environ.get(ENVIRONMENT_VARIABLE, "").strip().lower() or None
     if forced is None:
@@ -49,6 +51,8 @@ def run(function: str, call: Call, *arguments) -> None:
     for name in names:
         backend = backend_named(name)
         reason = backend.refusal(call)
+        if reason is None and backend.checked:
+            reason = self_check.refusal(name, backend, function, call, arguments)
         if reason is None:
             try:
                 return getattr(backend, function)(call, *arguments)

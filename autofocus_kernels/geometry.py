@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, wraps
 from numbers import Integral
-from typing import Union
+from typing import Optional, Union
 
 import torch
 
@@ -27,7 +27,11 @@ LARGEST = 2**48
 
 @dataclass(frozen=True)
 class Geometry:
-    """Spatial integers of one call; every tuple holds one entry per spatial axis."""
+    """Spatial integers of one call; every tuple holds one entry per spatial axis.
+
+    Attributes:
+        tile_sizes: input and output size of the larger problem that this one stands for (self_check.py), else None.
+    """
 
     kernel_size: tuple[int, ...]
     dilations: tuple[tuple[int, ...], ...]
@@ -35,6 +39,7 @@ class Geometry:
     origin: tuple[int, ...]
     input_size: tuple[int, ...]
     output_size: tuple[int, ...]
+    tile_sizes: Optional[tuple[tuple[int, ...], tuple[int, ...]]] = None
 
     @property
     def spatial_dims(self) -> int:
@@ -68,6 +73,14 @@ class Geometry:
         )
 
     @cached_property
+    def tiled(self) -> Geometry:
+        """The problem that tiles are chosen for."""
+        if self.tile_sizes is None:
+            return self
+        input_size, output_size = self.tile_sizes
+        return replace(self, input_size=input_size, output_size=output_size, tile_sizes=None)
+
+    @cached_property
     def as_3d(self) -> Geometry:
         """The same problem with leading axes of size one, the only form the compiled kernels know."""
         missing = 3 - self.spatial_dims
@@ -81,6 +94,7 @@ class Geometry:
             origin=zeros + self.origin,
             input_size=ones + self.input_size,
             output_size=ones + self.output_size,
+            tile_sizes=self.tile_sizes and tuple(ones + size for size in self.tile_sizes),
         )
 
 

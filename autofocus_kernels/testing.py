@@ -15,10 +15,11 @@ from typing import NamedTuple, Optional, Union
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, tolerance
 from .call import Call
 from .functional import autofocus_conv
 from .geometry import Geometry, per_axis, resolve
+from .tolerance import relative_error
 
 MODES = ("plain", "branch", "scale", "shift")
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "expanded")
@@ -256,50 +257,18 @@ def truth(case: Case, tensors: Tensors) -> dict[str, Tensor]:
     return evaluate(reference.autofocus_conv, case, exact)
 
 
-def relative_error(result: Tensor, expected: Tensor) -> float:
-    """``||result - expected|| / ||expected||`` in float64; the norm of ``result`` where ``expected`` is zero."""
-    expected = expected.double()
-    difference = (result.double() - expected).norm().item()
-    norm = expected.norm().item()
-    return difference / norm if norm > 0 else difference
-
-
 def tolerances(case: Case, tensors: Tensors, expected: dict[str, Tensor]) -> dict[str, float]:
-    """Largest allowed relative error of each quantity in ``expected``, for the dtype of ``tensors``.
-
-    float32, float64: a sum of n terms of random sign, each rounded, is off by about ``eps * sqrt(n) / 4`` when added
-    one by one and by less when blocked. A factor 4 is left for luck and for sums with cancellation; eps itself is
-    added for each of the few roundings outside the sum (blend, scale, shift, the final store).
-    float16, bfloat16: twice the error of the reference in the same dtype, plus one rounding of the result, eps / 2.
-    """
+    """Largest allowed relative error of each quantity in ``expected``, for the dtype of ``tensors`` (tolerance.py)."""
     dtype = tensors.input.dtype
-    eps = torch.finfo(dtype).eps
-    if dtype in (torch.float16, torch.bfloat16):
+    if dtype in tolerance.LOW_PRECISION:
         same_dtype = evaluate(reference.autofocus_conv, case, tensors)
+        eps = torch.finfo(dtype).eps
         return {
-            name: 2 * relative_error(same_dtype[name], exact) + eps / 2
+            name: tolerance.of_rounding(relative_error(same_dtype[name], exact), eps)
             for name, exact in expected.items()
         }
-    geometry = case.geometry
-    taps = geometry.num_taps
-    voxels = case.batch * math.prod(geometry.output_size)
-    terms = {
-        # every tap of every branch and channel
-        "output": case.num_branches * taps * case.channels,
-        # every branch and tap through which a voxel was read, each output channel
-        "input": case.num_branches * taps * case.out_channels,
-        # every voxel, each branch
-        "weight": case.num_branches * voxels,
-        # one branch's output <y_k, G>: every tap, input and output channel
-        "attention": taps * case.channels * case.out_channels,
-        # every voxel, each branch
-        "bias": case.num_branches * voxels,
-        # a_k G y_k over every voxel, and y_k is itself a sum over taps and channels
-        "branch_scale": voxels + taps * case.channels,
-        # a_k G over every voxel
-        "branch_shift": voxels,
-    }
-    return {name: eps * (4 + math.sqrt(terms[name])) for name in expected}
+    terms = tolerance.terms(call_of(case, tensors))
+    return {name: tolerance.of_sum(terms[name], dtype) for name in expected}
 
 
 def check(

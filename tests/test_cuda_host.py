@@ -84,6 +84,7 @@ def device(library, monkeypatch):
     """Configures the emulated GPU; the cuda backend then takes CPU tensors."""
     monkeypatch.setattr(cuda, "device_type", "cpu")
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "checked", False)  # it would emulate everything twice
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
     def configure(gpu=H100, late_copies=True, order=0, multiprocessors=3):

@@ -65,6 +65,7 @@ def test_every_backend_has_the_interface(name):
     for function, declared in functions.items():
         expected = list(inspect.signature(declared).parameters)[1:]  # without self
         assert list(inspect.signature(getattr(backend, function)).parameters) == expected, function
+    assert backend.checked == (name in ("triton", "cuda")) and backend.tiles_by_volume == (name == "triton")
 
 
 def test_cpu_tensors_run_on_the_cpu_backend_where_it_is_built(ran):
@@ -115,7 +116,7 @@ def tried(monkeypatch):
         return run
 
     functions = {name: cannot(name) for name in ("forward", "backward", "branch_statistics", "branch_combine")}
-    backend, named = SimpleNamespace(refusal=lambda call: None, **functions), dispatch.backend_named
+    backend, named = SimpleNamespace(refusal=lambda call: None, checked=False, **functions), dispatch.backend_named
     monkeypatch.setattr(dispatch, "backend_named", lambda name: backend if name == "cpu" else named(name))
     return names
 

@@ -7,7 +7,7 @@ import math
 import torch
 from triton.runtime.errors import OutOfResources
 
-from autofocus_kernels import autofocus_conv, dispatch, testing
+from autofocus_kernels import autofocus_conv, dispatch, self_check, testing
 from autofocus_kernels.backends.interface import Gradients
 from autofocus_kernels.backends.triton import backend, fitting, launch
 from autofocus_kernels.backends.triton.configs import Config
@@ -146,6 +146,35 @@ def what_fits_runs_though_another_pass_does_not_fit():
     assert len(launched) == 3, launched
 
 
+# ------------------------------------------------------------------ the self-check
+
+
+def a_right_kernel_passes_its_self_check_and_a_wrong_one_is_refused():
+    with candidates(SMALL) as launched, logged() as messages, replaced(backend, checked=True):
+        with replaced(dispatch, PREFERENCE={"cpu": ("triton", "reference")}):
+            self_check.forget()
+            testing.check(None, CASE)
+            assert len(launched) == 6 and not messages, (launched, messages)  # three kernels, checked and run
+            self_check.forget()
+            with replaced(launch, _shift=lambda call: None):  # the bias is forgotten
+                testing.check(None, CASE)
+    assert len(launched) == 6 + 3, launched  # of the wrong ones only the checks
+    functions = ("forward (output)", "backward (input, weight, attention)")
+    for (_, message), function, wrong in zip(messages, functions, ("output", "attention")):
+        assert message.startswith(f"backend 'triton' is not used: its self-check fails, {function} for"), message
+        assert f": {wrong} is off by" in message and message.count("is off by") == 1, message
+    assert len(messages) == 2, messages
+
+
+def a_small_problem_has_the_tiles_of_the_one_it_stands_for():
+    call = call_of(Case("large", (170, 60), dilations=(2, 6, 10)), testing.make_tensors(Case("any", (5, 6))))
+    small = self_check._small(call.geometry, 4, 5, backend.tiles_by_volume)
+    assert small.input_size < call.geometry.input_size
+    for transposed in (False, True):
+        walks = [launch.Walk(problem.as_3d, SMALL, 1, transposed) for problem in (call.geometry, small)]
+        assert walks[0].tiling == walks[1].tiling and walks[0].num_tiles > walks[1].num_tiles > 1
+
+
 # ------------------------------------------------------------------ 64-bit offsets
 
 # Planes this many elements apart: the last of three begins past 2^31. Only pages that are touched take memory.
@@ -199,5 +228,7 @@ CHECKS = (
     one_that_fitted_may_stop_fitting,
     nothing_fits_and_another_backend_takes_the_call,
     what_fits_runs_though_another_pass_does_not_fit,
+    a_right_kernel_passes_its_self_check_and_a_wrong_one_is_refused,
+    a_small_problem_has_the_tiles_of_the_one_it_stands_for,
     offsets_beyond_32_bits,
 )

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import test_branch_norm
 import triton_worker
 from autofocus_kernels import AutofocusConv2d, norm_ops, testing
+from autofocus_kernels.backends.triton import backend as triton_backend
 from autofocus_kernels.backends.triton.configs import Config
 from autofocus_kernels.branch_norm import normed_autofocus_conv
 from autofocus_kernels.testing import Case, relative_error
@@ -261,6 +262,7 @@ def compile_kernels(target, dtype, layout):
 
 def main(command):
     torch.set_num_threads(1)
+    triton_backend.checked = False  # it would interpret everything twice
     if command == "interpret":
         triton_worker.spare_the_interpreter()
         work = [lambda entry=entry: interpret(*entry) for entry in INTERPRETED]

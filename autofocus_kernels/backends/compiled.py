@@ -26,6 +26,8 @@ class CompiledBackend:
         largest: of the integers of a geometry, what fits their arithmetic.
     """
 
+    checked = tiles_by_volume = False
+
     def __init__(self, name: str, device_type: str, largest: int) -> None:
         self.name = name
         self.device_type = device_type

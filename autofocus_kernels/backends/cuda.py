@@ -18,6 +18,8 @@ PASSES = ("forward", "grad_input", "grad_attention", "grad_weight", "branch_grad
 
 
 class CudaBackend(CompiledBackend):
+    checked = True
+
     def unavailable(self) -> Optional[str]:
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"

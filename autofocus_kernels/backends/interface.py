@@ -33,7 +33,16 @@ class Backend(Protocol):
     of their own. ``branches`` are the y_k ``[K, N, O, *S_out]``, each dense in the memory format of the call's input
     and of its dtype. The vectors beside them, ``[K, O]`` and contiguous, are float64 for float64 tensors and float32
     for all others.
+
+    Attributes:
+        checked: whether self_check.py tries each kind of call before the first one runs: for backends whose code meets
+            hardware and compilers that it was never tried with.
+        tiles_by_volume: whether the size of a volume chooses among compiled kernels, so that each size is a kind of its
+            own. Such a backend takes the size from ``Geometry.tiled``.
     """
+
+    checked: bool
+    tiles_by_volume: bool
 
     def unavailable(self) -> Optional[str]:
         """Why the backend cannot run in this process; None if it can."""

@@ -13,6 +13,8 @@ from .interface import Backend, Gradients
 
 
 class ReferenceBackend(Backend):
+    checked = tiles_by_volume = False
+
     def unavailable(self) -> Optional[str]:
         return None
 

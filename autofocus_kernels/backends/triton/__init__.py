@@ -37,6 +37,8 @@ def _unavailable() -> Optional[str]:
 class TritonBackend:
     """Refuses or takes a call without Triton; what computes is in launch.py and norm.py, which import it."""
 
+    checked = tiles_by_volume = True
+
     def unavailable(self) -> Optional[str]:
         return _unavailable()
 

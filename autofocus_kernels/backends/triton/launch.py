@@ -281,7 +281,7 @@ class Walk:
     """The tiles of one kernel on one problem; ``arguments`` are the kernel's integers."""
 
     def __init__(self, problem: Geometry, config: Config, batch: int, transposed: bool = False) -> None:
-        self.tiling: Tiling = choose_tiling(problem, config.rows, transposed)
+        self.tiling: Tiling = choose_tiling(problem.tiled, config.rows, transposed)
         sizes = problem.input_size if transposed else problem.output_size
         cosets = tuple(map(min, self.tiling.step, sizes))
         tiles = tuple(
