@@ -99,13 +99,13 @@ def cuda_library():
         architectures = []  # torch reads its own variable and adds the flags
     else:
         known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
-        chosen = [a for a in FLAGS["CUDA_ARCHITECTURES"] if f"sm_{a}" in known.split()]
+        chosen = [a for a in FLAGS["CUDA_ARCHITECTURES"] if f"sm_{FLAGS['generation'](a)}" in known.split()]
         if not chosen:
             raise CannotBuild(f"{nvcc} knows no architecture of {FLAGS['CUDA_ARCHITECTURES']}")
         architectures = FLAGS["gencode"](chosen)
     return cpp_extension.CUDAExtension(
         "autofocus_kernels._cuda",
-        sources=["csrc/binding/cuda.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))],
+        sources=["csrc/binding/cuda.cpp", *sorted(glob.glob("csrc/cuda/**/*.cu", recursive=True))],
         depends=headers(),
         include_dirs=[str(CSRC)],  # absolute, since ninja runs elsewhere
         extra_compile_args={"cxx": list(FLAGS["CXX_CUDA"]), "nvcc": FLAGS["NVCC"] + architectures},

@@ -129,7 +129,7 @@ def build(session: Session, limits: dict, device: str) -> None:
         major, minor = torch.cuda.get_device_capability()
         session.run(
             "build", [sys.executable, "setup.py", "build_ext", "--inplace"], limits["build"],
-            {"AUTOFOCUS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"},
+            {"AUTOFOCUS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}" + "a" * (major == 9)},
         )
 
 

@@ -13,12 +13,18 @@ CXX = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", STAB
 CXX_CUDA = [*CXX, "-DUSE_CUDA"]
 NVCC = ["-std=c++17", "-O3", STABLE_ABI, "-DUSE_CUDA"]
 
-# Machine code for each that nvcc knows; PTX of the newest lets later GPUs compile for themselves.
-CUDA_ARCHITECTURES = (80, 90, 100, 120)
+# Machine code for each that nvcc knows; PTX of the newest lets later GPUs compile for themselves. Only sm_90a has warpgroup
+# MMA: code for sm_90 runs on Hopper too, without it.
+CUDA_ARCHITECTURES = ("80", "90a", "100", "120")
+
+
+def generation(architecture):
+    """Without the letter: what ``nvcc --list-gpu-code`` knows it by."""
+    return int(architecture.rstrip("a"))
 
 
 def gencode(architectures=CUDA_ARCHITECTURES):
     """The nvcc options for ``architectures``."""
-    newest = max(architectures)
+    newest = max(map(generation, architectures))
     machine_code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     return [*machine_code, f"-gencode=arch=compute_{newest},code=compute_{newest}"]

@@ -1,6 +1,6 @@
 """The CUDA C++ kernels of csrc/cuda.
 
-Two tiers: a simple one that takes every geometry and dtype, and a fast one for 16-bit tensors and 3x3x3 kernels; the
+Two tiers: a simple one that takes every geometry and dtype, and a fast one for 16-bit tensors and kernels of 1 or 3 taps; the
 library picks one for every pass (docs/cuda.md), and AUTOFOCUS_CUDA_TIER=simple keeps it to the first.
 """
 

@@ -56,6 +56,17 @@ Inputs inputs_of(const Call& call) {
   return {call.g, call.dtype, call.input, call.weight, call.attention, {call.scale, O, 1, {}}, shift};
 }
 
+// Samples of one plane each, under a kernel with one tap in z, are the planes of one volume: so a tile has planes to work on.
+void take_samples_as_planes(Problem& g, std::initializer_list<TensorView*> volumes) {
+  if (g.kernel.z != 1 || g.input.z != 1 || g.output.z != 1 || g.origin.z != 0) return;
+  g.input.z = g.output.z = g.N;
+  g.stride.z = g.N = 1;
+  for (TensorView* volume : volumes) {
+    volume->s.z = volume->n;
+    volume->n = 0;
+  }
+}
+
 // Attention of ones, which branches that have none of their own are given: one element for all.
 class Ones {
  public:
@@ -67,7 +78,8 @@ class Ones {
 };
 
 // Every gradient that is not null, each by the tier that takes it.
-void run_backward(const Inputs& in, const TensorView& grad_output, const Gradients& gradients, const Context& context) {
+void run_backward(Inputs in, TensorView grad_output, Gradients gradients, const Context& context) {
+  take_samples_as_planes(in.g, {&in.input, &in.attention, &grad_output, &gradients.input, &gradients.attention});
   const auto fast = [&](Pass pass) { return takes_fast(pass, in.g, in.dtype); };
   const TensorView grad_scale = {gradients.scale, in.g.O, 1, {}};
   const Pass pass_of_input = grad_output.k == 0 ? Pass::kGradInput : Pass::kBranchGradInput;
@@ -87,10 +99,11 @@ struct Cuda {
   // The operators are registered for the device already, so only the device of the others matters.
   static void check_device(const Tensor&) {}
 
-  static void forward(const Tensor& input, const Call& call, const TensorView& output) {
+  static void forward(const Tensor& input, const Call& call, TensorView output) {
     const Launches launches(input);
-    (takes_fast(Pass::kForward, call.g, call.dtype) ? fast_forward : simple_forward)(inputs_of(call), output,
-                                                                                     launches.context());
+    Inputs in = inputs_of(call);
+    take_samples_as_planes(in.g, {&in.input, &in.attention, &output});
+    (takes_fast(Pass::kForward, in.g, in.dtype) ? fast_forward : simple_forward)(in, output, launches.context());
   }
 
   static void backward(const Tensor& input, const Call& call, const TensorView& grad_output,
@@ -105,12 +118,14 @@ struct Cuda {
     const Ones ones(input);
     Inputs in = inputs_of(call);
     in.attention = ones.view();
+    TensorView written = branches;
+    take_samples_as_planes(in.g, {&in.input, &written});
     const int64_t element_size = input.element_size();
     for (int64_t k = 0; k < in.g.K; ++k) {
       Inputs one = in;
       one.g = branch_problem(in.g, k);
-      TensorView branch = branches;
-      branch.data = static_cast<char*>(branches.data) + k * branches.k * element_size;
+      TensorView branch = written;
+      branch.data = static_cast<char*>(written.data) + k * written.k * element_size;
       const Launches launches(input);  // one for each, so that scratch memory is used again
       if (takes_fast(Pass::kForward, in.g, in.dtype) || takes_fast(Pass::kForward, one.g, in.dtype))
         fast_branch(in, k, branch, launches.context());
@@ -146,7 +161,8 @@ struct Cuda {
 // "branch_grad_input"); empty if it does.
 std::string fast_tier_refusal(std::string pass, const Tensor& input, const Tensor& weight, Ints output_size,
                               Ints dilations, Ints stride, Ints origin) {
-  const Problem g = problem_of(input, weight, output_size, dilations, stride, origin, Cuda::kLargest);
+  Problem g = problem_of(input, weight, output_size, dilations, stride, origin, Cuda::kLargest);
+  take_samples_as_planes(g, {});
   const Launches launches(input);
   const char* names[] = {"forward", "grad_input", "grad_attention", "grad_weight", "branch_grad_input"};
   const Pass passes[] = {Pass::kForward, Pass::kGradInput, Pass::kGradAttention, Pass::kGradWeight,

@@ -2,7 +2,7 @@
 //
 // Memory bounds every kernel: a thread takes a position and a few channels of it. The mean of a branch is estimated
 // from a sample first, and moments are taken about that: a variance is never a difference of large sums.
-#include "simple.h"
+#include "simple/simple.h"
 
 namespace autofocus::cuda {
 

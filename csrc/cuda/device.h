@@ -62,12 +62,109 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint2 b) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
 }
 
-// Transposes the 8x8 matrix of 16-bit elements the warp holds, one 32-bit register a lane.
-__device__ inline uint32_t transpose_8x8(uint32_t fragment) {
-  uint32_t result;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(fragment));
-  return result;
+// A place in shared memory in units of 16 bytes, as ldmatrix (times 16) and the descriptors of warpgroup MMA count.
+__device__ inline uint32_t shared_units(const unsigned char* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at)) >> 4;
 }
+
+// Four 8x8 matrices of 16-bit elements, of which lane i gives row i % 8 of matrix i / 8. A lane gets elements 2 (lane % 4) and
+// the next of row lane / 4 of each; of column lane / 4 if kTransposed.
+template <bool kTransposed>
+__device__ inline void load_matrices(uint32_t (&d)[4], uint32_t row) {
+  const uint32_t address = row * 16;
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// Warpgroup MMA is Hopper's alone. Machine code made for sm_90a has it, and nothing else does: not sm_90, not what a driver
+// compiles from PTX.
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__device__ inline void fence_shared_operands() {}
+#else
+#define AUTOFOCUS_WARPGROUP_MMA
+__device__ constexpr bool has_warpgroup_mma() { return true; }
+
+// What this thread wrote to shared memory, warpgroup MMA may read behind the next barrier; copies have to have been waited for.
+__device__ inline void fence_shared_operands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+#define AUTOFOCUS_MMA(type, n, d_list, left, right, adds, ...)                                                \
+  asm volatile(                                                                                               \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, " adds ", 0;\n"                                                       \
+      "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" d_list "}, " left ", " right         \
+      ", p, 1, 1, 0, 0;\n}\n"                                                                                 \
+      : __VA_ARGS__                                                                                           \
+      : "l"(a), "l"(b), "r"(int(add)))
+#define AUTOFOCUS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define AUTOFOCUS_12 AUTOFOCUS_8 ", %8, %9, %10, %11"
+#define AUTOFOCUS_16 AUTOFOCUS_12 ", %12, %13, %14, %15"
+#define AUTOFOCUS_20 AUTOFOCUS_16 ", %16, %17, %18, %19"
+#define AUTOFOCUS_32 AUTOFOCUS_20 ", %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define AUTOFOCUS_D(tile) "+f"(d[tile][0]), "+f"(d[tile][1]), "+f"(d[tile][2]), "+f"(d[tile][3])
+#define AUTOFOCUS_D2 AUTOFOCUS_D(0), AUTOFOCUS_D(1)
+#define AUTOFOCUS_D3 AUTOFOCUS_D2, AUTOFOCUS_D(2)
+#define AUTOFOCUS_D4 AUTOFOCUS_D3, AUTOFOCUS_D(3)
+#define AUTOFOCUS_D5 AUTOFOCUS_D4, AUTOFOCUS_D(4)
+#define AUTOFOCUS_D8 AUTOFOCUS_D5, AUTOFOCUS_D(5), AUTOFOCUS_D(6), AUTOFOCUS_D(7)
+#define AUTOFOCUS_MMA_OF(type)                                                                                    \
+  if constexpr (kTiles == 2) AUTOFOCUS_MMA(type, "16", AUTOFOCUS_8, "%8", "%9", "%10", AUTOFOCUS_D2);             \
+  if constexpr (kTiles == 4) AUTOFOCUS_MMA(type, "32", AUTOFOCUS_16, "%16", "%17", "%18", AUTOFOCUS_D4);          \
+  if constexpr (kTiles == 5) AUTOFOCUS_MMA(type, "40", AUTOFOCUS_20, "%20", "%21", "%22", AUTOFOCUS_D5);          \
+  if constexpr (kTiles == 8) AUTOFOCUS_MMA(type, "64", AUTOFOCUS_32, "%32", "%33", "%34", AUTOFOCUS_D8)
+#define AUTOFOCUS_MMA_OVER_POINTS(type)                                                                      \
+  asm volatile(                                                                                              \
+      "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                                             \
+      "wgmma.mma_async.sync.aligned.m64n24k16.f32." type "." type " {" AUTOFOCUS_12                          \
+      "}, {%12, %13, %14, %15}, %16, p, 1, 1, 1;\n}\n"                                                       \
+      : AUTOFOCUS_D3                                                                                         \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+// d = a b, added to d if `add`; operands as product.h encodes them.
+template <typename T, int kTiles>
+__device__ inline void warpgroup_mma(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool add) {
+  static_assert(kTiles == 2 || kTiles == 4 || kTiles == 5 || kTiles == 8, "written down for these only");
+  if constexpr (std::is_same_v<T, Half>) {
+    AUTOFOCUS_MMA_OF("f16");
+  } else {
+    AUTOFOCUS_MMA_OF("bf16");
+  }
+}
+// d += a b, with the warps' rows of a in registers and b read the other way round: rows are k.
+template <typename T>
+__device__ inline void warpgroup_mma_over_points(float (&d)[3][4], const uint32_t (&a)[4], uint64_t b) {
+  if constexpr (std::is_same_v<T, Half>)
+    AUTOFOCUS_MMA_OVER_POINTS("f16");
+  else
+    AUTOFOCUS_MMA_OVER_POINTS("bf16");
+}
+__device__ inline void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ inline void warpgroup_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+template <int kPending, int kCount, int kTiles>
+__device__ inline void warpgroup_wait(float (&d)[kCount][kTiles][4]) {
+  warpgroup_wait<kPending>();
+  // Or the compiler could read d before it waits.
+#pragma unroll
+  for (int m = 0; m < kCount; ++m)
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+      asm volatile("" : "+f"(d[m][tile][0]), "+f"(d[m][tile][1]), "+f"(d[m][tile][2]), "+f"(d[m][tile][3])::"memory");
+}
+
+#undef AUTOFOCUS_MMA
+#undef AUTOFOCUS_MMA_OF
+#undef AUTOFOCUS_MMA_OVER_POINTS
+#endif
 
 __device__ inline float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
@@ -91,6 +188,23 @@ __device__ inline uint32_t pack(float low, float high, BFloat16) {
   uint32_t pair;
   memcpy(&pair, &halves, sizeof(pair));
   return pair;
+}
+// Two products of neighbours, each rounded once.
+__device__ inline uint32_t multiply(uint32_t a, uint32_t b, Half) {
+  __half2 left, right;
+  memcpy(&left, &a, sizeof(a));
+  memcpy(&right, &b, sizeof(b));
+  left = __hmul2_rn(left, right);
+  memcpy(&a, &left, sizeof(a));
+  return a;
+}
+__device__ inline uint32_t multiply(uint32_t a, uint32_t b, BFloat16) {
+  __nv_bfloat162 left, right;
+  memcpy(&left, &a, sizeof(a));
+  memcpy(&right, &b, sizeof(b));
+  left = __hmul2_rn(left, right);
+  memcpy(&a, &left, sizeof(a));
+  return a;
 }
 
 inline void check(cudaError_t error, const char* what) {

@@ -50,12 +50,24 @@ struct Fiber {
   jmp_buf jump;
   std::deque<std::vector<Copy>> groups;  // committed
   std::vector<Copy> open;
+  bool unfenced = false;  // copies have landed that warpgroup MMA may not see yet
+};
+
+struct Product {
+  float* d[32];              // of each lane
+  const uint32_t* rows[32];  // of each lane, or null
+  int warp, tiles;
+  uint64_t left, right;
+  bool over_points, adds;
+  emulation::Decode decode;
 };
 
 struct Warp {
   emulation::WarpFunction function = nullptr;
   void* operands[32];
   int arrived = 0;
+  std::vector<Product> open;                  // products not committed
+  std::deque<std::vector<Product>> products;  // under way
 };
 
 class Block {
@@ -64,6 +76,7 @@ class Block {
     kernel_ = &kernel;
     threads_ = threads;
     shared_.assign(shared_bytes + kGuardBytes + 16, kPoison);
+    shared_bytes_ = shared_bytes;
     while (stacks_.size() < size_t(threads)) stacks_.push_back(std::make_unique<char[]>(kStackBytes));
     fibers_ = std::vector<Fiber>(threads);
     warps_.assign((threads + 31) / 32, Warp{});
@@ -127,12 +140,70 @@ class Block {
   }
 
   Fiber& current() { return *current_; }
+  Warp& current_warp() { return warps_[current_->index / 32]; }
+
+  void start_product(Product product) {
+    for (const Fiber& fiber : fibers_)
+      if (fiber.unfenced) error_ = "warpgroup MMA after a copy without fence_shared_operands";
+    product.warp = int(current_->index) / 32 % 4;
+    if (copies_are_late)
+      current_warp().open.push_back(product);
+    else
+      run_product(product);
+  }
+
+  void commit_products() {
+    current_warp().products.push_back(std::move(current_warp().open));
+    current_warp().open.clear();
+  }
+
+  void finish_products(int pending) {
+    if (!current_warp().open.empty()) error_ = "warpgroup MMA is waited for that was not committed";
+    auto& products = current_warp().products;
+    for (; products.size() > size_t(pending); products.pop_front())
+      for (const Product& product : products.front()) run_product(product);
+  }
 
   // An exception cannot leave a fiber: the scheduler throws it.
   void report(const std::string& error) { error_ = error; }
 
  private:
   static void enter();
+
+  // Element (row, k) of an operand as its descriptor says; over points the 8x8 blocks are transposed: a row of memory is a k.
+  uint16_t element(uint64_t operand, int row, int k, bool over_points) {
+    const int64_t start = operand & 0x3fff, along_k = operand >> 16 & 0x3fff, along_rows = operand >> 32 & 0x3fff;
+    const int in_row = over_points ? row % 8 : k % 8, row_of_block = over_points ? k % 8 : row % 8;
+    const int64_t at = (start + k / 8 * along_k + row / 8 * along_rows + row_of_block) * 16 + in_row * 2;
+    if (at + 2 > shared_bytes_) {
+      error_ = "an operand of warpgroup MMA lies behind the block's shared memory";
+      return 0;
+    }
+    uint16_t bits;
+    std::memcpy(&bits, shared() + at, sizeof(bits));
+    return bits;
+  }
+
+  // The 16 rows of one warp.
+  void run_product(const Product& product) {
+    float left[16][16], right[64][16];
+    for (int k = 0; k < 16; ++k) {
+      for (int row = 0; row < 16; ++row)
+        left[row][k] = product.decode(
+            product.rows[0] == nullptr
+                ? element(product.left, 16 * product.warp + row, k, false)
+                : uint16_t(product.rows[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2] >> (16 * (k % 2))));
+      for (int column = 0; column < 8 * product.tiles; ++column)
+        right[column][k] = product.decode(element(product.right, column, k, product.over_points));
+    }
+    for (int row = 0; row < 16; ++row)
+      for (int column = 0; column < 8 * product.tiles; ++column) {
+        float sum = 0.0f;
+        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[column][k];
+        float& d = product.d[row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row / 8 * 2 + column % 2];
+        d = product.adds ? d + sum : sum;
+      }
+  }
 
   void resume(Fiber& fiber) {
     current_ = &fiber;
@@ -169,7 +240,7 @@ class Block {
   }
 
   const std::function<void()>* kernel_ = nullptr;
-  int threads_ = 0, at_barrier_ = 0, done_ = 0;
+  int threads_ = 0, shared_bytes_ = 0, at_barrier_ = 0, done_ = 0;
   std::vector<unsigned char> shared_;
   std::vector<std::unique_ptr<char[]>> stacks_;
   std::vector<Fiber> fibers_;
@@ -221,6 +292,36 @@ void copy_async_wait(int pending) {
   auto& groups = block.current().groups;
   for (; groups.size() > size_t(pending); groups.pop_front())
     for (const Copy& copy : groups.front()) copy.run();
+  block.current().unfenced = true;
+}
+
+void fence_shared_operands() { block.current().unfenced = false; }
+
+void warpgroup_mma(float* d, int tiles, const uint32_t* rows, uint64_t left, uint64_t right, bool over_points, bool adds,
+                   Decode decode) {
+  Product own{{d}, {rows}, 0, tiles, left, right, over_points, adds, decode};
+  warp_instruction(
+      [](void* const* lanes) {
+        Product product = *static_cast<const Product*>(lanes[0]);
+        for (int lane = 0; lane < 32; ++lane) {
+          const Product& other = *static_cast<const Product*>(lanes[lane]);
+          product.d[lane] = other.d[0];
+          product.rows[lane] = other.rows[0];
+          if (other.left != product.left || other.right != product.right || other.adds != product.adds)
+            block.report("the lanes of a warp name different operands of warpgroup MMA");
+        }
+        block.start_product(product);
+      },
+      &own);
+}
+
+void warpgroup_commit() {
+  warp_instruction([](void* const*) { block.commit_products(); }, nullptr);
+}
+
+void warpgroup_wait(int pending) {
+  int count = pending;
+  warp_instruction([](void* const* lanes) { block.finish_products(*static_cast<const int*>(lanes[0])); }, &count);
 }
 
 void warp_instruction(WarpFunction function, void* operands) { block.warp_instruction(function, operands); }
@@ -283,6 +384,7 @@ uint16_t float_to_bfloat16(float value) {
 }  // namespace emulation
 
 DeviceLimits device_limits() { return limits; }
+bool has_warpgroup_mma() { return limits.capability == 90; }
 
 }  // namespace autofocus::cuda
 

@@ -4,7 +4,9 @@
 // Strictness, so that a kernel that is right here has little room to be wrong:
 //   * shared memory starts as NaN in every block, with guard bytes behind it;
 //   * a barrier that not every thread reaches, or a warp instruction that not every lane reaches, is an error;
-//   * asynchronous copies land either at once or only when waited for: both must give the same result.
+//   * asynchronous copies land either at once or only when waited for: both must give the same result; warpgroup MMA reads
+//     its operands and writes its sums likewise at once or when waited for;
+//   * warpgroup MMA while what a thread copied is not fenced for it is an error.
 #pragma once
 
 #include <cstdint>
@@ -44,6 +46,15 @@ unsigned char* shared_memory();
 void copy_async(unsigned char* to, const void* from, int bytes, bool valid);
 void copy_async_commit();
 void copy_async_wait(int pending);
+void fence_shared_operands();
+
+// Warpgroup MMA: a lane's `d` (kTiles x 4) of its warp's 16 of the 64 rows, which are an operand in shared memory or, if `rows`
+// is not null, an MMA fragment. Run by the warpgroup_wait that waits for it if copies are late.
+using Decode = float (*)(uint16_t bits);
+void warpgroup_mma(float* d, int tiles, const uint32_t* rows, uint64_t left, uint64_t right, bool over_points, bool adds,
+                   Decode decode);
+void warpgroup_commit();
+void warpgroup_wait(int pending);
 
 // Waits for all 32 lanes, then calls function(lanes) once with every lane's `operands`.
 using WarpFunction = void (*)(void* const* lanes);
@@ -131,22 +142,60 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint2 b) {
       &operands);
 }
 
-inline uint32_t transpose_8x8(uint32_t fragment) {
-  uint32_t value = fragment;
+inline uint32_t shared_units(const unsigned char* at) { return uint32_t(at - emulation::shared_memory()) / 16; }
+template <bool kTransposed>
+void load_matrices(uint32_t (&d)[4], uint32_t row) {
+  struct Operands {
+    uint32_t* d;
+    uint32_t row;
+  } operands{d, row};
   emulation::warp_instruction(
       [](void* const* lanes) {
-        uint16_t matrix[8][8];
-        for (int lane = 0; lane < 32; ++lane) {
-          const uint32_t pair = *static_cast<uint32_t*>(lanes[lane]);
-          matrix[lane / 4][lane % 4 * 2] = uint16_t(pair);
-          matrix[lane / 4][lane % 4 * 2 + 1] = uint16_t(pair >> 16);
-        }
+        const auto element = [&](int matrix, int row, int column) {
+          const uint32_t at = static_cast<const Operands*>(lanes[8 * matrix + row])->row;
+          uint16_t bits;
+          std::memcpy(&bits, emulation::shared_memory() + at * 16 + column * 2, sizeof(bits));
+          return uint32_t(bits);
+        };
         for (int lane = 0; lane < 32; ++lane)
-          *static_cast<uint32_t*>(lanes[lane]) =
-              matrix[lane % 4 * 2][lane / 4] | uint32_t(matrix[lane % 4 * 2 + 1][lane / 4]) << 16;
+          for (int i = 0; i < 4; ++i) {
+            const int major = lane / 4, minor = lane % 4 * 2;
+            static_cast<const Operands*>(lanes[lane])->d[i] =
+                kTransposed ? element(i, minor, major) | element(i, minor + 1, major) << 16
+                            : element(i, major, minor) | element(i, major, minor + 1) << 16;
+          }
       },
-      &value);
-  return value;
+      &operands);
+}
+
+#define AUTOFOCUS_WARPGROUP_MMA
+bool has_warpgroup_mma();
+inline void fence_shared_operands() { emulation::fence_shared_operands(); }
+template <typename T>
+constexpr emulation::Decode decode_of = std::is_same_v<T, Half> ? emulation::half_to_float : emulation::bfloat16_to_float;
+template <typename T, int kTiles>
+void warpgroup_mma(float (&d)[kTiles][4], uint64_t left, uint64_t right, bool adds) {
+  emulation::warpgroup_mma(&d[0][0], kTiles, nullptr, left, right, false, adds, decode_of<T>);
+}
+template <typename T>
+void warpgroup_mma_over_points(float (&d)[3][4], const uint32_t (&rows)[4], uint64_t right) {
+  emulation::warpgroup_mma(&d[0][0], 3, rows, 0, right, true, true, decode_of<T>);
+}
+inline void warpgroup_begin() {}
+inline void warpgroup_commit() { emulation::warpgroup_commit(); }
+template <int kPending>
+void warpgroup_wait() {
+  emulation::warpgroup_wait(kPending);
+}
+template <int kPending, int kCount, int kTiles>
+void warpgroup_wait(float (&)[kCount][kTiles][4]) {
+  emulation::warpgroup_wait(kPending);
+}
+
+template <typename T>
+uint32_t multiply(uint32_t a, uint32_t b, T) {
+  const float2 left = unpack(a, T{}), right = unpack(b, T{});
+  return pack(left.x * right.x, left.y * right.y, T{});
 }
 
 inline float shuffle_xor(float value, int mask) {

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/lattice.h"
+#include "cuda/windows/lattice.h"
 #include "cuda_emulation.h"
 
 namespace {
@@ -59,7 +59,7 @@ std::string check_lattice(const Problem& g, bool adjoint, int tile_z, bool recyc
       for (int plane = first; plane < last; ++plane)
         for (int row = 0; row < rows(lattice); ++row)
           for (int column = 0; column < columns(lattice); ++column) {
-            const bool there = has_place(lattice, tile, row, column) && has_plane(lattice, tile, plane);
+            const bool there = has_plane(lattice, tile, plane) && has_row(lattice, tile, row) && has_column(lattice, tile, column);
             held.at(int64_t(slot(lattice, plane)) * plane_size(lattice) + row * kPitch + column) =
                 there ? packed_index(lattice, tile, plane, row, column) : kZero;
           }
@@ -103,6 +103,8 @@ std::string check_lattice(const Problem& g, bool adjoint, int tile_z, bool recyc
 
 // ------------------------------------------------------------------ kernels with a planted error
 
+constexpr int kProbeBytes = 512;  // shared memory of a faulty kernel
+
 void unfinished_copy(const float* source, float* result) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   if (threadIdx.x == 0) copy_async<16>(shared_memory(), source, true);
@@ -124,9 +126,32 @@ void split_barrier(const float*, float*) {
     shuffle_xor(0.0f, 1);
 }
 
-void write_behind(const float*, float*) { shared_memory()[blockDim.x * 4 + threadIdx.x] = 1; }
+void write_behind(const float*, float*) { shared_memory()[kProbeBytes + threadIdx.x] = 1; }
 
 void misaligned_copy(const float* source, float*) { copy_async<16>(shared_memory() + 4, source, true); }
+
+// One product of operands that begin at `start`, by one warp.
+void product(uint32_t start, bool committed) {
+  float d[2][4];
+  warpgroup_begin();
+  warpgroup_mma<Half>(d, uint64_t(8) << 32 | start, uint64_t(8) << 32, false);
+  if (committed) warpgroup_commit();
+  warpgroup_wait<0>();
+}
+
+void unfenced_copy(const float* source, float*) {
+  copy_async<16>(shared_memory(), source, true);
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncthreads();
+  product(0, true);
+}
+
+void operand_behind(const float*, float*) { product(20, true); }
+
+void uncommitted_product(const float*, float*) { product(0, false); }
+
+void lanes_disagree(const float*, float*) { product(threadIdx.x % 2, true); }
 
 using Faulty = void (*)(const float*, float*);
 struct NamedKernel {
@@ -137,7 +162,11 @@ const NamedKernel kFaulty[] = {{"unfinished_copy", unfinished_copy},
                                {"missing_barrier", missing_barrier},
                                {"split_barrier", split_barrier},
                                {"write_behind", write_behind},
-                               {"misaligned_copy", misaligned_copy}};
+                               {"misaligned_copy", misaligned_copy},
+                               {"unfenced_copy", unfenced_copy},
+                               {"operand_behind", operand_behind},
+                               {"uncommitted_product", uncommitted_product},
+                               {"lanes_disagree", lanes_disagree}};
 
 }  // namespace
 
@@ -177,7 +206,7 @@ bool autofocus_probe_fault(const char* name, float* result, char* message, int s
   for (const NamedKernel& faulty : kFaulty)
     if (std::string(name) == faulty.name) {
       try {
-        launch(name, faulty.kernel, dim3(1), 32, 128, nullptr, source, result);
+        launch(name, faulty.kernel, dim3(1), 32, kProbeBytes, nullptr, source, result);
       } catch (const std::runtime_error& error) {
         std::snprintf(message, size, "%s", error.what());
         return false;

@@ -1,5 +1,5 @@
 // Forward of the simple tier.
-#include "simple_blend.h"
+#include "blend.h"
 
 namespace autofocus::cuda {
 

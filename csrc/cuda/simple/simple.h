@@ -1,7 +1,7 @@
 // The simple tier's common parts: one thread a position, a few channels of it in registers, weights through shared memory.
 #pragma once
 
-#include "elements.h"
+#include "../elements.h"
 
 namespace autofocus::cuda {
 

@@ -1,5 +1,5 @@
 // Gradient of the input, simple tier: the forward's blend run backwards (docs/math.md, section 3).
-#include "simple_blend.h"
+#include "blend.h"
 
 namespace autofocus::cuda {
 

@@ -3,8 +3,8 @@
 // dW_t = sum_p G(p) u_t(p)^T with the forward's blend u_t. With a branch scale, or a G for each branch, the sum is kept
 // apart by branch, M_kt = sum_p G(p) a_k(p) x(.)^T, of which weight_sum.h makes the gradients. Positions are split
 // among blocks.
-#include "elements.h"
-#include "weight_sum.h"
+#include "../elements.h"
+#include "../weight_sum.h"
 
 namespace autofocus::cuda {
 

@@ -3,10 +3,12 @@
 // With stride 1 and all dilations of an axis multiples of `step`, target positions of one class modulo `step` read source
 // positions of one class only. Such a class is a lattice on which the dilations are small: rate_k = dilation_k / step. A
 // tile is tile_z x 8 x 8 target points of one class; the block of source points it reads is larger by `reach`, the
-// largest rate, on every side. Everything here is plain integer arithmetic, tested point by point on the host.
+// largest rate, on every side. A kernel with one tap on an axis is treated as three taps at rate zero, those beside the
+// middle with weights of zero: they read points that the others read too, in an order in which no tap lies before the last.
+// Everything here is plain integer arithmetic, tested point by point on the host.
 #pragma once
 
-#include "../geometry.h"
+#include "../../geometry.h"
 
 namespace autofocus::cuda {
 
@@ -25,16 +27,17 @@ struct Lattice {
   int64_t N;
   int K;
   Int3 step;
-  Int3 rate[kLatticeBranches];  // zero from K on
+  Int3 rate[kLatticeBranches];  // zero from K on, and on an axis on which the kernel has one tap
   Int3 reach;
   Index3 origin;          // source position under target position 0
   Index3 source, target;  // sizes
   Int3 points;            // lattice points of a source class per axis; the last may lie outside the source
   Int3 target_points;     // and of a target class
   Int3 tiles;             // tiles of a target class per axis; the last ones may lie outside the target
+  int taps_z;
   int tile_z;
   int ring;                                       // planes of points held in shared memory
-  int tap_points[kPlaneTaps][kLatticeBranches];   // where tap (ty, tx) of branch k lies in its plane, in points
+  int tap_points[kPlaneTaps][kLatticeBranches];   // where tap (ty, tx) of branch k lies in its plane, ascending
 };
 
 // One tile: its target class and first target point, and the source class and point at plane 0, row 0, column 0.
@@ -109,15 +112,15 @@ AUTOFOCUS_HD inline int64_t packed_target(const Lattice& g, const Tile& tile, in
   return ((in_class * n.z + l.z + z) * n.y + l.y + y) * n.x + l.x + x;
 }
 
-// Whether the source lattice has points at (row, column) of the tile's block; if not, zeros are read there.
-AUTOFOCUS_HD inline bool has_place(const Lattice& g, const Tile& tile, int row, int column) {
-  const int y = tile.source_first.y + row, x = tile.source_first.x + column;
-  return y >= 0 && y < g.points.y && x >= 0 && x < g.points.x;
-}
-// And whether it has a plane there.
+// Whether the source lattice has points in a plane, row or column of the tile's block; if not, zeros are read there.
 AUTOFOCUS_HD inline bool has_plane(const Lattice& g, const Tile& tile, int plane) {
-  const int z = tile.source_first.z + plane;
-  return z >= 0 && z < g.points.z;
+  return uint32_t(tile.source_first.z + plane) < uint32_t(g.points.z);
+}
+AUTOFOCUS_HD inline bool has_row(const Lattice& g, const Tile& tile, int row) {
+  return uint32_t(tile.source_first.y + row) < uint32_t(g.points.y);
+}
+AUTOFOCUS_HD inline bool has_column(const Lattice& g, const Tile& tile, int column) {
+  return uint32_t(tile.source_first.x + column) < uint32_t(g.points.x);
 }
 
 // The number of the point at (plane, row, column) among the packed points of one sample and channel chunk, classes
@@ -144,6 +147,8 @@ AUTOFOCUS_HD inline int centre_point(const Lattice& g, int y, int x) {
 }
 // The plane read by tile plane z through tap tz of branch k.
 AUTOFOCUS_HD inline int tap_plane(const Lattice& g, int z, int tz, int k) { return g.reach.z + z + tz * g.rate[k].z; }
+// Whether phase tz reads anything: a kernel with one tap in z has tz = 0 only.
+AUTOFOCUS_HD inline bool reads(const Lattice& g, int tz) { return tz == 0 || g.taps_z > 1; }
 
 // ------------------------------------------------------------------ host: from a problem to its lattices
 
@@ -158,6 +163,7 @@ struct StepAndReach {
 };
 
 inline StepAndReach step_and_reach(const Problem& g, int64_t Index3::*axis) {
+  if (g.kernel.*axis == 1) return {1, 0};
   int64_t step = 0, largest = 0;
   for (int64_t k = 0; k < g.K; ++k) {
     step = common_divisor(step, g.dilation[k].*axis);
@@ -168,7 +174,8 @@ inline StepAndReach step_and_reach(const Problem& g, int64_t Index3::*axis) {
 
 // Why a problem has no lattice form, or null.
 inline const char* lattice_refusal(const Problem& g) {
-  if (g.kernel.z != 3 || g.kernel.y != 3 || g.kernel.x != 3) return "the kernel is not 3x3x3";
+  for (int64_t Index3::*axis : {&Index3::z, &Index3::y, &Index3::x})
+    if (g.kernel.*axis != 1 && g.kernel.*axis != 3) return "the kernel has other than 1 or 3 taps on an axis";
   if (g.stride.z != 1 || g.stride.y != 1 || g.stride.x != 1) return "the stride is not 1";
   if (g.K > kLatticeBranches) return "there are more than 4 branches";
   constexpr int64_t kLimit = int64_t(1) << 28;  // positions and their sums fit an int
@@ -205,12 +212,16 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
   for (int k = 0; k < lattice.K; ++k) {
     const Index3& r = g.dilation[first_branch + k];
     Int3 &rate = lattice.rate[k], &reach = lattice.reach;
-    rate = {int(r.z / lattice.step.z), int(r.y / lattice.step.y), int(r.x / lattice.step.x)};
+    rate = {g.kernel.z == 1 ? 0 : int(r.z / lattice.step.z), g.kernel.y == 1 ? 0 : int(r.y / lattice.step.y),
+            g.kernel.x == 1 ? 0 : int(r.x / lattice.step.x)};
     reach = {rate.z > reach.z ? rate.z : reach.z, rate.y > reach.y ? rate.y : reach.y,
              rate.x > reach.x ? rate.x : reach.x};
-    for (int tap = 0; tap < kPlaneTaps; ++tap)
-      lattice.tap_points[tap][k] = (tap / 3 - 1) * rate.y * kPitch + (tap % 3 - 1) * rate.x;
+    for (int tap = 0; tap < kPlaneTaps; ++tap) {
+      const int ty = tap / 3 - 1, tx = g.kernel.y == 1 && ty != 0 ? ty : tap % 3 - 1;
+      lattice.tap_points[tap][k] = ty * rate.y * kPitch + tx * rate.x;
+    }
   }
+  lattice.taps_z = int(g.kernel.z);
   lattice.points = lattice_points(lattice.source, lattice.step);
   lattice.target_points = lattice_points(lattice.target, lattice.step);
   return lattice;

@@ -1,0 +1,85 @@
+// Branches from windows: y_k of a tile, one branch after the other, each handed to an epilogue before the next.
+//
+// In shared memory a point is 16 bytes, eight channels, and eight points that are neighbours in x are what the product
+// reads as a block of rows. So the 8x8 points of a tile's plane, seen through a tap, are an operand with 64 rows that begins
+// wherever the tap says: nothing is unpacked or blended. A branch is the sum of one tz of one chunk of input channels: what
+// an epilogue makes of it must be linear in y_k.
+#pragma once
+
+#include "tile.h"
+
+namespace autofocus::cuda {
+
+template <typename T>
+struct BranchesArguments {
+  const unsigned char* points;  // packed input, [N, chunks, points]
+  const unsigned char* weight;  // pack_weight
+  int chunks;
+  int64_t outputs;
+  const unsigned char* targets;  // packed attention, or packed grad_output [N, output chunks, target points]
+  Strided<const T> scale, shift;
+  Strided<T> result;
+};
+
+// The branch scale or shift of a block of output channels as [branch, channel], if there is one.
+template <int kTiles, typename T>
+__device__ inline void copy_vectors(const Lattice& g, const Strided<const T>& matrix, int64_t output0, int64_t outputs,
+                                    float* shared) {
+  if (matrix.data == nullptr) return;
+  for (int i = threadIdx.x; i < g.K * (8 * kTiles); i += int(blockDim.x)) {
+    const int64_t channel = output0 + i % (8 * kTiles);
+    shared[i] = channel < outputs ? branch_value(matrix, i / (8 * kTiles), channel) : 0.0f;
+  }
+}
+
+// Grid (blocks, blocks of 8 kTiles output channels), or (blocks) if the epilogue takes those in turn.
+template <typename T, int kTiles, typename Epilogue>
+__global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice g, BranchesArguments<T> args) {
+  // Products under way at once, one a plane: as many as leave registers.
+  constexpr int kTogether = kTiles <= 2 ? kGroupPlanes : 1;
+  const Share share;
+  const int turns = Epilogue::kInTurn ? int(ceil_div(args.outputs, 8 * kTiles)) : 1;
+  const unsigned char* weight = args.weight + int64_t(blockIdx.y) * args.chunks * chunk_weight_bytes(kTiles);
+  const CopyPoints stage{args.points, args.chunks};
+  Pipeline<Readers::kAll, CopyPoints> pipeline(g, args.chunks * turns, stage);
+  const int slabs = pipeline.behind();
+  Epilogue epilogue(g, args, share, slabs + chunk_weight_bytes(kTiles));
+
+  for (pipeline.start([&] { copy_slabs<kTiles>(slabs, weight, 0, 0, 3); }); pipeline.running(); pipeline.advance()) {
+    if (pipeline.chunk() % args.chunks == 0) epilogue.begin(pipeline.tile(), pipeline.chunk() / args.chunks);
+    const int next_chunk = pipeline.next_chunk();
+#pragma unroll 1
+    for (int tz = -1; tz <= 1; ++tz) {
+      pipeline.enter(tz);
+      pipeline.ahead(tz);
+      if (tz < 0 && pipeline.chunk() % args.chunks == 0) epilogue.begin_shared();
+      const uint32_t slab = shared_units(shared_memory() + slabs + (tz + 1) * kSlabBytes<kTiles>);
+#pragma unroll 1
+      for (int k = 0; k < (reads(g, tz) ? g.K : 0); ++k) {
+#pragma unroll
+        for (int m0 = 0; m0 < kGroupPlanes; m0 += kTogether) {
+          uint32_t plane[kTogether];
+#pragma unroll
+          for (int m = 0; m < kTogether; ++m) plane[m] = plane_of(g, share.z0 + m0 + m, tz, k);
+          float y[kTogether][kTiles][4];
+          begin_products();
+#pragma unroll kUnrolledProducts
+          for (int tap = 0; tap < kPlaneTaps; tap += 2) {
+            Operand a[kTogether];
+#pragma unroll
+            for (int m = 0; m < kTogether; ++m) a[m] = two_taps(g, plane[m], tap, k);
+            window_product<T>(y, a, {slab + tap * (8 * kTiles), 8 * kTiles, 8}, tap > 0);
+          }
+          commit_products();
+          wait_for_products<0>(y);
+          epilogue.take(k, m0, y);
+        }
+      }
+      // The slab that this tz has read is free behind the barrier; that of tz = 0 with the last one's.
+      pipeline.leave(tz, [&] { copy_slabs<kTiles>(slabs, weight, next_chunk, tz < 0 ? 0 : 1, tz < 0 ? 1 : 3); });
+    }
+    if (pipeline.last_chunk()) epilogue.end(pipeline.tile());
+  }
+}
+
+}  // namespace autofocus::cuda

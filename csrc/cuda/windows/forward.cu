@@ -1,0 +1,122 @@
+// The forward in every mode: out = sum_k a_k (scale_k y_k + shift_k), each branch scaled in registers and added to the sum.
+#include "branches.h"
+
+namespace autofocus::cuda {
+
+template <typename T, int kTiles>
+class WeightedSum {
+ public:
+  static constexpr bool kInTurn = false;
+
+  // In shared memory: the attention of the tile's points, and branch scale and shift.
+  __device__ WeightedSum(const Lattice& g, const BranchesArguments<T>& args, const Share& share, int shared)
+      : g_(g), args_(args), share_(share), gates_at_(shared) {
+    copy_vectors<kTiles>(g, args.scale, output0(), args.outputs, scales());
+    copy_vectors<kTiles>(g, args.shift, output0(), args.outputs, shifts());
+  }
+
+  __device__ void begin(const Tile& tile, int) {
+    clear(sum_);
+    for (int i = threadIdx.x; i < g_.tile_z * kTileY * kTileX; i += int(blockDim.x))
+      *reinterpret_cast<uint2*>(gates() + i * kGateBytes) =
+          packed_attention(g_, tile, args_.targets, {i / (kTileY * kTileX), i / kTileX % kTileY, i % kTileX});
+  }
+  __device__ void begin_shared() {}
+
+  template <int kTogether>
+  __device__ void take(int k, int m0, const float (&y)[kTogether][kTiles][4]) {
+#pragma unroll
+    for (int m = 0; m < kTogether; ++m) {
+      float a[2];  // of this lane's two points of the plane
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const Int3 at = share_.point(2 * (m0 + m) + row);
+        a[row] = to_float(*reinterpret_cast<const T*>(gates() + ((at.z * kTileY + at.y) * kTileX + at.x) * kGateBytes + k * 2));
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        float2 scale = {1.0f, 1.0f};  // of this lane's two channels
+        if (args_.scale.data != nullptr)
+          scale = *reinterpret_cast<const float2*>(scales() + k * (8 * kTiles) + tile * 8 + share_.channels);
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          sum_[m0 + m][tile][2 * row] += a[row] * (scale.x * y[m][tile][2 * row]);
+          sum_[m0 + m][tile][2 * row + 1] += a[row] * (scale.y * y[m][tile][2 * row + 1]);
+        }
+      }
+    }
+  }
+
+  __device__ void end(const Tile& tile) {
+    store_targets(g_, tile, args_.result, args_.outputs, output0(), share_, sum_, [&](const Int3& point) {
+      // Not from shared memory: a faster warp may be writing the next tile's.
+      const uint2 packed = packed_attention(g_, tile, args_.targets, point);
+      const float2 low = unpack(packed.x, T{}), high = unpack(packed.y, T{});
+      return [=](int channel) {
+        const float a[kLatticeBranches] = {low.x, low.y, high.x, high.y};
+        float2 sum = {0.0f, 0.0f};
+        if (args_.shift.data != nullptr)
+#pragma unroll
+          for (int k = 0; k < kLatticeBranches; ++k) {
+            if (k >= g_.K) break;
+            const float2 shift = *reinterpret_cast<const float2*>(shifts() + k * (8 * kTiles) + channel);
+            sum.x += a[k] * shift.x;
+            sum.y += a[k] * shift.y;
+          }
+        return sum;
+      };
+    });
+  }
+
+ private:
+  __device__ int64_t output0() const { return int64_t(blockIdx.y) * (8 * kTiles); }
+  __device__ unsigned char* gates() const { return shared_memory() + gates_at_; }
+  __device__ float* scales() const {
+    return reinterpret_cast<float*>(gates() + g_.tile_z * (kTileY * kTileX) * kGateBytes);
+  }
+  __device__ float* shifts() const { return scales() + kLatticeBranches * 8 * kTiles; }
+
+  const Lattice& g_;
+  const BranchesArguments<T>& args_;
+  const Share& share_;
+  int gates_at_;
+  float sum_[kGroupPlanes][kTiles][4];
+};
+
+namespace {
+
+void forward(const char* name, const Plan& plan, const Inputs& in, const TensorView& output, const Context& context) {
+  for_16_bit(in.dtype, [&](auto element) {
+    using T = decltype(element);
+    const BranchesArguments<T> args{
+        pack_points(plan.lattice, in.input, in.g.C, kPointBytes, context),
+        pack_weight(in, Direction::kForward, plan.tiles, context),
+        num_chunks(in.g.C),
+        in.g.O,
+        pack_points(packing_of_target(plan.lattice), in.attention, plan.lattice.K, kGateBytes, context),
+        Strided<const T>(in.scale),
+        Strided<const T>(in.shift),
+        Strided<T>(output)};
+    for_tiles(plan.tiles, [&](auto tiles) {
+      launch(name, &branches_kernel<T, tiles(), WeightedSum<T, tiles()>>, grid_of(plan, ceil_div(in.g.O, 8 * tiles())),
+             plan.threads, plan.shared_bytes, context.stream, plan.lattice, args);
+    });
+  });
+}
+
+}  // namespace
+
+void fast_forward(const Inputs& in, const TensorView& output, const Context& context) {
+  forward("fast_forward", plan_of(Pass::kForward, in), in, output, context);
+}
+
+void fast_branch(const Inputs& in, int64_t k, const TensorView& branch, const Context& context) {
+  Inputs one = in;
+  one.g = branch_problem(in.g, k);
+  // A large dilation alone leaves lattices smaller than a tile.
+  const bool together = fast_refusal(Pass::kForward, in.g, in.dtype) == nullptr;
+  forward("fast_branch", together ? plan_of_branch(Pass::kForward, in, k) : plan_of(Pass::kForward, one), one, branch,
+          context);
+}
+
+}  // namespace autofocus::cuda

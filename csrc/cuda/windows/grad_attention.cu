@@ -1,0 +1,130 @@
+// Gradient of the attention: da_k = sum_o G_o (scale_k y_k + shift_k) (docs/math.md, section 3), the forward's branches once
+// more, each multiplied by G where it lies in registers.
+#include "branches.h"
+
+namespace autofocus::cuda {
+
+// Blocks of output channels go in turn: a lane adds up all of them for the one of its four points that it shares with no other.
+template <typename T, int kTiles>
+class DotWithGrad {
+ public:
+  static constexpr bool kInTurn = true;
+
+  // In shared memory: branch scale and shift of the block's output channels.
+  __device__ DotWithGrad(const Lattice& g, const BranchesArguments<T>& args, const Share& share, int shared)
+      : g_(g), args_(args), share_(share), scales_at_(shared) {}
+
+  __device__ void begin(const Tile& tile, int turn) {
+    if (turn == 0)
+      for (float& total : total_) total = 0.0f;
+    const int64_t output0 = int64_t(turn) * (8 * kTiles);
+    copy_vectors<kTiles>(g_, args_.scale, output0, args_.outputs, scales());
+    copy_vectors<kTiles>(g_, args_.shift, output0, args_.outputs, shifts());
+    const int chunks = int(ceil_div(args_.outputs, kChunk)), first = turn * kTiles;
+    const int64_t points = packed_target_points(g_);
+#pragma unroll
+    for (int r = 0; r < kPointsPerLane; ++r) {
+      const Int3 at = share_.point(r);
+      const bool there = inside(target_position(g_, tile, at.z, at.y, at.x), g_.target);
+      const int64_t point = (tile.n * chunks + first) * points + (there ? packed_target(g_, tile, at.z, at.y, at.x) : 0);
+      const unsigned char* from = args_.targets + point * kPointBytes + share_.channels * 2;
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i, from += points * kPointBytes)
+        grad_[r / 2][i][r % 2] = there && first + i < chunks ? *reinterpret_cast<const uint32_t*>(from) : 0u;
+    }
+  }
+
+  // <shift_k, G>, when what begin wrote can be read.
+  __device__ void begin_shared() {
+    if (args_.shift.data == nullptr) return;
+#pragma unroll 1
+    for (int k = 0; k < g_.K; ++k) add<kGroupPlanes, true>(k, 0, shifts(), [](int, int, int) { return 1.0f; });
+  }
+
+  template <int kTogether>
+  __device__ void take(int k, int m0, const float (&y)[kTogether][kTiles][4]) {
+    const auto value = [&](int m, int tile, int i) { return y[m][tile][i]; };
+    if (args_.scale.data != nullptr)
+      add<kTogether, true>(k, m0, scales(), value);
+    else
+      add<kTogether, false>(k, m0, nullptr, value);
+  }
+
+  __device__ void end(const Tile& tile) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int r = 0; r < kPointsPerLane; ++r) {
+      const Int3 at = share_.point(r);
+      const Index3 p = target_position(g_, tile, at.z, at.y, at.x);
+      if (lane % 4 != r || !inside(p, g_.target)) continue;
+#pragma unroll
+      for (int k = 0; k < kLatticeBranches; ++k)
+        if (k < g_.K) store(args_.result.at(tile.n, k, p), total_[k]);
+    }
+  }
+
+ private:
+  __device__ float* scales() const { return reinterpret_cast<float*>(shared_memory() + scales_at_); }
+  __device__ float* shifts() const { return scales() + kLatticeBranches * 8 * kTiles; }
+
+  // Adds sum_o G_o factors_k[o] value(m, tile, i) at the points of planes m0 .. m0 + kTogether.
+  template <int kTogether, bool kFactors, typename Value>
+  __device__ void add(int k, int m0, const float* factors, const Value& value) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < kTogether; ++m) {
+      float dot[2] = {};
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        float2 factor = {1.0f, 1.0f};  // of this lane's two channels
+        if (kFactors)
+          factor = *reinterpret_cast<const float2*>(factors + k * (8 * kTiles) + tile * 8 + share_.channels);
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          const float2 grad = unpack(grad_[m0 + m][tile][row], T{});
+          dot[row] += grad.x * (factor.x * value(m, tile, 2 * row));
+          dot[row] += grad.y * (factor.y * value(m, tile, 2 * row + 1));
+        }
+      }
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        // The four lanes of a point hold its channels.
+        dot[row] += shuffle_xor(dot[row], 1);
+        dot[row] += shuffle_xor(dot[row], 2);
+#pragma unroll
+        for (int branch = 0; branch < kLatticeBranches; ++branch)
+          if (branch == k && lane % 4 == 2 * (m0 + m) + row) total_[branch] += dot[row];
+      }
+    }
+  }
+
+  const Lattice& g_;
+  const BranchesArguments<T>& args_;
+  const Share& share_;
+  int scales_at_;
+  uint32_t grad_[kGroupPlanes][kTiles][2];  // two channels of each point
+  float total_[kLatticeBranches];           // of point lane % 4
+};
+
+void fast_grad_attention(const Inputs& in, const TensorView& grad_output, const TensorView& grad_attention,
+                         const Context& context) {
+  const Plan plan = plan_of(Pass::kGradAttention, in);
+  for_16_bit(in.dtype, [&](auto element) {
+    using T = decltype(element);
+    const BranchesArguments<T> args{
+        pack_points(plan.lattice, in.input, in.g.C, kPointBytes, context),
+        pack_weight(in, Direction::kForward, plan.tiles, context),
+        num_chunks(in.g.C),
+        in.g.O,
+        pack_points(packing_of_target(plan.lattice), grad_output, in.g.O, kPointBytes, context),
+        Strided<const T>(in.scale),
+        Strided<const T>(in.shift),
+        Strided<T>(grad_attention)};
+    for_tiles(plan.tiles, [&](auto tiles) {
+      launch("fast_grad_attention", &branches_kernel<T, tiles(), DotWithGrad<T, tiles()>>, grid_of(plan, 1), plan.threads,
+             plan.shared_bytes, context.stream, plan.lattice, args);
+    });
+  });
+}
+
+}  // namespace autofocus::cuda

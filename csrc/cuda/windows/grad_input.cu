@@ -1,0 +1,148 @@
+// Gradient of the input: the windows run backwards, one sum for all branches (docs/math.md, section 3). A branch's source is
+// a_k G, formed while it is written to shared memory, so that G is in memory but once; with a branch scale, and where the caller
+// has the gradient of every branch, it is in memory K times already and copied as it is.
+//
+// Chunks are those of the output channels, branch by branch within: chunk c is that of branch c % K.
+#include "tile.h"
+
+namespace autofocus::cuda {
+
+template <typename T>
+struct AdjointArguments {
+  const unsigned char* points;  // packed grad_output, [N, chunks, points]; unless gated [N, K, chunks, points]
+  const unsigned char* gates;   // packed attention, [N, points]
+  const unsigned char* weight;  // pack_weight
+  int chunks;
+  int64_t targets;
+  Strided<T> target;
+};
+
+struct CopyBranches {
+  const unsigned char* points;
+  int chunks;
+
+  __device__ void operator()(const Lattice& g, const Tile& tile, const Int3& reach, int chunk, int first, int last) const {
+    const CopyPoints copy{points, g.K * chunks};
+    copy(g, tile, reach, chunk % g.K * chunks + chunk / g.K, first, last);
+  }
+};
+
+// Points of G times the attention of one branch, rounded once.
+template <typename T, int kAtOnce>  // kAtOnce: loads under way
+struct WriteGated {
+
+  const AdjointArguments<T>& args;
+
+  __device__ void operator()(const Lattice& g, const Tile& tile, const Int3& reach, int chunk, int first, int last) const {
+    const int k = chunk % g.K, source_chunk = chunk / g.K;
+    const int64_t points = packed_points(g);
+    const unsigned char* from = args.points + (tile.n * args.chunks + source_chunk) * points * kPointBytes;
+    const unsigned char* gates = args.gates + tile.n * points * kGateBytes + k * 2;
+    Points walk(g, tile, reach, first, last);
+    for (bool more = true; more;) {
+      uint4 value[kAtOnce];
+      uint32_t gate[kAtOnce];
+      int place[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        int64_t index;
+        bool there;
+        more = walk.next(place[i], index, there);
+        if (!more) place[i] = -1;
+        value[i] = {0u, 0u, 0u, 0u};
+        gate[i] = 0u;
+        if (more && there) {
+          value[i] = *reinterpret_cast<const uint4*>(from + index * kPointBytes);
+          gate[i] = *reinterpret_cast<const uint16_t*>(gates + index * kGateBytes);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (place[i] < 0) continue;
+        const float a = unpack(gate[i], T{}).x;
+        uint32_t words[4] = {value[i].x, value[i].y, value[i].z, value[i].w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float2 pair = unpack(words[j], T{});
+          words[j] = pack(a * pair.x, a * pair.y, T{});
+        }
+        *reinterpret_cast<uint4*>(shared_memory() + place[i] * kPointBytes) = {words[0], words[1], words[2], words[3]};
+      }
+    }
+  }
+};
+
+// Grid (blocks, blocks of 8 kTiles input channels).
+template <typename T, int kTiles, bool kGated>
+__global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice g, AdjointArguments<T> args) {
+  const Share share;
+  const int64_t target0 = int64_t(blockIdx.y) * (8 * kTiles);
+  const unsigned char* weight = args.weight + int64_t(blockIdx.y) * args.chunks * chunk_weight_bytes(kTiles);
+  const auto stage = [&] {
+    if constexpr (kGated)
+      return WriteGated<T, kTiles <= 5 ? 4 : 2>{args};  // as many as leave registers
+    else
+      return CopyBranches{args.points, args.chunks};
+  }();
+  Pipeline<Readers::kOne, std::decay_t<decltype(stage)>> pipeline(g, args.chunks * g.K, stage);
+  const int slabs = pipeline.behind();
+
+  float sum[kGroupPlanes][kTiles][4];
+  for (pipeline.start([&] { copy_slabs<kTiles>(slabs, weight, 0, 0, 3); }); pipeline.running(); pipeline.advance()) {
+    if (pipeline.chunk() == 0) clear(sum);
+    const int k = pipeline.chunk() % g.K, next = pipeline.next_chunk();
+#pragma unroll 1
+    for (int tz = -1; tz <= 1; ++tz) {
+      pipeline.enter(tz);
+      const uint32_t slab = shared_units(shared_memory() + slabs + (tz + 1) * kSlabBytes<kTiles>);
+      if (reads(g, tz)) {
+        begin_products();
+        uint32_t plane[kGroupPlanes];
+#pragma unroll
+        for (int m = 0; m < kGroupPlanes; ++m) plane[m] = plane_of(g, share.z0 + m, tz, k);
+#pragma unroll kUnrolledProducts
+        for (int tap = 0; tap < kPlaneTaps; tap += 2) {
+          Operand a[kGroupPlanes];
+#pragma unroll
+          for (int m = 0; m < kGroupPlanes; ++m) a[m] = two_taps(g, plane[m], tap, k);
+          window_product<T>(sum, a, {slab + tap * (8 * kTiles), 8 * kTiles, 8}, true);
+        }
+      }
+      commit_products();
+      pipeline.ahead(tz);  // behind the products: it takes a processor's time where points are not just copied
+      wait_for_products<0>(sum);
+      pipeline.leave(tz, [&] {
+        // Another chunk of channels has another weight; all branches of one share it.
+        if (next % g.K == 0) copy_slabs<kTiles>(slabs, weight, next / g.K, tz < 0 ? 0 : 1, tz < 0 ? 1 : 3);
+      });
+    }
+    if (pipeline.last_chunk())
+      store_targets(g, pipeline.tile(), args.target, args.targets, target0, share, sum,
+                    [](const Int3&) { return [](int) { return float2{0.0f, 0.0f}; }; });
+  }
+}
+
+void fast_grad_input(const Inputs& in, const TensorView& grad_output, const TensorView& grad_input,
+                     const Context& context) {
+  const Problem& g = in.g;
+  const bool by_branch = grad_output.k != 0, scaled = in.scale.data != nullptr, gated = !by_branch && !scaled;
+  const Plan plan = plan_of(by_branch ? Pass::kBranchGradInput : Pass::kGradInput, in);
+  for_16_bit(in.dtype, [&](auto element) {
+    using T = decltype(element);
+    const AdjointArguments<T> args{
+        scaled ? pack_scaled_grads(plan.lattice, in, grad_output, context)
+               : pack_points(plan.lattice, grad_output, g.O, kPointBytes, context),
+        gated ? pack_points(plan.lattice, in.attention, g.K, kGateBytes, context) : nullptr,
+        pack_weight(in, Direction::kAdjoint, plan.tiles, context),
+        num_chunks(g.O),
+        g.C,
+        Strided<T>(grad_input)};
+    for_tiles(plan.tiles, [&](auto tiles) {
+      launch(by_branch ? "fast_branch_grad_input" : "fast_grad_input",
+             gated ? &adjoint_kernel<T, tiles(), true> : &adjoint_kernel<T, tiles(), false>,
+             grid_of(plan, ceil_div(g.C, 8 * tiles())), plan.threads, plan.shared_bytes, context.stream, plan.lattice, args);
+    });
+  });
+}
+
+}  // namespace autofocus::cuda

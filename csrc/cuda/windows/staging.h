@@ -1,0 +1,188 @@
+// The block of points under a tile, kept in shared memory while it is multiplied: which part is written when.
+//
+// A chunk has three phases, tz = -1, 0, +1, and its planes three parts. The first part is read by tz = -1 only, the last
+// by tz = +1 only; the middle lies under the tile. With a slot for every plane the last part is written during the chunk's own
+// tz = -1, the next chunk's first part during tz = 0 and what tz = +1 leaves of the middle during tz = +1, so that only the
+// rest of the middle is waited for. With a smaller ring the last part takes the slots of the first (docs/cuda.md draws it).
+#pragma once
+
+#include "../elements.h"
+#include "lattice.h"
+
+namespace autofocus::cuda {
+
+constexpr int kChunk = 8;        // source channels of a packed point
+constexpr int kPointBytes = 16;  // kChunk elements of 16 bits
+constexpr int kGateBytes = 8;    // the attention of a point: kLatticeBranches elements of 16 bits
+
+// This lane's points of planes [first, last) of the block, within this reach of the tile. A warp takes a row.
+class Points {
+ public:
+  __device__ Points(const Lattice& g, const Tile& tile, const Int3& reach, int first, int last)
+      : g_(g), plane_(first), last_(last), row_(int(threadIdx.x) / 32), reach_y_(reach.y),
+        column_(g.reach.x - reach.x + int(threadIdx.x) % 32), z_(tile.source_first.z), y_(tile.source_first.y),
+        column_there_(has_column(g, tile, column_)), index_(packed_index(g, tile, 0, 0, column_)) {
+    if (column_ >= g.reach.x + kTileX + reach.x) plane_ = last;
+  }
+
+  // False behind the last one; else where the point goes in shared memory, in points, whether the source has it, and its number
+  // among the packed points, zero if it has not.
+  __device__ bool next(int& place, int64_t& index, bool& there) {
+    for (; row_ >= kTileY + 2 * reach_y_; row_ -= kTileY + 2 * reach_y_) ++plane_;
+    if (plane_ >= last_) return false;
+    const int row = g_.reach.y - reach_y_ + row_;
+    there = column_there_ && uint32_t(y_ + row) < uint32_t(g_.points.y) && uint32_t(z_ + plane_) < uint32_t(g_.points.z);
+    index = there ? index_ + (int64_t(plane_) * g_.points.y + row) * g_.points.x : 0;
+    place = slot(g_, plane_) * plane_size(g_) + row * kPitch + column_;
+    row_ += int(blockDim.x) / 32;
+    return true;
+  }
+
+ private:
+  const Lattice& g_;
+  int plane_, last_, row_, reach_y_, column_;
+  int z_, y_;          // of plane 0 and row 0 in the source
+  bool column_there_;
+  int64_t index_;      // of plane 0, row 0
+};
+
+// Copies points as they are: chunk c of `points` [N, chunks_held, packed points], beginning again after the last one held.
+struct CopyPoints {
+  const unsigned char* points;
+  int chunks_held;
+
+  __device__ void operator()(const Lattice& g, const Tile& tile, const Int3& reach, int chunk, int first, int last) const {
+    const unsigned char* from = points + (tile.n * chunks_held + chunk % chunks_held) * packed_points(g) * kPointBytes;
+    Points walk(g, tile, reach, first, last);
+    int place;
+    int64_t index;
+    for (bool there; walk.next(place, index, there);)
+      copy_async<kPointBytes>(shared_memory() + place * kPointBytes, from + index * kPointBytes, there);
+  }
+};
+
+// Which branches read a chunk: all of them, or one each in turn. Then chunk c belongs to branch c % K.
+enum class Readers { kAll, kOne };
+
+// What a block works through, tiles number blockIdx.x, blockIdx.x + gridDim.x, ... and in each `chunks` chunks, and the
+// writing that runs ahead of the products.
+//
+// Every thread calls every method: start, then for each chunk {enter, ahead, leave} for tz = -1, 0, 1 and advance. Products of
+// tz are begun between enter and ahead and waited for between ahead and leave. `stage(g, tile, reach, chunk, first, last)`
+// writes planes; what a kernel copies beside, it copies in the functions that start and leave take, and that is there from
+// the next chunk's enter(-1) on.
+template <Readers kReaders, typename Stage>
+class Pipeline {
+ public:
+  __device__ Pipeline(const Lattice& g, int chunks, const Stage& stage)
+      : g_(g), stage_(stage), chunks_(chunks), tiles_(int(num_tiles(g))), tile_(int(blockIdx.x)), chunk_(0), parity_(0) {
+    tiles_at_ = g.ring * plane_size(g) * kPointBytes;
+  }
+
+  __device__ bool running() const { return tile_ < tiles_; }
+  __device__ int chunk() const { return chunk_; }
+  __device__ bool last_chunk() const { return chunk_ + 1 == chunks_; }
+  __device__ int next_chunk() const { return last_chunk() ? 0 : chunk_ + 1; }
+  __device__ const Tile& tile() const { return shared_tile(parity_); }
+  __device__ int tile_number() const { return tile_; }
+  // Where shared memory behind the pipeline's own begins.
+  __device__ int behind() const { return tiles_at_ + 2 * int(sizeof(Tile)); }
+
+  template <typename Copies>
+  __device__ void start(const Copies& copies) {
+    if (threadIdx.x == 0 && running()) shared_tile(0) = tile_at(g_, tile_);
+    __syncthreads();
+    if (!running()) return;
+    copies();
+    write(Part::kFirst, false);
+    write(Part::kMiddle, false);
+    copy_async_commit();
+  }
+
+  __device__ void enter(int tz) {
+    if (tz == 0) return;
+    if (tz > 0 && !recycles())
+      copy_async_wait<1>();
+    else
+      copy_async_wait<0>();
+    fence_shared_operands();
+    __syncthreads();
+    // Decoding a tile number takes a dozen divisions: one thread does it, once a tile, when all are done with the last.
+    if (tz < 0 && chunk_ == 0 && threadIdx.x == 0 && tile_ + int(gridDim.x) < tiles_)
+      shared_tile(1 - parity_) = tile_at(g_, tile_ + int(gridDim.x));
+  }
+
+  __device__ void ahead(int tz) {
+    if (tz < 0) {
+      if (!recycles()) write(Part::kLast, false);
+      copy_async_commit();
+    } else if (tz == 0) {
+      recycles() ? write(Part::kLast, false) : write(Part::kFirst, true);
+      copy_async_commit();
+    } else {
+      write(Part::kFreeMiddle, true);
+    }
+  }
+
+  template <typename Copies>
+  __device__ void leave(int tz, const Copies& copies) {
+    if (tz == 0) return;
+    __syncthreads();
+    copies();
+    if (tz < 0) return;
+    if (recycles()) write(Part::kFirst, true);
+    write(Part::kOtherMiddle, true);
+    copy_async_commit();
+  }
+
+  __device__ void advance() {
+    if (!last_chunk()) {
+      ++chunk_;
+      return;
+    }
+    chunk_ = 0;
+    tile_ += int(gridDim.x);
+    parity_ = 1 - parity_;
+  }
+
+ private:
+  enum class Part { kFirst, kMiddle, kFreeMiddle, kOtherMiddle, kLast };
+
+  __device__ Tile& shared_tile(int parity) const {
+    return *reinterpret_cast<Tile*>(shared_memory() + tiles_at_ + parity * int(sizeof(Tile)));
+  }
+  __device__ bool recycles() const { return g_.ring < planes(g_); }
+
+  __device__ Int3 reach(int chunk) const { return kReaders == Readers::kAll ? g_.reach : g_.rate[chunk % g_.K]; }
+  // Planes at the middle's beginning that tz = +1 of this chunk does not read.
+  __device__ int free_planes() const {
+    int free = g_.tile_z;
+    for (int k = 0; k < g_.K; ++k)
+      if ((kReaders == Readers::kAll || k == chunk_ % g_.K) && g_.rate[k].z < free) free = g_.rate[k].z;
+    return free;
+  }
+
+  // A part of this chunk, or of the next one.
+  __device__ void write(Part part, bool of_next) {
+    const bool next_tile = of_next && last_chunk();
+    if (next_tile && tile_ + int(gridDim.x) >= tiles_) return;
+    const int chunk = of_next ? next_chunk() : chunk_;
+    const Int3 own = reach(chunk);
+    const int middle = g_.reach.z, end = middle + g_.tile_z;
+    int first = middle, last = end;
+    if (part == Part::kFirst) first = middle - own.z, last = middle;
+    if (part == Part::kFreeMiddle) last = middle + free_planes();
+    if (part == Part::kOtherMiddle) first = middle + free_planes();
+    if (part == Part::kLast) first = end, last = end + own.z;
+    stage_(g_, shared_tile(next_tile ? 1 - parity_ : parity_), own, chunk, first, last);
+  }
+
+  const Lattice& g_;
+  const Stage& stage_;
+  int chunks_;
+  int tiles_, tile_;  // a device has no memory for 2^31 tiles
+  int chunk_, parity_;
+  int tiles_at_;  // in shared memory, behind the points
+};
+
+}  // namespace autofocus::cuda
