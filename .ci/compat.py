@@ -79,12 +79,13 @@ def copy_tree(tree, version):
 
 def compile_kernels():
     """The objects of csrc/cuda, once for all: these sources include nothing of torch."""
-    objects = WORK / "cuda"
-    objects.mkdir(exist_ok=True)
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    command = [NVCC, *FLAGS["NVCC"], "-arch=sm_90", "-Xcompiler=-fPIC", "-c", "-odir", objects, *sources]
-    compiled = step("CUDA kernels", WORK / "cuda.log", command)
-    return [objects / f"{source.stem}.o" for source in sources] if compiled else []
+    folder = WORK / "cuda"
+    folder.mkdir(exist_ok=True)
+    sources = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+    objects = [folder / f"{source.parent.name}_{source.stem}.o" for source in sources]
+    flags = [*FLAGS["NVCC"], "-arch=sm_90a", "-Xcompiler=-fPIC", "-c"]
+    commands = [[NVCC, *flags, source, "-o", target] for source, target in zip(sources, objects)]
+    return objects if step("CUDA kernels", WORK / "cuda.log", *commands) else []
 
 
 def build_cuda_library(tree, version, kernels):
