@@ -95,7 +95,7 @@ def test_every_source_is_where_setup_looks():
         for path in ROOT.glob("csrc/**/*")
         if path.suffix in (".cpp", ".cu")
     }
-    compiled = re.compile(r"csrc/(binding/(cpu|cuda)\.cpp|cpu/[^/]+\.cpp|cuda/[^/]+\.cu)")
+    compiled = re.compile(r"csrc/(binding/(cpu|cuda)\.cpp|cpu/[^/]+\.cpp|cuda/([^/]+/)*[^/]+\.cu)")
     assert [source for source in sources if not compiled.fullmatch(source)] == []
 
 
