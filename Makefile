@@ -46,8 +46,8 @@ $(BUILT): setup.py $(shell find csrc -type f -not -path '*/__pycache__/*') $(INS
 	.venv/bin/python -c "import triton" 2>/dev/null \
 	    || .venv/bin/pip install "triton==3.6.0; platform_system == 'Linux'"
 	AUTOFOCUS_BUILD=none .venv/bin/pip install -c constraints.txt --no-build-isolation -e '.[dev]'
-# nnU-Net's networks, for the tests: of what they require, torchvision among it, the U-Nets import nothing but torch.
-	.venv/bin/pip install -c constraints.txt --no-deps dynamic_network_architectures
+# MONAI and nnU-Net's networks, for the tests: of what they require, torchvision among it, the tests use nothing but torch.
+	.venv/bin/pip install -c constraints.txt --no-deps dynamic_network_architectures monai
 	touch $@
 
 clean:

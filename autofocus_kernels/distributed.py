@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from .branch_norm import uses_batch_statistics
 from .geometry import Geometry, resolve
-from .modules import CONV, AutofocusConv1d, AutofocusConv2d, AutofocusConv3d, ScaleAttention, check_layer_input
+from .modules import AUTOFOCUS, CONV, ScaleAttention, check_layer_input
 from .ops import memory_format_of
-
-AUTOFOCUS = (AutofocusConv1d, AutofocusConv2d, AutofocusConv3d)
 
 
 class Span(NamedTuple):
@@ -88,7 +86,7 @@ class SpatiallySharded(nn.Module):
         self.dim = dim - axes - 2 if dim > 0 else dim  # from the end: right with and without a batch axis
         self.process_group = process_group
         self.attention_reach = None
-        if isinstance(layer, AUTOFOCUS):
+        if isinstance(layer, tuple(AUTOFOCUS.values())):
             self.attention_reach = _attention_reach(layer.attention, self.dim, attention_reach)
 
     def forward(self, input: Tensor, return_attention: bool = False):
@@ -98,7 +96,7 @@ class SpatiallySharded(nn.Module):
 
     def _forward(self, input: Tensor, return_attention: bool):
         layer, dim = self.layer, self.dim
-        fused = isinstance(layer, AUTOFOCUS)
+        fused = isinstance(layer, tuple(AUTOFOCUS.values()))
         if fused:
             check_layer_input(input, layer.weight)
         elif return_attention:

@@ -2,9 +2,9 @@
 
 What is counted is what an operator computes by its definition: convolutions of the input with the weight, one per
 branch, a multiplication and an addition per voxel of the output, tap, input and output channel. That is what
-``FlopCounterMode`` counts for the layer in plain PyTorch, so models can be compared whatever computes their layers. The
-backends get by with less: they blend the inputs first and convolve once, about K times fewer operations. As PyTorch
-does, the formulas count padding in and elementwise work (attention, bias, norms) out, and count again what a backward
+``FlopCounterMode`` counts for the layer in plain PyTorch, so models can be compared whatever computes their layers. A
+backend that blends the inputs first and convolves once gets by with about K times fewer operations. As PyTorch does,
+the formulas count padding in and elementwise work (attention, bias, norms) out, and count again what a backward
 recomputes: nothing keeps the branches, and the gradients of attention, scales and norms need them.
 """
 

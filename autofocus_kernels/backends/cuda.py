@@ -14,7 +14,7 @@ from ..call import Call
 from .compiled import CompiledBackend
 
 MINIMUM_CAPABILITY = (8, 0)
-PASSES = ("forward", "grad_input", "grad_attention", "grad_weight", "branch_grad_input")
+PASSES = ("forward", "grad_input", "grad_attention", "grad_weight")
 
 
 class CudaBackend(CompiledBackend):
@@ -39,8 +39,7 @@ class CudaBackend(CompiledBackend):
         """Why the fast tier does not take a pass of a call that the backend takes; None if it does.
 
         Args:
-            pass_name: one of :data:`PASSES`; that of the weight serves the branch scale too, and the last is the
-                gradient of the input in :meth:`branch_norm_backward`.
+            pass_name: one of :data:`PASSES`; that of the weight serves the branch scale too.
         """
         call = call.as_3d()
         geometry = call.geometry

@@ -59,6 +59,7 @@ class nnUNetTrainerAutofocus(nnUNetTrainer):
 
         nnU-Net loads pretrained weights only if they hold every parameter of the network. The gates added here give
         nearly all attention to the trained convolution, so that training starts close to where ``source`` ended.
+        nnU-Net's checkpoints are pickles, which can run code: give it only files that you trust.
         """
         checkpoint = torch.load(source, map_location="cpu", weights_only=False)
         made_with = checkpoint["init_args"]

@@ -82,9 +82,8 @@ void run_backward(Inputs in, TensorView grad_output, Gradients gradients, const 
   take_samples_as_planes(in.g, {&in.input, &in.attention, &grad_output, &gradients.input, &gradients.attention});
   const auto fast = [&](Pass pass) { return takes_fast(pass, in.g, in.dtype); };
   const TensorView grad_scale = {gradients.scale, in.g.O, 1, {}};
-  const Pass pass_of_input = grad_output.k == 0 ? Pass::kGradInput : Pass::kBranchGradInput;
   if (gradients.input.data != nullptr)
-    (fast(pass_of_input) ? fast_grad_input : simple_grad_input)(in, grad_output, gradients.input, context);
+    (fast(Pass::kGradInput) ? fast_grad_input : simple_grad_input)(in, grad_output, gradients.input, context);
   if (gradients.attention.data != nullptr)
     (fast(Pass::kGradAttention) ? fast_grad_attention : simple_grad_attention)(in, grad_output, gradients.attention,
                                                                                context);
@@ -157,23 +156,20 @@ struct Cuda {
   }
 };
 
-// Why the fast tier does not take a pass ("forward", "grad_input", "grad_attention", "grad_weight" or
-// "branch_grad_input"); empty if it does.
+// Why the fast tier does not take a pass ("forward", "grad_input", "grad_attention" or "grad_weight"); empty if it does.
 std::string fast_tier_refusal(std::string pass, const Tensor& input, const Tensor& weight, Ints output_size,
                               Ints dilations, Ints stride, Ints origin) {
   Problem g = problem_of(input, weight, output_size, dilations, stride, origin, Cuda::kLargest);
   take_samples_as_planes(g, {});
   const Launches launches(input);
-  const char* names[] = {"forward", "grad_input", "grad_attention", "grad_weight", "branch_grad_input"};
-  const Pass passes[] = {Pass::kForward, Pass::kGradInput, Pass::kGradAttention, Pass::kGradWeight,
-                         Pass::kBranchGradInput};
-  for (int i = 0; i < 5; ++i)
+  const char* names[] = {"forward", "grad_input", "grad_attention", "grad_weight"};
+  const Pass passes[] = {Pass::kForward, Pass::kGradInput, Pass::kGradAttention, Pass::kGradWeight};
+  for (int i = 0; i < 4; ++i)
     if (pass == names[i]) {
       const char* refusal = fast_refusal(passes[i], g, dtype_of(input));
       return refusal == nullptr ? "" : refusal;
     }
-  STD_TORCH_CHECK(false, "the pass must be forward, grad_input, grad_attention, grad_weight or branch_grad_input, got ",
-                  pass);
+  STD_TORCH_CHECK(false, "the pass must be forward, grad_input, grad_attention or grad_weight, got ", pass);
   return "";
 }
 

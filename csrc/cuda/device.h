@@ -190,16 +190,9 @@ __device__ inline uint32_t pack(float low, float high, BFloat16) {
   return pair;
 }
 // Two products of neighbours, each rounded once.
-__device__ inline uint32_t multiply(uint32_t a, uint32_t b, Half) {
-  __half2 left, right;
-  memcpy(&left, &a, sizeof(a));
-  memcpy(&right, &b, sizeof(b));
-  left = __hmul2_rn(left, right);
-  memcpy(&a, &left, sizeof(a));
-  return a;
-}
-__device__ inline uint32_t multiply(uint32_t a, uint32_t b, BFloat16) {
-  __nv_bfloat162 left, right;
+template <typename T>
+__device__ inline uint32_t multiply(uint32_t a, uint32_t b, T) {
+  std::conditional_t<std::is_same_v<T, Half>, __half2, __nv_bfloat162> left, right;
   memcpy(&left, &a, sizeof(a));
   memcpy(&right, &b, sizeof(b));
   left = __hmul2_rn(left, right);

@@ -22,8 +22,8 @@ struct Context {
   std::function<void*(int64_t bytes)> scratch;
 };
 
-// The passes a tier can refuse one by one. kBranchGradInput: of a gradient for each branch.
-enum class Pass { kForward, kGradInput, kGradAttention, kGradWeight, kBranchGradInput };
+// The passes a tier can refuse one by one.
+enum class Pass { kForward, kGradInput, kGradAttention, kGradWeight };
 
 // Gradients of input and weight also take one gradient for each branch, grad_output [K, N, O, *S_out]
 // (docs/branch_norm.md); then the attention must be ones and there may be no scale.

@@ -59,7 +59,9 @@ std::string check_lattice(const Problem& g, bool adjoint, int tile_z, bool recyc
       for (int plane = first; plane < last; ++plane)
         for (int row = 0; row < rows(lattice); ++row)
           for (int column = 0; column < columns(lattice); ++column) {
-            const bool there = has_plane(lattice, tile, plane) && has_row(lattice, tile, row) && has_column(lattice, tile, column);
+            const Int3& first = tile.source_first;
+            const bool there =
+                has_plane(lattice, first, plane) && has_row(lattice, first, row) && has_column(lattice, first, column);
             held.at(int64_t(slot(lattice, plane)) * plane_size(lattice) + row * kPitch + column) =
                 there ? packed_index(lattice, tile, plane, row, column) : kZero;
           }

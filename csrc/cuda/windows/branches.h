@@ -21,6 +21,20 @@ struct BranchesArguments {
   Strided<T> result;
 };
 
+// Packs input and weight; `targets` is the packed tensor of the target's points.
+template <typename T>
+BranchesArguments<T> branches_arguments(const Plan& plan, const Inputs& in, const unsigned char* targets,
+                                        const TensorView& result, const Context& context) {
+  return {pack_points(plan.lattice, in.input, in.g.C, kPointBytes, context),
+          pack_weight(in, Direction::kForward, plan.tiles, context),
+          num_chunks(in.g.C),
+          in.g.O,
+          targets,
+          Strided<const T>(in.scale),
+          Strided<const T>(in.shift),
+          Strided<T>(result)};
+}
+
 // The branch scale or shift of a block of output channels as [branch, channel], if there is one.
 template <int kTiles, typename T>
 __device__ inline void copy_vectors(const Lattice& g, const Strided<const T>& matrix, int64_t output0, int64_t outputs,

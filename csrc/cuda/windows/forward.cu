@@ -86,17 +86,11 @@ class WeightedSum {
 namespace {
 
 void forward(const char* name, const Plan& plan, const Inputs& in, const TensorView& output, const Context& context) {
+  const unsigned char* gates =
+      pack_points(packing_of_target(plan.lattice), in.attention, plan.lattice.K, kGateBytes, context);
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
-    const BranchesArguments<T> args{
-        pack_points(plan.lattice, in.input, in.g.C, kPointBytes, context),
-        pack_weight(in, Direction::kForward, plan.tiles, context),
-        num_chunks(in.g.C),
-        in.g.O,
-        pack_points(packing_of_target(plan.lattice), in.attention, plan.lattice.K, kGateBytes, context),
-        Strided<const T>(in.scale),
-        Strided<const T>(in.shift),
-        Strided<T>(output)};
+    const BranchesArguments<T> args = branches_arguments<T>(plan, in, gates, output, context);
     for_tiles(plan.tiles, [&](auto tiles) {
       launch(name, &branches_kernel<T, tiles(), WeightedSum<T, tiles()>>, grid_of(plan, ceil_div(in.g.O, 8 * tiles())),
              plan.threads, plan.shared_bytes, context.stream, plan.lattice, args);

@@ -109,17 +109,10 @@ class DotWithGrad {
 void fast_grad_attention(const Inputs& in, const TensorView& grad_output, const TensorView& grad_attention,
                          const Context& context) {
   const Plan plan = plan_of(Pass::kGradAttention, in);
+  const unsigned char* grads = pack_points(packing_of_target(plan.lattice), grad_output, in.g.O, kPointBytes, context);
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
-    const BranchesArguments<T> args{
-        pack_points(plan.lattice, in.input, in.g.C, kPointBytes, context),
-        pack_weight(in, Direction::kForward, plan.tiles, context),
-        num_chunks(in.g.C),
-        in.g.O,
-        pack_points(packing_of_target(plan.lattice), grad_output, in.g.O, kPointBytes, context),
-        Strided<const T>(in.scale),
-        Strided<const T>(in.shift),
-        Strided<T>(grad_attention)};
+    const BranchesArguments<T> args = branches_arguments<T>(plan, in, grads, grad_attention, context);
     for_tiles(plan.tiles, [&](auto tiles) {
       launch("fast_grad_attention", &branches_kernel<T, tiles(), DotWithGrad<T, tiles()>>, grid_of(plan, 1), plan.threads,
              plan.shared_bytes, context.stream, plan.lattice, args);

@@ -126,7 +126,7 @@ void fast_grad_input(const Inputs& in, const TensorView& grad_output, const Tens
                      const Context& context) {
   const Problem& g = in.g;
   const bool by_branch = grad_output.k != 0, scaled = in.scale.data != nullptr, gated = !by_branch && !scaled;
-  const Plan plan = plan_of(by_branch ? Pass::kBranchGradInput : Pass::kGradInput, in);
+  const Plan plan = plan_of(Pass::kGradInput, in);
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
     const AdjointArguments<T> args{

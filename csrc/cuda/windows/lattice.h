@@ -112,15 +112,16 @@ AUTOFOCUS_HD inline int64_t packed_target(const Lattice& g, const Tile& tile, in
   return ((in_class * n.z + l.z + z) * n.y + l.y + y) * n.x + l.x + x;
 }
 
-// Whether the source lattice has points in a plane, row or column of the tile's block; if not, zeros are read there.
-AUTOFOCUS_HD inline bool has_plane(const Lattice& g, const Tile& tile, int plane) {
-  return uint32_t(tile.source_first.z + plane) < uint32_t(g.points.z);
+// Whether the source lattice has points in a plane, row or column of a block with this source_first; if not, zeros are read
+// there.
+AUTOFOCUS_HD inline bool has_plane(const Lattice& g, const Int3& first, int plane) {
+  return uint32_t(first.z + plane) < uint32_t(g.points.z);
 }
-AUTOFOCUS_HD inline bool has_row(const Lattice& g, const Tile& tile, int row) {
-  return uint32_t(tile.source_first.y + row) < uint32_t(g.points.y);
+AUTOFOCUS_HD inline bool has_row(const Lattice& g, const Int3& first, int row) {
+  return uint32_t(first.y + row) < uint32_t(g.points.y);
 }
-AUTOFOCUS_HD inline bool has_column(const Lattice& g, const Tile& tile, int column) {
-  return uint32_t(tile.source_first.x + column) < uint32_t(g.points.x);
+AUTOFOCUS_HD inline bool has_column(const Lattice& g, const Int3& first, int column) {
+  return uint32_t(first.x + column) < uint32_t(g.points.x);
 }
 
 // The number of the point at (plane, row, column) among the packed points of one sample and channel chunk, classes

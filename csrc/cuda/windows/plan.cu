@@ -11,7 +11,7 @@ constexpr int kWidths[] = {8, 5, 4, 2};  // tiles of eight target channels, as f
 unsigned int pack_blocks(int64_t items) { return static_cast<unsigned int>(ceil_div(items, kPackThreads)); }
 
 Direction direction(Pass pass) {
-  return pass == Pass::kGradInput || pass == Pass::kBranchGradInput ? Direction::kAdjoint : Direction::kForward;
+  return pass == Pass::kGradInput ? Direction::kAdjoint : Direction::kForward;
 }
 
 // Behind the pipeline's own; the kernels say what for.

@@ -20,8 +20,8 @@ class Points {
  public:
   __device__ Points(const Lattice& g, const Tile& tile, const Int3& reach, int first, int last)
       : g_(g), plane_(first), last_(last), row_(int(threadIdx.x) / 32), reach_y_(reach.y),
-        column_(g.reach.x - reach.x + int(threadIdx.x) % 32), z_(tile.source_first.z), y_(tile.source_first.y),
-        column_there_(has_column(g, tile, column_)), index_(packed_index(g, tile, 0, 0, column_)) {
+        column_(g.reach.x - reach.x + int(threadIdx.x) % 32), source_first_(tile.source_first),
+        column_there_(has_column(g, source_first_, column_)), index_(packed_index(g, tile, 0, 0, column_)) {
     if (column_ >= g.reach.x + kTileX + reach.x) plane_ = last;
   }
 
@@ -31,7 +31,7 @@ class Points {
     for (; row_ >= kTileY + 2 * reach_y_; row_ -= kTileY + 2 * reach_y_) ++plane_;
     if (plane_ >= last_) return false;
     const int row = g_.reach.y - reach_y_ + row_;
-    there = column_there_ && uint32_t(y_ + row) < uint32_t(g_.points.y) && uint32_t(z_ + plane_) < uint32_t(g_.points.z);
+    there = column_there_ && has_row(g_, source_first_, row) && has_plane(g_, source_first_, plane_);
     index = there ? index_ + (int64_t(plane_) * g_.points.y + row) * g_.points.x : 0;
     place = slot(g_, plane_) * plane_size(g_) + row * kPitch + column_;
     row_ += int(blockDim.x) / 32;
@@ -41,9 +41,9 @@ class Points {
  private:
   const Lattice& g_;
   int plane_, last_, row_, reach_y_, column_;
-  int z_, y_;          // of plane 0 and row 0 in the source
+  Int3 source_first_;
   bool column_there_;
-  int64_t index_;      // of plane 0, row 0
+  int64_t index_;  // of plane 0, row 0
 };
 
 // Copies points as they are: chunk c of `points` [N, chunks_held, packed points], beginning again after the last one held.
