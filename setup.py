@@ -46,8 +46,7 @@ def find_torch():
         from torch.utils import cpp_extension
     except Exception as error:
         raise CannotBuild(
-            "torch cannot be imported at build time, install it first "
-            f"({type(error).__name__}: {error})"
+            f"torch cannot be imported at build time, install it first ({type(error).__name__}: {error})"
         ) from error
     major, minor = FLAGS["MINIMUM_TORCH"]
     if tuple(map(int, torch.__version__.split(".")[:2])) < (major, minor):
@@ -179,7 +178,7 @@ class BuildLibraries(BuildExtension):
 
 class Build(build):
     # setuptools leaves build_ext out where there is no extension; the record is wanted there too.
-    sub_commands = [
+    sub_commands = [  # noqa: RUF012, as setuptools has it
         (name, None if name == "build_ext" else predicate) for name, predicate in build.sub_commands
     ]
 

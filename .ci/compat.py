@@ -91,7 +91,7 @@ def compile_kernels():
 def build_cuda_library(tree, version, kernels):
     """The binding against the headers of the tree's torch, linked with every symbol defined."""
     title, binding = f"torch {version}: CUDA library", tree / "build" / "binding.o"
-    torch, = tree.glob(".venv/lib/python3*/site-packages/torch")
+    (torch,) = tree.glob(".venv/lib/python3*/site-packages/torch")
     if not (torch / "lib" / "libtorch_cuda.so").exists():
         return say(title, "skipped: a build of torch without CUDA")
     compiler = os.environ.get("CXX", "c++").split()

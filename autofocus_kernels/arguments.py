@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -15,13 +13,13 @@ def check_call(
     input: Tensor,
     weight: Tensor,
     attention: Tensor,
-    bias: Optional[Tensor],
-    branch_scale: Optional[Tensor],
-    branch_shift: Optional[Tensor],
+    bias: Tensor | None,
+    branch_scale: Tensor | None,
+    branch_shift: Tensor | None,
     dilations,
     stride,
     padding,
-    backend: Optional[str] = None,
+    backend: str | None = None,
 ) -> Call:
     """Checks batched arguments (input ``[N, C, *S]``) and returns the call that they make.
 
@@ -41,11 +39,15 @@ def check_call(
     if type(dilations) is list:
         dilations = tuple(dilations)
     geometry = _check_shapes(
-        input.shape, weight.shape, attention.shape,
+        input.shape,
+        weight.shape,
+        attention.shape,
         None if bias is None else bias.shape,
         None if branch_scale is None else branch_scale.shape,
         None if branch_shift is None else branch_shift.shape,
-        dilations, stride, padding,
+        dilations,
+        stride,
+        padding,
     )
     return Call(input, weight, attention, bias, branch_scale, branch_shift, geometry, backend)
 
@@ -55,9 +57,9 @@ def _check_shapes(
     input: torch.Size,
     weight: torch.Size,
     attention: torch.Size,
-    bias: Optional[torch.Size],
-    branch_scale: Optional[torch.Size],
-    branch_shift: Optional[torch.Size],
+    bias: torch.Size | None,
+    branch_scale: torch.Size | None,
+    branch_shift: torch.Size | None,
     dilations,
     stride,
     padding,
@@ -89,8 +91,7 @@ def _check_input_shape(input_shape: torch.Size, weight_shape: torch.Size) -> Non
     spatial_dims = len(weight_shape) - 2
     if not 1 <= spatial_dims <= 3:
         raise ValueError(
-            "weight must be [O, C, *kernel_size] with one to three spatial axes, "
-            f"got shape {_sizes(weight_shape)}"
+            f"weight must be [O, C, *kernel_size] with one to three spatial axes, got shape {_sizes(weight_shape)}"
         )
     if len(input_shape) != len(weight_shape):
         raise ValueError(
@@ -103,9 +104,7 @@ def _check_input_shape(input_shape: torch.Size, weight_shape: torch.Size) -> Non
             f"not supported), got shape {_sizes(input_shape)}"
         )
     if weight_shape[0] < 1 or weight_shape[1] < 1:
-        raise ValueError(
-            f"weight must have at least one output and one input channel, got {_sizes(weight_shape)}"
-        )
+        raise ValueError(f"weight must have at least one output and one input channel, got {_sizes(weight_shape)}")
 
 
 def _check_tensor(name: str, tensor: Tensor, input: Tensor, mixed: bool = False) -> None:
@@ -122,12 +121,10 @@ def _check_tensor(name: str, tensor: Tensor, input: Tensor, mixed: bool = False)
             "(cast it, or run under torch.autocast)"
         )
     if tensor.device != input.device:
-        raise ValueError(
-            f"{name} must be on the device of input, {input.device}, got {tensor.device}"
-        )
+        raise ValueError(f"{name} must be on the device of input, {input.device}, got {tensor.device}")
 
 
-def _check_shape(name: str, axes: str, shape: Optional[torch.Size], expected: tuple[int, ...]) -> None:
+def _check_shape(name: str, axes: str, shape: torch.Size | None, expected: tuple[int, ...]) -> None:
     if shape is not None and shape != expected:
         raise ValueError(f"{name} must be {axes} = {_sizes(expected)}, got shape {_sizes(shape)}")
 

@@ -8,7 +8,6 @@ norm_ops.py (docs/branch_norm.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -27,14 +26,14 @@ def normed_autofocus_conv(
     input: Tensor,
     weight: Tensor,
     attention: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     norms: Sequence[nn.Module],
     *,
     dilations,
     stride=1,
     padding="same",
     save_branches: bool = False,
-    backend: Optional[str] = None,
+    backend: str | None = None,
 ) -> Tensor:
     """``sum_k a_k norms[k](y_k)``, with running statistics updated as ``norms[k](y_k)`` would update them.
 
@@ -55,8 +54,15 @@ def normed_autofocus_conv(
     tensors = (input, weight, attention, bias)
     if has_torch_function(tensors):  # a proxy of torch.fx, a subclass of Tensor
         return handle_torch_function(
-            normed_autofocus_conv, tensors, *tensors, norms, dilations=dilations, stride=stride, padding=padding,
-            save_branches=save_branches, backend=backend,
+            normed_autofocus_conv,
+            tensors,
+            *tensors,
+            norms,
+            dilations=dilations,
+            stride=stride,
+            padding=padding,
+            save_branches=save_branches,
+            backend=backend,
         )
     call, unbatched = prepare(*tensors, None, None, dilations, stride, padding, backend)
     call = call._replace(bias=None)  # where it goes the norms decide, and in their own dtype
@@ -88,7 +94,7 @@ def uses_batch_statistics(norms: Sequence[_BatchNorm]) -> bool:
     return modes[0]
 
 
-def _by_running_statistics(call: Call, bias: Optional[Tensor], norms: Sequence[_BatchNorm]) -> Tensor:
+def _by_running_statistics(call: Call, bias: Tensor | None, norms: Sequence[_BatchNorm]) -> Tensor:
     norm_weight, norm_bias = _affine(norms, call.input)
     mean = torch.stack([norm.running_mean for norm in norms]).to(norm_weight.dtype)
     var = torch.stack([norm.running_var for norm in norms]).to(norm_weight.dtype)
@@ -99,9 +105,7 @@ def _by_running_statistics(call: Call, bias: Optional[Tensor], norms: Sequence[_
     return ops.apply(call._replace(branch_scale=scale.to(dtype), branch_shift=shift.to(dtype)))
 
 
-def _by_batch_statistics(
-    call: Call, bias: Optional[Tensor], norms: Sequence[_BatchNorm], save_branches: bool
-) -> Tensor:
+def _by_batch_statistics(call: Call, bias: Tensor | None, norms: Sequence[_BatchNorm], save_branches: bool) -> Tensor:
     group = _process_group(norms)
     attention = call.attention
     if group is None and attention[:, 0].numel() == 1:
@@ -110,8 +114,12 @@ def _by_batch_statistics(
             f"got an output of shape {[attention.shape[0], call.weight.shape[0], *attention.shape[2:]]}"
         )
     output, statistics = norm_ops.apply(
-        call, bias, *_affine(norms, call.input),
-        eps=[norm.eps for norm in norms], save_branches=save_branches, group=group,
+        call,
+        bias,
+        *_affine(norms, call.input),
+        eps=[norm.eps for norm in norms],
+        save_branches=save_branches,
+        group=group,
     )
     empty = group is None and attention.numel() == 0
     _update_running_statistics(norms, None if empty else statistics, bias)
@@ -127,7 +135,7 @@ def _affine(norms: Sequence[_BatchNorm], input: Tensor) -> tuple[Tensor, Tensor]
     return torch.stack([w.to(dtype) for w in weights]), torch.stack([b.to(dtype) for b in biases])
 
 
-def _process_group(norms: Sequence[_BatchNorm]) -> Optional[str]:
+def _process_group(norms: Sequence[_BatchNorm]) -> str | None:
     """The name of the group that ``nn.SyncBatchNorm`` would share statistics in; None if nothing is shared."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
@@ -144,7 +152,7 @@ def _process_group(norms: Sequence[_BatchNorm]) -> Optional[str]:
 
 @torch.no_grad()
 def _update_running_statistics(
-    norms: Sequence[_BatchNorm], statistics: Optional[norm_ops.Statistics], bias: Optional[Tensor]
+    norms: Sequence[_BatchNorm], statistics: norm_ops.Statistics | None, bias: Tensor | None
 ) -> None:
     """As ``nn.BatchNormNd`` does; an empty batch (None) is counted and changes nothing else."""
     for k, norm in enumerate(norms):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -19,11 +19,11 @@ class Call(NamedTuple):
     input: Tensor  # [N, C, *S]
     weight: Tensor  # [O, C, *kernel_size]
     attention: Tensor  # [N, K, *S_out]
-    bias: Optional[Tensor]  # [O]
-    branch_scale: Optional[Tensor]  # [K, O]
-    branch_shift: Optional[Tensor]  # [K, O]
+    bias: Tensor | None  # [O]
+    branch_scale: Tensor | None  # [K, O]
+    branch_shift: Tensor | None  # [K, O]
     geometry: Geometry
-    backend: Optional[str]  # the one that the caller forces
+    backend: str | None  # the one that the caller forces
 
     def as_3d(self) -> Call:
         """The same call with leading spatial axes of size one, the only form that most kernels know."""
@@ -33,7 +33,7 @@ class Call(NamedTuple):
         return Call(*volumes, *self[3:6], self.geometry.as_3d, self.backend)
 
 
-def as_3d(tensor: Optional[Tensor], first_axis: int = 2) -> Optional[Tensor]:
+def as_3d(tensor: Tensor | None, first_axis: int = 2) -> Tensor | None:
     """A view with spatial axes of size one before the others, which begin at ``first_axis``."""
     if tensor is not None:
         for _ in range(first_axis + 3 - tensor.dim()):
@@ -47,7 +47,7 @@ def operator_arguments(call: Call) -> tuple:
     return (*call[:6], *operator_settings(call))
 
 
-def operator_settings(call: Call) -> tuple[list[int], list[int], list[int], Optional[str]]:
+def operator_settings(call: Call) -> tuple[list[int], list[int], list[int], str | None]:
     """The arguments of an operator that are no tensors: dilations, stride, origin, backend."""
     return (*call.geometry.integers, call.backend)
 
@@ -57,7 +57,11 @@ def from_operator(
 ) -> Call:
     """The call that reached an operator: the inverse of :func:`operator_arguments`."""
     geometry = from_integers(
-        tuple(dilations), tuple(stride), tuple(origin),
-        weight.shape[2:], input.shape[2:], attention.shape[2:],
+        tuple(dilations),
+        tuple(stride),
+        tuple(origin),
+        weight.shape[2:],
+        input.shape[2:],
+        attention.shape[2:],
     )
     return Call(input, weight, attention, bias, branch_scale, branch_shift, geometry, backend)

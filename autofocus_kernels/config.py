@@ -22,10 +22,7 @@ def show_config() -> str:
         f"cpu capability    {torch.backends.cpu.get_cpu_capability()}",
     ]
     if torch.cuda.is_available():
-        lines += [
-            f"cuda device {i}     {torch.cuda.get_device_name(i)}"
-            for i in range(torch.cuda.device_count())
-        ]
+        lines += [f"cuda device {i}     {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     lines.append(f"{ENVIRONMENT_VARIABLE} {forced if forced else 'not set'}")
     lines += [
         f"backend {name:<9} {'available' if reason is None else 'unavailable: ' + reason}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ RELATIVE_DILATIONS = (1, 3, 5, 7)
 # The softmax of logits this far apart is one-hot in every floating dtype.
 _SATURATED = 1000.0
 
-Select = Union[None, Sequence[str], Callable[[str, nn.Module], bool]]
+Select = Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 
 def convert(
@@ -31,7 +30,7 @@ def convert(
     dilations: Sequence[IntOrTuple] = RELATIVE_DILATIONS,
     select: Select = None,
     *,
-    initial_attention: Optional[float] = 0.99,
+    initial_attention: float | None = 0.99,
 ) -> nn.Module:
     """Turns convolutions of ``network``, in place, into autofocus layers that keep their weights.
 
@@ -89,10 +88,10 @@ def convert(
 
 def revert(
     network: nn.Module,
-    branch: Optional[int] = None,
+    branch: int | None = None,
     select: Select = None,
     *,
-    example: Union[None, Tensor, tuple] = None,
+    example: Tensor | tuple | None = None,
     tolerance: float = 0.05,
 ) -> nn.Module:
     """Turns autofocus layers of ``network``, in place, into convolutions at the dilation of one of their branches.
@@ -147,9 +146,7 @@ def revert(
 
 
 def _autofocus_layers(network: nn.Module) -> dict[str, nn.Module]:
-    return {
-        name: module for name, module in network.named_modules() if isinstance(module, tuple(AUTOFOCUS.values()))
-    }
+    return {name: module for name, module in network.named_modules() if isinstance(module, tuple(AUTOFOCUS.values()))}
 
 
 def _chosen(network: nn.Module, eligible: dict[str, nn.Module], select: Select, kind: str) -> dict[str, nn.Module]:
@@ -221,8 +218,18 @@ def _layer_like(name: str, conv: nn.Module, dilations: Sequence[IntOrTuple]) -> 
         raise ValueError(f"{name} must have a real floating dtype, got {conv.weight.dtype}")
     try:
         return AUTOFOCUS[spatial_dims](
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            conv.groups, conv.bias is not None, conv.padding_mode, "meta", conv.weight.dtype, dilations=dilations,
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            "meta",
+            conv.weight.dtype,
+            dilations=dilations,
         )
     except ValueError as error:
         raise ValueError(f"{name} cannot become an autofocus layer: {error}") from error
@@ -236,14 +243,20 @@ def _conv_like(layer: nn.Module, branch: int) -> nn.Module:
         smallest = tuple(min(axis) for axis in zip(*layer.dilations))
         given = (0,) * len(dilation) if padding == "valid" else padding
         padding = tuple(
-            pad + (r - least) * (size // 2)
-            for pad, r, least, size in zip(given, dilation, smallest, layer.kernel_size)
+            pad + (r - least) * (size // 2) for pad, r, least, size in zip(given, dilation, smallest, layer.kernel_size)
         )
         if layer.padding == "valid" and not any(padding):
             padding = "valid"
     return CONV[len(dilation)](
-        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, padding, dilation,
-        bias=layer.bias is not None, device="meta", dtype=layer.weight.dtype,
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        padding,
+        dilation,
+        bias=layer.bias is not None,
+        device="meta",
+        dtype=layer.weight.dtype,
     )
 
 
@@ -312,7 +325,7 @@ def _least_attention(network: nn.Module, layers: dict[str, nn.Module], example) 
 
 
 def _branch_of(
-    name: str, layer: nn.Module, branch: Optional[int], measured: Optional[dict[str, Tensor]], tolerance: float
+    name: str, layer: nn.Module, branch: int | None, measured: dict[str, Tensor] | None, tolerance: float
 ) -> int:
     """The branch that ``layer`` is to become: ``branch``, or that which nearly all attention goes to, as ``measured``.
 
@@ -340,7 +353,7 @@ def _branch_of(
     return chosen
 
 
-def _constant_attention(gate) -> Optional[Tensor]:
+def _constant_attention(gate) -> Tensor | None:
     """[K], what the gate gives every voxel of any input; None if that depends on the input."""
     if type(gate) is not ScaleAttention or gate.conv2.weight.any():
         return None

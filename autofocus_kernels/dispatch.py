@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from functools import lru_cache
-from typing import Optional
+from functools import cache
 
 from . import self_check
 from .backends.interface import Backend, CannotRun
@@ -20,13 +19,13 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 
-@lru_cache(maxsize=None)
+@cache
 def backend_named(name: str) -> Backend:
     """The backend ``name``, one of :data:`BACKENDS`, imported when it is first asked for."""
     return importlib.import_module(f"autofocus_kernels.backends.{name}").backend
 
 
-def check_backend_name(name: Optional[str], source: str = "backend") -> None:
+def check_backend_name(name: str | None, source: str = "backend") -> None:
     """Raises ValueError, naming ``source``, unless ``name`` is None or one of :data:`BACKENDS`."""
     if name is not None and not (isinstance(name, str) and name in BACKENDS):
         raise ValueError(f"{source} must be None or one of {', '.join(BACKENDS)}, got {name!r}")
@@ -64,12 +63,12 @@ def run(function: str, call: Call, *arguments) -> None:
     raise AssertionError("the reference backend takes every call")
 
 
-@lru_cache(maxsize=None)
+@cache
 def log_refusal(name: str, reason: str) -> None:
     """One log line per backend and reason, so that a slow fallback never passes unnoticed."""
     logger.warning("backend %r is not used: %s", name, reason)
 
 
-def available_backends() -> dict[str, Optional[str]]:
+def available_backends() -> dict[str, str | None]:
     """Backend name -> None if it can run in this process, else the reason it cannot."""
     return {name: backend_named(name).unavailable() for name in BACKENDS}

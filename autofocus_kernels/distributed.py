@@ -7,8 +7,8 @@ beyond its shard, the halo; an output belongs to the rank whose shard holds its 
 
 from __future__ import annotations
 
-from itertools import accumulate
-from typing import NamedTuple, Optional
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -68,9 +68,9 @@ class SpatiallySharded(nn.Module):
         self,
         layer: nn.Module,
         dim: int,
-        process_group: Optional[dist.ProcessGroup] = None,
+        process_group: dist.ProcessGroup | None = None,
         *,
-        attention_reach: Optional[int] = None,
+        attention_reach: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(layer, tuple(CONV.values())):
@@ -157,7 +157,7 @@ class SpatiallySharded(nn.Module):
         return f"dim={self.dim}"
 
 
-def _attention_reach(gate: nn.Module, dim: int, given: Optional[int]) -> int:
+def _attention_reach(gate: nn.Module, dim: int, given: int | None) -> int:
     if isinstance(gate, ScaleAttention):
         return gate.kernel_size[dim] // 2
     if given is None:
@@ -176,7 +176,7 @@ def _describe(input) -> str:
 # ------------------------------------------------------------------ what each rank holds, computes and reads
 
 
-def _gather_shards(input: Tensor, dim: int, group: Optional[dist.ProcessGroup]) -> list[Span]:
+def _gather_shards(input: Tensor, dim: int, group: dist.ProcessGroup | None) -> list[Span]:
     """The shard of every rank of ``group``, after a check that they make one volume, which all ranks fail alike."""
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("SpatiallySharded needs torch.distributed.init_process_group to have been called")
@@ -221,7 +221,7 @@ class _Axis(NamedTuple):
         """The outputs of every rank: those with their centre in its shard; those in the padding go to the ends."""
         first = [-((self.origin - shard.start) // self.stride) for shard in shards[1:]]
         bounds = [0, *(min(max(start, 0), self.num_outputs) for start in first), self.num_outputs]
-        outputs = [Span(*pair) for pair in zip(bounds, bounds[1:])]
+        outputs = [Span(*pair) for pair in pairwise(bounds)]
         if any(span.length == 0 for span in outputs):
             raise ValueError(
                 "every rank must hold the centre of an output, got shards of "
@@ -257,7 +257,7 @@ class Exchange(NamedTuple):
 
     dim: int
     rank: int
-    group: Optional[dist.ProcessGroup]
+    group: dist.ProcessGroup | None
     shards: list[Span]
     windows: list[Span]
 

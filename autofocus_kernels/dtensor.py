@@ -42,9 +42,7 @@ def _backward(grad_output, *arguments):
     for primals, output in _RULES:
         gradients = [
             # An unwanted gradient is an empty tensor. A whole tensor that meets others' parts has a sum for a gradient.
-            Replicate() if not wanted or primals is _WHOLE
-            else Partial() if placement == Replicate()
-            else placement
+            Replicate() if not wanted or primals is _WHOLE else Partial() if placement == Replicate() else placement
             for placement, wanted in zip(primals, output_mask)
         ]
         rules.append((gradients, [output, *_placed(tensors, primals), *(None for _ in settings)]))

@@ -26,16 +26,44 @@ def forward(input, weight, attention, *_, **__) -> int:
 
 
 def backward(
-    grad_output, input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, origin, backend,
-    output_mask, **_,
+    grad_output,
+    input,
+    weight,
+    attention,
+    bias,
+    branch_scale,
+    branch_shift,
+    dilations,
+    stride,
+    origin,
+    backend,
+    output_mask,
+    **_,
 ) -> int:
     of_input, of_weight, of_attention, _, of_scale, _ = output_mask
     return (of_input + of_weight + (of_attention or of_scale)) * _convolutions(weight, attention)
 
 
 def branch_norm_backward(
-    grad_output, input, weight, attention, norm_weight, norm_bias, mean, var, count, branches, eps, save_branches,
-    group, dilations, stride, origin, backend, output_mask, **_,
+    grad_output,
+    input,
+    weight,
+    attention,
+    norm_weight,
+    norm_bias,
+    mean,
+    var,
+    count,
+    branches,
+    eps,
+    save_branches,
+    group,
+    dilations,
+    stride,
+    origin,
+    backend,
+    output_mask,
+    **_,
 ) -> int:
     of_input, of_weight, *_ = output_mask
     return (of_input + of_weight + (not save_branches)) * _convolutions(weight, attention)
@@ -47,7 +75,10 @@ def _convolutions(weight, attention) -> int:
 
 
 _FORMULAS = {
-    "forward": forward, "backward": backward, "branch_norm": forward, "branch_norm_backward": branch_norm_backward,
+    "forward": forward,
+    "backward": backward,
+    "branch_norm": forward,
+    "branch_norm_backward": branch_norm_backward,
 }
 
 

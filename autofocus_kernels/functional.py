@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
@@ -18,14 +16,14 @@ def autofocus_conv(
     input: Tensor,
     weight: Tensor,
     attention: Tensor,
-    bias: Optional[Tensor] = None,
+    bias: Tensor | None = None,
     *,
     dilations,
     stride=1,
     padding="same",
-    branch_scale: Optional[Tensor] = None,
-    branch_shift: Optional[Tensor] = None,
-    backend: Optional[str] = None,
+    branch_scale: Tensor | None = None,
+    branch_shift: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     r"""Weighs K dilated convolutions with one shared weight per voxel: ``out = sum_k a_k (s_k y_k + h_k)``.
 
@@ -66,8 +64,15 @@ def autofocus_conv(
     tensors = (input, weight, attention, bias, branch_scale, branch_shift)
     if has_torch_function(tensors):  # a proxy of torch.fx, a subclass of Tensor
         return handle_torch_function(
-            autofocus_conv, tensors, *tensors[:4], dilations=dilations, stride=stride, padding=padding,
-            branch_scale=branch_scale, branch_shift=branch_shift, backend=backend,
+            autofocus_conv,
+            tensors,
+            *tensors[:4],
+            dilations=dilations,
+            stride=stride,
+            padding=padding,
+            branch_scale=branch_scale,
+            branch_shift=branch_shift,
+            backend=backend,
         )
     call, unbatched = prepare(*tensors, dilations, stride, padding, backend)
     output = ops.apply(call)
@@ -78,13 +83,13 @@ def prepare(
     input: Tensor,
     weight: Tensor,
     attention: Tensor,
-    bias: Optional[Tensor],
-    branch_scale: Optional[Tensor],
-    branch_shift: Optional[Tensor],
+    bias: Tensor | None,
+    branch_scale: Tensor | None,
+    branch_shift: Tensor | None,
     dilations,
     stride,
     padding,
-    backend: Optional[str],
+    backend: str | None,
 ) -> tuple[Call, bool]:
     """What public functions do before they compute: autocast, the batch axis, every check.
 
@@ -97,14 +102,14 @@ def prepare(
             input.device.type, input, weight, attention, bias, branch_scale, branch_shift
         )
     unbatched = (
-        isinstance(input, Tensor) and isinstance(weight, Tensor) and isinstance(attention, Tensor)
+        isinstance(input, Tensor)
+        and isinstance(weight, Tensor)
+        and isinstance(attention, Tensor)
         and input.dim() == attention.dim() == weight.dim() - 1
     )
     if unbatched:
         input, attention = input.unsqueeze(0), attention.unsqueeze(0)
-    call = check_call(
-        input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, padding, backend
-    )
+    call = check_call(input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, padding, backend)
     return call, unbatched
 
 

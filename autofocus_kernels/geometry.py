@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, wraps
 from numbers import Integral
-from typing import Optional, Union
 
 import torch
 
-IntOrTuple = Union[int, Sequence[int]]
-Padding = Union[int, Sequence[int], str]
+IntOrTuple = int | Sequence[int]
+Padding = int | Sequence[int] | str
 # Of any stride, dilation or padding: no product with a tap or with another of them overflows the kernels' 64 bits.
 LARGEST = 2**48
 
@@ -39,7 +38,7 @@ class Geometry:
     origin: tuple[int, ...]
     input_size: tuple[int, ...]
     output_size: tuple[int, ...]
-    tile_sizes: Optional[tuple[tuple[int, ...], tuple[int, ...]]] = None
+    tile_sizes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
     def spatial_dims(self) -> int:
@@ -139,9 +138,7 @@ def per_axis(name: str, value: IntOrTuple, spatial_dims: int, minimum: int) -> t
     if any(isinstance(entry, bool) or not isinstance(entry, Integral) for entry in entries):
         raise TypeError(f"{name} must hold ints, got {value!r}")
     if len(entries) != spatial_dims:
-        raise ValueError(
-            f"{name} must be an int or {spatial_dims} ints, one per spatial axis, got {value!r}"
-        )
+        raise ValueError(f"{name} must be an int or {spatial_dims} ints, one per spatial axis, got {value!r}")
     if min(entries) < minimum:
         raise ValueError(f"{name} must be at least {minimum} on every axis, got {value!r}")
     if max(entries) > LARGEST:
@@ -189,16 +186,10 @@ def resolve_padding(
 def resolve_dilations(dilations: Sequence[IntOrTuple], spatial_dims: int) -> tuple[tuple[int, ...], ...]:
     """One dilation tuple per branch, from ints or per-axis tuples."""
     if isinstance(dilations, (str, bytes)) or not isinstance(dilations, Sequence):
-        raise TypeError(
-            "dilations must be a sequence with one int (or tuple of ints) per branch, "
-            f"got {dilations!r}"
-        )
+        raise TypeError(f"dilations must be a sequence with one int (or tuple of ints) per branch, got {dilations!r}")
     if not dilations:
         raise ValueError("dilations must name at least one branch, got an empty sequence")
-    return tuple(
-        per_axis(f"dilations[{k}]", dilation, spatial_dims, minimum=1)
-        for k, dilation in enumerate(dilations)
-    )
+    return tuple(per_axis(f"dilations[{k}]", dilation, spatial_dims, minimum=1) for k, dilation in enumerate(dilations))
 
 
 @once

@@ -1,7 +1,6 @@
 """Drop-in layers: ``AutofocusConvNd`` in place of ``nn.ConvNd``, and the gate of the paper, ``ScaleAttention``."""
 
 # Not `from __future__ import annotations`: torch.fx pickles the annotations of forward, and no strings.
-from typing import Optional
 
 import torch.fx
 import torch.nn.functional as F
@@ -76,7 +75,7 @@ class ScaleAttention(nn.Module):
         kernel_size: IntOrTuple = 3,
         *,
         spatial_dims: int = 3,
-        hidden_channels: Optional[int] = None,
+        hidden_channels: int | None = None,
         stride: IntOrTuple = 1,
         padding: Padding = "same",
         dilation: IntOrTuple = 1,
@@ -105,8 +104,12 @@ class ScaleAttention(nn.Module):
         conv = CONV[spatial_dims]
         options = {"device": device, "dtype": dtype}
         self.conv1 = conv(
-            in_channels, hidden_channels, self.kernel_size, self.stride,
-            padding=tuple(max(margin, 0) for margin in margins), **options,
+            in_channels,
+            hidden_channels,
+            self.kernel_size,
+            self.stride,
+            padding=tuple(max(margin, 0) for margin in margins),
+            **options,
         )
         self.conv2 = conv(hidden_channels, num_branches, 1, **options)
 
@@ -145,9 +148,9 @@ class _AutofocusConv:
         dilations=(2, 6, 10, 14),
         branch_norm: bool = False,
         save_branches: bool = False,
-        attention: Optional[nn.Module] = None,
+        attention: nn.Module | None = None,
         detach_attention: bool = True,
-        backend: Optional[str] = None,
+        backend: str | None = None,
     ) -> None:
         if groups != 1:
             raise ValueError(f"groups must be 1 (grouped weights are not supported), got {groups!r}")
@@ -165,27 +168,37 @@ class _AutofocusConv:
         dilation = per_axis("dilation", dilation, self.spatial_dims, minimum=1)
         branches = resolve_dilations(dilations, self.spatial_dims)
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
         )
-        self.dilations = tuple(
-            tuple(r * factor for r, factor in zip(branch, dilation)) for branch in branches
-        )
+        self.dilations = tuple(tuple(r * factor for r, factor in zip(branch, dilation)) for branch in branches)
         self.branch_norm = None
         if branch_norm:
             norm = BATCH_NORM[self.spatial_dims]
-            self.branch_norm = nn.ModuleList(
-                norm(out_channels, device=device, dtype=dtype) for _ in branches
-            )
+            self.branch_norm = nn.ModuleList(norm(out_channels, device=device, dtype=dtype) for _ in branches)
         self.save_branches = bool(save_branches)
         self.detach_attention = detach_attention
         self.backend = backend
         if attention is None:
             attention = ScaleAttention(
-                in_channels, len(branches), kernel_size,
-                spatial_dims=self.spatial_dims, stride=stride, padding=padding,
+                in_channels,
+                len(branches),
+                kernel_size,
+                spatial_dims=self.spatial_dims,
+                stride=stride,
+                padding=padding,
                 dilation=tuple(min(axis) for axis in zip(*self.dilations)),
-                device=device, dtype=dtype,
+                device=device,
+                dtype=dtype,
             )
         self.attention = attention
 
@@ -200,7 +213,10 @@ class _AutofocusConv:
         """The layer's output for the weights that the gate gave, and for a padding of the caller's."""
         tensors = (input, self.weight, attention.to(input.dtype), self.bias)
         options = {
-            "dilations": self.dilations, "stride": self.stride, "padding": padding, "backend": self.backend,
+            "dilations": self.dilations,
+            "stride": self.stride,
+            "padding": padding,
+            "backend": self.backend,
         }
         if self.branch_norm is None:
             return autofocus_conv(*tensors, **options)

@@ -11,7 +11,7 @@ float64 tensors and float32 for all others.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,7 @@ from .call import Call, from_operator, operator_settings
 
 _PRIMALS = "Tensor input, Tensor weight, Tensor attention"
 _AFFINE = "Tensor norm_weight, Tensor norm_bias"
-_SETTINGS = (
-    "float[] eps, bool save_branches, str? group, int[] dilations, int[] stride, int[] origin, str? backend"
-)
+_SETTINGS = "float[] eps, bool save_branches, str? group, int[] dilations, int[] stride, int[] origin, str? backend"
 torch.library.define(
     "autofocus::branch_norm",
     f"({_PRIMALS}, Tensor? bias, {_AFFINE}, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -41,11 +39,11 @@ class NormSettings(NamedTuple):
 
     eps: list[float]
     save_branches: bool
-    group: Optional[str]
+    group: str | None
     dilations: list[int]
     stride: list[int]
     origin: list[int]
-    backend: Optional[str]
+    backend: str | None
 
     def call(self, input: Tensor, weight: Tensor, attention: Tensor) -> Call:
         return from_operator(input, weight, attention, None, None, None, *self[3:])
@@ -61,13 +59,13 @@ class Statistics(NamedTuple):
 
 def apply(
     call: Call,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor,
     *,
     eps: list[float],
     save_branches: bool,
-    group: Optional[str],
+    group: str | None,
 ) -> tuple[Tensor, Statistics]:
     """``sum_k a_k BN_k(y_k)`` ``[N, O, *S_out]`` by batch statistics, and these (not differentiable).
 
@@ -92,7 +90,7 @@ def apply(
 
 
 def plain(
-    call: Call, bias: Optional[Tensor], norm_weight: Tensor, norm_bias: Tensor, eps: list[float]
+    call: Call, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: list[float]
 ) -> tuple[Tensor, Statistics]:
     """The definition in plain PyTorch: differentiable any number of times, every branch saved twice."""
     output = None if bias is None else 0 * reference.per_channel(bias, call.geometry)
@@ -125,7 +123,9 @@ def allocate_branches(input: Tensor, weight: Tensor, attention: Tensor) -> Tenso
     """``[K, N, O, *S_out]``, each branch dense in the memory format of ``input``."""
     N, K, *size = attention.shape
     branches = torch.empty(
-        (K * N, weight.shape[0], *size), dtype=input.dtype, device=input.device,
+        (K * N, weight.shape[0], *size),
+        dtype=input.dtype,
+        device=input.device,
         memory_format=ops.memory_format_of(input),
     )
     return branches.unflatten(0, (K, N))
@@ -228,8 +228,16 @@ def _branch_norm_backward(
             c_coef = -scale * sums[1] / count - b_coef * mean
             grad_branches = torch.empty_like(branches) if settings.save_branches else branches
             _run(
-                "branch_norm_backward", call, grad_output, branches, scale, b_coef, c_coef, grad_branches,
-                grad_input, grad_weight,
+                "branch_norm_backward",
+                call,
+                grad_output,
+                branches,
+                scale,
+                b_coef,
+                c_coef,
+                grad_branches,
+                grad_input,
+                grad_weight,
             )
     return tuple(gradients)
 
@@ -282,15 +290,11 @@ def _save_for_double_backward(ctx, inputs, output) -> None:
 def _double_gradients(ctx, *grad_gradients):
     """Differentiates the plain definition twice."""
     if ctx.settings.group is not None:
-        raise RuntimeError(
-            "branch_norm that shares statistics between processes cannot be differentiated twice"
-        )
+        raise RuntimeError("branch_norm that shares statistics between processes cannot be differentiated twice")
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases, because the saved tensors may depend on each other and only the direct paths count here.
-        aliases = [
-            t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors
-        ]
+        aliases = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
         grad_output, *primals = aliases
         output, _ = plain(ctx.settings.call(*primals[:3]), None, *primals[3:], ctx.settings.eps)
         gradients = torch.autograd.grad(output, primals, grad_output, create_graph=True)
@@ -302,8 +306,11 @@ def _double_gradients(ctx, *grad_gradients):
         if not pairs:
             return (None,) * len(ctx.needs_input_grad)
         results = torch.autograd.grad(
-            [gradient for gradient, _ in pairs], aliases, [grad for _, grad in pairs],
-            allow_unused=True, create_graph=create_graph,
+            [gradient for gradient, _ in pairs],
+            aliases,
+            [grad for _, grad in pairs],
+            allow_unused=True,
+            create_graph=create_graph,
         )
     return *results, *(None,) * (len(ctx.needs_input_grad) - len(results))
 

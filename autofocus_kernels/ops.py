@@ -10,8 +10,6 @@ The operators take validated arguments; call :func:`autofocus_kernels.autofocus_
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -22,10 +20,7 @@ from .call import Call, from_operator, operator_arguments
 # The six tensor arguments, in the order of the operator's schema, of a Call and of the gradients.
 INPUT, WEIGHT, ATTENTION, BIAS, SCALE, SHIFT = range(6)
 
-_TENSORS = (
-    "Tensor input, Tensor weight, Tensor attention, Tensor? bias, Tensor? branch_scale, "
-    "Tensor? branch_shift"
-)
+_TENSORS = "Tensor input, Tensor weight, Tensor attention, Tensor? bias, Tensor? branch_scale, Tensor? branch_shift"
 # call.operator_settings, to which `settings` refers below.
 _SETTINGS = "int[] dilations, int[] stride, int[] origin, str? backend"
 torch.library.define("autofocus::forward", f"({_TENSORS}, {_SETTINGS}) -> Tensor")
@@ -98,9 +93,7 @@ def transforms_active() -> bool:
 
 def allocate_output(input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
     shape = (input.shape[0], weight.shape[0], *attention.shape[2:])
-    return torch.empty(
-        shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input)
-    )
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 
 def memory_format_of(input: Tensor) -> torch.memory_format:
@@ -161,9 +154,7 @@ def _backward(grad_output, *arguments):
             if gradient is not None:
                 gradient.zero_()
         if output_mask[ATTENTION] and (call.bias is not None or call.branch_shift is not None):
-            gradients[ATTENTION].copy_(
-                _constant_term_grad(grad_output, call.attention, call.bias, call.branch_shift)
-            )
+            gradients[ATTENTION].copy_(_constant_term_grad(grad_output, call.attention, call.bias, call.branch_shift))
     else:
         dispatch.run("backward", call, grad_output, of_backend)
     return tuple(gradients)
@@ -261,11 +252,9 @@ def _tangent_terms(primals, tangents):
             yield slot, term
 
 
-def _tangent(primals, tangents, settings: tuple) -> Optional[Tensor]:
+def _tangent(primals, tangents, settings: tuple) -> Tensor | None:
     """The directional derivative of the forward; None if every tangent is None."""
-    terms = [
-        torch.ops.autofocus.forward(*term, *settings) for _, term in _tangent_terms(primals, tangents)
-    ]
+    terms = [torch.ops.autofocus.forward(*term, *settings) for _, term in _tangent_terms(primals, tangents)]
     if tangents[BIAS] is not None or tangents[SHIFT] is not None:
         terms.append(_constant_term(primals[ATTENTION], tangents[BIAS], tangents[SHIFT], None))
     return sum(terms[1:], terms[0]) if terms else None
@@ -283,15 +272,14 @@ def _gradients_tangent(grad_output, primals, tangents, settings: tuple, mask):
 
     It is also, by symmetry, the gradient for the primals of ``<G, tangent(tangents)>``.
     """
-    results: list[Optional[Tensor]] = [None] * 6
+    results: list[Tensor | None] = [None] * 6
 
     def accumulate(slot: int, value: Tensor) -> None:
         results[slot] = value if results[slot] is None else results[slot] + value
 
     for slot, term in _tangent_terms(primals, tangents):
         term_mask = [
-            wanted and i != slot and argument is not None
-            for i, (wanted, argument) in enumerate(zip(mask, term))
+            wanted and i != slot and argument is not None for i, (wanted, argument) in enumerate(zip(mask, term))
         ]
         if any(term_mask):
             gradients = torch.ops.autofocus.backward(grad_output, *term, *settings, term_mask)
@@ -309,18 +297,14 @@ def _gradients_tangent(grad_output, primals, tangents, settings: tuple, mask):
 def _double_gradients(ctx, *grad_gradients):
     """With ``t_i`` the gradients of the wanted gradients, the loss is ``<G, tangent(t)>``: differentiate that."""
     grad_output, *primals = ctx.saved_tensors
-    tangents = [
-        grad if wanted else None for grad, wanted in zip(grad_gradients, ctx.output_mask)
-    ]
+    tangents = [grad if wanted else None for grad, wanted in zip(grad_gradients, ctx.output_mask)]
     needs_grad_output, *needs = ctx.needs_input_grad[:7]
     results = _gradients_tangent(grad_output, primals, tangents, ctx.settings, needs)
     grad_grad_output = _tangent(primals, tangents, ctx.settings) if needs_grad_output else None
     return grad_grad_output, *results, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "autofocus::backward", _double_gradients, setup_context=_save_for_double_backward
-)
+torch.library.register_autograd("autofocus::backward", _double_gradients, setup_context=_save_for_double_backward)
 
 
 class _Autofocus(torch.autograd.Function):
@@ -377,9 +361,7 @@ class _AutofocusBackward(torch.autograd.Function):
             along = torch.ops.autofocus.backward(grad_output_tangent, *primals, *ctx.settings, mask)
             results = [r if l is None else l if r is None else r + l for r, l in zip(results, along)]
         return tuple(
-            primals[INPUT].new_zeros(0) if not wanted
-            else torch.zeros_like(primal) if result is None
-            else result
+            primals[INPUT].new_zeros(0) if not wanted else torch.zeros_like(primal) if result is None else result
             for wanted, primal, result in zip(mask, primals, results)
         )
 

@@ -7,7 +7,6 @@ One convolution per branch with the shared weight, then the attention-weighted s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +21,13 @@ def autofocus_conv(
     input: Tensor,
     weight: Tensor,
     attention: Tensor,
-    bias: Optional[Tensor] = None,
+    bias: Tensor | None = None,
     *,
     dilations,
     stride=1,
     padding="same",
-    branch_scale: Optional[Tensor] = None,
-    branch_shift: Optional[Tensor] = None,
+    branch_scale: Tensor | None = None,
+    branch_shift: Tensor | None = None,
 ) -> Tensor:
     """The contract of :func:`autofocus_kernels.autofocus_conv`, computed branch by branch.
 
@@ -76,7 +75,7 @@ def branches(call: Call) -> Iterator[Tensor]:
 
 def branch_gradients(
     call: Call, k: int, grad_branch: Tensor, needs_input: bool, needs_weight: bool
-) -> tuple[Optional[Tensor], Optional[Tensor]]:
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of branch ``k`` for input and weight, where autograd does not record."""
     input, weight, geometry = call.input, call.weight, call.geometry
     flat = geometry.spatial_dims == 1
@@ -84,7 +83,16 @@ def branch_gradients(
         grad_branch, input, weight = (t.unsqueeze(2) for t in (grad_branch, input, weight))
     stride, padding, crop, dilation = _conv_arguments(geometry, k)
     grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad_branch, _cropped(input, crop), weight, None, stride, padding, dilation, False, [0] * len(stride), 1,
+        grad_branch,
+        _cropped(input, crop),
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0] * len(stride),
+        1,
         [needs_input, needs_weight, False],
     )
     if needs_input and any(crop):
@@ -101,10 +109,7 @@ def _conv_arguments(geometry: Geometry, k: int):
     is cropped instead.
     """
     dilation = geometry.dilations[k]
-    margins = [
-        r * (size - 1) // 2 - o
-        for r, size, o in zip(dilation, geometry.kernel_size, geometry.origin)
-    ]
+    margins = [r * (size - 1) // 2 - o for r, size, o in zip(dilation, geometry.kernel_size, geometry.origin)]
     padding = tuple(max(margin, 0) for margin in margins)
     crop = tuple(max(-margin, 0) for margin in margins)
     if geometry.spatial_dims == 1:

@@ -23,7 +23,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,8 +64,13 @@ _FILLED = {
 }
 _NORM_VECTORS = ("mean", "var", "scale", "shift", "a_coef", "b_coef", "c_coef")
 # Of tolerance.terms, for what is not named there: sums of the same kind and at least as long.
-_TERMS = {"branches": "output", "mean": "branch_scale", "var": "branch_scale", "scale": "branch_scale",
-          "shift": "branch_shift"}
+_TERMS = {
+    "branches": "output",
+    "mean": "branch_scale",
+    "var": "branch_scale",
+    "scale": "branch_scale",
+    "shift": "branch_shift",
+}
 
 
 class Layout(NamedTuple):
@@ -91,8 +96,8 @@ class Variant(NamedTuple):
     geometry: Geometry
     channels: int
     out_channels: int
-    call: tuple[Optional[Layout], ...]  # of the call's six tensors
-    arguments: tuple[Optional[Layout], ...]  # of what is read and filled
+    call: tuple[Layout | None, ...]  # of the call's six tensors
+    arguments: tuple[Layout | None, ...]  # of what is read and filled
     in_place: bool  # grad_branches is memory of the branches
 
     def __str__(self) -> str:
@@ -112,19 +117,19 @@ class Outcome(NamedTuple):
     reason: str
 
     @property
-    def refusal(self) -> Optional[str]:
+    def refusal(self) -> str | None:
         return self.reason if self.verdict == "wrong" else None
 
 
 _outcomes: dict[Variant, Outcome] = {}
 # The same for every call that came: a look-up without a small problem.
-_known: dict[tuple, Optional[str]] = {}
+_known: dict[tuple, str | None] = {}
 _MOST_KNOWN = 4096
 _lock = threading.RLock()
 _checking = False
 
 
-def refusal(name: str, backend: Backend, function: str, call: Call, arguments: tuple) -> Optional[str]:
+def refusal(name: str, backend: Backend, function: str, call: Call, arguments: tuple) -> str | None:
     """Why ``backend``, of this name, may not run ``function(call, *arguments)``: it was wrong on such a problem.
 
     None if it was right, or could not be checked. The first call of its kind is checked here.
@@ -137,8 +142,21 @@ def refusal(name: str, backend: Backend, function: str, call: Call, arguments: t
     in_place = function == "branch_norm_backward" and arguments[5].data_ptr() == arguments[1].data_ptr()
     # Every call passes here. What is filled lies like what is read, and the layout of vectors hardly matters.
     key = (
-        name, function, geometry, dtype, device, tf32, in_place, weight.shape, input.stride(), weight.stride(),
-        attention.stride(), arguments[0].stride(), bias is None, scale is None, shift is None,
+        name,
+        function,
+        geometry,
+        dtype,
+        device,
+        tf32,
+        in_place,
+        weight.shape,
+        input.stride(),
+        weight.stride(),
+        attention.stride(),
+        arguments[0].stride(),
+        bias is None,
+        scale is None,
+        shift is None,
         *[argument is None for argument in arguments],
     )
     try:
@@ -150,8 +168,17 @@ def refusal(name: str, backend: Backend, function: str, call: Call, arguments: t
     O, C = weight.shape[:2]
     layouts = [None if tensor is None else _layout(tensor) for tensor in (*call[:6], *arguments)]
     variant = Variant(
-        name, function, device, dtype, tf32, _small(geometry, C, O, backend.tiles_by_volume), C, O,
-        tuple(layouts[:6]), tuple(layouts[6:]), in_place,
+        name,
+        function,
+        device,
+        dtype,
+        tf32,
+        _small(geometry, C, O, backend.tiles_by_volume),
+        C,
+        O,
+        tuple(layouts[:6]),
+        tuple(layouts[6:]),
+        in_place,
     )
     with _lock:
         global _checking
@@ -240,7 +267,12 @@ def _small(geometry: Geometry, C: int, O: int, tiles_by_volume: bool) -> Geometr
         for target, (_, _, stride, origin, size) in zip(clipped(longest), axes)
     ]
     return Geometry(
-        geometry.kernel_size, geometry.dilations, geometry.stride, geometry.origin, tuple(sizes), outputs(sizes),
+        geometry.kernel_size,
+        geometry.dilations,
+        geometry.stride,
+        geometry.origin,
+        tuple(sizes),
+        outputs(sizes),
         (geometry.input_size, geometry.output_size) if tiles_by_volume else None,
     )
 
@@ -269,7 +301,7 @@ def _values(variant: Variant) -> tuple[Call, dict[str, Tensor]]:
     generator = torch.Generator(variant.device).manual_seed(0)
     fan_in = variant.channels * variant.geometry.num_taps
 
-    def make(name: str, layout: Optional[Layout]) -> Optional[Tensor]:
+    def make(name: str, layout: Layout | None) -> Tensor | None:
         if layout is None:
             return None
 
@@ -373,7 +405,7 @@ def _run(backend: Backend, variant: Variant, call: Call, read: dict[str, Tensor]
     """What the function of ``variant`` fills, by name, from memory of NaN; the dtype is that of ``call``."""
     function, dtype = variant.function, call.weight.dtype
 
-    def make(name: str, layout: Optional[Layout]) -> Optional[Tensor]:
+    def make(name: str, layout: Layout | None) -> Tensor | None:
         def nan(shape: list[int]) -> Tensor:
             return torch.full(shape, math.nan, dtype=_dtype(name, dtype), device=variant.device)
 

@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,10 +44,10 @@ class Case:
     channels: int = 4
     out_channels: int = 5
     batch: int = 1
-    kernel_size: Union[int, tuple[int, ...]] = 3
-    dilations: tuple[Union[int, tuple[int, ...]], ...] = (1, 2, 3)
-    stride: Union[int, tuple[int, ...]] = 1
-    padding: Union[int, tuple[int, ...], str] = "same"
+    kernel_size: int | tuple[int, ...] = 3
+    dilations: tuple[int | tuple[int, ...], ...] = (1, 2, 3)
+    stride: int | tuple[int, ...] = 1
+    padding: int | tuple[int, ...] | str = "same"
     mode: str = "plain"
     bias: bool = True
     layout: str = "contiguous"
@@ -154,24 +154,20 @@ class Tensors(NamedTuple):
     input: Tensor  # [N, C, *S]
     weight: Tensor  # [O, C, *kernel_size]
     attention: Tensor  # [N, K, *S_out]
-    bias: Optional[Tensor]  # [O]
-    branch_scale: Optional[Tensor]  # [K, O]
-    branch_shift: Optional[Tensor]  # [K, O]
+    bias: Tensor | None  # [O]
+    branch_scale: Tensor | None  # [K, O]
+    branch_shift: Tensor | None  # [K, O]
     grad_output: Tensor  # [N, O, *S_out]
 
     def arguments(self) -> dict[str, Tensor]:
         """Name -> tensor of the arguments that are there."""
-        return {
-            name: tensor
-            for name, tensor in zip(self._fields[:6], self[:6])
-            if tensor is not None
-        }
+        return {name: tensor for name, tensor in zip(self._fields[:6], self[:6]) if tensor is not None}
 
 
 def make_tensors(
     case: Case,
     dtype: torch.dtype = torch.float32,
-    device: Union[str, torch.device] = "cpu",
+    device: str | torch.device = "cpu",
     seed: int = 0,
     requires_grad: bool = False,
 ) -> Tensors:
@@ -242,10 +238,8 @@ def call_of(case: Case, tensors: Tensors) -> Call:
 
 
 def evaluate(function: Callable[..., Tensor], case: Case, tensors: Tensors) -> dict[str, Tensor]:
-    """"output" and, under each argument's name, its gradient, from ``function`` with the signature of the reference."""
-    arguments = {
-        name: tensor.detach().requires_grad_() for name, tensor in tensors.arguments().items()
-    }
+    """The key "output" and, under each argument's name, its gradient, of ``function``, called as the reference is."""
+    arguments = {name: tensor.detach().requires_grad_() for name, tensor in tensors.arguments().items()}
     output = function(**arguments, **case.options)
     gradients = torch.autograd.grad(output, list(arguments.values()), tensors.grad_output)
     return {"output": output.detach(), **dict(zip(arguments, gradients))}
@@ -272,10 +266,10 @@ def tolerances(case: Case, tensors: Tensors, expected: dict[str, Tensor]) -> dic
 
 
 def check(
-    backend: Optional[str],
+    backend: str | None,
     case: Case,
     dtype: torch.dtype = torch.float32,
-    device: Union[str, torch.device] = "cpu",
+    device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> dict[str, float]:
     """Runs ``case`` forward and backward on ``backend`` with poisoned allocations and judges it against truth.
@@ -314,9 +308,7 @@ def judge(results: dict[str, Tensor], case: Case, tensors: Tensors, label: str =
         if result.dtype != tensors.input.dtype:
             problems.append(f"{name} has dtype {result.dtype}, expected {tensors.input.dtype}")
     if not results["output"].is_contiguous(memory_format=case.memory_format):
-        problems.append(
-            f"output has strides {results['output'].stride()}, expected {case.memory_format} like input"
-        )
+        problems.append(f"output has strides {results['output'].stride()}, expected {case.memory_format} like input")
     errors = {name: relative_error(result, expected[name]) for name, result in results.items()}
     # "not <=" so that a NaN is a failure.
     problems += [

@@ -10,9 +10,7 @@ DILATIONS = (2, 6, 10, 14)
 
 
 def _case(name: str, size, channels: int, out_channels: int, **options) -> Case:
-    return Case(
-        name, size, channels=channels, out_channels=out_channels, dilations=DILATIONS, **options
-    )
+    return Case(name, size, channels=channels, out_channels=out_channels, dilations=DILATIONS, **options)
 
 
 # AFN-6 of the paper on 75^3 segments: its stem leaves 71^3, and every layer is unpadded for dilation 2. The paper

@@ -71,10 +71,12 @@ def make_tensors(case: Case, dtype: str, device: str) -> Tensors:
 def lay_out(tensors: Tensors, case: Case, layout: str) -> Tensors:
     """The same values in ``layout``, the weight too, as ``module.to(memory_format=...)`` would."""
     memory_format = replace(case, layout=layout).memory_format
-    return Tensors(*(
-        tensor if tensor is None or tensor.dim() < 4 else tensor.contiguous(memory_format=memory_format)
-        for tensor in tensors
-    ))
+    return Tensors(
+        *(
+            tensor if tensor is None or tensor.dim() < 4 else tensor.contiguous(memory_format=memory_format)
+            for tensor in tensors
+        )
+    )
 
 
 def runner(pass_name: str, function: Callable[..., Tensor], case: Case, tensors: Tensors) -> Callable:
@@ -197,8 +199,12 @@ def _cuda_clock() -> Callable[[Callable], float]:
 
 
 def interleave(
-    calls: dict, seconds_of: Callable[[Callable], float], budget: float,
-    min_rounds: int = 3, max_rounds: int = 100, on_round: Callable = lambda: None,
+    calls: dict,
+    seconds_of: Callable[[Callable], float],
+    budget: float,
+    min_rounds: int = 3,
+    max_rounds: int = 100,
+    on_round: Callable = lambda: None,
 ) -> dict:
     """Times the calls in turn, round after round, so that all meet the same machine: key -> seconds of each round.
 

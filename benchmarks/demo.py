@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from cases import DILATIONS
+from contenders import NAIVE, backends_of, contenders
 
 from autofocus_kernels import AutofocusConv3d
 from autofocus_kernels.testing import Case, Tensors
-from cases import DILATIONS
-from contenders import NAIVE, backends_of, contenders
 
 SEED = 0
 
@@ -98,7 +98,12 @@ def race(image: Tensor, device: str, quick: bool) -> list[dict]:
         attention = layer.attention(features)
     case = Case("image", tuple(features.shape[2:]), channels=channels, out_channels=channels, dilations=DILATIONS)
     tensors = Tensors(
-        features, layer.weight.detach(), attention, layer.bias.detach(), None, None,
+        features,
+        layer.weight.detach(),
+        attention,
+        layer.bias.detach(),
+        None,
+        None,
         grad_output=torch.randn_like(features),
     )
     reasons = backends_of(device)
@@ -110,8 +115,16 @@ def race(image: Tensor, device: str, quick: bool) -> list[dict]:
     passes = ("inference", "training")
     with tqdm(total=len(passes), unit="pass", file=sys.stderr, dynamic_ncols=True) as bar:
         measured = harness.measure(
-            case, "float32", passes, contenders(backends, compiled=False), device, harness.Ceilings(device),
-            seconds=0.05 if quick else 8.0, measure_memory=not quick, say=bar.set_postfix_str, tensors=tensors,
+            case,
+            "float32",
+            passes,
+            contenders(backends, compiled=False),
+            device,
+            harness.Ceilings(device),
+            seconds=0.05 if quick else 8.0,
+            measure_memory=not quick,
+            say=bar.set_postfix_str,
+            tensors=tensors,
         )
         for group in measured:
             rows += [{**row, **harness.environment(device)} for row in group]
@@ -133,10 +146,13 @@ def draw_speed(rows: list[dict]) -> plt.Figure:
         values = [row[column] / unit for row in shown]
         labels = [f"{row['contender']}, {row['layout'].replace('_', ' ')}" for row in shown]
         bars = axis.barh(
-            range(len(shown)), values,
+            range(len(shown)),
+            values,
             color=["#9a9a9a" if row["contender"] == NAIVE else "#2a6fbb" for row in shown],
         )
-        axis.bar_label(bars, [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values], padding=3, fontsize=9)
+        axis.bar_label(
+            bars, [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values], padding=3, fontsize=9
+        )
         axis.set_yticks(range(len(shown)), labels, fontsize=9)
         axis.invert_yaxis()
         axis.margins(x=0.12)
@@ -146,7 +162,8 @@ def draw_speed(rows: list[dict]) -> plt.Figure:
     machine = first["cpu"] if first["device"] == "cpu" else first["device"]
     figure.suptitle(
         f"The naive layer (grey) against the fused one (blue): image features {first['shape']}, float32, shorter is "
-        f"better\n{machine}, {first['threads']} CPU threads, torch {first['torch']}", fontsize=11,
+        f"better\n{machine}, {first['threads']} CPU threads, torch {first['torch']}",
+        fontsize=11,
     )
     return figure
 
@@ -210,8 +227,7 @@ class Lesson:
         count = max(1, round(10 * np.prod(size) / 48**3))
         draws = torch.rand(count, 4, generator=generator).tolist()
         return [
-            ([share * n for share, n in zip(draw, size)], 1 + draw[3] ** 2 * (self.largest_hole - 1))
-            for draw in draws
+            ([share * n for share, n in zip(draw, size)], 1 + draw[3] ** 2 * (self.largest_hole - 1)) for draw in draws
         ]
 
     def train(self) -> None:
@@ -222,8 +238,7 @@ class Lesson:
         for _ in bar:
             crop = [min(self.sizes.crop, n) for n in self.image.shape[2:]]
             corner = [
-                int(torch.randint(n - edge + 1, (), generator=generator))
-                for n, edge in zip(self.image.shape[2:], crop)
+                int(torch.randint(n - edge + 1, (), generator=generator)) for n, edge in zip(self.image.shape[2:], crop)
             ]
             window = tuple(slice(c, c + edge) for c, edge in zip(corner, crop))
             target = self.image[(..., *window)]
@@ -303,13 +318,16 @@ class Lesson:
         for axis in [*top, *bottom[:4]]:
             axis.set_axis_off()
         top[4].text(
-            0, 0.95,
+            0,
+            0.95,
             "One AutofocusConv3d: a single 3x3x3\nkernel that is stretched by 2, 6, 10\nor 14 voxels, weighed "
             "anew at every\nvoxel. Its gate sees only which voxels\nare missing.\n\n"
             "Near the rim of a hole a short reach\nfinds known voxels, in the middle of\na large one only a long one.\n"
             f"{self.sizes.steps} training steps led to dilation {near:.1f}\nwithin 2 voxels of a rim (mean) and\n"
             f"{far:.1f} further in.\n\nThe holes shown were not trained on;\nthe image was.",
-            va="top", fontsize=11, linespacing=1.35,
+            va="top",
+            fontsize=11,
+            linespacing=1.35,
         )
         self._draw_errors(bottom[4])
         return figure
@@ -323,7 +341,8 @@ class Lesson:
         axis.set_yticks([])
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.set_title(
-            "Squared error in unseen holes\n(grey: plain convolutions of that dilation,\nfitted by least squares)", fontsize=11
+            "Squared error in unseen holes\n(grey: plain convolutions of that dilation,\nfitted by least squares)",
+            fontsize=11,
         )
 
 

@@ -79,7 +79,11 @@ class Session:
         return self.results[-1]
 
     def run(
-        self, stage: str, command: list, limit: float, environment: dict | None = None,
+        self,
+        stage: str,
+        command: list,
+        limit: float,
+        environment: dict | None = None,
         judge: Callable[[int, str], tuple[str, str]] | None = None,
     ) -> Result:
         """``judge`` turns status and output into outcome and detail; by default any status but 0 is a failure."""
@@ -90,8 +94,13 @@ class Session:
         self.say(f"\n=== {stage}, at most {limit:.0f} s: {' '.join(command)}")
         began = time.monotonic()
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", start_new_session=True,
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})},
         )
         late = threading.Event()
@@ -128,7 +137,9 @@ def build(session: Session, limits: dict, device: str) -> None:
     else:
         major, minor = torch.cuda.get_device_capability()
         session.run(
-            "build", [sys.executable, "setup.py", "build_ext", "--inplace"], limits["build"],
+            "build",
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            limits["build"],
             {"AUTOFOCUS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}" + "a" * (major == 9)},
         )
 
@@ -175,10 +186,19 @@ def sanitize(session: Session, limits: dict, device: str, names: list[str]) -> N
             session.run(
                 f"{tool} {name}",
                 [
-                    sanitizer, "--tool", tool, "--error-exitcode", SANITIZER_ERROR, sys.executable, __file__,
-                    "--small", name,
+                    sanitizer,
+                    "--tool",
+                    tool,
+                    "--error-exitcode",
+                    SANITIZER_ERROR,
+                    sys.executable,
+                    __file__,
+                    "--small",
+                    name,
                 ],
-                limits[tool], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, judge,
+                limits[tool],
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                judge,
             )
 
 
@@ -194,7 +214,7 @@ def benchmark(session: Session, device: str, quick: bool, reserve: float) -> Non
     else:
         from cases import GPU_CASES
 
-        first = [name for name in FIRST_CASES] + [c.name for c in GPU_CASES if c.name not in FIRST_CASES]
+        first = [*FIRST_CASES, *(case.name for case in GPU_CASES if case.name not in FIRST_CASES)]
         compiled = ["--compiled", "32x128^3", "afn6-2", "64x48^3"]
         parts = {
             "benchmark bfloat16": ["--dtypes", "bfloat16", "--cases", *first, *compiled],

@@ -18,38 +18,70 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # what is measured is this checkout, installed or not
 
-import torch
-
 import memory
-from autofocus_kernels import testing
-from autofocus_kernels.testing import Case, Tensors
+import torch
 from cases import compulsory_bytes, elements, multiply_adds, shape
 from contenders import (
-    DTYPES, NAIVE, Contender, Judge, clock, interleave, lay_out, layer, make_tensors, precision,
+    DTYPES,
+    NAIVE,
+    Contender,
+    Judge,
+    clock,
+    interleave,
+    lay_out,
+    layer,
+    make_tensors,
+    precision,
     runner,
 )
 
+from autofocus_kernels import testing
+from autofocus_kernels.testing import Case, Tensors
+
 # What identifies a measurement: rows that agree in these may stand beside each other and be compared.
 ENVIRONMENT = (
-    "device", "cpu", "threads", "torch", "cuda", "cudnn", "onednn", "triton", "python", "commit", "source",
+    "device",
+    "cpu",
+    "threads",
+    "torch",
+    "cuda",
+    "cudnn",
+    "onednn",
+    "triton",
+    "python",
+    "commit",
+    "source",
 )
 COLUMNS = (
-    "case", "shape", "dtype", "pass", "contender", "layout",
+    "case",
+    "shape",
+    "dtype",
+    "pass",
+    "contender",
+    "layout",
     "status",  # ok; wrong, refused or failed, and then no time
     "note",  # why not ok
     "error",  # largest relative error of output and gradients
     "error_of_limit",  # the same, each over its tolerance: at most 1
-    "min_ms", "median_ms", "rounds",
+    "min_ms",
+    "median_ms",
+    "rounds",
     "ratio",  # the best naive layer's min_ms (eager, of both layouts) over this row's
     "ratio_median",
     "peak_bytes",  # beyond the arguments
     "saved_bytes",  # kept by autograd between forward and backward, arguments included
-    "argument_bytes", "output_bytes", "compulsory_bytes", "multiply_adds",
-    "floor_ms", "floor",  # the larger of compulsory bytes and multiply-adds at the ceilings measured here
+    "argument_bytes",
+    "output_bytes",
+    "compulsory_bytes",
+    "multiply_adds",
+    "floor_ms",
+    "floor",  # the larger of compulsory bytes and multiply-adds at the ceilings measured here
     "fraction_of_floor",
-    "copy_gbs", "matmul_gflops",  # those ceilings
+    "copy_gbs",
+    "matmul_gflops",  # those ceilings
     "load",  # other processes: 1-minute load average before the group
-    *ENVIRONMENT, "command",
+    *ENVIRONMENT,
+    "command",
 )
 
 
@@ -292,9 +324,11 @@ class Rows:
     def __init__(self, path: Path, environment: dict, anew: bool = False) -> None:
         self.path = path
         self.environment = {name: str(value) for name, value in environment.items()}
-        self.rows = [] if anew or not path.exists() else [
-            row for row in read(path) if all(str(row[name]) == text for name, text in self.environment.items())
-        ]
+        self.rows = (
+            []
+            if anew or not path.exists()
+            else [row for row in read(path) if all(str(row[name]) == text for name, text in self.environment.items())]
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             csv.DictWriter(file, COLUMNS).writeheader()
@@ -327,10 +361,7 @@ def read(path: Path) -> list[dict]:
     with Path(path).open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if None not in row.values()]
     return [
-        {
-            name: value if name in _TEXT else _number(value) if value else None
-            for name, value in row.items()
-        }
+        {name: value if name in _TEXT else _number(value) if value else None for name, value in row.items()}
         for row in rows
     ]
 

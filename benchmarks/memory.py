@@ -20,9 +20,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from contenders import Contender, lay_out, layer, make_tensors, precision, runner
 
 from autofocus_kernels.testing import Case
-from contenders import Contender, lay_out, layer, make_tensors, precision, runner
 
 SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
@@ -85,9 +85,7 @@ def peaks_cpu(
 
 def main(job: dict) -> None:
     torch.set_num_threads(job["threads"])
-    fields = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in job["case"].items()
-    }
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in job["case"].items()}
     case = Case(**fields)
     small = replace(case, name="warm-up", size=tuple(max(min(n, 9), n // 2) for n in case.size), batch=1)
     for (name, layout), pass_name in job["wanted"]:

@@ -19,13 +19,13 @@ from typing import NamedTuple
 from unittest import mock
 
 import harness  # first: it puts this checkout on the path
+import memory
 import torch
 import torch.nn.functional as F
+from contenders import DTYPES, LAYOUTS, clock, interleave, precision
 from torch import nn
 
-import memory
 from autofocus_kernels import networks, testing
-from contenders import DTYPES, LAYOUTS, clock, interleave, precision
 
 sys.path.insert(0, str(harness.ROOT / "tests"))
 from plain_networks import BLOCKS, PlainNetwork
@@ -33,12 +33,34 @@ from plain_networks import BLOCKS, PlainNetwork
 PLAIN, OURS, SAVE_NONE, SAVE_ALL = "plain", "ours", "ours, save_branches=False", "ours, save_branches=True"
 PASSES = ("inference", "training")
 COLUMNS = (
-    "network", "pass", "dtype", "segment", "batch", "contender", "layout", "min_ms", "median_ms", "rounds",
+    "network",
+    "pass",
+    "dtype",
+    "segment",
+    "batch",
+    "contender",
+    "layout",
+    "min_ms",
+    "median_ms",
+    "rounds",
     "ratio",  # the best plain time of both layouts over this one
-    "saved_bytes", "saved_ratio",  # over the plain network's in the same layout
+    "saved_bytes",
+    "saved_ratio",  # over the plain network's in the same layout
     "peak_bytes",  # on a GPU, beyond parameters and input
-    "error", "plain_error",  # of logits and gradients against float64 on a small segment
-    "device", "cpu", "threads", "torch", "cuda", "cudnn", "onednn", "triton", "python", "commit", "source", "command",
+    "error",
+    "plain_error",  # of logits and gradients against float64 on a small segment
+    "device",
+    "cpu",
+    "threads",
+    "torch",
+    "cuda",
+    "cudnn",
+    "onednn",
+    "triton",
+    "python",
+    "commit",
+    "source",
+    "command",
 )
 CHECK_SIZE = 35  # voxels a side
 
@@ -101,9 +123,7 @@ def inference(model: nn.Module, input, device: str, dtype: str) -> Callable:
 
 
 def training_step(model: nn.Module, input, labels, device: str, dtype: str) -> Callable:
-    optimiser = torch.optim.RMSprop(
-        model.parameters(), lr=1e-3, alpha=0.9, eps=1e-4, momentum=0.6, weight_decay=1e-4
-    )
+    optimiser = torch.optim.RMSprop(model.parameters(), lr=1e-3, alpha=0.9, eps=1e-4, momentum=0.6, weight_decay=1e-4)
 
     def call():
         optimiser.zero_grad()
@@ -192,14 +212,19 @@ def measure(name: str, pass_name: str, dtype: str, options: argparse.Namespace) 
             model = lay_out(build(name, contender).to(device), layout)
             key = contender, layout
             rows[key] = {
-                "network": name, "pass": pass_name, "dtype": dtype, "segment": size, "batch": batch,
-                "contender": contender, "layout": layout, "error": own_error, "plain_error": plain_error,
+                "network": name,
+                "pass": pass_name,
+                "dtype": dtype,
+                "segment": size,
+                "batch": batch,
+                "contender": contender,
+                "layout": layout,
+                "error": own_error,
+                "plain_error": plain_error,
             }
             if training:
                 calls[key] = training_step(model, input, labels, device, dtype)
-                rows[key]["saved_bytes"] = testing.saved_bytes(
-                    lambda: loss_of(model, input, labels, device, dtype)
-                )
+                rows[key]["saved_bytes"] = testing.saved_bytes(lambda: loss_of(model, input, labels, device, dtype))
                 saved_plain = rows[PLAIN, layout]["saved_bytes"]
                 rows[key]["saved_ratio"] = rows[key]["saved_bytes"] / saved_plain
             else:
@@ -211,7 +236,9 @@ def measure(name: str, pass_name: str, dtype: str, options: argparse.Namespace) 
     for key, row in rows.items():
         fastest = min(times[key])
         row.update(
-            min_ms=1e3 * fastest, median_ms=1e3 * median(times[key]), rounds=len(times[key]),
+            min_ms=1e3 * fastest,
+            median_ms=1e3 * median(times[key]),
+            rounds=len(times[key]),
             ratio=best / fastest,
         )
     return list(rows.values())
@@ -245,9 +272,15 @@ def main(arguments: list[str] | None = None) -> int:
 def table_row(row: dict) -> str:
     saved = row.get("saved_bytes")
     cells = (
-        row["network"], f"{row['pass']}, {row['batch']} x {row['segment']}^3", row["dtype"], row["contender"],
-        row["layout"], f"{row['min_ms']:.1f}", f"{row['ratio']:.2f}x",
-        "" if saved is None else f"{saved / 2**20:.0f}", "" if saved is None else f"{row['saved_ratio']:.2f}",
+        row["network"],
+        f"{row['pass']}, {row['batch']} x {row['segment']}^3",
+        row["dtype"],
+        row["contender"],
+        row["layout"],
+        f"{row['min_ms']:.1f}",
+        f"{row['ratio']:.2f}x",
+        "" if saved is None else f"{saved / 2**20:.0f}",
+        "" if saved is None else f"{row['saved_ratio']:.2f}",
     )
     return "| " + " | ".join(cells) + " |"
 

@@ -10,7 +10,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
 from contenders import COMPILED, NAIVE
 
 COLOURS = {NAIVE: "#9a9a9a", COMPILED: "#d9b44a", "cpu": "#2a6fbb", "triton": "#2a6fbb", "cuda": "#7a3e9d"}
@@ -44,8 +43,13 @@ def draw(rows: list[dict]) -> plt.Figure:
     names = [name for name in COLOURS if any(row["contender"] == name for row in rows)]
     height = [0.7 + len(cases[dtype]) * (0.3 + 0.14 * len(names)) for dtype in dtypes]
     figure, axes = plt.subplots(
-        len(dtypes), len(passes) + 1, figsize=(4.6 * (len(passes) + 1), 1.3 + sum(height)),
-        squeeze=False, sharey="row", gridspec_kw={"height_ratios": height}, layout="constrained",
+        len(dtypes),
+        len(passes) + 1,
+        figsize=(4.6 * (len(passes) + 1), 1.3 + sum(height)),
+        squeeze=False,
+        sharey="row",
+        gridspec_kw={"height_ratios": height},
+        layout="constrained",
     )
     for line, dtype in zip(axes, dtypes):
         for axis, pass_name in zip(line, passes):

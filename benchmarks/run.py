@@ -11,12 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import cases
 import harness  # first: it puts this checkout on the path
 import torch
+from contenders import DTYPES, PASSES, backends_of, contenders
 from tqdm import tqdm
-
-import cases
-from contenders import COMPILED, DTYPES, PASSES, backends_of, contenders
 
 # Chosen so that two CPU cores are done in under ten minutes; --full times everything.
 DEFAULT_16_BIT = ("32x64^3", "64x48^3")
@@ -33,7 +32,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="timed rounds per case, dtype and pass")
     parser.add_argument("--full", action="store_true", help="every case, dtype and pass, and torch.compile in each")
     parser.add_argument(
-        "--compiled", nargs="*", metavar="CASE", choices=cases.BY_NAME, default=["32x64^3"],
+        "--compiled",
+        nargs="*",
+        metavar="CASE",
+        choices=cases.BY_NAME,
+        default=["32x64^3"],
         help="cases in which torch.compile of the naive layer takes part (slow to compile)",
     )
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
@@ -106,7 +109,13 @@ def main(arguments: list[str] | None = None) -> int:
                     bar.write("time is up: the rest is not measured")
                     break
                 measured = harness.measure(
-                    case, dtype, passes, contenders(backends, compiled), options.device, ceilings, seconds,
+                    case,
+                    dtype,
+                    passes,
+                    contenders(backends, compiled),
+                    options.device,
+                    ceilings,
+                    seconds,
                     measure_memory=not options.no_memory,
                     say=lambda text: bar.set_postfix_str(f"{case.name} {dtype}: {text}"),
                 )
@@ -115,9 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
                     bar.write(harness.summary(rows).splitlines()[-1])
 
     names = {case.name for case, *_ in jobs}
-    rows = [
-        row for row in harness.read(options.out) if row["case"] in names and row["pass"] in options.passes
-    ]
+    rows = [row for row in harness.read(options.out) if row["case"] in names and row["pass"] in options.passes]
     print(harness.table(rows))
     print("\nTime, times as fast as the best naive layer, share of the floor (peak memory over the naive layer's):\n")
     print(harness.summary(rows))

@@ -13,8 +13,8 @@ CXX = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", STAB
 CXX_CUDA = [*CXX, "-DUSE_CUDA"]
 NVCC = ["-std=c++17", "-O3", STABLE_ABI, "-DUSE_CUDA"]
 
-# Machine code for each that nvcc knows; PTX of the newest lets later GPUs compile for themselves. Only sm_90a has warpgroup
-# MMA: code for sm_90 runs on Hopper too, without it.
+# Machine code for each that nvcc knows; PTX of the newest lets later GPUs compile for themselves. Only sm_90a has
+# warpgroup MMA: code for sm_90 runs on Hopper too, without it.
 CUDA_ARCHITECTURES = ("80", "90a", "100", "120")
 
 

@@ -1,8 +1,8 @@
 """The definition of the layer as nested loops over numbers; independent of the package on purpose.
 
-    y_k(p) = sum over taps j of W[j] x(stride*p + r_k*j - pad_k), zeros outside,
-    pad_k  = pad_0 + (r_k - r_0)(kernel - 1)/2 on every axis, r_0 the smallest dilation of the axis,
-    out(p) = sum_k a_k(p) (s_k y_k(p) + h_k)
+y_k(p) = sum over taps j of W[j] x(stride*p + r_k*j - pad_k), zeros outside,
+pad_k  = pad_0 + (r_k - r_0)(kernel - 1)/2 on every axis, r_0 the smallest dilation of the axis,
+out(p) = sum_k a_k(p) (s_k y_k(p) + h_k)
 """
 
 import itertools
@@ -18,9 +18,7 @@ def autofocus_conv(
     out_channels, _, *kernel = weight.shape
     axes = range(len(size))
     smallest = [min(dilation[axis] for dilation in dilations) for axis in axes]
-    out_size = [
-        (size[a] + 2 * padding[a] - smallest[a] * (kernel[a] - 1) - 1) // stride[a] + 1 for a in axes
-    ]
+    out_size = [(size[a] + 2 * padding[a] - smallest[a] * (kernel[a] - 1) - 1) // stride[a] + 1 for a in axes]
     output = np.zeros((batch, out_channels, *out_size))
     for n, o, *p in itertools.product(range(batch), range(out_channels), *map(range, out_size)):
         for k, dilation in enumerate(dilations):

@@ -11,8 +11,15 @@ from torch import nn
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 BLOCKS = {
-    "Basic": "BBB", "ASPP-c": "BBB", "ASPP-s": "BBB",
-    "AFN-1": "BBS", "AFN-2": "BBA", "AFN-3": "BSA", "AFN-4": "BAA", "AFN-5": "SAA", "AFN-6": "AAA",
+    "Basic": "BBB",
+    "ASPP-c": "BBB",
+    "ASPP-s": "BBB",
+    "AFN-1": "BBS",
+    "AFN-2": "BBA",
+    "AFN-3": "BSA",
+    "AFN-4": "BAA",
+    "AFN-5": "SAA",
+    "AFN-6": "AAA",
 }
 
 
@@ -127,16 +134,13 @@ class PlainNetwork(nn.Module):
         self.bn2 = sizes.norm(stem)
         kinds = {"B": BasicBlock, "S": AutofocusSingle, "A": Autofocus}
         blocks = [
-            kinds[kind](sizes, inputs, outputs)
-            for kind, inputs, outputs in zip(BLOCKS[name], sizes.widths, widths)
+            kinds[kind](sizes, inputs, outputs) for kind, inputs, outputs in zip(BLOCKS[name], sizes.widths, widths)
         ]
         if name.startswith("AFN"):
             self.layers = nn.ModuleList(blocks)
         else:
             self.layer3, self.layer4, self.layer5 = blocks
-        parallel = [
-            CONV[sizes.dims](widths[-1], sizes.aspp, 3, dilation=rate, padding=rate) for rate in sizes.rates
-        ]
+        parallel = [CONV[sizes.dims](widths[-1], sizes.aspp, 3, dilation=rate, padding=rate) for rate in sizes.rates]
         if name == "ASPP-c":
             self.aspp = nn.ModuleList(parallel)
             self.bn9 = sizes.norm(len(sizes.rates) * sizes.aspp)

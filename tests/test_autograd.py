@@ -98,9 +98,7 @@ def test_func_grad_jvp_and_vjp(backend, case):
     # <J v, 1> = <v, J^T 1>
     inner = sum((gradient * v).sum() for gradient, v in zip(loss_gradients, along))
     torch.testing.assert_close(tangent.sum(), inner)
-    expected = reference.autofocus_conv(
-        **dict(zip(testing.make_tensors(case).arguments(), inputs)), **case.options
-    )
+    expected = reference.autofocus_conv(**dict(zip(testing.make_tensors(case).arguments(), inputs)), **case.options)
     torch.testing.assert_close(output, expected)
 
 
@@ -122,9 +120,7 @@ def test_hessian_of_the_input(backend):
 
     def expected_loss(input):
         names = testing.make_tensors(CASES[0]).arguments()
-        return reference.autofocus_conv(
-            **dict(zip(names, (input, *others))), **CASES[0].options
-        ).pow(3).sum()
+        return reference.autofocus_conv(**dict(zip(names, (input, *others))), **CASES[0].options).pow(3).sum()
 
     expected = torch.autograd.functional.hessian(expected_loss, input.detach())
     torch.testing.assert_close(jacrev(grad(loss))(input.detach()), expected)
@@ -147,8 +143,7 @@ def test_vmap_over(backend, batched, axis):
     case = CASES[0]
     samples = [testing.make_tensors(case, torch.float64, seed=seed).arguments() for seed in range(3)]
     stacked = {
-        name: torch.stack([sample[name] for sample in samples], min(axis, samples[0][name].dim()))
-        for name in batched
+        name: torch.stack([sample[name] for sample in samples], min(axis, samples[0][name].dim())) for name in batched
     }
 
     def function(varying):

@@ -79,9 +79,7 @@ def test_one_hot_attention_is_a_plain_dilated_convolution(backend, dims, chosen)
     input = torch.randn(2, 3, *(9, 6, 7)[:dims], dtype=torch.float64, generator=generator())
     attention = torch.zeros(2, 3, *input.shape[2:], dtype=torch.float64)
     attention[:, chosen] = 1
-    output = autofocus_conv(
-        input, conv.weight, attention, conv.bias, dilations=dilations, backend=backend
-    )
+    output = autofocus_conv(input, conv.weight, attention, conv.bias, dilations=dilations, backend=backend)
     torch.testing.assert_close(output, conv(input), rtol=0, atol=1e-14)
 
 
@@ -103,8 +101,12 @@ def test_an_impulse_shows_the_taps(backend):
 def test_bias_counts_once_for_every_branch_by_its_gate(backend):
     attention = torch.tensor([0.5, 2.0, -1.0]).view(1, 3, 1).expand(1, 3, 4)
     output = autofocus_conv(
-        torch.zeros(1, 2, 4), torch.ones(2, 2, 3), attention, torch.tensor([2.0, 4.0]),
-        dilations=(1, 2, 3), backend=backend,
+        torch.zeros(1, 2, 4),
+        torch.ones(2, 2, 3),
+        attention,
+        torch.tensor([2.0, 4.0]),
+        dilations=(1, 2, 3),
+        backend=backend,
     )
     assert torch.equal(output, torch.tensor([3.0, 6.0]).view(1, 2, 1).expand(1, 2, 4))
 
@@ -147,8 +149,13 @@ def test_unbatched_input_is_a_batch_of_one(backend):
 def test_conv1d_weight_gradient_in_float32(backend, stride, dilation, kernel_size):
     """torch 2.13 gets float32 weight gradients of strided, dilated conv1d on the CPU wrong by about their norm."""
     case = Case(
-        "conv1d", (128,), batch=3, kernel_size=kernel_size, stride=stride,
-        dilations=(dilation, dilation + 3), padding=dilation,
+        "conv1d",
+        (128,),
+        batch=3,
+        kernel_size=kernel_size,
+        stride=stride,
+        dilations=(dilation, dilation + 3),
+        padding=dilation,
     )
     testing.check(backend, case)
 
@@ -247,8 +254,7 @@ def test_each_subset_of_gradients_equals_the_full_ones(backend, mode):
     for count in range(1, len(names)):
         for subset in itertools.combinations(names, count):
             arguments = {
-                name: tensor.detach().requires_grad_(name in subset)
-                for name, tensor in tensors.arguments().items()
+                name: tensor.detach().requires_grad_(name in subset) for name, tensor in tensors.arguments().items()
             }
             output = autofocus_conv(**arguments, **case.options, backend=backend)
             output.backward(tensors.grad_output)
@@ -275,8 +281,7 @@ def test_the_kernel_is_asked_for_wanted_gradients_only(backend, mode, monkeypatc
     for wanted in tensors.arguments():
         asked.clear()
         arguments = {
-            name: tensor.detach().requires_grad_(name == wanted)
-            for name, tensor in tensors.arguments().items()
+            name: tensor.detach().requires_grad_(name == wanted) for name, tensor in tensors.arguments().items()
         }
         autofocus_conv(**arguments, **case.options, backend=backend).sum().backward()
         # Bias and shift gradients need no kernel at all.

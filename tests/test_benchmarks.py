@@ -1,6 +1,7 @@
 """The benchmark harness: it refuses what is wrong, loses nothing to a kill, and counts memory right."""
 
 import csv
+import itertools
 import math
 import subprocess
 import sys
@@ -21,8 +22,9 @@ import memory
 import networks
 import plot
 import run
-from autofocus_kernels import autofocus_conv, testing
 from contenders import NAIVE, Contender
+
+from autofocus_kernels import autofocus_conv, testing
 
 TINY = cases.BY_NAME["tiny-8x12^3"]
 SOON = ["--seconds", "0.01", "--no-memory", "--compiled", "--dtypes", "float32"]
@@ -53,7 +55,7 @@ def test_afn6_cases_are_the_layers_of_the_paper():
     )
     assert round(total / 1e9, 1) == 203.1
     assert layers[0].size == (71, 71, 71) and layers[-1].geometry.output_size == (47, 47, 47)
-    for case, following in zip(layers, layers[1:]):
+    for case, following in itertools.pairwise(layers):
         assert case.geometry.output_size == following.size and case.out_channels == following.channels
 
 
@@ -63,8 +65,12 @@ def test_multiply_adds_count_the_taps_inside(padding):
     case = testing.Case("counted", (9, 7, 12), channels=3, out_channels=5, dilations=(2, 6), padding=padding, batch=2)
     ones = torch.ones(1, 1, *case.size)
     counted = autofocus_conv(
-        ones, torch.ones(1, 1, 3, 3, 3), torch.ones(1, 1, *case.geometry.output_size),
-        dilations=(2,), padding=padding, backend="reference",
+        ones,
+        torch.ones(1, 1, 3, 3, 3),
+        torch.ones(1, 1, *case.geometry.output_size),
+        dilations=(2,),
+        padding=padding,
+        backend="reference",
     )
     assert cases.multiply_adds(case, "inference") == 2 * 3 * 5 * counted.sum().item()
     assert cases.multiply_adds(case, "training") == 4 * cases.multiply_adds(case, "inference")
@@ -149,14 +155,16 @@ def timed(contender, layout, ms, status="ok"):
 
 
 def test_ratio_is_to_the_faster_eager_layout():
-    rows = harness.with_ratios([
-        timed(NAIVE, "contiguous", 6.0),
-        timed(NAIVE, "channels_last", 4.0),
-        timed(contenders.COMPILED, "contiguous", 3.0),
-        timed("cpu", "contiguous", 2.0),
-        timed("cpu", "channels_last", 1.0),
-        {"contender": "cuda", "layout": "contiguous", "status": "wrong", "note": ""},
-    ])
+    rows = harness.with_ratios(
+        [
+            timed(NAIVE, "contiguous", 6.0),
+            timed(NAIVE, "channels_last", 4.0),
+            timed(contenders.COMPILED, "contiguous", 3.0),
+            timed("cpu", "contiguous", 2.0),
+            timed("cpu", "channels_last", 1.0),
+            {"contender": "cuda", "layout": "contiguous", "status": "wrong", "note": ""},
+        ]
+    )
     assert [row.get("ratio") for row in rows] == [4 / 6, 1, 4 / 3, 2, 4, None]
     assert rows[4]["ratio_median"] == 4
     without = harness.with_ratios([timed("cpu", "contiguous", 1.0), timed(NAIVE, "contiguous", 1.0, "wrong")])
@@ -248,7 +256,10 @@ def test_peak_here_sees_memory_that_is_freed_again():
         "print(memory.peak_here(lambda: torch.ones(size)) / (4 * size))\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
         env={**memory.SETTINGS, "OMP_NUM_THREADS": "1"},
     )
     freed, kept = map(float, result.stdout.split())
@@ -307,8 +318,20 @@ def test_gpu_check_small_cases_on_the_reference():
 def test_networks_are_judged_before_they_are_timed(tmp_path, monkeypatch):
     out = tmp_path / "networks.csv"
     command = [
-        "--networks", "AFN-1", "--passes", "training", "--layouts", "channels_last", "--training-size", "31",
-        "--batch", "2", "--seconds", "0", "--out", str(out),
+        "--networks",
+        "AFN-1",
+        "--passes",
+        "training",
+        "--layouts",
+        "channels_last",
+        "--training-size",
+        "31",
+        "--batch",
+        "2",
+        "--seconds",
+        "0",
+        "--out",
+        str(out),
     ]
     monkeypatch.setattr(networks, "CHECK_SIZE", 31)
     assert networks.main(command) == 0

@@ -217,7 +217,7 @@ def test_bytes_saved_by_a_whole_layer(backend, padding):
     """Input, hidden channels of the gate and attention, each once: no padded or cropped copy of the input."""
     layer = AutofocusConv3d(8, 8, padding=padding, dilations=(2, 3), branch_norm=True, backend=backend)
     input = torch.randn(1, 8, 12, 13, 14, requires_grad=True)
-    output, attention = layer(input, return_attention=True)
+    _, attention = layer(input, return_attention=True)
     hidden = 4 * attention[:, 0].numel()
     parameters = sum(p.numel() for p in layer.parameters())
     expected = 4 * (input.numel() + hidden + attention.numel() + parameters)
@@ -264,16 +264,20 @@ def test_only_what_is_wanted(backend, save_branches):
 
 def make_layer(backend=None, dtype=torch.float64, **options):
     torch.manual_seed(3)
-    return AutofocusConv2d(
-        3, 4, dilations=(1, 2, 3), branch_norm=True, backend=backend, dtype=dtype, **options
-    )
+    return AutofocusConv2d(3, 4, dilations=(1, 2, 3), branch_norm=True, backend=backend, dtype=dtype, **options)
 
 
 def plain_layer(layer, input, norms=None):
     attention = layer.attention(input.detach() if layer.detach_attention else input)
     return plain(
-        input, layer.weight, attention, layer.bias, norms or layer.branch_norm,
-        dilations=layer.dilations, stride=layer.stride, padding=layer.padding,
+        input,
+        layer.weight,
+        attention,
+        layer.bias,
+        norms or layer.branch_norm,
+        dilations=layer.dilations,
+        stride=layer.stride,
+        padding=layer.padding,
     )
 
 
@@ -292,9 +296,12 @@ def test_three_steps_and_evaluation(backend, change):
     other = copy.deepcopy(layer)
     optimisers = [
         torch.optim.RMSprop(
-            [{"params": m.branch_norm.parameters(), "weight_decay": 0.0},
-             {"params": [m.weight, m.bias, *m.attention.parameters()]}],
-            lr=1e-2, weight_decay=1e-2,
+            [
+                {"params": m.branch_norm.parameters(), "weight_decay": 0.0},
+                {"params": [m.weight, m.bias, *m.attention.parameters()]},
+            ],
+            lr=1e-2,
+            weight_decay=1e-2,
         )
         for m in (layer, other)
     ]
@@ -482,8 +489,13 @@ def test_gradgradcheck(backend):
 
     def function(input, weight, attention, norm_weight, norm_bias):
         output, _ = norm_ops.apply(
-            Call(input, weight, attention, None, None, None, case.geometry, backend), None, norm_weight, norm_bias,
-            eps=[0.1, 0.2], save_branches=False, group=None,
+            Call(input, weight, attention, None, None, None, case.geometry, backend),
+            None,
+            norm_weight,
+            norm_bias,
+            eps=[0.1, 0.2],
+            save_branches=False,
+            group=None,
         )
         return output
 
@@ -520,8 +532,16 @@ def test_functorch_and_forward_mode(backend, training):
 def operator_arguments(case, save_branches, backend):
     tensors = testing.make_tensors(case, torch.float64, requires_grad=True)
     vectors = [torch.randn(case.num_branches, case.out_channels, dtype=torch.float64) for _ in range(2)]
-    return tensors, [v.requires_grad_() for v in vectors], (
-        [1e-5] * case.num_branches, save_branches, None, *case.geometry.integers, backend,
+    return (
+        tensors,
+        [v.requires_grad_() for v in vectors],
+        (
+            [1e-5] * case.num_branches,
+            save_branches,
+            None,
+            *case.geometry.integers,
+            backend,
+        ),
     )
 
 
@@ -584,9 +604,7 @@ def test_autocast(backend, training, save_branches):
     for output in (*outputs, truth):
         output.backward(grad_output.to(output.dtype))
     assert relative_error(outputs[0], truth) < 2 * relative_error(outputs[1], truth) + 2**-9
-    for (name, parameter), plain_one, double in zip(
-        layer.named_parameters(), other.parameters(), exact.parameters()
-    ):
+    for (name, parameter), plain_one, double in zip(layer.named_parameters(), other.parameters(), exact.parameters()):
         assert parameter.grad.dtype == torch.float32
         if name != "bias" or not training:
             limit = 2 * relative_error(plain_one.grad, double.grad) + 2**-8

@@ -15,9 +15,7 @@ SPLITS = {"uneven": (3, 2), "one_is_empty": (5, 0)}
 
 def make_layer(save_branches):
     torch.manual_seed(0)
-    layer = AutofocusConv2d(
-        3, 4, dilations=(1, 2), branch_norm=True, save_branches=save_branches, dtype=torch.float64
-    )
+    layer = AutofocusConv2d(3, 4, dilations=(1, 2), branch_norm=True, save_branches=save_branches, dtype=torch.float64)
     for norm in layer.branch_norm:
         nn.init.normal_(norm.weight)
     return nn.SyncBatchNorm.convert_sync_batchnorm(layer)
@@ -29,8 +27,7 @@ def run_steps(layer, rows):
     results = {}
     for step in range(2):
         input, grad_output = (
-            torch.randn(5, channels, 6, 7, dtype=torch.float64, generator=generator)[rows]
-            for channels in (3, 4)
+            torch.randn(5, channels, 6, 7, dtype=torch.float64, generator=generator)[rows] for channels in (3, 4)
         )
         input.requires_grad_()
         output = layer(input)

@@ -90,7 +90,9 @@ def test_layer_in_a_network_through_inductor(backend):
     """The layer between operations that the compiler fuses; inductor may change layouts around the operator."""
     torch.manual_seed(0)
     network = nn.Sequential(
-        nn.Conv2d(3, 6, 1), nn.ReLU(), AutofocusConv2d(6, 5, dilations=(1, 2), backend=backend),
+        nn.Conv2d(3, 6, 1),
+        nn.ReLU(),
+        AutofocusConv2d(6, 5, dilations=(1, 2), backend=backend),
         nn.Sigmoid(),
     )
     compiled = torch.compile(network, fullgraph=True)
@@ -174,7 +176,7 @@ def test_an_exported_layer_decomposes_to_aten(Layer, settings):
         nn.init.normal_(norm.running_mean)
         nn.init.uniform_(norm.running_var, 2, 3)
     size = (5, 6, 4)[: layer.spatial_dims]
-    dynamic = ({axis: torch.export.Dim.AUTO for axis in (0, *range(2, 2 + layer.spatial_dims))},)
+    dynamic = (dict.fromkeys((0, *range(2, 2 + layer.spatial_dims)), torch.export.Dim.AUTO),)
     program = torch.export.export(layer, (torch.randn(2, 2, *size),), dynamic_shapes=dynamic)
     program = program.run_decompositions(decompositions())
     operators = [node.target for node in program.graph.nodes if node.op == "call_function"]

@@ -75,11 +75,21 @@ def nnunet(name, conv_op):
     )
     per_stage = "n_conv_per_stage" if name == "PlainConvUNet" else "n_blocks_per_stage"
     network = getattr(unet, name)(
-        input_channels=2, n_stages=3, features_per_stage=[4, 6, 8], conv_op=conv_op,
-        kernel_sizes=[[1, 3, 3], [3, 3, 3], [3, 3, 3]], strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2]],
-        **{per_stage: [1, 2, 2]}, num_classes=3, n_conv_per_stage_decoder=[2, 1], conv_bias=True,
-        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True}, deep_supervision=True,
+        input_channels=2,
+        n_stages=3,
+        features_per_stage=[4, 6, 8],
+        conv_op=conv_op,
+        kernel_sizes=[[1, 3, 3], [3, 3, 3], [3, 3, 3]],
+        strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+        **{per_stage: [1, 2, 2]},
+        num_classes=3,
+        n_conv_per_stage_decoder=[2, 1],
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+        deep_supervision=True,
     )
     network.apply(network.initialize)
     return network.double()

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
     native.unavailable("cpu") is not None, reason=f"the cpu library is unavailable: {native.unavailable('cpu')}"
 )
 
+
 def forward_arguments(mode="plain"):
     case = Case("direct", (3, 4, 5), channels=2, out_channels=3, dilations=(1, 2), mode=mode)
     tensors = testing.make_tensors(case)
@@ -51,9 +52,7 @@ CALLS = {"forward": forward_arguments, "backward": backward_arguments}
 @pytest.mark.parametrize("mode", ["plain", "branch"])
 def test_the_schema_says_what_is_written(name, mode):
     getattr(torch.ops.autofocus_cpu, name)(**CALLS[name](mode))
-    opcheck(
-        getattr(torch.ops.autofocus_cpu, name).default, (), CALLS[name](mode), test_utils="test_schema"
-    )
+    opcheck(getattr(torch.ops.autofocus_cpu, name).default, (), CALLS[name](mode), test_utils="test_schema")
 
 
 def zeros(*shape, **options):

@@ -1,4 +1,4 @@
-"""The machine code of every CUDA kernel for every architecture, without a GPU: nvcc's own report of registers and spills."""
+"""The machine code of every CUDA kernel for every architecture, without a GPU: registers and spills as reported."""
 
 import os
 import re
@@ -18,8 +18,8 @@ ARCHITECTURES = FLAGS["CUDA_ARCHITECTURES"]
 REGISTERS = 65536  # of a multiprocessor, on every architecture here
 STATIC_SHARED = 0  # bytes: every kernel takes what shared memory it needs at launch, from a plan that knows the GPU
 
-# Kernel -> most registers a thread may have: what lets the blocks named in docs/cuda.md run at once. A fast block of 512
-# threads leaves 128; one of 256 leaves 255; two simple blocks of 128 leave 255, the most there are; four leave 128.
+# Kernel -> most registers a thread may have: what lets the blocks named in docs/cuda.md run at once. A fast block of
+# 512 threads leaves 128; one of 256 leaves 255; two simple blocks of 128 leave 255, the most there are; four leave 128.
 BUDGET = {
     "branches_kernel": 128,
     "adjoint_kernel": 128,
@@ -81,15 +81,17 @@ def parse(report: str) -> list[Kernel]:
     kernels = []
     for block in re.split(r"Compiling entry function ", report)[1:]:
         symbol = re.match(r"'(\w+)'", block)[1]
-        numbers = [re.search(rf"(\d+) {words}", block) for words in
-                   ("registers", "bytes spill stores", "bytes spill loads", "bytes stack frame", "bytes smem")]
+        numbers = [
+            re.search(rf"(\d+) {words}", block)
+            for words in ("registers", "bytes spill stores", "bytes spill loads", "bytes stack frame", "bytes smem")
+        ]
         registers, stores, loads, stack, shared = (int(number[1]) if number else 0 for number in numbers)
         # The source name of a mangled one: the last length-prefixed identifier of its nested name.
         names = []
         rest = symbol.removeprefix("_ZN")
         while match := re.match(r"\d+", rest):
             end = match.end() + int(match[0])
-            names.append(rest[match.end():end])
+            names.append(rest[match.end() : end])
             rest = rest[end:]
         kernels.append(Kernel(names[-1], symbol, registers, stores + loads, stack, shared))
     return kernels
@@ -105,7 +107,9 @@ def compiled(tmp_path_factory):
         target = folder / f"{source.parent.name}_{source.stem}_{architecture}.cubin"
         result = subprocess.run(
             ["nvcc", *options, f"-arch=sm_{architecture}", "-o", str(target), str(source)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         return result.returncode, result.stdout
 
@@ -126,8 +130,11 @@ def test_machine_code(compiled, source, architecture):
     assert code == 0, report
     kernels = parse(report)
     wrong = [
-        kernel for kernel in kernels
-        if (kernel.spills or kernel.stack) and not is_never_planned(kernel, architecture) or kernel.shared > STATIC_SHARED or not 0 < kernel.registers <= BUDGET[kernel.name]
+        kernel
+        for kernel in kernels
+        if ((kernel.spills or kernel.stack) and not is_never_planned(kernel, architecture))
+        or kernel.shared > STATIC_SHARED
+        or not 0 < kernel.registers <= BUDGET[kernel.name]
     ]
     assert kernels and not wrong, wrong
     assert "serialized" not in report, report  # warpgroup MMA that waits for itself
@@ -135,7 +142,7 @@ def test_machine_code(compiled, source, architecture):
 
 @needs_nvcc
 def test_only_hopper_gets_warpgroup_mma(tmp_path):
-    """What each architecture's compiler is given; a name misspelt in device.h would send Hopper the slow way in silence."""
+    """In PTX, what each compiler is given; a name misspelt in device.h would send Hopper the slow way in silence."""
     source = ROOT / "csrc" / "cuda" / "windows" / "grad_weight.cu"
     for architecture in ("80", "90a"):
         target = tmp_path / f"{architecture}.ptx"
@@ -169,7 +176,7 @@ def test_budget_fits_the_blocks():
 
 
 def test_report_with_spills_is_understood():
-    kernel, = parse("""
+    (kernel,) = parse("""
 ptxas info    : Compiling entry function '_ZN9autofocus4cuda10fast_blendIfEEvi' for 'sm_90'
 ptxas info    : Function properties for _ZN9autofocus4cuda10fast_blendIfEEvi
     16 bytes stack frame, 20 bytes spill stores, 24 bytes spill loads

@@ -1,9 +1,10 @@
 """The CUDA kernels, executed on the CPU.
 
-csrc/cuda and csrc/binding/cuda.cpp are compiled for the host against tests/cuda_host, which runs the threads of a block as
-fibers and emulates barriers, asynchronous copies and the tensor cores' instructions. So the operators
-``torch.ops.autofocus_cuda`` here take CPU tensors, and every line of index arithmetic, packing, staging and summation is the
-one a GPU gets. Not tested here: what the emulation replaces (csrc/cuda/device.h), speed, and real memory ordering;
+csrc/cuda and csrc/binding/cuda.cpp are compiled for the host against tests/cuda_host, which runs the threads of a block
+as fibers and emulates barriers, asynchronous copies and the tensor cores' instructions. So the operators
+``torch.ops.autofocus_cuda`` here take CPU tensors, and every line of index arithmetic, packing, staging and
+summation is the one a GPU gets. Not tested here: what the emulation replaces (csrc/cuda/device.h),
+speed, and real memory ordering;
 tests/test_cuda_compile.py sees to the machine code.
 """
 
@@ -45,11 +46,26 @@ HALVES = (torch.float16, torch.bfloat16)
 def compile_emulation(folder: Path) -> Path:
     torch_folder = Path(torch.__file__).parent
     flags = [
-        "-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered",
-        FLAGS["STABLE_ABI"], "-DUSE_CUDA", "-DAUTOFOCUS_CUDA_DISPATCH_KEY=CPU",
-        f"-I{ROOT / 'csrc'}", f"-I{EMULATION}", f"-isystem{torch_folder / 'include'}",
+        "-std=c++17",
+        "-O2",
+        "-fPIC",
+        "-fno-strict-aliasing",
+        "-Wall",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-Wno-clobbered",
+        FLAGS["STABLE_ABI"],
+        "-DUSE_CUDA",
+        "-DAUTOFOCUS_CUDA_DISPATCH_KEY=CPU",
+        f"-I{ROOT / 'csrc'}",
+        f"-I{EMULATION}",
+        f"-isystem{torch_folder / 'include'}",
     ]
-    sources = [*(ROOT / "csrc" / "cuda").rglob("*.cu"), ROOT / "csrc" / "binding" / "cuda.cpp", *EMULATION.glob("*.cpp")]
+    sources = [
+        *(ROOT / "csrc" / "cuda").rglob("*.cu"),
+        ROOT / "csrc" / "binding" / "cuda.cpp",
+        *EMULATION.glob("*.cpp"),
+    ]
     objects = [folder / ("_".join(source.relative_to(ROOT).parts) + ".o") for source in sources]
 
     def run(command):
@@ -166,7 +182,10 @@ def test_16_bit_numbers_round_as_in_torch(library, dtype):
     patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     values = torch.empty(65536)
     library.autofocus_probe_decode(
-        ctypes.c_bool(half), ctypes.c_void_p(patterns.data_ptr()), ctypes.c_void_p(values.data_ptr()), ctypes.c_int64(65536)
+        ctypes.c_bool(half),
+        ctypes.c_void_p(patterns.data_ptr()),
+        ctypes.c_void_p(values.data_ptr()),
+        ctypes.c_int64(65536),
     )
     torch.testing.assert_close(values, patterns.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
 
@@ -174,10 +193,14 @@ def test_16_bit_numbers_round_as_in_torch(library, dtype):
     random_bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator).to(torch.int32).view(torch.float32)
     finite = values[values.isfinite()].sort().values
     halfway = (finite[1:].double() + finite[:-1].double()).div(2).float()
-    numbers = torch.cat([random_bits[~random_bits.isnan()], halfway, torch.tensor([torch.inf, -torch.inf])]).contiguous()
+    numbers = torch.cat(
+        [random_bits[~random_bits.isnan()], halfway, torch.tensor([torch.inf, -torch.inf])]
+    ).contiguous()
     rounded = torch.empty(len(numbers), dtype=torch.int16)
     library.autofocus_probe_encode(
-        ctypes.c_bool(half), ctypes.c_void_p(numbers.data_ptr()), ctypes.c_void_p(rounded.data_ptr()),
+        ctypes.c_bool(half),
+        ctypes.c_void_p(numbers.data_ptr()),
+        ctypes.c_void_p(rounded.data_ptr()),
         ctypes.c_int64(len(numbers)),
     )
     assert torch.equal(rounded, numbers.to(dtype).view(torch.int16))
@@ -190,9 +213,7 @@ def random_problem(rng):
     """Integers for autofocus_probe_lattice: dilations with and without a common factor, any origin and sizes."""
     branches = rng.randint(1, 4)
     factor = [rng.choice((1, 1, 2, 3)) for _ in range(3)]
-    dilations = [
-        [f * rng.randint(1, reach) for f, reach in zip(factor, (4, 5, 7))] for _ in range(branches)
-    ]
+    dilations = [[f * rng.randint(1, reach) for f, reach in zip(factor, (4, 5, 7))] for _ in range(branches)]
     common = [max(column) for column in zip(*dilations)]  # at least the common factor of each axis
     sizes = [[rng.randint(low, low + 14) for low in common] for _ in range(2)]
     origin = [rng.randint(-8, 8) for _ in range(3)]
@@ -201,9 +222,7 @@ def random_problem(rng):
 
 def check_lattice(library, numbers, adjoint, tile_z, recycle):
     values = (ctypes.c_int64 * len(numbers))(*numbers)
-    return probe(
-        library.autofocus_probe_lattice, values, ctypes.c_bool(adjoint), tile_z, ctypes.c_bool(recycle)
-    )
+    return probe(library.autofocus_probe_lattice, values, ctypes.c_bool(adjoint), tile_z, ctypes.c_bool(recycle))
 
 
 @pytest.mark.parametrize("recycle", [False, True], ids=["slot_per_plane", "ring"])
@@ -227,7 +246,13 @@ def test_lattice_of_the_papers_rates(library, adjoint):
 # ------------------------------------------------------------------ results
 
 
-SLOW = ("channels_130_to_65", "channels_16_to_140", "channels_32_to_32", "papers_rates", "many_rows")  # one dtype is enough
+SLOW = (
+    "channels_130_to_65",
+    "channels_16_to_140",
+    "channels_32_to_32",
+    "papers_rates",
+    "many_rows",
+)  # one dtype is enough
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -238,12 +263,40 @@ def test_simple_tier(simple_tier, case):
 
 
 FAST_CASES = tuple(
-    case for case in CASES
-    if case.name in (
-        "3d", "no_bias", "normal_gate", "branch", "scale_only", "shift_only", "valid", "padding_per_axis", "dilation_per_axis", "one_branch",
-        "equal_dilations", "one_voxel", "flat_axes", "one_channel", "channels_3_to_7", "channels_30_to_50",
-        "channels_130_to_65", "channels_16_to_140", "channels_32_to_32", "channels_last", "channels_last_branch",
-        "transposed", "sliced", "expanded", "2d", "1d", "branch_2d", "branch_1d", "channels_last_2d", "kernel_1",
+    case
+    for case in CASES
+    if case.name
+    in (
+        "3d",
+        "no_bias",
+        "normal_gate",
+        "branch",
+        "scale_only",
+        "shift_only",
+        "valid",
+        "padding_per_axis",
+        "dilation_per_axis",
+        "one_branch",
+        "equal_dilations",
+        "one_voxel",
+        "flat_axes",
+        "one_channel",
+        "channels_3_to_7",
+        "channels_30_to_50",
+        "channels_130_to_65",
+        "channels_16_to_140",
+        "channels_32_to_32",
+        "channels_last",
+        "channels_last_branch",
+        "transposed",
+        "sliced",
+        "expanded",
+        "2d",
+        "1d",
+        "branch_2d",
+        "branch_1d",
+        "channels_last_2d",
+        "kernel_1",
     )
 ) + (
     Case("one_tap_in_y", (7, 8, 12), kernel_size=(3, 1, 3), dilations=((1, 40, 2), (2, 1, 3))),
@@ -265,10 +318,22 @@ def test_fast_tier(device, case):
 @pytest.mark.parametrize("gpu", [A100, RTX_5090], ids=["A100", "RTX 5090"])
 @pytest.mark.parametrize(
     "case",
-    [case for case in FAST_CASES if case.name in (
-        "3d", "branch", "branch_2d", "one_channel", "channels_30_to_50", "channels_130_to_65", "channels_16_to_140",
-        "papers_rates", "one_tap_in_y",
-    )],
+    [
+        case
+        for case in FAST_CASES
+        if case.name
+        in (
+            "3d",
+            "branch",
+            "branch_2d",
+            "one_channel",
+            "channels_30_to_50",
+            "channels_130_to_65",
+            "channels_16_to_140",
+            "papers_rates",
+            "one_tap_in_y",
+        )
+    ],
     ids=str,
 )
 def test_fast_tier_on_other_gpus(device, gpu, case):
@@ -354,10 +419,25 @@ def no_reference(monkeypatch):
 
 
 NORM_CASES = tuple(
-    case for case in layers.CASES
-    if case.name in (
-        "3d", "2d", "1d", "normal_gate", "valid", "stride", "dilation_beyond_volume", "one_branch", "kernel_1",
-        "one_channel", "channels_last", "channels_last_2d", "transposed", "sliced", "expanded",
+    case
+    for case in layers.CASES
+    if case.name
+    in (
+        "3d",
+        "2d",
+        "1d",
+        "normal_gate",
+        "valid",
+        "stride",
+        "dilation_beyond_volume",
+        "one_branch",
+        "kernel_1",
+        "one_channel",
+        "channels_last",
+        "channels_last_2d",
+        "transposed",
+        "sliced",
+        "expanded",
     )
 )
 
@@ -382,15 +462,20 @@ def test_training_step_with_branch_norm_in_float64(device, no_reference, case):
     ],
     ids=["tiles", "channels", "valid", "papers_rates"],
 )
-def test_training_step_with_branch_norm_in_16_bits(
-    library, device, no_reference, gpu, dtype, save_branches, case
-):
+def test_training_step_with_branch_norm_in_16_bits(library, device, no_reference, gpu, dtype, save_branches, case):
     device(gpu)
     layers.check_rounding(case, "cuda", dtype, save_branches)
-    launches = {name: library.autofocus_emulation_launches(name.encode()) for name in (
-        "fast_branch", "fast_branch_grad_input", "fast_weight_partial", "simple_forward", "simple_grad_input",
-        "simple_weight_partial",
-    )}
+    launches = {
+        name: library.autofocus_emulation_launches(name.encode())
+        for name in (
+            "fast_branch",
+            "fast_branch_grad_input",
+            "fast_weight_partial",
+            "simple_forward",
+            "simple_grad_input",
+            "simple_weight_partial",
+        )
+    }
     branches = case.num_branches
     assert list(launches.values()) == [branches * (1 if save_branches else 2), 1, branches, 0, 0, 0], launches
 
@@ -425,7 +510,10 @@ def assert_rounded_once(result, exact):
         assert (result == exact.to(result.dtype)).double().mean() > 0.97
 
 
-def call_with(attention, case=Case("attention_only", (3, 19, 13)), **tensors):
+ATTENTION_ONLY = Case("attention_only", (3, 19, 13))
+
+
+def call_with(attention, case=ATTENTION_ONLY, **tensors):
     """A call of which only the attention (and what is named) is read."""
     return call_of(case, make_tensors(case))._replace(attention=attention, bias=None, **tensors)
 
@@ -565,9 +653,11 @@ def test_schedule_changes_no_bit_of_branch_norm(device):
 def test_offsets_beyond_32_bits_between_branches(device):
     branches, attention, grad_output, vectors = branch_tensors(torch.float16, K=2, N=1, O=3, size=(2, 3, 4))
     far = 2**31 + 64
-    apart = torch.empty(far + branches[0].numel(), dtype=torch.float16).as_strided(
-        branches.shape, (far, *branches.stride()[1:])
-    ).copy_(branches)
+    apart = (
+        torch.empty(far + branches[0].numel(), dtype=torch.float16)
+        .as_strided(branches.shape, (far, *branches.stride()[1:]))
+        .copy_(branches)
+    )
     results = []
     for held in (apart, branches):
         sums = torch.empty(2, 2, 3)
@@ -589,10 +679,13 @@ def test_offsets_beyond_32_bits_between_branches(device):
     ],
 )
 def test_wrong_direct_calls_on_branches_are_errors(device, change, words):
-    arguments = dict(
-        branches=torch.zeros(2, 1, 3, 4, 5, 6), attention=torch.zeros(1, 2, 4, 5, 6), scale=torch.zeros(2, 3),
-        shift=torch.zeros(2, 3), output=torch.zeros(1, 3, 4, 5, 6),
-    )
+    arguments = {
+        "branches": torch.zeros(2, 1, 3, 4, 5, 6),
+        "attention": torch.zeros(1, 2, 4, 5, 6),
+        "scale": torch.zeros(2, 3),
+        "shift": torch.zeros(2, 3),
+        "output": torch.zeros(1, 3, 4, 5, 6),
+    }
     with pytest.raises(RuntimeError, match=words):
         torch.ops.autofocus_cuda.branch_combine(**{**arguments, **change})
     torch.ops.autofocus_cuda.branch_combine(**arguments)
@@ -633,11 +726,18 @@ def test_unknown_pass(device):
 
 def direct_call(**change):
     """torch.ops.autofocus_cuda.forward with some arguments replaced."""
-    arguments = dict(
-        input=torch.zeros(2, 3, 5, 6, 7), weight=torch.zeros(4, 3, 3, 3, 3), attention=torch.zeros(2, 2, 5, 6, 7),
-        bias=None, branch_scale=None, branch_shift=None, output=torch.zeros(2, 4, 5, 6, 7),
-        dilations=[1, 1, 1, 2, 2, 2], stride=[1, 1, 1], origin=[0, 0, 0],
-    )
+    arguments = {
+        "input": torch.zeros(2, 3, 5, 6, 7),
+        "weight": torch.zeros(4, 3, 3, 3, 3),
+        "attention": torch.zeros(2, 2, 5, 6, 7),
+        "bias": None,
+        "branch_scale": None,
+        "branch_shift": None,
+        "output": torch.zeros(2, 4, 5, 6, 7),
+        "dilations": [1, 1, 1, 2, 2, 2],
+        "stride": [1, 1, 1],
+        "origin": [0, 0, 0],
+    }
     torch.ops.autofocus_cuda.forward(**{**arguments, **change})
 
 

@@ -239,7 +239,7 @@ def test_available_backends():
     backends = ak.available_backends()
     assert list(backends) == ["reference", "cpu", "triton", "cuda"]
     assert backends["reference"] is None
-    assert all(reason is None or isinstance(reason, str) and reason for reason in backends.values())
+    assert all(reason is None or (isinstance(reason, str) and reason) for reason in backends.values())
 
 
 def test_show_config_names_versions_and_every_backend(monkeypatch):

@@ -58,12 +58,19 @@ VOLUMES = {
     "wide padding": (autofocus(1, padding=7, dilations=(1, 2)), (3, 1, 2), (), -1, {}),
     "wide padding, empty last": (autofocus(1, padding=3, dilations=(1, 2)), (3, 2, 0), (), -1, {}),
     "kernel and dilation per axis": (
-        autofocus(2, kernel_size=(5, 3), dilations=((1, 3), (2, 1), (3, 2))), (6, 7, 5), (8,), 2, {},
+        autofocus(2, kernel_size=(5, 3), dilations=((1, 3), (2, 1), (3, 2))),
+        (6, 7, 5),
+        (8,),
+        2,
+        {},
     ),
     "kernel of one": (autofocus(2, kernel_size=1, stride=2, padding=0), (3, 4, 6), (5,), 2, {}),
     "gradient through the gate": (autofocus(2, detach_attention=False), (4, 3, 5), (6,), 2, {}),
     "gate of the user's": (
-        lambda: autofocus(2, attention=TwoConvGate(), detach_attention=False)(), (3, 4, 3), (5,), 2,
+        lambda: autofocus(2, attention=TwoConvGate(), detach_attention=False)(),
+        (3, 4, 3),
+        (5,),
+        2,
         {"attention_reach": 2},
     ),
     "convolution": (lambda: nn.Conv2d(3, 4, 3, padding=2, dilation=2), (4, 3, 5), (6,), 2, {}),
@@ -244,7 +251,10 @@ def make_network(branch_norm):
     torch.manual_seed(0)
     options = {"dilations": (1, 3), "branch_norm": branch_norm, "dtype": torch.float64}
     return nn.Sequential(
-        AutofocusConv2d(2, 4, **options), nn.ReLU(), AutofocusConv2d(4, 5, **options), nn.Sigmoid(),
+        AutofocusConv2d(2, 4, **options),
+        nn.ReLU(),
+        AutofocusConv2d(4, 5, **options),
+        nn.Sigmoid(),
         nn.Conv2d(5, 3, 1, dtype=torch.float64),
     )
 

@@ -3,9 +3,9 @@
 from functools import partial
 
 import pytest
+import test_branch_norm as layers
 import torch
 
-import test_branch_norm as layers
 from autofocus_kernels import AutofocusConv3d, autofocus_conv, reference, self_check, testing
 from autofocus_kernels.branch_norm import normed_autofocus_conv
 from autofocus_kernels.dispatch import PREFERENCE, backend_named

@@ -51,8 +51,7 @@ def test_is_a_convolution_with_its_constructor(dims):
     of_layer = inspect.signature(LAYERS[dims].__init__).parameters
     assert list(of_layer)[: len(of_conv)] == of_conv
     assert all(
-        parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        for parameter in list(of_layer.values())[len(of_conv) :]
+        parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in list(of_layer.values())[len(of_conv) :]
     )
 
 
@@ -60,8 +59,17 @@ def test_is_a_convolution_with_its_constructor(dims):
 def test_positional_arguments_mean_what_they_mean_in_conv(dims):
     arguments = (3, 5, 3, 2, 4, 2, 1, False, "zeros")
     layer, conv = LAYERS[dims](*arguments, dilations=(1, 2)), CONV[dims](*arguments)
-    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
-                 "bias", "padding_mode"):
+    for name in (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "bias",
+        "padding_mode",
+    ):
         assert getattr(layer, name) == getattr(conv, name), name
     assert layer.weight.shape == conv.weight.shape
     assert layer(torch.randn(2, 3, *SIZE[:dims])).shape == conv(torch.randn(2, 3, *SIZE[:dims])).shape
@@ -77,8 +85,12 @@ def test_initialised_as_a_convolution():
 
 def test_state_dict_names():
     assert list(AutofocusConv3d(3, 5).state_dict()) == [
-        "weight", "bias",
-        "attention.conv1.weight", "attention.conv1.bias", "attention.conv2.weight", "attention.conv2.bias",
+        "weight",
+        "bias",
+        "attention.conv1.weight",
+        "attention.conv1.bias",
+        "attention.conv2.weight",
+        "attention.conv2.bias",
     ]
     assert "bias" not in AutofocusConv3d(3, 5, bias=False).state_dict()
 
@@ -142,8 +154,13 @@ def test_forward_is_the_function_of_its_parts(dims, settings):
     input = torch.randn(2, 3, *SIZE[:dims])
     output, attention = layer(input, return_attention=True)
     expected = reference.autofocus_conv(
-        input, layer.weight, attention, layer.bias,
-        dilations=layer.dilations, stride=layer.stride, padding=layer.padding,
+        input,
+        layer.weight,
+        attention,
+        layer.bias,
+        dilations=layer.dilations,
+        stride=layer.stride,
+        padding=layer.padding,
     )
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(layer(input), output)
@@ -217,9 +234,7 @@ def test_detach_attention_false_lets_it_through():
     layer = AutofocusConv2d(3, 5, dilations=(1, 2), detach_attention=False)
     input = torch.randn(1, 3, 6, 7)
     whole = input.clone().requires_grad_()
-    output = reference.autofocus_conv(
-        whole, layer.weight, layer.attention(whole), layer.bias, dilations=(1, 2)
-    )
+    output = reference.autofocus_conv(whole, layer.weight, layer.attention(whole), layer.bias, dilations=(1, 2))
     expected = torch.autograd.grad(output.square().sum(), whole)[0]
     torch.testing.assert_close(gradient_through(layer, input), expected)
     layer.detach_attention = True
@@ -295,9 +310,7 @@ def test_extra_repr_names_what_differs():
         nn.Conv3d(3, 5, 3, padding="same").extra_repr() + ", dilations=(2, 6, 10, 14)"
     )
     layer = AutofocusConv2d(3, 5, dilations=(1, (2, 3)), detach_attention=False, backend="reference")
-    assert layer.extra_repr().endswith(
-        "dilations=(1, (2, 3)), detach_attention=False, backend='reference'"
-    )
+    assert layer.extra_repr().endswith("dilations=(1, (2, 3)), detach_attention=False, backend='reference'")
 
 
 def test_repr_shows_the_gate():

@@ -104,13 +104,25 @@ def test_other_acts_and_norms_are_no_original_checkpoint(parse):
 
 def test_a_bundle_converts_monais_unet(parse):
     unet = {
-        "_target_": "monai.networks.nets.UNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 2,
-        "channels": [4, 8, 8], "strides": [2, 2], "num_res_units": 1, "act": "PRELU", "norm": "INSTANCE",
+        "_target_": "monai.networks.nets.UNet",
+        "spatial_dims": 3,
+        "in_channels": 1,
+        "out_channels": 2,
+        "channels": [4, 8, 8],
+        "strides": [2, 2],
+        "num_res_units": 1,
+        "act": "PRELU",
+        "norm": "INSTANCE",
     }
-    network = parse({
-        "_target_": "autofocus_kernels.convert", "network": unet, "dilations": [1, 2], "select": ["model.1.submodule"],
-        "initial_attention": 1,
-    })
+    network = parse(
+        {
+            "_target_": "autofocus_kernels.convert",
+            "network": unet,
+            "dilations": [1, 2],
+            "select": ["model.1.submodule"],
+            "initial_attention": 1,
+        }
+    )
     layers = [name for name, module in network.named_modules() if isinstance(module, ak.AutofocusConv3d)]
     assert layers and all(name.startswith("model.1.submodule.") for name in layers)
     plain = parse(unet)

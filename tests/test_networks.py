@@ -1,7 +1,5 @@
 """The networks against tests/plain_networks.py with the same weights, in float64."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,12 +12,26 @@ from autofocus_kernels import AutofocusConv3d, networks
 from autofocus_kernels.testing import relative_error
 
 PARAMETERS = {
-    "Basic": 315_725, "ASPP-c": 478_435, "ASPP-s": 967_330, "AFN-1": 349_904, "AFN-2": 371_908,
-    "AFN-3": 393_852, "AFN-4": 415_796, "AFN-5": 437_740, "AFN-6": 450_209,
+    "Basic": 315_725,
+    "ASPP-c": 478_435,
+    "ASPP-s": 967_330,
+    "AFN-1": 349_904,
+    "AFN-2": 371_908,
+    "AFN-3": 393_852,
+    "AFN-4": 415_796,
+    "AFN-5": 437_740,
+    "AFN-6": 450_209,
 }
 MULTIPLY_ADDS = {
-    "Basic": 61.3, "ASPP-c": 78.1, "ASPP-s": 128.8, "AFN-1": 86.3, "AFN-2": 111.0, "AFN-3": 136.6,
-    "AFN-4": 168.1, "AFN-5": 206.5, "AFN-6": 239.7,
+    "Basic": 61.3,
+    "ASPP-c": 78.1,
+    "ASPP-s": 128.8,
+    "AFN-1": 86.3,
+    "AFN-2": 111.0,
+    "AFN-3": 136.6,
+    "AFN-4": 168.1,
+    "AFN-5": 206.5,
+    "AFN-6": 239.7,
 }
 NAMES = tuple(PARAMETERS)
 SMALL = {"widths": (4, 6, 6, 5), "aspp": 3}
@@ -37,10 +49,15 @@ def make_pair(name, save_branches=None, **sizes):
             module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
     widths = sizes.get("widths", (30, 40, 40, 50))
     network = networks.build(
-        name, sizes.get("inputs", 4), sizes.get("classes", 5), sizes.get("dims", 3),
+        name,
+        sizes.get("inputs", 4),
+        sizes.get("classes", 5),
+        sizes.get("dims", 3),
         widths=(*widths, sizes["aspp"]) if name.startswith("ASPP") else widths,
-        dilations=sizes.get("rates", (2, 6, 10, 14)), padding="same" if sizes.get("same") else "valid",
-        save_branches=save_branches, dtype=torch.float64,
+        dilations=sizes.get("rates", (2, 6, 10, 14)),
+        padding="same" if sizes.get("same") else "valid",
+        save_branches=save_branches,
+        dtype=torch.float64,
     )
     networks.load_original_state_dict(network, plain.state_dict())
     return network, plain

@@ -53,8 +53,11 @@ assert layers and not any(layer.attention.conv2.weight.any() for layer in layers
 def run(code, *arguments, **environment):
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -108,13 +111,20 @@ def environment(tmp_path_factory):
         image = (label + random.normal(0, 0.3, label.shape)).astype(numpy.float32)
         nibabel.save(nibabel.Nifti1Image(image, numpy.eye(4)), dataset / "imagesTr" / f"ball_{case}_0000.nii.gz")
         nibabel.save(nibabel.Nifti1Image(label, numpy.eye(4)), dataset / "labelsTr" / f"ball_{case}.nii.gz")
-    (dataset / "dataset.json").write_text(json.dumps({
-        "channel_names": {"0": "noise"}, "labels": {"background": 0, "ball": 1}, "numTraining": 5,
-        "file_ending": ".nii.gz",
-    }))
+    (dataset / "dataset.json").write_text(
+        json.dumps(
+            {
+                "channel_names": {"0": "noise"},
+                "labels": {"background": 0, "ball": 1},
+                "numTraining": 5,
+                "file_ending": ".nii.gz",
+            }
+        )
+    )
     (tmp_path / "trainers" / "tiny_trainer.py").write_text(TINY)
     environment = {
-        **{name: str(folder) for name, folder in folders.items()}, "nnUNet_n_proc_DA": "1",
+        **{name: str(folder) for name, folder in folders.items()},
+        "nnUNet_n_proc_DA": "1",
         "nnUNet_extTrainer": os.pathsep.join([nnunet.FOLDER, str(tmp_path / "trainers")]),
     }
     plan = "experiment_planning.plan_and_preprocess_entrypoints"
@@ -136,8 +146,24 @@ def test_an_epoch_of_training_and_prediction(environment, tmp_path):
 
     raw = Path(environment["nnUNet_raw"]) / "Dataset001_Ball" / "imagesTr"
     command(
-        "inference.predict_from_raw_data", "predict_entry_point", "-i", str(raw), "-o", str(tmp_path / "predicted"),
-        "-d", "1", "-c", "3d_fullres", "-f", "0", *settings, "-npp", "1", "-nps", "1", "--disable_tta",
+        "inference.predict_from_raw_data",
+        "predict_entry_point",
+        "-i",
+        str(raw),
+        "-o",
+        str(tmp_path / "predicted"),
+        "-d",
+        "1",
+        "-c",
+        "3d_fullres",
+        "-f",
+        "0",
+        *settings,
+        "-npp",
+        "1",
+        "-nps",
+        "1",
+        "--disable_tta",
         **environment,
     )
     assert len(list((tmp_path / "predicted").glob("ball_*.nii.gz"))) == 5

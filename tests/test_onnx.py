@@ -23,8 +23,13 @@ def export(model, shape, dynamic=True, **arguments):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's exporter about itself
         return torch.onnx.export(
-            model, () if shape is None else (torch.randn(shape),), kwargs=arguments, input_names=["input"],
-            dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False,
+            model,
+            () if shape is None else (torch.randn(shape),),
+            kwargs=arguments,
+            input_names=["input"],
+            dynamo=True,
+            dynamic_shapes=dynamic_shapes,
+            verbose=False,
         )
 
 

@@ -23,9 +23,7 @@ TINY = "int autofocus_probe() { return 1; }\n"
 BROKEN = "this is no C++\n"
 UNDEFINED = "int autofocus_missing(); int autofocus_probe() { return autofocus_missing(); }\n"
 
-needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
-)
+needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
 
 
 @pytest.fixture
@@ -52,8 +50,12 @@ def run(tree, *command, **environment):
     """Runs Python in ``tree`` with the variables given and no other that steers a build."""
     clean = {k: v for k, v in os.environ.items() if k not in ("AUTOFOCUS_BUILD", "PYTHONPATH")}
     return subprocess.run(
-        [sys.executable, *command], cwd=tree, env={**clean, **environment}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, *command],
+        cwd=tree,
+        env={**clean, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -90,11 +92,7 @@ def test_sdist_holds_every_source(tree):
 
 
 def test_every_source_is_where_setup_looks():
-    sources = {
-        str(path.relative_to(ROOT))
-        for path in ROOT.glob("csrc/**/*")
-        if path.suffix in (".cpp", ".cu")
-    }
+    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.suffix in (".cpp", ".cu")}
     compiled = re.compile(r"csrc/(binding/(cpu|cuda)\.cpp|cpu/[^/]+\.cpp|cuda/([^/]+/)*[^/]+\.cu)")
     assert [source for source in sources if not compiled.fullmatch(source)] == []
 
@@ -102,7 +100,8 @@ def test_every_source_is_where_setup_looks():
 def test_constraints_pin_what_the_extras_name():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    extras = project["optional-dependencies"].values()
+    requirements = [*project["dependencies"], *(name for extra in extras for name in extra)]
     names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
     lines = (ROOT / "constraints.txt").read_text().lower().splitlines()
     pinned = {line.partition("==")[0] for line in lines if "==" in line}
@@ -190,8 +189,7 @@ def test_library_is_built_in_isolation_and_serves_every_python(tree, tmp_path):
     isolated = tmp_path / "isolated"
     isolated.mkdir()
     (isolated / "sitecustomize.py").write_text(
-        "import site, sys\n"
-        "sys.path[:] = [path for path in sys.path if path not in site.getsitepackages()]\n"
+        "import site, sys\nsys.path[:] = [path for path in sys.path if path not in site.getsitepackages()]\n"
     )
     import setuptools
 

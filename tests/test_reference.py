@@ -25,7 +25,9 @@ def agree_with_oracle(case):
         padding = (padding,) * case.spatial_dims
     expected = oracle.autofocus_conv(
         **{name: tensor.numpy() for name, tensor in tensors.arguments().items()},
-        dilations=geometry.dilations, stride=geometry.stride, padding=padding,
+        dilations=geometry.dilations,
+        stride=geometry.stride,
+        padding=padding,
     )
     result = reference.autofocus_conv(**tensors.arguments(), **case.options).numpy()
     assert result.shape == expected.shape
@@ -70,9 +72,7 @@ def tiny_cases(draw):
         out_channels=draw(st.integers(1, 3)),
         batch=draw(st.integers(1, 2)),
         kernel_size=tuple(draw(st.sampled_from((1, 3, 5))) for _ in range(dims)),
-        dilations=tuple(
-            tuple(draw(st.integers(1, 4)) for _ in range(dims)) for _ in range(draw(st.integers(1, 3)))
-        ),
+        dilations=tuple(tuple(draw(st.integers(1, 4)) for _ in range(dims)) for _ in range(draw(st.integers(1, 3)))),
         stride=tuple(draw(st.integers(1, 3)) for _ in range(dims)),
         # Enough that no drawn kernel is too large: kernel 5, dilation 4 reaches 8.
         padding=tuple(draw(st.integers(7, 9)) for _ in range(dims)),
@@ -96,10 +96,7 @@ def test_gradients_are_those_of_separate_convolutions(case):
         geometry = case.geometry
         total = 0
         for k, dilation in enumerate(geometry.dilations):
-            pads = [
-                r * (size - 1) // 2 - o
-                for r, size, o in zip(dilation, geometry.kernel_size, geometry.origin)
-            ]
+            pads = [r * (size - 1) // 2 - o for r, size, o in zip(dilation, geometry.kernel_size, geometry.origin)]
             padded = F.pad(input, [p for pad in reversed(pads) for p in (pad, pad)])
             conv = CONV[case.spatial_dims](padded, weight, bias, geometry.stride, 0, dilation)
             ones = (-1, *(1,) * case.spatial_dims)
@@ -120,8 +117,15 @@ def test_gradients_are_those_of_separate_convolutions(case):
 def test_conv1d_weight_gradient_in_float32(stride, dilation, kernel_size):
     """torch 2.13 gets float32 weight gradients of strided, dilated conv1d on the CPU wrong by about their norm."""
     case = Case(
-        "conv1d", (128,), channels=4, out_channels=5, batch=3, kernel_size=kernel_size, stride=stride,
-        dilations=(dilation, dilation + 3), padding=dilation,
+        "conv1d",
+        (128,),
+        channels=4,
+        out_channels=5,
+        batch=3,
+        kernel_size=kernel_size,
+        stride=stride,
+        dilations=(dilation, dilation + 3),
+        padding=dilation,
     )
     tensors = testing.make_tensors(case, torch.float32)
     testing.judge(testing.evaluate(reference.autofocus_conv, case, tensors), case, tensors)

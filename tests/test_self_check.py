@@ -9,6 +9,8 @@ import time
 
 import pytest
 import torch
+from test_branch_norm import evaluate as evaluate_norm
+from test_branch_norm import make_norms
 
 import autofocus_kernels as ak
 from autofocus_kernels import dispatch, self_check, testing
@@ -16,8 +18,6 @@ from autofocus_kernels.backends.interface import Backend, CannotRun
 from autofocus_kernels.backends.reference import backend as reference
 from autofocus_kernels.branch_norm import normed_autofocus_conv
 from autofocus_kernels.testing import Case
-from test_branch_norm import evaluate as evaluate_norm
-from test_branch_norm import make_norms
 
 FUNCTIONS = [name for name, _ in inspect.getmembers(Backend, inspect.isfunction) if name in self_check._READ]
 BRANCH = Case("branch", (6, 7), dilations=(1, 2), mode="branch")

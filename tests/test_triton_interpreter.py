@@ -1,7 +1,6 @@
 """The Triton kernels in Triton's interpreter, on the CPU: forward and every gradient against float64 truth."""
 
 import pytest
-
 import triton_worker
 
 pytest.importorskip("triton")

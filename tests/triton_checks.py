@@ -122,9 +122,7 @@ def nothing_fits_and_another_backend_takes_the_call():
         tensors = testing.make_tensors(CASE)
         arguments = tensors.arguments()
         with replaced(launch, gather_source=None):  # not even a copy is made
-            message = message_of(
-                RuntimeError, lambda: autofocus_conv(**arguments, **CASE.options, backend="triton")
-            )
+            message = message_of(RuntimeError, lambda: autofocus_conv(**arguments, **CASE.options, backend="triton"))
         assert message.startswith("backend 'triton' cannot run this call: no configuration fits"), message
         assert len(launched) == 4, launched
 

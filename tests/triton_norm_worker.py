@@ -7,23 +7,27 @@ import subprocess
 import sys
 from functools import partial
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 import test_branch_norm
+import torch
 import triton_worker
+from test_branch_norm import make_norms
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton_worker import SMALL
+
 from autofocus_kernels import AutofocusConv2d, norm_ops, testing
 from autofocus_kernels.backends.triton import backend as triton_backend
 from autofocus_kernels.backends.triton.configs import Config
 from autofocus_kernels.branch_norm import normed_autofocus_conv
 from autofocus_kernels.testing import Case, relative_error
-from test_branch_norm import make_norms
-from triton_worker import SMALL
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 # Of one training step by batch statistics.
 KERNELS = {
-    "forward_kernel", "statistics_kernel", "combine_kernel", "reduce_kernel", "grad_branches_kernel",
+    "forward_kernel",
+    "statistics_kernel",
+    "combine_kernel",
+    "reduce_kernel",
+    "grad_branches_kernel",
     "grad_input_weight_kernel",
 }
 
@@ -43,8 +47,8 @@ _LAYOUTS = tuple(
     Case(f"{layout}_2d", (6, 7), layout=layout, batch=2, dilations=(1, 3), out_channels=8)
     for layout in ("transposed", "sliced", "expanded")
 )
-# At least two programs on every axis of every grid of the kernels that treat each voxel alone; _SMALL has small tiles in
-# the others too, of which triton_worker.py tests more.
+# At least two programs on every axis of every grid of the kernels that treat each voxel alone; _SMALL has small tiles
+# in the others too, of which triton_worker.py tests more.
 _SMALL = Case("small_1d", (20,), channels=9, out_channels=20, dilations=(2, 6))
 _GRIDS = (
     Case("grid_1d", (40,), channels=20, out_channels=36, dilations=(2, 6), batch=2),
@@ -174,7 +178,11 @@ def interpret_memory():
         outputs = torch.empty_like(tensors.input), torch.empty_like(tensors.weight)
         with Allocations() as new:
             backend.branch_norm_backward(
-                testing.call_of(case, tensors)._replace(bias=None), tensors.grad_output, branches, *coefs, branches,
+                testing.call_of(case, tensors)._replace(bias=None),
+                tensors.grad_output,
+                branches,
+                *coefs,
+                branches,
                 *outputs,
             )
         new.bytes.pop(branches.data_ptr(), None)
@@ -247,12 +255,26 @@ def compile_kernels(target, dtype, layout):
     backend.branch_statistics(one_branch, branches[:1], vectors[0, :1], vectors[1, :1])
     backend.branch_combine(call, branches, vectors[0], vectors[1], torch.empty_like(tensors.grad_output))
     backend.branch_reduce(
-        call, tensors.grad_output, branches, vectors[0], vectors[1], vectors[2], torch.empty_like(tensors.attention),
-        vectors[3], vectors[4],
+        call,
+        tensors.grad_output,
+        branches,
+        vectors[0],
+        vectors[1],
+        vectors[2],
+        torch.empty_like(tensors.attention),
+        vectors[3],
+        vectors[4],
     )
     backend.branch_norm_backward(
-        call, tensors.grad_output, branches, vectors[0], vectors[1], vectors[2], branches,
-        torch.empty_like(tensors.input), torch.empty_like(tensors.weight),
+        call,
+        tensors.grad_output,
+        branches,
+        vectors[0],
+        vectors[1],
+        vectors[2],
+        branches,
+        torch.empty_like(tensors.input),
+        torch.empty_like(tensors.weight),
     )
     return figures
 
@@ -280,7 +302,10 @@ def main(command):
 def results(command, environment):
     """name -> result of every entry; what the process prints besides is its own."""
     worker = subprocess.run(
-        [sys.executable, __file__, command], stdout=subprocess.PIPE, text=True, check=True,
+        [sys.executable, __file__, command],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
         env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     return dict(json.loads(line) for line in worker.stdout.splitlines() if line.startswith("["))

@@ -48,8 +48,11 @@ def large(case):
         return min(most, max(least, 1 << (n - 1).bit_length()))
 
     return Config(
-        power(2 * points, 16, 4096), power(case.channels, 16, 64), power(case.out_channels, 16, 64),
-        num_warps=4, registers=255,
+        power(2 * points, 16, 4096),
+        power(case.channels, 16, 64),
+        power(case.out_channels, 16, 64),
+        num_warps=4,
+        registers=255,
     )
 
 
@@ -59,7 +62,8 @@ def _interpreted():
     entries += [
         (case, dtype, large(case))
         for dtype in (torch.bfloat16, torch.float16)
-        for case in testing.CASES if case.name in _16_BIT
+        for case in testing.CASES
+        if case.name in _16_BIT
     ]
     return {
         f"{case.name}-{str(dtype).removeprefix('torch.')}": partial(interpret, case, dtype, config)
@@ -118,7 +122,7 @@ INTERPRETED = _interpreted()
 
 # ------------------------------------------------------------------ ahead of time: name -> what to compile
 
-# Shared memory of one program at most, in bytes: CUDA C++ Programming Guide, table of compute capabilities; LDS of CDNA3.
+# Shared memory of one program at most, in bytes: CUDA C++ Programming Guide, compute capabilities; LDS of CDNA3.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # Tensor-core instructions in the machine code of each.
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
@@ -151,7 +155,10 @@ COMPILED += [
     Compiled("sm_90", "bfloat16", mode, *channels, layout)
     for mode in ("plain", "branch")
     for channels, layout in (
-        ((40, 50), "contiguous"), ((40, 50), "channels_last"), ((128, 128), "contiguous"), ((32, 32), "contiguous"),
+        ((40, 50), "contiguous"),
+        ((40, 50), "channels_last"),
+        ((128, 128), "contiguous"),
+        ((32, 32), "contiguous"),
     )
 ]
 COMPILED += [
@@ -188,9 +195,7 @@ def compile_for(target, dtype, *modules):
     torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     arch = target if amd else int(target.removeprefix("sm_"))
     launch.capability = lambda device: 8 if amd else arch // 10
-    triton.runtime.driver.set_active(
-        OfflineDriver(GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", arch, 32))
-    )
+    triton.runtime.driver.set_active(OfflineDriver(GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", arch, 32)))
     for module in modules:
         for kernel in vars(module).values():
             if isinstance(kernel, triton.runtime.JITFunction):
@@ -211,7 +216,12 @@ def compile_kernels(target, dtype, mode, channels, out_channels, layout):
 
     launch.submit = submit
     case = Case(
-        "aot", (40, 40, 40), channels=channels, out_channels=out_channels, dilations=(2, 6, 10, 14), mode=mode,
+        "aot",
+        (40, 40, 40),
+        channels=channels,
+        out_channels=out_channels,
+        dilations=(2, 6, 10, 14),
+        mode=mode,
         layout=layout,
     )
     tensors = testing.make_tensors(case, torch.float32 if dtype == "tf32" else getattr(torch, dtype))
@@ -279,7 +289,8 @@ def results(command, environment):
     workers = [
         subprocess.Popen(
             [sys.executable, __file__, command, str(share), "2"],
-            stdout=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         for share in range(2)

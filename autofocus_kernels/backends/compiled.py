@@ -5,8 +5,6 @@ They know three spatial axes and contiguous vectors only (csrc/binding/operators
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -34,10 +32,10 @@ class CompiledBackend:
         self.largest = largest
         self.operators = getattr(torch.ops, f"autofocus_{name}")
 
-    def unavailable(self) -> Optional[str]:
+    def unavailable(self) -> str | None:
         return native.unavailable(self.name)
 
-    def refusal(self, call: Call) -> Optional[str]:
+    def refusal(self, call: Call) -> str | None:
         device, dtype, geometry = call.input.device, call.input.dtype, call.geometry
         if device.type != self.device_type:
             return f"tensors are on {device}, the {self.name} backend reads memory of the device {self.device_type}"
@@ -63,13 +61,15 @@ class CompiledBackend:
         call = call.as_3d()
         *volumes, grad_branch_scale = gradients
         self.operators.backward(
-            as_3d(grad_output), *call[:3], *_contiguous(*call[3:6]), *map(as_3d, volumes), grad_branch_scale,
+            as_3d(grad_output),
+            *call[:3],
+            *_contiguous(*call[3:6]),
+            *map(as_3d, volumes),
+            grad_branch_scale,
             *call.geometry.integers,
         )
 
-    def branch_statistics(
-        self, call: Call, branches: Tensor, mean: Optional[Tensor], var: Optional[Tensor]
-    ) -> None:
+    def branch_statistics(self, call: Call, branches: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
         call = call.as_3d()
         self.operators.branch_statistics(
             call.input, call.weight, as_3d(branches, 3), mean, var, *call.geometry.integers
@@ -81,24 +81,51 @@ class CompiledBackend:
         )
 
     def branch_reduce(
-        self, call: Call, grad_output: Tensor, branches: Tensor, mean: Tensor, scale: Tensor, shift: Tensor,
-        grad_attention: Optional[Tensor], grad_scale: Tensor, grad_shift: Tensor,
+        self,
+        call: Call,
+        grad_output: Tensor,
+        branches: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        grad_attention: Tensor | None,
+        grad_scale: Tensor,
+        grad_shift: Tensor,
     ) -> None:
         self.operators.branch_reduce(
-            as_3d(grad_output), as_3d(branches, 3), as_3d(call.attention), *_contiguous(mean, scale, shift),
-            as_3d(grad_attention), grad_scale, grad_shift,
+            as_3d(grad_output),
+            as_3d(branches, 3),
+            as_3d(call.attention),
+            *_contiguous(mean, scale, shift),
+            as_3d(grad_attention),
+            grad_scale,
+            grad_shift,
         )
 
     def branch_norm_backward(
-        self, call: Call, grad_output: Tensor, branches: Tensor, a_coef: Tensor, b_coef: Tensor, c_coef: Tensor,
-        grad_branches: Tensor, grad_input: Optional[Tensor], grad_weight: Optional[Tensor],
+        self,
+        call: Call,
+        grad_output: Tensor,
+        branches: Tensor,
+        a_coef: Tensor,
+        b_coef: Tensor,
+        c_coef: Tensor,
+        grad_branches: Tensor,
+        grad_input: Tensor | None,
+        grad_weight: Tensor | None,
     ) -> None:
         call = call.as_3d()
         self.operators.branch_norm_backward(
-            as_3d(grad_output), *call[:3], as_3d(branches, 3), *_contiguous(a_coef, b_coef, c_coef),
-            as_3d(grad_branches, 3), as_3d(grad_input), as_3d(grad_weight), *call.geometry.integers,
+            as_3d(grad_output),
+            *call[:3],
+            as_3d(branches, 3),
+            *_contiguous(a_coef, b_coef, c_coef),
+            as_3d(grad_branches, 3),
+            as_3d(grad_input),
+            as_3d(grad_weight),
+            *call.geometry.integers,
         )
 
 
-def _contiguous(*vectors: Optional[Tensor]) -> list[Optional[Tensor]]:
+def _contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
     return [vector if vector is None else vector.contiguous() for vector in vectors]

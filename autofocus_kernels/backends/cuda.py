@@ -1,12 +1,10 @@
 """The CUDA C++ kernels of csrc/cuda.
 
-Two tiers: a simple one that takes every geometry and dtype, and a fast one for 16-bit tensors and kernels of 1 or 3 taps; the
-library picks one for every pass (docs/cuda.md), and AUTOFOCUS_CUDA_TIER=simple keeps it to the first.
+Two tiers: a simple one that takes every geometry and dtype, and a fast one for 16-bit tensors and kernels of 1 or 3
+taps; the library picks one for every pass (docs/cuda.md); AUTOFOCUS_CUDA_TIER=simple keeps it to the first.
 """
 
 from __future__ import annotations
-
-from typing import Optional
 
 import torch
 
@@ -20,12 +18,12 @@ PASSES = ("forward", "grad_input", "grad_attention", "grad_weight")
 class CudaBackend(CompiledBackend):
     checked = True
 
-    def unavailable(self) -> Optional[str]:
+    def unavailable(self) -> str | None:
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
         return super().unavailable()
 
-    def refusal(self, call: Call) -> Optional[str]:
+    def refusal(self, call: Call) -> str | None:
         reason = super().refusal(call)
         if reason is not None:
             return reason
@@ -35,7 +33,7 @@ class CudaBackend(CompiledBackend):
             return f"{device} has compute capability {capability}, the library is built for {MINIMUM_CAPABILITY} on"
         return None
 
-    def fast_refusal(self, pass_name: str, call: Call) -> Optional[str]:
+    def fast_refusal(self, pass_name: str, call: Call) -> str | None:
         """Why the fast tier does not take a pass of a call that the backend takes; None if it does.
 
         Args:
@@ -43,9 +41,12 @@ class CudaBackend(CompiledBackend):
         """
         call = call.as_3d()
         geometry = call.geometry
-        return self.operators.fast_refusal(
-            pass_name, call.input, call.weight, list(geometry.output_size), *geometry.integers
-        ) or None
+        return (
+            self.operators.fast_refusal(
+                pass_name, call.input, call.weight, list(geometry.output_size), *geometry.integers
+            )
+            or None
+        )
 
 
 backend = CudaBackend("cuda", "cuda", 2**31 - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -16,10 +16,10 @@ class CannotRun(RuntimeError):
 class Gradients(NamedTuple):
     """Where a backward writes; None where no gradient is wanted."""
 
-    input: Optional[Tensor]  # [N, C, *S]
-    weight: Optional[Tensor]  # [O, C, *kernel_size]
-    attention: Optional[Tensor]  # [N, K, *S_out]
-    branch_scale: Optional[Tensor]  # [K, O]
+    input: Tensor | None  # [N, C, *S]
+    weight: Tensor | None  # [O, C, *kernel_size]
+    attention: Tensor | None  # [N, K, *S_out]
+    branch_scale: Tensor | None  # [K, O]
 
 
 class Backend(Protocol):
@@ -44,10 +44,10 @@ class Backend(Protocol):
     checked: bool
     tiles_by_volume: bool
 
-    def unavailable(self) -> Optional[str]:
+    def unavailable(self) -> str | None:
         """Why the backend cannot run in this process; None if it can."""
 
-    def refusal(self, call: Call) -> Optional[str]:
+    def refusal(self, call: Call) -> str | None:
         """Why the backend does not take this call; None if it does. Cheap: asked at every call."""
 
     def forward(self, call: Call, output: Tensor) -> None:
@@ -59,9 +59,7 @@ class Backend(Protocol):
         That of the attention includes the terms of bias and shift, whose own gradients ops.py computes.
         """
 
-    def branch_statistics(
-        self, call: Call, branches: Tensor, mean: Optional[Tensor], var: Optional[Tensor]
-    ) -> None:
+    def branch_statistics(self, call: Call, branches: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
         """Fills ``branches`` and, unless both are None, ``mean`` and ``var`` (biased) over batch and space.
 
         The variance must not be a difference of large sums: two passes, shifted sums or Welford.
@@ -78,7 +76,7 @@ class Backend(Protocol):
         mean: Tensor,
         scale: Tensor,
         shift: Tensor,
-        grad_attention: Optional[Tensor],  # [N, K, *S_out]
+        grad_attention: Tensor | None,  # [N, K, *S_out]
         grad_scale: Tensor,
         grad_shift: Tensor,
     ) -> None:
@@ -94,8 +92,8 @@ class Backend(Protocol):
         b_coef: Tensor,
         c_coef: Tensor,
         grad_branches: Tensor,
-        grad_input: Optional[Tensor],  # [N, C, *S]
-        grad_weight: Optional[Tensor],  # [O, C, *kernel_size]
+        grad_input: Tensor | None,  # [N, C, *S]
+        grad_weight: Tensor | None,  # [O, C, *kernel_size]
     ) -> None:
         """Fills the wanted gradients, where that of branch k is ``dy_k = a_coef_k a_k G + b_coef_k y_k + c_coef_k``.
 

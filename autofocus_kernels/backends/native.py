@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Optional
 
 import torch
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-@lru_cache(maxsize=None)
-def unavailable(name: str) -> Optional[str]:
+@cache
+def unavailable(name: str) -> str | None:
     """Loads library ``name`` ("cpu" or "cuda") at the first call, which registers ``torch.ops.autofocus_<name>``.
 
     Returns:
@@ -47,6 +46,6 @@ def build_record() -> dict:
     return json.loads(record.read_text()) if record.exists() else {}
 
 
-def _find(name: str) -> Optional[Path]:
+def _find(name: str) -> Path | None:
     candidates = (PACKAGE / f"_{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
     return next((path for path in candidates if path.exists()), None)

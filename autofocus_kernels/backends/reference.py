@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -15,10 +13,10 @@ from .interface import Backend, Gradients
 class ReferenceBackend(Backend):
     checked = tiles_by_volume = False
 
-    def unavailable(self) -> Optional[str]:
+    def unavailable(self) -> str | None:
         return None
 
-    def refusal(self, call: Call) -> Optional[str]:
+    def refusal(self, call: Call) -> str | None:
         return None
 
     def forward(self, call, output) -> None:
@@ -95,18 +93,16 @@ def _normed(call: Call, branch: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.addcmul(shift, branch, scale)
 
 
-def _zero(*gradients: Optional[Tensor]) -> None:
+def _zero(*gradients: Tensor | None) -> None:
     for gradient in gradients:
         if gradient is not None:
             gradient.zero_()
 
 
 def _add_branch_gradients(
-    call: Call, k: int, grad_branch: Tensor, grad_input: Optional[Tensor], grad_weight: Optional[Tensor]
+    call: Call, k: int, grad_branch: Tensor, grad_input: Tensor | None, grad_weight: Tensor | None
 ) -> None:
-    of_branch = reference.branch_gradients(
-        call, k, grad_branch, grad_input is not None, grad_weight is not None
-    )
+    of_branch = reference.branch_gradients(call, k, grad_branch, grad_input is not None, grad_weight is not None)
     for total, part in zip((grad_input, grad_weight), of_branch):
         if total is not None:
             total += part

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional, Union
 
 from torch import nn
 
 from ..geometry import IntOrTuple
 from .models import SegmentationNetwork, resolve_arguments
 
-Spec = Union[str, Sequence]
+Spec = str | Sequence
 
 
 class AFN(SegmentationNetwork):
@@ -43,13 +42,13 @@ class AFN(SegmentationNetwork):
         in_channels: int,
         out_channels: int,
         name: str = "AFN-6",
-        widths: Optional[Sequence[int]] = None,
+        widths: Sequence[int] | None = None,
         dilations: Sequence[IntOrTuple] = (2, 6, 10, 14),
         padding: str = "same",
         act: Spec = "relu",
         norm: Spec = "batch",
-        save_branches: Optional[bool] = None,
-        backend: Optional[str] = None,
+        save_branches: bool | None = None,
+        backend: str | None = None,
     ) -> None:
         options = {"factory": {}}
         if not _is("relu", act):
@@ -58,7 +57,15 @@ class AFN(SegmentationNetwork):
             options["norm_of"] = lambda channels: _monai("get_norm_layer", "norm", norm, spatial_dims, channels)
         super().__init__(
             *resolve_arguments(
-                name, in_channels, out_channels, spatial_dims, widths, dilations, padding, save_branches, backend,
+                name,
+                in_channels,
+                out_channels,
+                spatial_dims,
+                widths,
+                dilations,
+                padding,
+                save_branches,
+                backend,
                 **options,
             )
         )

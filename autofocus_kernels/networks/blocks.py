@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 import torch.fx
@@ -22,11 +21,11 @@ class Options:
     spatial_dims: int
     dilations: tuple[tuple[int, ...], ...]
     padding: str
-    save_branches: Optional[bool]  # None: in the second layer of each block
-    backend: Optional[str]
+    save_branches: bool | None  # None: in the second layer of each block
+    backend: str | None
     factory: dict  # device and dtype
     act: Callable[[], nn.Module] = nn.ReLU
-    norm_of: Optional[Callable[[int], nn.Module]] = None  # from a number of channels; None is a batch norm
+    norm_of: Callable[[int], nn.Module] | None = None  # from a number of channels; None is a batch norm
 
     @property
     def smallest_dilation(self) -> tuple[int, ...]:
@@ -34,8 +33,12 @@ class Options:
 
     def conv(self, in_channels: int, out_channels: int, kernel_size=3, dilation=1, padding=None) -> nn.Module:
         return CONV[self.spatial_dims](
-            in_channels, out_channels, kernel_size, dilation=dilation,
-            padding=self.padding if padding is None else padding, **self.factory,
+            in_channels,
+            out_channels,
+            kernel_size,
+            dilation=dilation,
+            padding=self.padding if padding is None else padding,
+            **self.factory,
         )
 
     def norm(self, channels: int) -> nn.Module:
@@ -51,8 +54,14 @@ class Options:
         norms = [self.norm(out_channels) for _ in self.dilations]
         per_branch = isinstance(norms[0], nn.modules.batchnorm._BatchNorm)
         layer = AUTOFOCUS[self.spatial_dims](
-            in_channels, out_channels, padding=self.padding, dilations=self.dilations, branch_norm=per_branch,
-            save_branches=save_branches, backend=self.backend, **self.factory,
+            in_channels,
+            out_channels,
+            padding=self.padding,
+            dilations=self.dilations,
+            branch_norm=per_branch,
+            save_branches=save_branches,
+            backend=self.backend,
+            **self.factory,
         )
         if per_branch:
             layer.branch_norm = nn.ModuleList(norms)
@@ -68,9 +77,7 @@ class Block(nn.Module):
     cropped to the size of the result, before its convolution and norm where the channel count changes.
     """
 
-    def __init__(
-        self, options: Options, in_channels: int, out_channels: int, autofocus: tuple[bool, bool]
-    ) -> None:
+    def __init__(self, options: Options, in_channels: int, out_channels: int, autofocus: tuple[bool, bool]) -> None:
         super().__init__()
 
         def layer(index: int, in_channels: int) -> nn.Module:
@@ -104,8 +111,7 @@ class ConcatHead(nn.Module):
     def __init__(self, options: Options, in_channels: int, channels: int, num_classes: int) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
-            options.conv(in_channels, channels, dilation=dilation, padding="same")
-            for dilation in options.dilations
+            options.conv(in_channels, channels, dilation=dilation, padding="same") for dilation in options.dilations
         )
         self.norm = options.norm(len(self.branches) * channels)
         self.act = options.act()
@@ -125,12 +131,8 @@ class SumHead(nn.Module):
             options.conv_norm(in_channels, channels, dilation=dilation, padding="same")
             for dilation in options.dilations
         )
-        self.classes = nn.ModuleList(
-            options.conv(channels, num_classes, kernel_size=1) for _ in options.dilations
-        )
+        self.classes = nn.ModuleList(options.conv(channels, num_classes, kernel_size=1) for _ in options.dilations)
         self.acts = nn.ModuleList(options.act() for _ in options.dilations)
 
     def forward(self, input: Tensor) -> Tensor:
-        return sum(
-            classes(act(branch(input))) for branch, act, classes in zip(self.branches, self.acts, self.classes)
-        )
+        return sum(classes(act(branch(input))) for branch, act, classes in zip(self.branches, self.acts, self.classes))

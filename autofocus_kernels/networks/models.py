@@ -2,7 +2,6 @@
 
 # Not `from __future__ import annotations`: torch.fx pickles the annotations of forward, and no strings.
 from collections.abc import Sequence
-from typing import Optional
 
 import torch.fx
 from torch import Tensor, nn
@@ -36,11 +35,11 @@ def build(
     num_classes: int = 5,
     spatial_dims: int = 3,
     *,
-    widths: Optional[Sequence[int]] = None,
+    widths: Sequence[int] | None = None,
     dilations: Sequence[IntOrTuple] = (2, 6, 10, 14),
     padding: str = "valid",
-    save_branches: Optional[bool] = None,
-    backend: Optional[str] = None,
+    save_branches: bool | None = None,
+    backend: str | None = None,
     device=None,
     dtype=None,
 ) -> "SegmentationNetwork":
@@ -67,7 +66,15 @@ def build(
     factory = {"device": device, "dtype": dtype}
     return SegmentationNetwork(
         *resolve_arguments(
-            name, in_channels, num_classes, spatial_dims, widths, dilations, padding, save_branches, backend,
+            name,
+            in_channels,
+            num_classes,
+            spatial_dims,
+            widths,
+            dilations,
+            padding,
+            save_branches,
+            backend,
             factory=factory,
         )
     )
@@ -118,13 +125,10 @@ class SegmentationNetwork(nn.Module):
         self.crop = tuple(
             4 + 12 * dilation if options.padding == "valid" else 0 for dilation in options.smallest_dilation
         )
-        self.stem = nn.ModuleList(
-            options.conv_norm(channels, widths[0]) for channels in (in_channels, widths[0])
-        )
+        self.stem = nn.ModuleList(options.conv_norm(channels, widths[0]) for channels in (in_channels, widths[0]))
         self.acts = nn.ModuleList(options.act() for _ in self.stem)
         self.blocks = nn.ModuleList(
-            Block(options, widths[i], widths[i + 1], autofocus)
-            for i, autofocus in enumerate(_BLOCKS[name])
+            Block(options, widths[i], widths[i + 1], autofocus) for i, autofocus in enumerate(_BLOCKS[name])
         )
         if name in _HEADS:
             self.head = _HEADS[name](options, widths[3], widths[4], num_classes)

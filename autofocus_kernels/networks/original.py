@@ -42,9 +42,7 @@ def load_original_state_dict(model: SegmentationNetwork, state_dict: Mapping[str
     own = model.state_dict()
 
     problems = [
-        f"missing: {theirs}"
-        for theirs in names.values()
-        if theirs not in given and not theirs.endswith(_COUNTER)
+        f"missing: {theirs}" for theirs in names.values() if theirs not in given and not theirs.endswith(_COUNTER)
     ]
     expected = set(names.values())
     problems += [f"unexpected: {name}" for name in given if name not in expected]

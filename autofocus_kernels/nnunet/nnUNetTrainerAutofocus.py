@@ -66,7 +66,9 @@ class nnUNetTrainerAutofocus(nnUNetTrainer):
         plans = PlansManager(made_with["plans"])
         configuration = plans.get_configuration(made_with["configuration"])
         network = super().build_network_architecture(
-            plans, configuration, determine_num_input_channels(plans, configuration, made_with["dataset_json"]),
+            plans,
+            configuration,
+            determine_num_input_channels(plans, configuration, made_with["dataset_json"]),
             plans.get_label_manager(made_with["dataset_json"]).num_segmentation_heads,
         )
         network.load_state_dict(checkpoint["network_weights"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from functools import lru_cache
-from typing import Optional, cast
+from functools import cache
+from typing import cast
 
 import torch
 
@@ -25,8 +25,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@lru_cache(maxsize=None)
-def _unavailable() -> Optional[str]:
+@cache
+def _unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed"
     if not interpreted() and not torch.cuda.is_available():
@@ -39,10 +39,10 @@ class TritonBackend:
 
     checked = tiles_by_volume = True
 
-    def unavailable(self) -> Optional[str]:
+    def unavailable(self) -> str | None:
         return _unavailable()
 
-    def refusal(self, call: Call) -> Optional[str]:
+    def refusal(self, call: Call) -> str | None:
         reason = _unavailable()
         if reason is not None:
             return reason

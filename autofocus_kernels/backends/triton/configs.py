@@ -94,11 +94,7 @@ def choose_tiling(problem: Geometry, rows: int, transposed: bool = False) -> Til
         return d.waste * h.waste * w.waste * (reads + L2_COST * fetched)
 
     best = min(
-        (
-            (d, h, w)
-            for d, h, w in itertools.product(d_ways, h_ways, w_ways)
-            if d.tile * h.tile * w.tile == rows
-        ),
+        ((d, h, w) for d, h, w in itertools.product(d_ways, h_ways, w_ways) if d.tile * h.tile * w.tile == rows),
         key=cost,
     )
     return Tiling(
@@ -150,9 +146,7 @@ def _ways(problem: Geometry, axis: int, rows: int, transposed: bool) -> list[_Ax
     return ways
 
 
-def configurations(
-    kernel: str, itemsize: int, precision: str, capability: int, C: int, O: int
-) -> tuple[Config, ...]:
+def configurations(kernel: str, itemsize: int, precision: str, capability: int, C: int, O: int) -> tuple[Config, ...]:
     """What ``kernel`` may run with: the best first, the last the least demanding.
 
     ``capability`` is the major compute capability of an NVIDIA device; AMD counts as 8: it too has all operands of its

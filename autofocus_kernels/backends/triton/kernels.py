@@ -3,9 +3,9 @@
 Axes: N batch, C input channels, O output channels, K branches, T kernel taps, P rows (positions) of a tile, and always
 three spatial axes D H W. The arithmetic is docs/math.md; what is tiled, in which order and why is docs/triton.md.
 
-A program owns a tile of lattice points: on every axis the positions ``start + step * point`` with a scalar ``start`` and
-``point`` in 0 .. tile - 1. For one branch and one tap, the coordinates read are ``corner + move * point``. So all that
-depends on tile, branch and tap is scalar, and the row tensors are small constants of each thread.
+A program owns a tile of lattice points: on every axis the positions ``start + step * point`` with a scalar ``start``
+and ``point`` in 0 .. tile - 1. For one branch and one tap, the coordinates read are ``corner + move * point``. So
+all that depends on tile, branch and tap is scalar, and the row tensors are small constants of each thread.
 
 ``G`` is the constexpr ``Tiling`` of configs.py. ``*_stride`` is (batch, channel or branch, d, h, w). The tensor that is
 gathered (input, or grad_output in grad_input_weight_kernel) has READ adjacent channels and strides in units of ALIGN
@@ -268,14 +268,35 @@ def pinned(rows):
 
 @triton.jit
 def forward_kernel(
-    input, weight, attention, shift, output,
-    input_stride, attention_stride, shift_stride, output_stride,
-    input_size, output_size, origin, tiles, cosets,
-    C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, TILE_ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    BLEND: tl.constexpr, DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
+    input,
+    weight,
+    attention,
+    shift,
+    output,
+    input_stride,
+    attention_stride,
+    shift_stride,
+    output_stride,
+    input_size,
+    output_size,
+    origin,
+    tiles,
+    cosets,
+    C: tl.constexpr,
+    O: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    READ: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TILE_ALIGN: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    BLEND: tl.constexpr,
+    DOT: tl.constexpr,
+    ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """out = sum_t W_t u_t + sum_k a_k shift_k, u_t the blend of tap t. Weight is [T, C, O]; grid (tiles, blocks of O)."""
+    """out = sum_t W_t u_t + sum_k a_k shift_k, u_t the blend of tap t. Weight [T, C, O]; grid (tiles, blocks of O)."""
     K: tl.constexpr = G.branches
     P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
     C_PADDED: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C * BLOCK_C
@@ -334,14 +355,34 @@ def forward_kernel(
 
 @triton.jit
 def grad_attention_kernel(
-    grad_output, input, weight, shift, grad_attention,
-    grad_output_stride, input_stride, shift_stride, grad_attention_stride,
-    input_size, output_size, origin, tiles, cosets,
-    C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, TILE_ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
+    grad_output,
+    input,
+    weight,
+    shift,
+    grad_attention,
+    grad_output_stride,
+    input_stride,
+    shift_stride,
+    grad_attention_stride,
+    input_size,
+    output_size,
+    origin,
+    tiles,
+    cosets,
+    C: tl.constexpr,
+    O: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    READ: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TILE_ALIGN: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    DOT: tl.constexpr,
+    ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """da_k = sum_t <g_t, x read by branch k> + <shift_k, G> with g_t = W_t^T G. Weight is [T, O, C]; grid (tiles, 1)."""
+    """da_k = sum_t <g_t, x read by branch k> + <shift_k, G> with g_t = W_t^T G. Weight [T, O, C]; grid (tiles, 1)."""
     K: tl.constexpr = G.branches
     P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
     n, start = tile_start(tl.program_id(0), tiles, cosets, G)
@@ -376,8 +417,23 @@ def grad_attention_kernel(
         c = c_start + tl.arange(0, BLOCK_C)
         # The centre tap, which the branches share.
         tap = centre_tap(G)
-        g = tap_gradient(grad, grad_output, grad_rows, valid, grad_output_stride, weight, tap, c,
-                         C, O, G, BLOCK_C, BLOCK_O, DOT, PRECISION)
+        g = tap_gradient(
+            grad,
+            grad_output,
+            grad_rows,
+            valid,
+            grad_output_stride,
+            weight,
+            tap,
+            c,
+            C,
+            O,
+            G,
+            BLOCK_C,
+            BLOCK_O,
+            DOT,
+            PRECISION,
+        )
         corner = corner_of(constant_dilation(0, G), tap, start, origin, G)
         mask = valid & rows_inside(corner, moved, input_size)
         rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
@@ -388,8 +444,23 @@ def grad_attention_kernel(
                 for tap_w in range(G.kernel[2]):
                     tap = (tap_d, tap_h, tap_w)
                     if off_centre_reads(tap, start, origin, input_size, G):
-                        g = tap_gradient(grad, grad_output, grad_rows, valid, grad_output_stride, weight, tap, c,
-                                         C, O, G, BLOCK_C, BLOCK_O, DOT, PRECISION)
+                        g = tap_gradient(
+                            grad,
+                            grad_output,
+                            grad_rows,
+                            valid,
+                            grad_output_stride,
+                            weight,
+                            tap,
+                            c,
+                            C,
+                            O,
+                            G,
+                            BLOCK_C,
+                            BLOCK_O,
+                            DOT,
+                            PRECISION,
+                        )
                         added = ()
                         for k in tl.static_range(K):
                             corner = corner_of(constant_dilation(k, G), tap, start, origin, G)
@@ -419,9 +490,21 @@ def lane_sums(g, x, ALIGN: tl.constexpr):
 
 @triton.jit
 def tap_gradient(
-    grad, grad_output, grad_rows, valid, grad_output_stride, weight, tap, c,
-    C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    grad,
+    grad_output,
+    grad_rows,
+    valid,
+    grad_output_stride,
+    weight,
+    tap,
+    c,
+    C: tl.constexpr,
+    O: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """g_t of one tile and one block of C: [P, BLOCK_C] in fp32. ``grad`` is the tile's first block of grad_output."""
     C_PADDED: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C * BLOCK_C
@@ -442,9 +525,28 @@ def tap_gradient(
 
 @triton.jit
 def project(
-    input, weight, input_rows, input_stride, input_size, moved, valid, home, start, origin, k, o,
-    C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
+    input,
+    weight,
+    input_rows,
+    input_stride,
+    input_size,
+    moved,
+    valid,
+    home,
+    start,
+    origin,
+    k,
+    o,
+    C: tl.constexpr,
+    O: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    READ: tl.constexpr,
+    ALIGN: tl.constexpr,
+    DOT: tl.constexpr,
+    ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """y_k of one tile and one block of O: [P, BLOCK_O] in fp32. Weight is [T, C, O]."""
     P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
@@ -471,12 +573,34 @@ def project(
 
 @triton.jit
 def forward_scaled_kernel(
-    input, weight, attention, scale, shift, output,
-    input_stride, attention_stride, scale_stride, shift_stride, output_stride,
-    input_size, output_size, origin, tiles, cosets,
-    C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, TILE_ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
+    input,
+    weight,
+    attention,
+    scale,
+    shift,
+    output,
+    input_stride,
+    attention_stride,
+    scale_stride,
+    shift_stride,
+    output_stride,
+    input_size,
+    output_size,
+    origin,
+    tiles,
+    cosets,
+    C: tl.constexpr,
+    O: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    READ: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TILE_ALIGN: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    DOT: tl.constexpr,
+    ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """out = sum_k a_k (s_k y_k + h_k), branch by branch in the tile. Weight is [T, C, O]; grid (tiles, blocks of O)."""
     K: tl.constexpr = G.branches
@@ -492,8 +616,30 @@ def forward_scaled_kernel(
     attention_rows = row_offsets(position, attention_stride, 1, ROW)
     result = tl.zeros([P, BLOCK_O], tl.float32)
     for k in range(K):
-        y = project(input, weight, input_rows, input_stride, input_size, moved, valid, home, start, origin, k, o,
-                    C, O, G, BLOCK_C, BLOCK_O, READ, ALIGN, DOT, ROW, PRECISION)
+        y = project(
+            input,
+            weight,
+            input_rows,
+            input_stride,
+            input_size,
+            moved,
+            valid,
+            home,
+            start,
+            origin,
+            k,
+            o,
+            C,
+            O,
+            G,
+            BLOCK_C,
+            BLOCK_O,
+            READ,
+            ALIGN,
+            DOT,
+            ROW,
+            PRECISION,
+        )
         y *= load_vector(scale, k, scale_stride, o, O, BLOCK_O)[None, :]
         if HAS_SHIFT:
             y += load_vector(shift, k, shift_stride, o, O, BLOCK_O)[None, :]
@@ -505,13 +651,39 @@ def forward_scaled_kernel(
 
 @triton.jit
 def grad_scaled_kernel(
-    grad_output, input, weight, attention, scale, shift, grad_attention, sums,
-    grad_output_stride, input_stride, attention_stride, scale_stride, shift_stride, grad_attention_stride,
-    input_size, output_size, origin, tiles, cosets,
-    C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, TILE_ALIGN: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    WANT_ATTENTION: tl.constexpr, WANT_SCALE: tl.constexpr,
-    DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
+    grad_output,
+    input,
+    weight,
+    attention,
+    scale,
+    shift,
+    grad_attention,
+    sums,
+    grad_output_stride,
+    input_stride,
+    attention_stride,
+    scale_stride,
+    shift_stride,
+    grad_attention_stride,
+    input_size,
+    output_size,
+    origin,
+    tiles,
+    cosets,
+    C: tl.constexpr,
+    O: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    READ: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TILE_ALIGN: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    WANT_ATTENTION: tl.constexpr,
+    WANT_SCALE: tl.constexpr,
+    DOT: tl.constexpr,
+    ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """With y_k recomputed in the tile: da_k = sum_o G (s_k y_k + h_k), dscale_k = sum_p a_k G y_k.
 
@@ -535,11 +707,35 @@ def grad_scaled_kernel(
         result = tl.zeros([P], tl.float32)
         for o_start in range(0, O, BLOCK_O):
             o = o_start + tl.arange(0, BLOCK_O)
-            y = project(input, weight, input_rows, input_stride, input_size, moved, valid, home, start, origin, k, o,
-                        C, O, G, BLOCK_C, BLOCK_O, READ, ALIGN, DOT, ROW, PRECISION)
+            y = project(
+                input,
+                weight,
+                input_rows,
+                input_stride,
+                input_size,
+                moved,
+                valid,
+                home,
+                start,
+                origin,
+                k,
+                o,
+                C,
+                O,
+                G,
+                BLOCK_C,
+                BLOCK_O,
+                READ,
+                ALIGN,
+                DOT,
+                ROW,
+                PRECISION,
+            )
             grad = load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O).to(tl.float32)
             if WANT_SCALE:
-                gate = tl.load(attention + branch_offset(k, attention_stride, ROW) + attention_rows, mask=valid, other=0.0)
+                gate = tl.load(
+                    attention + branch_offset(k, attention_stride, ROW) + attention_rows, mask=valid, other=0.0
+                )
                 tl.store(sums + k * O + o, tl.sum(gate.to(tl.float32)[:, None] * grad * y, 0), mask=o < O)
             if WANT_ATTENTION:
                 y *= load_vector(scale, k, scale_stride, o, O, BLOCK_O)[None, :]
@@ -558,11 +754,32 @@ def grad_scaled_kernel(
 
 @triton.jit
 def gathered_blend(
-    grad_output, attention, scale, grad_rows, attention_rows,
-    grad_output_stride, branch_stride, attention_stride, scale_stride,
-    output_size, moved, valid, home, start, origin, tap, o,
-    O: tl.constexpr, G: tl.constexpr, BLOCK_O: tl.constexpr, READ: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, BLEND: tl.constexpr, ROW: tl.constexpr,
+    grad_output,
+    attention,
+    scale,
+    grad_rows,
+    attention_rows,
+    grad_output_stride,
+    branch_stride,
+    attention_stride,
+    scale_stride,
+    output_size,
+    moved,
+    valid,
+    home,
+    start,
+    origin,
+    tap,
+    o,
+    O: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    READ: tl.constexpr,
+    ALIGN: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    BLEND: tl.constexpr,
+    ROW: tl.constexpr,
 ):
     """v_t of one tile and one block of O: the sum over branches of a_k (s_k) G at the outputs that read the row.
 
@@ -598,13 +815,41 @@ def line_of(start, position):
 
 @triton.jit
 def grad_input_weight_kernel(
-    grad_output, attention, scale, weight, input, grad_input, sums,
-    grad_output_stride, branch_stride, attention_stride, scale_stride, input_stride, grad_input_stride,
-    input_size, output_size, origin, tiles, cosets, num_tiles,
-    C: tl.constexpr, O: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-    READ: tl.constexpr, ALIGN: tl.constexpr, TILE_ALIGN: tl.constexpr, HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr,
-    WANT_INPUT: tl.constexpr, WANT_WEIGHT: tl.constexpr,
-    BLEND: tl.constexpr, DOT: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
+    grad_output,
+    attention,
+    scale,
+    weight,
+    input,
+    grad_input,
+    sums,
+    grad_output_stride,
+    branch_stride,
+    attention_stride,
+    scale_stride,
+    input_stride,
+    grad_input_stride,
+    input_size,
+    output_size,
+    origin,
+    tiles,
+    cosets,
+    num_tiles,
+    C: tl.constexpr,
+    O: tl.constexpr,
+    G: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    READ: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TILE_ALIGN: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    WANT_INPUT: tl.constexpr,
+    WANT_WEIGHT: tl.constexpr,
+    BLEND: tl.constexpr,
+    DOT: tl.constexpr,
+    ROW: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """v_t once, then dx = sum_t W_t^T v_t and dW_t = sum_q v_t x^T. Weight is [T, O, C]; grid (splits, blocks of C).
 
@@ -649,10 +894,32 @@ def grad_input_weight_kernel(
                         tap = (tap_d, tap_h, tap_w)
                         if any_branch_reads(tap, start, origin, output_size, G):
                             v = gathered_blend(
-                                tile_grad_output, tile_attention, scale, grad_rows, attention_rows,
-                                grad_output_stride, branch_stride, attention_stride, scale_stride,
-                                output_size, moved, valid, home, start, origin, tap, o,
-                                O, G, BLOCK_O, READ, ALIGN, HAS_GATE, HAS_SCALE, BLEND, ROW,
+                                tile_grad_output,
+                                tile_attention,
+                                scale,
+                                grad_rows,
+                                attention_rows,
+                                grad_output_stride,
+                                branch_stride,
+                                attention_stride,
+                                scale_stride,
+                                output_size,
+                                moved,
+                                valid,
+                                home,
+                                start,
+                                origin,
+                                tap,
+                                o,
+                                O,
+                                G,
+                                BLOCK_O,
+                                READ,
+                                ALIGN,
+                                HAS_GATE,
+                                HAS_SCALE,
+                                BLEND,
+                                ROW,
                             ).to(DOT)
                             if WANT_INPUT:
                                 w = tl.load(weight_tile(weight, tap, o, c, O_PADDED, C_PADDED, G)).to(DOT)
@@ -677,8 +944,16 @@ def grad_input_weight_kernel(
 
 @triton.jit
 def pack_kernel(
-    source, target, source_batch, source_channel, source_space, points,
-    C: tl.constexpr, C_PADDED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    source,
+    target,
+    source_batch,
+    source_channel,
+    source_space,
+    points,
+    C: tl.constexpr,
+    C_PADDED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """[N, C, points] of any strides to [N, points, C_PADDED], zero past C; grid (N * blocks of points, blocks of C)."""
     blocks = tl.cdiv(points, BLOCK_P)

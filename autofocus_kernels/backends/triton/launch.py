@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Optional
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import triton
@@ -71,8 +72,16 @@ def backward(call: Call, grad_output: Tensor, gradients: Gradients) -> None:
         if wants_gather:
             # Its packed copy is freed before the next one is made.
             run(
-                gather, make_grad_input_weight, call, gather_source(grad_output), call.input, weight, attention,
-                branch_scale, grad_input, grad_weight,
+                gather,
+                make_grad_input_weight,
+                call,
+                gather_source(grad_output),
+                call.input,
+                weight,
+                attention,
+                branch_scale,
+                grad_input,
+                grad_weight,
             )
         if not wants_dots:
             return
@@ -81,8 +90,17 @@ def backward(call: Call, grad_output: Tensor, gradients: Gradients) -> None:
             run(dots, _grad_attention, call, grad_output, source, weight, shift, grad_attention)
         else:
             run(
-                dots, _grad_scaled, call, grad_output, source, weight, attention, branch_scale, shift,
-                grad_attention, grad_branch_scale,
+                dots,
+                _grad_scaled,
+                call,
+                grad_output,
+                source,
+                weight,
+                attention,
+                branch_scale,
+                shift,
+                grad_attention,
+                grad_branch_scale,
             )
 
 
@@ -102,8 +120,15 @@ def _key(kernel: str, call: Call) -> tuple:
     weight, problem = call.weight, call.geometry
     O, C = weight.shape[:2]
     return (
-        kernel, weight.device, weight.dtype, dot_precision(weight), C, O,
-        problem.kernel_size, problem.dilations, problem.stride,
+        kernel,
+        weight.device,
+        weight.dtype,
+        dot_precision(weight),
+        C,
+        O,
+        problem.kernel_size,
+        problem.dilations,
+        problem.stride,
     )
 
 
@@ -119,8 +144,16 @@ def make_forward(config, problem, source, weight, attention, branch_scale, shift
         kernels.forward_kernel,
         (walk.num_tiles, triton.cdiv(weight.shape[0], config.block_o)),
         (
-            source.tensor, repack(weight, config, (2, 1, 0)), attention, shift, output,
-            source.stride, attention.stride(), strides_of(shift), strides_of(output, align), *walk.arguments,
+            source.tensor,
+            repack(weight, config, (2, 1, 0)),
+            attention,
+            shift,
+            output,
+            source.stride,
+            attention.stride(),
+            strides_of(shift),
+            strides_of(output, align),
+            *walk.arguments,
         ),
         _constants(config, walk, source, weight, align, attention, output)
         | {"HAS_SHIFT": shift is not None, "BLEND": blend_dtype(weight)},
@@ -134,8 +167,17 @@ def _forward_scaled(config, problem, source, weight, attention, branch_scale, sh
         kernels.forward_scaled_kernel,
         (walk.num_tiles, triton.cdiv(weight.shape[0], config.block_o)),
         (
-            source.tensor, repack(weight, config, (2, 1, 0)), attention, branch_scale, shift, output,
-            source.stride, attention.stride(), branch_scale.stride(), strides_of(shift), strides_of(output, align),
+            source.tensor,
+            repack(weight, config, (2, 1, 0)),
+            attention,
+            branch_scale,
+            shift,
+            output,
+            source.stride,
+            attention.stride(),
+            branch_scale.stride(),
+            strides_of(shift),
+            strides_of(output, align),
             *walk.arguments,
         ),
         _constants(config, walk, source, weight, align, attention, output) | {"HAS_SHIFT": shift is not None},
@@ -165,9 +207,21 @@ def make_grad_input_weight(
         kernels.grad_input_weight_kernel,
         (splits, blocks),
         (
-            source.tensor, attention, branch_scale, packed, input, grad_input, sums,
-            source.stride, source.branch_stride, strides_of(attention), strides_of(branch_scale),
-            strides_of(input, align), strides_of(grad_input, align), *walk.arguments, walk.num_tiles,
+            source.tensor,
+            attention,
+            branch_scale,
+            packed,
+            input,
+            grad_input,
+            sums,
+            source.stride,
+            source.branch_stride,
+            strides_of(attention),
+            strides_of(branch_scale),
+            strides_of(input, align),
+            strides_of(grad_input, align),
+            *walk.arguments,
+            walk.num_tiles,
         ),
         _constants(config, walk, source, weight, align, attention, input, grad_input)
         | {
@@ -189,8 +243,16 @@ def _grad_attention(config, problem, grad_output, source, weight, shift, grad_at
         kernels.grad_attention_kernel,
         (walk.num_tiles, 1),
         (
-            grad_output, source.tensor, repack(weight, config, (2, 0, 1)), shift, grad_attention,
-            strides_of(grad_output, align), source.stride, strides_of(shift), grad_attention.stride(), *walk.arguments,
+            grad_output,
+            source.tensor,
+            repack(weight, config, (2, 0, 1)),
+            shift,
+            grad_attention,
+            strides_of(grad_output, align),
+            source.stride,
+            strides_of(shift),
+            grad_attention.stride(),
+            *walk.arguments,
         ),
         _constants(config, walk, source, weight, align, grad_output, grad_attention) | {"HAS_SHIFT": shift is not None},
     )
@@ -203,9 +265,7 @@ def _grad_scaled(
     align = alignment(grad_output)
     sums = None
     if grad_branch_scale is not None:
-        sums = torch.empty(
-            (walk.num_tiles, *branch_scale.shape), dtype=torch.float32, device=grad_output.device
-        )
+        sums = torch.empty((walk.num_tiles, *branch_scale.shape), dtype=torch.float32, device=grad_output.device)
 
     def finish() -> None:
         if grad_branch_scale is not None:
@@ -215,10 +275,21 @@ def _grad_scaled(
         kernels.grad_scaled_kernel,
         (walk.num_tiles, 1),
         (
-            grad_output, source.tensor, repack(weight, config, (2, 1, 0)), attention, branch_scale, shift,
-            grad_attention, sums,
-            strides_of(grad_output, align), source.stride, attention.stride(), branch_scale.stride(), strides_of(shift),
-            strides_of(grad_attention), *walk.arguments,
+            grad_output,
+            source.tensor,
+            repack(weight, config, (2, 1, 0)),
+            attention,
+            branch_scale,
+            shift,
+            grad_attention,
+            sums,
+            strides_of(grad_output, align),
+            source.stride,
+            attention.stride(),
+            branch_scale.stride(),
+            strides_of(shift),
+            strides_of(grad_attention),
+            *walk.arguments,
         ),
         _constants(config, walk, source, weight, align, grad_output, attention, grad_attention)
         | {
@@ -230,9 +301,7 @@ def _grad_scaled(
     )
 
 
-def _constants(
-    config: Config, walk: Walk, source: Source, weight: Tensor, align: int, *volumes: Optional[Tensor]
-) -> dict:
+def _constants(config: Config, walk: Walk, source: Source, weight: Tensor, align: int, *volumes: Tensor | None) -> dict:
     """``volumes`` are the tensors [N, ..., D, H, W] that the kernel addresses besides the source."""
     return {
         "C": weight.shape[1],
@@ -257,7 +326,7 @@ def _register_limit(config: Config) -> dict:
     return {} if torch.version.hip else {"maxnreg": config.registers}
 
 
-def row_dtype(*volumes: Optional[Tensor]) -> tl.dtype:
+def row_dtype(*volumes: Tensor | None) -> tl.dtype:
     """32 bits, or 64 if a batch entry spans too many elements; offsets between batch entries always have 64."""
     spans = [
         sum((size - 1) * stride for size, stride in zip(volume.shape[1:], volume.stride()[1:]))
@@ -320,7 +389,7 @@ def gather_source(tensor: Tensor) -> Source:
     return Source(tensor, strides_of(tensor, widest), widest)
 
 
-def alignment(*tensors: Optional[Tensor]) -> int:
+def alignment(*tensors: Tensor | None) -> int:
     """Elements, at most 16 bytes of them, that may be loaded at once at the start of any row of every tensor."""
     aligned = 16
     for tensor in tensors:
@@ -356,10 +425,10 @@ def pack(tensor: Tensor, channels: int) -> Tensor:
     return packed
 
 
-def _collapsed_stride(tensor: Tensor) -> Optional[int]:
+def _collapsed_stride(tensor: Tensor) -> int | None:
     """The stride of D, H and W seen as one axis, or None if they are not one."""
     axes = [(size, stride) for size, stride in zip(tensor.shape[2:], tensor.stride()[2:]) if size > 1]
-    for (_, outer), (size, inner) in zip(axes, axes[1:]):
+    for (_, outer), (size, inner) in pairwise(axes):
         if outer != size * inner:
             return None
     return axes[-1][1] if axes else 1
@@ -370,8 +439,11 @@ def repack(weight: Tensor, config: Config, order: tuple[int, int, int]) -> Tenso
     O, C = weight.shape[:2]
     padded = weight.new_zeros(
         [
-            (triton.cdiv(O, config.block_o) * config.block_o, triton.cdiv(C, config.block_c) * config.block_c,
-             math.prod(weight.shape[2:]))[axis]
+            (
+                triton.cdiv(O, config.block_o) * config.block_o,
+                triton.cdiv(C, config.block_c) * config.block_c,
+                math.prod(weight.shape[2:]),
+            )[axis]
             for axis in order
         ]
     )
@@ -381,7 +453,7 @@ def repack(weight: Tensor, config: Config, order: tuple[int, int, int]) -> Tenso
 
 
 def dot_dtype(tensor: Tensor) -> tl.dtype:
-    """That of the tensor; but the interpreter's bfloat16 arithmetic is wrong, there bfloat16 is only loaded and stored."""
+    """That of the tensor; but the interpreter's bfloat16 arithmetic is wrong, so it is only loaded and stored."""
     return tl.float32 if interpreted() and tensor.dtype == torch.bfloat16 else DTYPES[tensor.dtype]
 
 
@@ -402,12 +474,12 @@ def capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if nvidia else 8
 
 
-def _shift(call: Call) -> Optional[Tensor]:
+def _shift(call: Call) -> Tensor | None:
     """What is added to each branch, [K, O]: a bias is the same shift for all."""
     return call.branch_shift if call.bias is None else call.bias.expand(call.geometry.num_branches, -1)
 
 
-def strides_of(tensor: Optional[Tensor], align: int = 1) -> tuple[int, ...]:
+def strides_of(tensor: Tensor | None, align: int = 1) -> tuple[int, ...]:
     """Strides in units of ``align`` elements, but that of the channels in elements."""
     if tensor is None:
         return (0,) * 5

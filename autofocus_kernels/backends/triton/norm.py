@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Optional
 
 import torch
 import triton
@@ -30,7 +29,7 @@ MAX_BLOCK_O = 128
 TILES = 4
 
 
-def branch_statistics(call: Call, branches: Tensor, mean: Optional[Tensor], var: Optional[Tensor]) -> None:
+def branch_statistics(call: Call, branches: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
     """Each branch is a forward with one dilation and a gate of ones; one pass over them all gives mean and var."""
     call = call.as_3d()
     problem, weight = call.geometry, call.weight
@@ -61,8 +60,15 @@ def branch_combine(call: Call, branches: Tensor, scale: Tensor, shift: Tensor, o
 
 
 def branch_reduce(
-    call: Call, grad_output: Tensor, branches: Tensor, mean: Tensor, scale: Tensor, shift: Tensor,
-    grad_attention: Optional[Tensor], grad_scale: Tensor, grad_shift: Tensor,
+    call: Call,
+    grad_output: Tensor,
+    branches: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    grad_attention: Tensor | None,
+    grad_scale: Tensor,
+    grad_shift: Tensor,
 ) -> None:
     K, N, O = branches.shape[:3]
     grad, y, a = grad_output.flatten(2), branches.flatten(3), call.attention.flatten(2)
@@ -88,12 +94,26 @@ def branch_reduce(
                 norm_kernels.reduce_kernel,
                 (chunks, blocks),
                 (
-                    grad, y, a, mean, scale, shift, parts, sums,
-                    grad.stride(), *_strides(y), a.stride(), *((0, (0,) * 3) if parts is None else _strides(parts)),
-                    positions, tiles,
+                    grad,
+                    y,
+                    a,
+                    mean,
+                    scale,
+                    shift,
+                    parts,
+                    sums,
+                    grad.stride(),
+                    *_strides(y),
+                    a.stride(),
+                    *((0, (0,) * 3) if parts is None else _strides(parts)),
+                    positions,
+                    tiles,
                 ),
                 {
-                    "K": K, **constants, "TILES": TILES, "WANT_ATTENTION": parts is not None,
+                    "K": K,
+                    **constants,
+                    "TILES": TILES,
+                    "WANT_ATTENTION": parts is not None,
                     # Left alone, the compiler takes some 165, and one program would have the SM for itself.
                     **({} if torch.version.hip else {"maxnreg": 128}),
                 },
@@ -103,8 +123,15 @@ def branch_reduce(
 
 
 def branch_norm_backward(
-    call: Call, grad_output: Tensor, branches: Tensor, a_coef: Tensor, b_coef: Tensor, c_coef: Tensor,
-    grad_branches: Tensor, grad_input: Optional[Tensor], grad_weight: Optional[Tensor],
+    call: Call,
+    grad_output: Tensor,
+    branches: Tensor,
+    a_coef: Tensor,
+    b_coef: Tensor,
+    c_coef: Tensor,
+    grad_branches: Tensor,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
 ) -> None:
     """All dy_k, then one kernel that gathers from each and projects their sum once."""
     call = call.as_3d()
@@ -115,8 +142,16 @@ def branch_norm_backward(
         first = as_3d(gradients[0])
         source = Source(first, launch.strides_of(first, align), align, gradients.stride(0) // align)
         launch.run(
-            "grad_input_weight_branches", launch.make_grad_input_weight, call._replace(geometry=problem), source,
-            call.input, weight, None, None, as_3d(grad_input), as_3d(grad_weight),
+            "grad_input_weight_branches",
+            launch.make_grad_input_weight,
+            call._replace(geometry=problem),
+            source,
+            call.input,
+            weight,
+            None,
+            None,
+            as_3d(grad_input),
+            as_3d(grad_weight),
         )
 
 
@@ -193,7 +228,12 @@ def _widest(branches: Tensor) -> int:
 
 
 def _fill_gradients(
-    grad_output: Tensor, branches: Tensor, attention: Tensor, a_coef: Tensor, b_coef: Tensor, c_coef: Tensor,
+    grad_output: Tensor,
+    branches: Tensor,
+    attention: Tensor,
+    a_coef: Tensor,
+    b_coef: Tensor,
+    c_coef: Tensor,
     gradients: Tensor,
 ) -> None:
     K, N, O = branches.shape[:3]
@@ -205,8 +245,18 @@ def _fill_gradients(
             norm_kernels.grad_branches_kernel,
             (N * triton.cdiv(y.shape[3], constants["ROWS"]), triton.cdiv(channels, constants["BLOCK_O"])),
             (
-                grad, y, a, a_coef, b_coef, c_coef, out,
-                grad.stride(), *_strides(y), a.stride(), *_strides(out), y.shape[3],
+                grad,
+                y,
+                a,
+                a_coef,
+                b_coef,
+                c_coef,
+                out,
+                grad.stride(),
+                *_strides(y),
+                a.stride(),
+                *_strides(out),
+                y.shape[3],
             ),
             {"K": K, **constants, "CHANNELS": channels},
         )

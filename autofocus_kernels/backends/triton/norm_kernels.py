@@ -53,8 +53,18 @@ def load_gate(attention, k, n, first, row, valid, stride, ROW: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    branches, parts, branch_stride, branches_stride, positions, num_tiles,
-    K: tl.constexpr, O: tl.constexpr, ROWS: tl.constexpr, BLOCK_O: tl.constexpr, TILES: tl.constexpr, ROW: tl.constexpr,
+    branches,
+    parts,
+    branch_stride,
+    branches_stride,
+    positions,
+    num_tiles,
+    K: tl.constexpr,
+    O: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    TILES: tl.constexpr,
+    ROW: tl.constexpr,
 ):
     """Count, mean and squared distances from the mean of TILES tiles; grid (chunks, blocks of O, K).
 
@@ -96,9 +106,21 @@ def statistics_kernel(
 
 @triton.jit
 def combine_kernel(
-    branches, attention, scale, shift, output,
-    branch_stride, branches_stride, attention_stride, output_stride, positions,
-    K: tl.constexpr, O: tl.constexpr, ROWS: tl.constexpr, BLOCK_O: tl.constexpr, ROW: tl.constexpr,
+    branches,
+    attention,
+    scale,
+    shift,
+    output,
+    branch_stride,
+    branches_stride,
+    attention_stride,
+    output_stride,
+    positions,
+    K: tl.constexpr,
+    O: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    ROW: tl.constexpr,
 ):
     """out = sum_k a_k (s_k y_k + h_k); grid (tiles, blocks of O)."""
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -118,10 +140,28 @@ def combine_kernel(
 
 @triton.jit
 def reduce_kernel(
-    grad_output, branches, attention, mean, scale, shift, grad_attention, sums,
-    grad_output_stride, branch_stride, branches_stride, attention_stride, part_stride, grad_attention_stride,
-    positions, num_tiles,
-    K: tl.constexpr, O: tl.constexpr, ROWS: tl.constexpr, BLOCK_O: tl.constexpr, TILES: tl.constexpr, ROW: tl.constexpr,
+    grad_output,
+    branches,
+    attention,
+    mean,
+    scale,
+    shift,
+    grad_attention,
+    sums,
+    grad_output_stride,
+    branch_stride,
+    branches_stride,
+    attention_stride,
+    part_stride,
+    grad_attention_stride,
+    positions,
+    num_tiles,
+    K: tl.constexpr,
+    O: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    TILES: tl.constexpr,
+    ROW: tl.constexpr,
     WANT_ATTENTION: tl.constexpr,
 ):
     """da_k = sum_o G (s_k y_k + h_k), and of TILES tiles the sums over p of a_k G (y_k - mean_k) and of a_k G.
@@ -166,10 +206,25 @@ def reduce_kernel(
 
 @triton.jit
 def grad_branches_kernel(
-    grad_output, branches, attention, a_coef, b_coef, c_coef, grad_branches,
-    grad_output_stride, branch_stride, branches_stride, attention_stride, grad_branch_stride, grad_branches_stride,
+    grad_output,
+    branches,
+    attention,
+    a_coef,
+    b_coef,
+    c_coef,
+    grad_branches,
+    grad_output_stride,
+    branch_stride,
+    branches_stride,
+    attention_stride,
+    grad_branch_stride,
+    grad_branches_stride,
     positions,
-    K: tl.constexpr, O: tl.constexpr, ROWS: tl.constexpr, BLOCK_O: tl.constexpr, ROW: tl.constexpr,
+    K: tl.constexpr,
+    O: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    ROW: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """dy_k = A_k a_k G + B_k y_k + C_k in CHANNELS channels, zero past O; grid (tiles, blocks of CHANNELS).
