@@ -7,7 +7,7 @@ norm_ops.py (docs/branch_norm.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,9 @@ from . import norm_ops, ops
 from .call import Call
 from .functional import prepare
 
-BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+# A sequence or ModuleList of _BatchNorm, whose statistics and parameters are Optional by type but there where read.
+Norms = Any
+BATCH_NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def normed_autofocus_conv(
@@ -27,7 +29,7 @@ def normed_autofocus_conv(
     weight: Tensor,
     attention: Tensor,
     bias: Tensor | None,
-    norms: Sequence[nn.Module],
+    norms: Norms,
     *,
     dilations,
     stride=1,
@@ -74,7 +76,7 @@ def normed_autofocus_conv(
     return output.squeeze(0) if unbatched else output
 
 
-def _check_norms(norms: Sequence[nn.Module], K: int, O: int) -> None:
+def _check_norms(norms: Norms, K: int, O: int) -> None:
     if len(norms) != K:
         raise ValueError(f"branch_norm must hold one norm for each of the {K} dilations, got {len(norms)}")
     for k, norm in enumerate(norms):
@@ -84,7 +86,7 @@ def _check_norms(norms: Sequence[nn.Module], K: int, O: int) -> None:
             raise ValueError(f"branch_norm[{k}] must have num_features = {O}, got {norm.num_features}")
 
 
-def uses_batch_statistics(norms: Sequence[_BatchNorm]) -> bool:
+def uses_batch_statistics(norms: Norms) -> bool:
     modes = [norm.training or norm.running_mean is None for norm in norms]
     if any(modes) and not all(modes):
         raise RuntimeError(
@@ -94,7 +96,7 @@ def uses_batch_statistics(norms: Sequence[_BatchNorm]) -> bool:
     return modes[0]
 
 
-def _by_running_statistics(call: Call, bias: Tensor | None, norms: Sequence[_BatchNorm]) -> Tensor:
+def _by_running_statistics(call: Call, bias: Tensor | None, norms: Norms) -> Tensor:
     norm_weight, norm_bias = _affine(norms, call.input)
     mean = torch.stack([norm.running_mean for norm in norms]).to(norm_weight.dtype)
     var = torch.stack([norm.running_var for norm in norms]).to(norm_weight.dtype)
@@ -105,7 +107,7 @@ def _by_running_statistics(call: Call, bias: Tensor | None, norms: Sequence[_Bat
     return ops.apply(call._replace(branch_scale=scale.to(dtype), branch_shift=shift.to(dtype)))
 
 
-def _by_batch_statistics(call: Call, bias: Tensor | None, norms: Sequence[_BatchNorm], save_branches: bool) -> Tensor:
+def _by_batch_statistics(call: Call, bias: Tensor | None, norms: Norms, save_branches: bool) -> Tensor:
     group = _process_group(norms)
     attention = call.attention
     if group is None and attention[:, 0].numel() == 1:
@@ -126,7 +128,7 @@ def _by_batch_statistics(call: Call, bias: Tensor | None, norms: Sequence[_Batch
     return output
 
 
-def _affine(norms: Sequence[_BatchNorm], input: Tensor) -> tuple[Tensor, Tensor]:
+def _affine(norms: Norms, input: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and biases of the norms, ``[K, O]``, in the precision of statistics."""
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     O = norms[0].num_features
@@ -135,7 +137,7 @@ def _affine(norms: Sequence[_BatchNorm], input: Tensor) -> tuple[Tensor, Tensor]
     return torch.stack([w.to(dtype) for w in weights]), torch.stack([b.to(dtype) for b in biases])
 
 
-def _process_group(norms: Sequence[_BatchNorm]) -> str | None:
+def _process_group(norms: Norms) -> str | None:
     """The name of the group that ``nn.SyncBatchNorm`` would share statistics in; None if nothing is shared."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
@@ -151,9 +153,7 @@ def _process_group(norms: Sequence[_BatchNorm]) -> str | None:
 
 
 @torch.no_grad()
-def _update_running_statistics(
-    norms: Sequence[_BatchNorm], statistics: norm_ops.Statistics | None, bias: Tensor | None
-) -> None:
+def _update_running_statistics(norms: Norms, statistics: norm_ops.Statistics | None, bias: Tensor | None) -> None:
     """As ``nn.BatchNormNd`` does; an empty batch (None) is counted and changes nothing else."""
     for k, norm in enumerate(norms):
         if not (norm.training and norm.track_running_stats):

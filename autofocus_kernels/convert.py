@@ -10,18 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .geometry import IntOrTuple, resolve_dilations
-from .modules import AUTOFOCUS, CONV, AutofocusConv1d, ScaleAttention
+from .modules import AUTOFOCUS, CONV, AutofocusConv1d, AutofocusConvNd, ScaleAttention
 
 # The paper's (2, 6, 10, 14) in units of the smallest: that of the convolution itself.
 RELATIVE_DILATIONS = (1, 3, 5, 7)
 # The softmax of logits this far apart is one-hot in every floating dtype.
 _SATURATED = 1000.0
 
+Conv = TypeVar("Conv", bound=_ConvNd)
 Select = Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 
@@ -72,7 +75,9 @@ def convert(
     eligible = {
         name: module
         for name, module in network.named_modules()
-        if isinstance(module, tuple(CONV.values())) and max(module.kernel_size) > 1 and id(module) not in done
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        and max(module.kernel_size) > 1
+        and id(module) not in done
     }
     chosen = _chosen(network, eligible, select, "a convolution with a kernel larger than one")
     layers = {name: _layer_like(name, conv, dilations) for name, conv in chosen.items()}
@@ -145,11 +150,11 @@ def revert(
 # ------------------------------------------------------------------ which modules
 
 
-def _autofocus_layers(network: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in network.named_modules() if isinstance(module, tuple(AUTOFOCUS.values()))}
+def _autofocus_layers(network: nn.Module) -> dict[str, AutofocusConvNd]:
+    return {name: module for name, module in network.named_modules() if isinstance(module, AutofocusConvNd)}
 
 
-def _chosen(network: nn.Module, eligible: dict[str, nn.Module], select: Select, kind: str) -> dict[str, nn.Module]:
+def _chosen(network: nn.Module, eligible: dict[str, Conv], select: Select, kind: str) -> dict[str, Conv]:
     """The entries of ``eligible`` that ``select`` means."""
     if not eligible:
         raise ValueError(f"network must hold {kind}, got {type(network).__name__} without any")
@@ -184,7 +189,7 @@ def _listed(names) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _refuse(name: str, module: nn.Module, classes: dict[int, type]) -> None:
+def _refuse(name: str, module: nn.Module, classes: dict[int, Any]) -> None:
     """Raises ValueError unless ``module`` computes what its class says, from parameters of its own."""
     name = name or "network"
     for entry in ("weight", "bias"):
@@ -205,7 +210,7 @@ def _refuse(name: str, module: nn.Module, classes: dict[int, type]) -> None:
 # ------------------------------------------------------------------ what they become
 
 
-def _layer_like(name: str, conv: nn.Module, dilations: Sequence[IntOrTuple]) -> nn.Module:
+def _layer_like(name: str, conv: _ConvNd, dilations: Sequence[IntOrTuple]) -> Any:
     """An autofocus layer on the meta device with the settings of ``conv``, of which all are checked."""
     _refuse(name, conv, CONV)
     name = name or "network"
@@ -235,7 +240,7 @@ def _layer_like(name: str, conv: nn.Module, dilations: Sequence[IntOrTuple]) -> 
         raise ValueError(f"{name} cannot become an autofocus layer: {error}") from error
 
 
-def _conv_like(layer: nn.Module, branch: int) -> nn.Module:
+def _conv_like(layer: AutofocusConvNd, branch: int) -> _ConvNd:
     """A convolution on the meta device that computes the branch of ``layer``, on the same voxels."""
     dilation = layer.dilations[branch]
     padding = layer.padding
@@ -275,14 +280,14 @@ def _settings_of_layers_only() -> set[str]:
 # ------------------------------------------------------------------ gates
 
 
-def _allocate_gate(gate: ScaleAttention, conv: nn.Module) -> None:
+def _allocate_gate(gate: ScaleAttention, conv: _ConvNd) -> None:
     """Initial weights for a gate on the meta device, where and how those of ``conv`` are stored."""
     gate.to_empty(device=conv.weight.device)
     for part in (gate.conv1, gate.conv2):
         part.reset_parameters()
     memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(conv.weight.dim())
     if memory_format and conv.weight.is_contiguous(memory_format=memory_format) and not conv.weight.is_contiguous():
-        gate.to(memory_format=memory_format)
+        gate.to(memory_format=memory_format)  # type: ignore[call-overload]
     gate.train(conv.training)
 
 
@@ -299,9 +304,9 @@ def _set_gate(gate: ScaleAttention, branch: int, share: float) -> None:
 
 
 @torch.no_grad()
-def _least_attention(network: nn.Module, layers: dict[str, nn.Module], example) -> dict[str, Tensor]:
+def _least_attention(network: nn.Module, layers: dict[str, AutofocusConvNd], example) -> dict[str, Tensor]:
     """[K] for each of the layers that ``network(*example)`` reaches: the least attention that any voxel gives."""
-    least = {}
+    least: dict[str, Tensor] = {}
 
     def measure(name):
         def hook(layer, arguments, keywords, output):
@@ -325,7 +330,7 @@ def _least_attention(network: nn.Module, layers: dict[str, nn.Module], example) 
 
 
 def _branch_of(
-    name: str, layer: nn.Module, branch: int | None, measured: dict[str, Tensor] | None, tolerance: float
+    name: str, layer: AutofocusConvNd, branch: int | None, measured: dict[str, Tensor] | None, tolerance: float
 ) -> int:
     """The branch that ``layer`` is to become: ``branch``, or that which nearly all attention goes to, as ``measured``.
 

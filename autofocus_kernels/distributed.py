@@ -8,7 +8,7 @@ beyond its shard, the halo; an output belongs to the rank whose shard holds its 
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .branch_norm import uses_batch_statistics
 from .geometry import Geometry, resolve
-from .modules import AUTOFOCUS, CONV, ScaleAttention, check_layer_input
+from .modules import AutofocusConvNd, ScaleAttention, check_layer_input
 from .ops import memory_format_of
 
 
@@ -73,7 +73,7 @@ class SpatiallySharded(nn.Module):
         attention_reach: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(layer, tuple(CONV.values())):
+        if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             raise TypeError(f"layer must be an AutofocusConvNd or an nn.ConvNd, got {type(layer).__name__}")
         if layer.padding_mode != "zeros" or any(size % 2 == 0 for size in layer.kernel_size):
             raise ValueError(f"layer must have odd kernel sizes and zero padding, got {layer}")
@@ -85,8 +85,8 @@ class SpatiallySharded(nn.Module):
         self.layer = layer
         self.dim = dim - axes - 2 if dim > 0 else dim  # from the end: right with and without a batch axis
         self.process_group = process_group
-        self.attention_reach = None
-        if isinstance(layer, tuple(AUTOFOCUS.values())):
+        self.attention_reach = 0  # a plain convolution has no gate
+        if isinstance(layer, AutofocusConvNd):
             self.attention_reach = _attention_reach(layer.attention, self.dim, attention_reach)
 
     def forward(self, input: Tensor, return_attention: bool = False):
@@ -95,8 +95,9 @@ class SpatiallySharded(nn.Module):
         return self._forward(input, return_attention)
 
     def _forward(self, input: Tensor, return_attention: bool):
-        layer, dim = self.layer, self.dim
-        fused = isinstance(layer, tuple(AUTOFOCUS.values()))
+        layer: Any = self.layer
+        dim = self.dim
+        fused = isinstance(layer, AutofocusConvNd)
         if fused:
             check_layer_input(input, layer.weight)
         elif return_attention:
@@ -145,6 +146,7 @@ class SpatiallySharded(nn.Module):
         if not uses_batch_statistics(norms):
             return
         ranks = set(dist.get_process_group_ranks(self.process_group))
+        norm: Any
         for k, norm in enumerate(norms):
             shared = isinstance(norm, nn.SyncBatchNorm) and norm.training
             if len(ranks) > 1 and not (shared and ranks.issubset(dist.get_process_group_ranks(norm.process_group))):
@@ -183,8 +185,8 @@ def _gather_shards(input: Tensor, dim: int, group: dist.ProcessGroup | None) -> 
     if dist.get_rank(group) < 0:
         raise RuntimeError("SpatiallySharded: this process is not in process_group")
     wants_gradient = input.requires_grad and torch.is_grad_enabled()
-    own = [input.dtype.itemsize, input.dtype is torch.bfloat16, wants_gradient, input.dim(), *input.shape]
-    own = torch.tensor(own + [0] * (9 - len(own)), device=input.device)
+    facts = [input.dtype.itemsize, input.dtype is torch.bfloat16, wants_gradient, input.dim(), *input.shape]
+    own = torch.tensor(facts + [0] * (9 - len(facts)), device=input.device)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
     ranks = torch.stack(gathered).tolist()
@@ -298,7 +300,7 @@ class Exchange(NamedTuple):
 
         All have the shape of ``like`` on the other axes.
         """
-        group = self.group or dist.group.WORLD
+        group: Any = self.group or dist.group.WORLD
         received, messages = {}, []
         for rank, tensor in sent.items():
             if rank != self.rank:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, wraps
 from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -93,7 +94,7 @@ class Geometry:
             origin=zeros + self.origin,
             input_size=ones + self.input_size,
             output_size=ones + self.output_size,
-            tile_sizes=self.tile_sizes and tuple(ones + size for size in self.tile_sizes),
+            tile_sizes=self.tile_sizes and (ones + self.tile_sizes[0], ones + self.tile_sizes[1]),
         )
 
 
@@ -132,7 +133,7 @@ def per_axis(name: str, value: IntOrTuple, spatial_dims: int, minimum: int) -> t
         TypeError: ``value`` is neither an int nor a sequence of ints.
         ValueError: the wrong number of entries, or an entry below ``minimum`` or above :data:`LARGEST`.
     """
-    entries = (value,) * spatial_dims if isinstance(value, Integral) else value
+    entries: Any = (value,) * spatial_dims if isinstance(value, Integral) else value
     if isinstance(entries, (str, bytes)) or not isinstance(entries, Sequence):
         raise TypeError(f"{name} must be an int or a sequence of {spatial_dims} ints, got {value!r}")
     if any(isinstance(entry, bool) or not isinstance(entry, Integral) for entry in entries):

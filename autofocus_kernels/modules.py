@@ -2,9 +2,12 @@
 
 # Not `from __future__ import annotations`: torch.fx pickles the annotations of forward, and no strings.
 
+from typing import Any
+
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .arguments import check_input
 from .branch_norm import BATCH_NORM, normed_autofocus_conv
@@ -21,7 +24,7 @@ from .geometry import (
     resolve_padding,
 )
 
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 # torch.fx.symbolic_trace calls forward without values: what looks at them is wrapped, to be a node of the graph.
 torch.fx.wrap("resolve")
@@ -126,10 +129,12 @@ class ScaleAttention(nn.Module):
         return f"stride={self.stride}, padding={self.padding!r}, dilation={self.dilation}"
 
 
-class _AutofocusConv:
-    """What the three layers share; mixed in front of ``nn.Conv1d/2d/3d``."""
+class AutofocusConvNd(_ConvNd):
+    """What the three layers share; mixed in front of ``nn.Conv1d/2d/3d``, whose constructor it calls."""
 
     spatial_dims: int
+    attention: nn.Module
+    branch_norm: nn.ModuleList | None
 
     def __init__(
         self,
@@ -167,7 +172,8 @@ class _AutofocusConv:
         resolve_padding(padding, stride, (0,) * self.spatial_dims)  # raises now what forward would
         dilation = per_axis("dilation", dilation, self.spatial_dims, minimum=1)
         branches = resolve_dilations(dilations, self.spatial_dims)
-        super().__init__(
+        of_conv: Any = super()  # nn.ConvNd; _ConvNd alone has another constructor
+        of_conv.__init__(
             in_channels,
             out_channels,
             kernel_size,
@@ -212,7 +218,7 @@ class _AutofocusConv:
     def blend(self, input: Tensor, attention: Tensor, padding: Padding) -> Tensor:
         """The layer's output for the weights that the gate gave, and for a padding of the caller's."""
         tensors = (input, self.weight, attention.to(input.dtype), self.bias)
-        options = {
+        options: dict[str, Any] = {
             "dilations": self.dilations,
             "stride": self.stride,
             "padding": padding,
@@ -268,19 +274,19 @@ Raises:
 """
 
 
-class AutofocusConv1d(_AutofocusConv, nn.Conv1d):
+class AutofocusConv1d(AutofocusConvNd, nn.Conv1d):
     __doc__ = _DOC.format(n=1)
     spatial_dims = 1
 
 
-class AutofocusConv2d(_AutofocusConv, nn.Conv2d):
+class AutofocusConv2d(AutofocusConvNd, nn.Conv2d):
     __doc__ = _DOC.format(n=2)
     spatial_dims = 2
 
 
-class AutofocusConv3d(_AutofocusConv, nn.Conv3d):
+class AutofocusConv3d(AutofocusConvNd, nn.Conv3d):
     __doc__ = _DOC.format(n=3)
     spatial_dims = 3
 
 
-AUTOFOCUS = {1: AutofocusConv1d, 2: AutofocusConv2d, 3: AutofocusConv3d}
+AUTOFOCUS: dict[int, Any] = {1: AutofocusConv1d, 2: AutofocusConv2d, 3: AutofocusConv3d}

@@ -7,6 +7,7 @@ One convolution per branch with the shared weight, then the attention-weighted s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def autofocus_conv(
 
 def weighted_sum(call: Call) -> Tensor:
     """``sum_k a_k (s_k y_k + h_k)`` ``[N, O, *S_out]``."""
-    output = None
+    output: Any = None
     for k, branch in enumerate(branches(call)):
         if call.branch_scale is not None:
             branch = branch * per_channel(call.branch_scale[k], call.geometry)

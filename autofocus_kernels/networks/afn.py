@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -50,7 +51,7 @@ class AFN(SegmentationNetwork):
         save_branches: bool | None = None,
         backend: str | None = None,
     ) -> None:
-        options = {"factory": {}}
+        options: dict[str, Any] = {"factory": {}}
         if not _is("relu", act):
             options["act"] = lambda: _monai("get_act_layer", "act", act)
         if not _is("batch", norm):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..branch_norm import BATCH_NORM
 from ..modules import AUTOFOCUS, CONV
@@ -31,7 +32,7 @@ class Options:
     def smallest_dilation(self) -> tuple[int, ...]:
         return tuple(min(axis) for axis in zip(*self.dilations))
 
-    def conv(self, in_channels: int, out_channels: int, kernel_size=3, dilation=1, padding=None) -> nn.Module:
+    def conv(self, in_channels: int, out_channels: int, kernel_size=3, dilation=1, padding=None) -> _ConvNd:
         return CONV[self.spatial_dims](
             in_channels,
             out_channels,
@@ -89,7 +90,7 @@ class Block(nn.Module):
         self.layer1 = layer(0, in_channels)
         self.layer2 = layer(1, out_channels)
         self.act1, self.act2 = options.act(), options.act()
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.shortcut = options.conv_norm(in_channels, out_channels, kernel_size=1)
 

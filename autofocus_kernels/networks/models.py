@@ -104,8 +104,8 @@ def resolve_arguments(
     in_channels = require_count("in_channels", in_channels)
     num_classes = require_count("num_classes", num_classes)
     dilations = resolve_dilations(dilations, spatial_dims)
-    options = Options(spatial_dims, dilations, padding, save_branches, backend, **options)
-    return name, options, in_channels, num_classes, widths
+    settings = Options(spatial_dims, dilations, padding, save_branches, backend, **options)
+    return name, settings, in_channels, num_classes, widths
 
 
 class SegmentationNetwork(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import Block, ConcatHead, SumHead
+from .blocks import ConcatHead, SumHead
 from .models import SegmentationNetwork
 
 _COUNTER = "num_batches_tracked"
@@ -106,7 +106,7 @@ def _modules(model: SegmentationNetwork) -> Iterator[tuple[str, str]]:
         yield "head", "fc"
 
 
-def _block_modules(block: Block) -> Iterator[tuple[str, str]]:
+def _block_modules(block: Any) -> Iterator[tuple[str, str]]:
     autofocus = [hasattr(layer, "branch_norm") for layer in (block.layer1, block.layer2)]
     for i, layer in enumerate((block.layer1, block.layer2), start=1):
         if not autofocus[i - 1]:
