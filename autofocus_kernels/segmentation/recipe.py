@@ -18,7 +18,6 @@ class Recipe:
         loss: "cross-entropy" or "dice+cross-entropy", unweighted, over the logits of a crop.
         batch_size: crops an iteration, of all processes together.
         epochs: how often each case gives a crop.
-        patch: voxels of a crop along each axis, as the network reads it.
         flip_every_axis: each axis of a crop is flipped with probability 0.5, or the first one only.
         amp: forward under autocast to bfloat16, which needs no scaling of gradients.
     """
@@ -31,7 +30,6 @@ class Recipe:
     loss: str
     batch_size: int = 10
     epochs: int = 400
-    patch: int = 75
     flip_every_axis: bool = False
     amp: bool = False
 
@@ -40,7 +38,7 @@ class Recipe:
             value = getattr(self, field)
             if value not in known:
                 raise ValueError(f"{field} must be one of {', '.join(known)}, got {value!r}")
-        for field in ("batch_size", "epochs", "patch"):
+        for field in ("batch_size", "epochs"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field} must be a whole number above 0, got {value!r}")
