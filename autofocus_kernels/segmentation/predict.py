@@ -43,7 +43,8 @@ def predict(
             where it lists none, all.
         tiling: "published": the box around the mask, the prediction outside the mask set to 0. "gaussian": the whole
             volume. See :class:`.windows.Windows`.
-        window: voxels that the network reads at once along each axis; None is what it read in training.
+        window: voxels that the network reads at once along each axis, or one number for all; None is what it read in
+            training.
         device: as PyTorch names it; None is "cuda" where there is one.
         overwrite: predict cases again that ``output`` holds.
 
@@ -59,7 +60,10 @@ def predict(
         raise ValueError(f"attention: {network.name} has no autofocus layer whose attention could be written")
     if len(config.labels) > 256:
         raise ValueError(f"labels must be at most 256, to be written as uint8, got {len(config.labels)}")
-    windows = Windows(network, config.window if window is None else window, tiling, _device(device))
+    window = config.window if window is None else window
+    if len(window) == 1:
+        window = tuple(window) * config.spatial_dims
+    windows = Windows(network, window, tiling, _device(device))
     cases = find_cases(Path(input), config.labels)
     files = {case.name: Path(output) / f"{case.name}.nii.gz" for case in cases}
     _keep_inputs(cases, files.values())
@@ -187,7 +191,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", help="for a checkpoint of the authors' code: AFN-6, ...")
     parser.add_argument("--tiling", choices=TILINGS, default="published", help="how windows are laid out")
     parser.add_argument(
-        "--window", type=int, nargs="+", metavar="N", help="voxels read at once along each axis; None: as in training"
+        "--window",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="voxels read at once, for each axis or all; None: as in training",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; None: cuda where there is one")
     parser.add_argument("--attention", action="store_true", help="write which dilation each voxel used")

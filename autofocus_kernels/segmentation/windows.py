@@ -82,6 +82,7 @@ class Windows:
         while True:
             device, tile = self.attempts[0]
             try:
+                self.network.to(device)  # not in inference mode, whose tensors could be trained no more
                 return self._run(image, box, attention, device, tile)
             except RuntimeError as error:
                 if not _out_of_memory(error):
@@ -105,7 +106,6 @@ class Windows:
     ) -> Prediction:
         from monai.inferers import SlidingWindowInferer
 
-        self.network.to(device)
         size = [axis.stop - axis.start for axis in box]
         if self.tiling == "gaussian":
             tile = tuple(min(pair) for pair in zip(tile, size))
