@@ -37,10 +37,10 @@ SITES = {
 
 # Of each class how many there are in two and in three dimensions, and between which radii, relative to the head's.
 _STRUCTURES = {
-    "large": ((1, 2), (0.26, 0.34)),
-    "medium": ((2, 3), (0.12, 0.16)),
-    "small": ((5, 10), (0.05, 0.065)),
-    "bright": ((2, 2), (0.07, 0.16)),
+    "large": ((1, 1), (0.36, 0.42)),
+    "medium": ((2, 3), (0.17, 0.21)),
+    "small": ((5, 10), (0.06, 0.08)),
+    "bright": ((2, 2), (0.08, 0.2)),
 }
 _STRETCH, _WOBBLE = 0.2, 0.12  # of outlines: log of the ratio of axes, and bumps, relative to the radius
 _ROOM = 1.3  # structures keep this many radii to themselves

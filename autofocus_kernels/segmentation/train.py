@@ -187,14 +187,17 @@ class _Training:
         config, first = self.config, self.place.rank == 0
         if self.done == config.iterations:
             return self.history
-        batches = DataLoader(self.crops, batch_sampler=self._batches(), num_workers=workers)
+        # A generator of its own, as DataLoader would draw from the global one.
+        loader = DataLoader(
+            self.crops, batch_sampler=self._batches(), num_workers=workers, generator=torch.Generator()
+        )
         bar = tqdm(
             total=config.iterations, initial=self.done, desc=config.arch, disable=None if first and progress else True
         )
         tensorboard = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.done + 1) if first else None
         losses = []
         try:
-            for input, label in batches:
+            for input, label in loader:
                 losses.append(self._step(input.to(self.place.device), label.to(self.place.device)))
                 bar.update()
                 bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
