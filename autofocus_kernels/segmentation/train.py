@@ -225,7 +225,7 @@ class _Training:
         self.optimiser.zero_grad()
         with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.config.recipe.amp):
             logits = self.wrapped(input)
-        loss = self.loss(logits.float(), label)
+        loss = self.loss(logits.to(input.dtype), label)
         if not torch.isfinite(loss):
             raise SegmentationError(f"{self.run}: the loss is {loss.item()} in iteration {self.done + 1}")
         loss.backward()
@@ -271,11 +271,16 @@ class _Training:
         return dice(predicted[None, None], torch.from_numpy(label.astype(np.int64))[None, None])[0].tolist()
 
     def _save(self) -> None:
-        """Best before last: killed between them, the run repeats the round and writes the same best again."""
+        """last.pt at last: killed before it is there, the run repeats the round and writes the others again, alike."""
         row, earlier = self.history[-1], self.history[:-1]
         weights = self.network.state_dict()
         if not any(row["dice"] <= other["dice"] for other in earlier):
             write_checkpoint(self.run / "best.pt", {"model": weights, "iteration": self.done, "dice": row["dice"]})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_text(self.run / "log.csv", text.getvalue())
         write_checkpoint(
             self.run / "last.pt",
             {
@@ -286,11 +291,6 @@ class _Training:
                 "history": self.history,
             },
         )
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.history)
-        write_text(self.run / "log.csv", text.getvalue())
 
 
 def _mean(values: Sequence[float]) -> float:
