@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     try:
         for name, help in COMMANDS.items():
-            command = commands.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+            command = commands.add_parser(name, help=help, formatter_class=_Help)
             if name in arguments[:1]:  # the others, and what they import, are not needed
                 module = importlib.import_module(f".{name}", __package__)
                 command.description = module.__doc__
@@ -37,6 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted") + 128  # 130, as shells have it
     return 0
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not those that say nothing: None, and whether a flag is set."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, True, False) else super()._get_help_string(action)
 
 
 def _fail(message: str) -> int:
