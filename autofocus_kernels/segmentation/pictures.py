@@ -40,6 +40,7 @@ def write_overlay(
             _show(axes[row, column], grey, _aspect(spacing, axis), cmap="gray", **_window(image))
         axes[0, column].set_title("image" if axis is None else f"{_PLANES[axis]}, slice {index}", fontsize=10)
         _draw_labels(axes[1, column], marked, _aspect(spacing, axis))
+    axes[1, 0].set_title("segmentation", fontsize=10)
     present = [label for label in np.unique(labels).tolist() if label]
     handles = [Patch(color=_colour(label), label=names.get(label, f"label {label}")) for label in present]
     if handles:
@@ -69,11 +70,12 @@ def write_attention(
     (image, labels, *maps), spacing = _turned([image, labels, *attention.values()], affine)
     axis, index = _cuts(labels)[-1]
     grey, marked, aspect = _cut(image, axis, index), _cut(labels, axis, index), _aspect(spacing, axis)
+    planes = [np.stack([_cut(weight, axis, index) for weight in weights]) for weights in maps]
+    highest = max(float(slices.max()) for slices in planes)
     figure = Figure(figsize=(2.1 * (branches + 2) + 1, 2.3 * len(layers) + 0.7), layout="constrained")
     axes = figure.subplots(len(layers), branches + 2, squeeze=False)
-    for row, layer, weights in zip(axes, layers, maps):
+    for row, layer, slices in zip(axes, layers, planes):
         dilations = rates[layer]
-        slices = np.stack([_cut(weight, axis, index) for weight in weights])
         _show(row[0], grey, aspect, cmap="gray", **_window(image))
         _draw_labels(row[0], marked, aspect)
         row[0].set_ylabel(layer, fontsize=9)
@@ -82,7 +84,7 @@ def write_attention(
         bar = figure.colorbar(scales, ax=row[1], ticks=range(len(dilations)), shrink=0.8)
         bar.ax.set_yticklabels([str(rate) for rate in dilations], fontsize=7)
         for panel, weight, rate in zip(row[2:], slices, dilations):
-            shown = _show(panel, weight, aspect, cmap="viridis", vmin=0, vmax=1)
+            shown = _show(panel, weight, aspect, cmap="viridis", vmin=0, vmax=highest)
             panel.set_title(f"weight of dilation {rate}", fontsize=8)
         for panel in row[2 + len(dilations) :]:
             panel.set_axis_off()
