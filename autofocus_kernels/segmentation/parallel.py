@@ -62,7 +62,7 @@ def parallel(network: nn.Module, place: Place) -> nn.Module:
         return network
     # DDP refuses SyncBatchNorm on a CPU, which does not work there, unlike ours: so it sees the network before.
     devices = [place.device] if place.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+    wrapped = DistributedDataParallel(network, device_ids=devices)
     _share_statistics(network)
     return wrapped
 

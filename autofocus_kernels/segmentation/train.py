@@ -188,9 +188,7 @@ class _Training:
         if self.done == config.iterations:
             return self.history
         # A generator of its own, as DataLoader would draw from the global one.
-        loader = DataLoader(
-            self.crops, batch_sampler=self._batches(), num_workers=workers, generator=torch.Generator()
-        )
+        loader = DataLoader(self.crops, batch_sampler=self._batches(), num_workers=workers, generator=torch.Generator())
         bar = tqdm(
             total=config.iterations, initial=self.done, desc=config.arch, disable=None if first and progress else True
         )
