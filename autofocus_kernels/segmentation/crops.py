@@ -1,0 +1,103 @@
+"""Crops to train on: number j of an endless list, the same in every run, process and order of asking.
+
+So a sampler has no state to save. Case after case gives one crop, in a new order every round.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.data import CacheDataset
+from monai.transforms import Transform
+from torch import Tensor
+
+from .dataset import Case, Dataset, read_case
+from .windows import cut
+
+
+@dataclass(frozen=True)  # MONAI would take named tuples apart
+class Loaded:
+    """A normalised image ``[M, *S]``, its labels ``[*S]``, and flat indices of the voxels that crops may centre on."""
+
+    image: Tensor
+    label: Tensor
+    foreground: np.ndarray
+    background: np.ndarray
+
+
+class _Load(Transform):
+    def __init__(self, dataset: Dataset, spatial_dims: int) -> None:
+        self.arguments = (len(dataset.modalities), spatial_dims, len(dataset.labels))
+
+    def __call__(self, case: Case) -> Loaded:
+        sample = read_case(case, *self.arguments)
+        foreground = np.flatnonzero(sample.label).astype(np.int32)
+        background = np.flatnonzero((sample.label == 0) & sample.mask).astype(np.int32)
+        return Loaded(torch.from_numpy(sample.image), torch.from_numpy(sample.label), foreground, background)
+
+
+class Crops(torch.utils.data.Dataset):
+    """Item j: a window ``[M, *window]`` float32, zero beyond the volume, and int64 labels ``[*tile]`` of its centre.
+
+    Of two crops one is centred on a voxel of the foreground, the other on one of the background inside the mask, but
+    the labels lie within the volume where that is large enough.
+
+    Args:
+        cases: of ``dataset``.
+        window, crop: voxels of a window along each axis, and how many of these the network takes away.
+        cache: how many cases to keep in memory, the others being read for every crop; None for all.
+
+    Raises:
+        SegmentationError: a case that is no good, as it is read.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        cases: Sequence[Case],
+        window: Sequence[int],
+        crop: Sequence[int],
+        seed: int,
+        flip_every_axis: bool,
+        cache: int | None = None,
+    ) -> None:
+        load = _Load(dataset, len(window))
+        kept = sys.maxsize if cache is None else cache
+        self.cases = CacheDataset(list(cases), load, cache_num=kept, progress=False, copy_cache=False)
+        self.window, self.crop, self.seed = window, crop, seed
+        self.flipped_axes = len(window) if flip_every_axis else 1
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        round, place = divmod(number, len(self.cases))
+        index = _order(self.seed, round, len(self.cases))[place]
+        generator = np.random.default_rng([self.seed, round, index])
+        loaded = self.cases[index]
+        size = loaded.label.shape
+        tile = [length - less for length, less in zip(self.window, self.crop)]
+        start = _start(_centre(loaded, number % 2 == 0, generator), tile, size)
+        window = cut(loaded.image, [first - less // 2 for first, less in zip(start, self.crop)], self.window)
+        label = cut(loaded.label[None], start, tile)[0]
+        flips = [axis for axis in range(self.flipped_axes) if generator.random() < 0.5]
+        return window.flip([axis + 1 for axis in flips]), label.flip(flips).long()
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, round: int, cases: int) -> list[int]:
+    return np.random.default_rng([seed, round]).permutation(cases).tolist()
+
+
+def _centre(loaded: Loaded, foreground: bool, generator: np.random.Generator) -> tuple[int, ...]:
+    """A voxel of the one kind, or of the other if a case has none."""
+    first, second = (loaded.foreground, loaded.background)[:: 1 if foreground else -1]
+    voxels = first if len(first) else second
+    return np.unravel_index(voxels[generator.integers(len(voxels))], loaded.label.shape)
+
+
+def _start(centre: Sequence[int], tile: Sequence[int], size: Sequence[int]) -> list[int]:
+    """Where a tile begins along each axis: around the centre, but in the volume; in its middle if that is smaller."""
+    return [min(max(int(c) - t // 2, 0), n - t) if n >= t else (n - t) // 2 for c, t, n in zip(centre, tile, size)]

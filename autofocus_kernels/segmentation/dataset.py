@@ -1,0 +1,253 @@
+"""Data sets: the layout of the Medical Segmentation Decathlon or a list of files, checked as they are read."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .files import Image, SegmentationError, read_json, read_labels, read_nifti, stem
+
+_SPLITS = ("training", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Case:
+    """The files of one subject: one image with the modalities along its last axis, or one a modality."""
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+    mask: Path | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """``labels[i]`` is the name of label i, 0 being the background. ``validation`` is None where no list is given."""
+
+    source: Path
+    modalities: tuple[str, ...]
+    labels: tuple[str, ...]
+    training: tuple[Case, ...]
+    validation: tuple[Case, ...] | None
+    test: tuple[Case, ...]
+
+    def spatial_dims(self) -> int:
+        """2 or 3, read off the first label map for training."""
+        dims = read_labels(self.training[0].label).data.ndim
+        if dims not in (2, 3):
+            raise SegmentationError(f"{self.training[0].label}: must have 2 or 3 axes, got {dims}")
+        return dims
+
+
+class Sample(NamedTuple):
+    """A case in memory: normalised float32 ``[M, *S]``, int16 ``[*S]`` or None, bool ``[*S]``, and where it lies."""
+
+    image: np.ndarray
+    label: np.ndarray | None
+    mask: np.ndarray
+    affine: np.ndarray
+    header: Any
+
+
+def read_dataset(path: str | os.PathLike, labels: Sequence[str] | None = None) -> Dataset:
+    """The cases of a folder with a ``dataset.json``, of such a file, or of a list in CSV or JSON.
+
+    A ``dataset.json`` is that of the Decathlon; entries may also have a list of files, one a modality, as "image", a
+    "mask", and entries of a "validation" list are used for validation. In a CSV list the columns "label", "mask" and
+    "split" (training, validation or test) are known by name, and every other column is a modality. A JSON list holds
+    entries as those of ``dataset.json``, with a "split" each. Paths are relative to the file.
+
+    Args:
+        labels: names of label 0, 1, ...; lists need them, as they hold none. Those of a ``dataset.json`` are kept.
+
+    Raises:
+        SegmentationError: a file that is missing or not of that form.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "dataset.json"
+    if path.suffix == ".csv":
+        modalities, entries = _read_csv(path)
+    else:
+        content = read_json(path)
+        if isinstance(content, dict):
+            return _from_decathlon(path, content)
+        modalities, entries = None, content
+    if labels is None:
+        raise SegmentationError(f"{path}: a list names no labels: give their names (--labels background tumour)")
+    return _from_list(path, entries, modalities, labels)
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[dict]]:
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise SegmentationError(f"{path}: cannot be read as CSV: {error}") from error
+    modalities = [column for column in (rows[0] if rows else []) if column not in ("label", "mask", "split")]
+    if not modalities:
+        raise SegmentationError(f"{path}: must have rows, and columns of images beside label, mask and split")
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise SegmentationError(f"{path}: line {number} must have as many columns as the first")
+    entries = [
+        {
+            "image": [row[modality] for modality in modalities],
+            **{key: row[key] for key in ("label", "mask", "split") if row.get(key)},
+        }
+        for row in rows
+    ]
+    return modalities, entries
+
+
+def _from_list(path: Path, entries: Any, modalities: Sequence[str] | None, labels: Sequence[str]) -> Dataset:
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SegmentationError(f"{path}: must hold an object (dataset.json) or a list of objects")
+    splits: dict[str, list] = {name: [] for name in _SPLITS}
+    for entry in entries:
+        split = entry.get("split", "training")
+        if split not in splits:
+            raise SegmentationError(f"{path}: split must be one of {', '.join(_SPLITS)}, got {split!r}")
+        splits[split].append(entry)
+    if modalities is None:
+        images = entries[0].get("image") if entries else None
+        modalities = [str(i) for i in range(len(images))] if isinstance(images, list) else ["0"]
+    return _dataset(path, modalities, labels, splits)
+
+
+def _from_decathlon(path: Path, content: dict) -> Dataset:
+    modality = content.get("modality", content.get("channel_names"))
+    splits = {name: content.get(name, []) for name in _SPLITS}
+    return _dataset(path, _names(path, "modality", modality), _names(path, "labels", content.get("labels")), splits)
+
+
+def _names(path: Path, key: str, table: Any) -> list[str]:
+    """The values of {"0": name, "1": name, ...} in order; also of {name: 0, ...}, as newer files have it."""
+    if isinstance(table, dict) and all(isinstance(value, int) for value in table.values()):
+        table = {str(value): name for name, value in table.items()}
+    if not isinstance(table, dict) or not table or set(table) != {str(i) for i in range(len(table))}:
+        raise SegmentationError(f'{path}: "{key}" must map "0", "1", ... to names, got {table!r}')
+    return [str(table[str(i)]) for i in range(len(table))]
+
+
+def _dataset(path: Path, modalities: Sequence[str], labels: Sequence[str], splits: dict[str, Any]) -> Dataset:
+    if len(labels) < 2:
+        raise SegmentationError(f"{path}: must name the background and at least one more label, got {list(labels)}")
+    cases = {}
+    for name, entries in splits.items():
+        if not isinstance(entries, list):
+            raise SegmentationError(f'{path}: "{name}" must be a list, got {type(entries).__name__}')
+        cases[name] = tuple(_case(path, entry, len(modalities), name) for entry in entries)
+    names = [case.name for group in cases.values() for case in group]
+    if not cases["training"]:
+        raise SegmentationError(f"{path}: must list at least one case for training")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SegmentationError(f"{path}: every case must be listed once, got {twice} twice")
+    validation = cases["validation"] or None
+    return Dataset(path, tuple(modalities), tuple(labels), cases["training"], validation, cases["test"])
+
+
+def _case(path: Path, entry: Any, num_modalities: int, split: str) -> Case:
+    if isinstance(entry, str):  # the Decathlon's test cases
+        entry = {"image": entry}
+    if not isinstance(entry, dict) or "image" not in entry or ("label" not in entry and split != "test"):
+        raise SegmentationError(f'{path}: entries of "{split}" must have an "image" and a "label", got {entry!r}')
+    images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
+    optional = [entry.get(key) for key in ("label", "mask")]
+    if not all(isinstance(file, str) for file in images + [file for file in optional if file is not None]):
+        raise SegmentationError(f"{path}: files must be given by name, got {entry!r}")
+    if len(images) not in (1, num_modalities):
+        raise SegmentationError(f"{path}: expected one image or {num_modalities} (one a modality), got {images}")
+    files = tuple(path.parent / image for image in images)
+    label, mask = (None if file is None else path.parent / file for file in optional)
+    return Case(stem(label if label is not None else files[0]), files, label, mask)
+
+
+def read_case(case: Case, num_modalities: int, spatial_dims: int, num_labels: int | None = None) -> Sample:
+    """A case in memory, normalised inside its mask.
+
+    Args:
+        num_labels: what label maps may hold is 0 .. num_labels - 1; None reads no label map.
+
+    Raises:
+        SegmentationError: a file that cannot be read, shapes that differ, an unknown label, an empty mask, a NaN.
+    """
+    image = read_images(case.images, num_modalities, spatial_dims)
+    shape = image.data.shape[1:]
+    mask = read_mask(case.mask, image.data, case.images[0])
+    label = None
+    if num_labels is not None and case.label is not None:
+        label = read_labels(case.label).data
+        _require_shape(case.label, label.shape, shape, case.images[0])
+        if label.max() >= num_labels:
+            unknown = sorted(int(value) for value in np.unique(label[label >= num_labels]))
+            raise SegmentationError(f"{case.label}: labels must be 0 to {num_labels - 1}, got {unknown}")
+    files = case.images if len(case.images) > 1 else case.images * num_modalities
+    return Sample(normalise(image.data, mask, files), label, mask, image.affine, image.header)
+
+
+def read_images(files: Sequence[Path], num_modalities: int, spatial_dims: int) -> Image:
+    """One image, ``[M, *S]``, from a file with M modalities along its last axis or from one file a modality.
+
+    The affine and the header are those of the first file.
+
+    Raises:
+        SegmentationError: a file that cannot be read, or a shape that does not fit.
+    """
+    images = [read_nifti(file) for file in files]
+    first = images[0]
+    if len(files) == 1 and first.data.ndim == spatial_dims + 1 and first.data.shape[-1] == num_modalities:
+        return first._replace(data=np.ascontiguousarray(np.moveaxis(first.data, -1, 0)))
+    if first.data.ndim != spatial_dims or len(files) != num_modalities:
+        raise SegmentationError(
+            f"{files[0]}: expected {num_modalities} modalities of {spatial_dims} axes, along the last axis of one file "
+            f"or in a file each, got {len(files)} file(s) of shape {list(first.data.shape)}"
+        )
+    for file, image in zip(files, images):
+        _require_shape(file, image.data.shape, first.data.shape, files[0])
+    return first._replace(data=np.stack([image.data for image in images]))
+
+
+def read_mask(file: Path | None, image: np.ndarray, image_file: Path) -> np.ndarray:
+    """Where to look, ``[*S]``: the nonzero voxels of the file or, without one, those nonzero in any modality.
+
+    Raises:
+        SegmentationError: a mask that is empty or of another shape than the image ``[M, *S]``.
+    """
+    if file is None:
+        mask = (image != 0).any(axis=0)
+        if not mask.any():
+            raise SegmentationError(f"{image_file}: every voxel is zero, so there is nothing inside its mask")
+        return mask
+    mask = read_labels(file).data != 0
+    _require_shape(file, mask.shape, image.shape[1:], image_file)
+    if not mask.any():
+        raise SegmentationError(f"{file}: the mask is empty")
+    return mask
+
+
+def _require_shape(file: Path, shape: tuple[int, ...], expected: tuple[int, ...], other: Path) -> None:
+    if shape != expected:
+        raise SegmentationError(f"{file}: must have the shape of {other}, {list(expected)}, got {list(shape)}")
+
+
+def normalise(image: np.ndarray, mask: np.ndarray, files: Sequence[Path]) -> np.ndarray:
+    """Each modality of ``[M, *S]`` with mean zero and variance one inside the mask, and zero outside, as float32.
+
+    Raises:
+        SegmentationError: a modality that is constant inside the mask.
+    """
+    result = np.zeros(image.shape, np.float32)
+    for modality, voxels in enumerate(image[:, mask].astype(np.float64)):
+        deviation = voxels.std()
+        if deviation <= 1e-6 * abs(voxels).max():
+            raise SegmentationError(f"{files[modality]}: modality {modality} is constant inside the mask")
+        result[modality, mask] = (voxels - voxels.mean()) / deviation
+    return result

@@ -1,0 +1,202 @@
+"""Files in and out: NIfTI images, checkpoints and JSON, read with errors that name the file and written all or not."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+SUFFIXES = (".nii", ".nii.gz")
+
+
+class SegmentationError(ValueError):
+    """Something is wrong with a file or with the data in it; the message names the file."""
+
+
+class Image(NamedTuple):
+    """What :func:`read_nifti` gives: voxels, ``[4, 4]`` voxel-to-world matrix, and nibabel's header."""
+
+    data: np.ndarray
+    affine: np.ndarray
+    header: Any
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Millimetres a voxel, for every axis of the data (meaningless for an axis of modalities)."""
+        return tuple(float(zoom) for zoom in self.header.get_zooms())
+
+
+def is_nifti(path: str | os.PathLike) -> bool:
+    return str(path).endswith(SUFFIXES)
+
+
+def stem(path: str | os.PathLike) -> str:
+    """The name of a NIfTI file without its folder and suffix: "a/b.nii.gz" -> "b"."""
+    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+
+
+def read_nifti(path: str | os.PathLike) -> Image:
+    """An image as float32.
+
+    Raises:
+        SegmentationError: the file is missing, unreadable, truncated or empty, or holds a NaN or an infinity.
+    """
+    image = _load(path)
+    try:
+        data = image.get_fdata(dtype=np.float32, caching="unchanged")
+    except Exception as error:  # gzip, zlib, nibabel and numpy each have their own for a damaged file
+        raise SegmentationError(f"{path}: cannot be read, it is damaged or truncated: {_reason(error)}") from error
+    if data.size == 0:
+        raise SegmentationError(f"{path}: must hold voxels, its shape is {list(data.shape)}")
+    bad = data.size - np.count_nonzero(np.isfinite(data))
+    if bad:
+        raise SegmentationError(f"{path}: must hold finite numbers, {bad} voxels are NaN or infinite")
+    return Image(data, image.affine, image.header)
+
+
+def read_labels(path: str | os.PathLike) -> Image:
+    """A label map, or a mask, as int16.
+
+    Raises:
+        SegmentationError: as :func:`read_nifti`, and for numbers that are not whole or not in 0 .. 32767.
+    """
+    image = read_nifti(path)
+    labels = image.data.astype(np.int16)
+    if (labels != image.data).any() or (labels < 0).any():
+        strange = image.data[(labels != image.data) | (labels < 0)].flat[0]
+        raise SegmentationError(f"{path}: labels must be whole numbers from 0 to 32767, got {strange}")
+    return image._replace(data=labels)
+
+
+def _load(path: str | os.PathLike):
+    import nibabel
+
+    if not is_nifti(path):
+        raise SegmentationError(f"{path}: must be a NIfTI file (.nii or .nii.gz)")
+    try:
+        return nibabel.load(path)
+    except Exception as error:
+        raise SegmentationError(f"{path}: cannot be read as NIfTI: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0]
+
+
+def write_nifti(path: str | os.PathLike, data: np.ndarray, affine: np.ndarray, header: Any = None) -> None:
+    """Writes voxels of any NIfTI dtype under an affine; all of the file, or nothing. The same bytes for the same image.
+
+    Args:
+        header: of the image the voxels belong to; units, spacing, and the codes of qform and sform are kept.
+
+    Raises:
+        SegmentationError: the file cannot be written (a full disk, say); what it held before is kept.
+    """
+    import nibabel
+
+    if header is not None:
+        header = header.copy()
+        header.set_data_dtype(data.dtype)
+        header.set_slope_inter(1, 0)
+    image = nibabel.Nifti1Image(data, affine, header, dtype=data.dtype)
+
+    def write(file: BinaryIO) -> None:
+        if str(path).endswith(".gz"):
+            with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=4, mtime=0) as packed:
+                image.to_stream(packed)
+        else:
+            image.to_stream(file)
+
+    write_atomic(path, write)
+
+
+def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """Makes the file that ``write(file)`` fills; one that was there is replaced at once or, on any failure, kept.
+
+    It is filled under another name in the same folder, ``.NAME.tmp``: all that a kill can leave behind.
+
+    Raises:
+        SegmentationError: the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, (OSError, RuntimeError)):  # torch.save makes the latter of the former
+            raise SegmentationError(f"{path}: cannot be written: {_reason(error)}") from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename lasts through a power failure only once its folder is on the disk."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """
+    Raises:
+        SegmentationError: the file is missing, or is no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SegmentationError(f"{path}: cannot be read as JSON: {_reason(error)}") from error
+
+
+def write_checkpoint(path: str | os.PathLike, values: dict) -> None:
+    """``torch.save``, all of it or nothing."""
+    import torch
+
+    write_atomic(path, lambda file: torch.save(values, file))
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """``torch.load`` onto the CPU of tensors and plain values only: a pickle that would run code is refused.
+
+    Raises:
+        SegmentationError: the file is missing, damaged, truncated, or holds anything else.
+    """
+    import pickle
+
+    import torch
+
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise SegmentationError(
+            f"{path}: must be a checkpoint of tensors and plain values only; it is damaged, or holds objects, which "
+            "could run code as they load"
+        ) from error
+    except Exception as error:  # zip, pickle and the operating system each have their own
+        raise SegmentationError(f"{path}: cannot be read as a checkpoint: {_reason(error)}") from error
+    if not isinstance(values, dict):
+        raise SegmentationError(f"{path}: must hold a dict, got {type(values).__name__}")
+    return values

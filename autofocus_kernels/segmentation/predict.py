@@ -1,0 +1,217 @@
+"""Label files of whole volumes from a trained network, with a picture of each and the attention if asked for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .dataset import Case, Sample, read_case, read_dataset
+from .files import SegmentationError, is_nifti, stem, write_nifti
+from .pictures import write_attention, write_overlay
+from .run import Config, load_model
+from .windows import TILINGS, Windows, autofocus_layers
+
+
+def predict(
+    model: str | os.PathLike,
+    input: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    arch: str | None = None,
+    tiling: str = "published",
+    window: Sequence[int] | None = None,
+    device: str | None = None,
+    attention: bool = False,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Segments every case of ``input`` that ``output`` does not hold yet.
+
+    Each case gives ``CASE.nii.gz`` (uint8, with the shape, affine and orientation of its image) and ``CASE.png``, and
+    with ``attention`` ``attention/CASE.png`` and for every autofocus layer ``attention/CASE/LAYER_weights.nii.gz``
+    (float32, dilations along the last axis) and ``LAYER_dilation.nii.gz`` (the dilation of the largest weight, 0 where
+    nothing was predicted). The label file comes last: where it is, its case is complete.
+
+    Args:
+        model: a run's folder, a checkpoint of one, or with ``arch`` a checkpoint of the authors' code.
+        input: a NIfTI file, a folder of them, or what :func:`.dataset.read_dataset` reads: of that the test cases or,
+            where it lists none, all.
+        tiling: "published": the box around the mask, the prediction outside the mask set to 0. "gaussian": the whole
+            volume. See :class:`.windows.Windows`.
+        window: voxels that the network reads at once along each axis, or one number for all; None is what it read in
+            training.
+        device: as PyTorch names it; None is "cuda" where there is one.
+        overwrite: predict cases again that ``output`` holds.
+
+    Returns:
+        The label files, of this call and of earlier ones.
+
+    Raises:
+        SegmentationError, ValueError: a file or an argument that does not fit; the message names it. What was written
+            before stays, and a later call goes on from there.
+    """
+    network, config = load_model(model, arch=arch)
+    if attention and not autofocus_layers(network):
+        raise ValueError(f"attention: {network.name} has no autofocus layer whose attention could be written")
+    if len(config.labels) > 256:
+        raise ValueError(f"labels must be at most 256, to be written as uint8, got {len(config.labels)}")
+    window = config.window if window is None else window
+    if len(window) == 1:
+        window = tuple(window) * config.spatial_dims
+    windows = Windows(network, window, tiling, _device(device))
+    cases = find_cases(Path(input), config.labels)
+    files = {case.name: Path(output) / f"{case.name}.nii.gz" for case in cases}
+    _keep_inputs(cases, files.values())
+    Path(output).mkdir(parents=True, exist_ok=True)
+    for case in tqdm(cases, desc="predict", unit="case", disable=None):
+        file = files[case.name]
+        if overwrite or not _is_done(file, attention):
+            _predict_case(case, windows, config, file, attention)
+    return list(files.values())
+
+
+def find_cases(input: Path, labels: Sequence[str]) -> list[Case]:
+    """The cases of a file or a folder, as :func:`predict` takes them.
+
+    Raises:
+        SegmentationError: nothing there, or two files of one case.
+    """
+    if (input.is_dir() and (input / "dataset.json").is_file()) or input.suffix in (".json", ".csv"):
+        dataset = read_dataset(input, labels)
+        return list(dataset.test or dataset.training + (dataset.validation or ()))
+    if not input.exists():
+        raise SegmentationError(f"{input}: no such file or folder")
+    paths = sorted(path for path in input.iterdir() if is_nifti(path)) if input.is_dir() else [input]
+    cases: dict[str, Case] = {}
+    for path in paths:
+        if path.name.startswith("."):
+            continue
+        if stem(path) in cases:
+            raise SegmentationError(f"{path}: {cases[stem(path)].images[0]} is the same case")
+        cases[stem(path)] = Case(stem(path), (path,))
+    if not cases:
+        raise SegmentationError(f"{input}: holds neither a dataset.json nor a NIfTI file (.nii or .nii.gz)")
+    return list(cases.values())
+
+
+def _keep_inputs(cases: Sequence[Case], files: Iterable[Path]) -> None:
+    inputs = {file.resolve() for case in cases for file in (*case.images, case.label, case.mask) if file is not None}
+    for file in files:
+        if file.resolve() in inputs:
+            raise SegmentationError(f"{file}: is an input; choose another folder for the output")
+
+
+def _picture(labels: Path) -> Path:
+    return labels.with_name(f"{stem(labels)}.png")
+
+
+def _attention_picture(labels: Path) -> Path:
+    return labels.parent / "attention" / f"{stem(labels)}.png"
+
+
+def _is_done(labels: Path, attention: bool) -> bool:
+    return labels.exists() and (not attention or _attention_picture(labels).exists())
+
+
+def _device(name: str | None) -> torch.device:
+    """
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch without CUDA
+        raise ValueError(
+            f"device must be one that PyTorch has here, got {name!r}: {str(error).splitlines()[0]}"
+        ) from error
+    return device
+
+
+def _predict_case(case: Case, windows: Windows, config: Config, file: Path, attention: bool) -> None:
+    sample = read_case(case, len(config.modalities), config.spatial_dims)
+    masked = windows.tiling == "published"
+    box = _bounding_box(sample.mask) if masked else tuple(slice(0, size) for size in sample.mask.shape)
+    try:
+        prediction = windows(torch.from_numpy(sample.image), box, attention)
+    except MemoryError as error:
+        raise SegmentationError(f"{case.images[0]}: {error}, and there is nothing smaller to try") from error
+    labels = np.zeros(sample.mask.shape, np.uint8)
+    labels[box] = prediction.logits.argmax(0).numpy()
+    if masked:
+        labels *= sample.mask
+
+    image = np.where(sample.mask, sample.image[0], sample.image[0].min())
+    if attention:
+        maps = {name: weights.numpy() for name, weights in prediction.attention.items()}
+        layers = autofocus_layers(windows.network)
+        rates = {name: [max(rate) for rate in layers[name].dilations] for name in maps}
+        folder = file.parent / "attention" / case.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, weights in maps.items():
+            _write_attention_files(folder, name, weights, rates[name], box, sample)
+        write_attention(_attention_picture(file), image[box], labels[box], sample.affine, maps, rates)
+    write_overlay(_picture(file), image, labels, sample.affine, dict(enumerate(config.labels)))
+    write_nifti(file, labels, sample.affine, sample.header)
+
+
+def _write_attention_files(
+    folder: Path, layer: str, weights: np.ndarray, rates: Sequence[int], box: tuple[slice, ...], sample: Sample
+) -> None:
+    """Of ``weights``, ``[K, *B]``, with zeros around the box B."""
+    shape = sample.mask.shape
+    whole = np.zeros((*shape, len(rates)), np.float32)
+    whole[box] = np.moveaxis(weights, 0, -1)
+    write_nifti(folder / f"{layer}_weights.nii.gz", whole, sample.affine, sample.header)
+    dilation = np.zeros(shape, np.int16)
+    dilation[box] = np.array(rates)[weights.argmax(0)]
+    write_nifti(folder / f"{layer}_dilation.nii.gz", dilation, sample.affine, sample.header)
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Around all true voxels, of which there is one at least."""
+    box = []
+    for axis in range(mask.ndim):
+        (inside,) = np.nonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        box.append(slice(int(inside[0]), int(inside[-1]) + 1))
+    return tuple(box)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="a run's folder, or a checkpoint")
+    parser.add_argument("--input", type=Path, required=True, help="a NIfTI file, a folder of them, or a data set")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the label files and pictures")
+    parser.add_argument("--arch", help="for a checkpoint of the authors' code: AFN-6, ...")
+    parser.add_argument("--tiling", choices=TILINGS, default="published", help="how windows are laid out")
+    parser.add_argument(
+        "--window",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="voxels read at once, for each axis or all; None: as in training",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; None: cuda where there is one")
+    parser.add_argument("--attention", action="store_true", help="write which dilation each voxel used")
+    parser.add_argument("--overwrite", action="store_true", help="predict again what the output folder holds already")
+
+
+def main(options: argparse.Namespace) -> None:
+    files = predict(
+        options.model,
+        options.input,
+        options.output,
+        arch=options.arch,
+        tiling=options.tiling,
+        window=options.window,
+        device=options.device,
+        attention=options.attention,
+        overwrite=options.overwrite,
+    )
+    print(f"{len(files)} cases in {options.output}")

@@ -1,0 +1,377 @@
+"""Trains a network of the paper on a data set. Stopped at any moment, the same command goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.metrics import DiceHelper
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from .. import networks
+from .crops import Crops
+from .dataset import Case, Dataset, read_case, read_dataset
+from .files import SegmentationError, read_checkpoint, write_checkpoint, write_text
+from .parallel import Place, gather, mean_over_processes, parallel, processes
+from .recipe import PUBLISHED, RECIPES, Recipe, make_loss, make_optimiser, make_scheduler
+from .run import Config, build_network, load_weights, require_same, write_config
+from .windows import Windows
+
+
+def train(
+    data: str | os.PathLike,
+    run: str | os.PathLike,
+    arch: str = "AFN-6",
+    *,
+    recipe: Recipe = PUBLISHED,
+    iterations: int | None = None,
+    window: Sequence[int] | None = None,
+    widths: Sequence[int] | None = None,
+    dilations: Sequence[int | Sequence[int]] = (2, 6, 10, 14),
+    padding: str = "valid",
+    branch_norm: bool = True,
+    validate_every: int | None = None,
+    seed: int = 0,
+    labels: Sequence[str] | None = None,
+    device: str | None = None,
+    cache: int | None = None,
+    workers: int = 0,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Trains a network, or goes on with a run that was stopped, as if it had not been.
+
+    In processes that ``torchrun`` started each takes its part of every batch. Nothing is drawn from, or seeds, the
+    global random generators.
+
+    Args:
+        data: as :func:`.dataset.read_dataset` takes it; with ``labels`` for lists. Without a list of cases for
+            validation a fifth of those for training, chosen by ``seed``, are held out.
+        run: the folder to write, see :mod:`.run`.
+        arch, widths, dilations, padding: as in :func:`autofocus_kernels.networks.build`.
+        branch_norm: False for one batch norm after the sum of an autofocus layer, instead of one a branch.
+        iterations: None for ``recipe.epochs`` rounds through the cases.
+        window: voxels that the network reads at once, one number or one an axis; None is 75.
+        validate_every: iterations between validations, at each of which the run is saved; None for 40 in all, but
+            not more than one a round through the cases.
+        device: as PyTorch names it; None is a GPU where there is one.
+        cache: cases of those to train on that are kept in memory; None for all.
+        workers: processes that make crops beside this one.
+        progress: show a bar on a terminal.
+
+    Returns:
+        the rows of log.csv, one a validation: iteration, learning_rate, loss (the mean since the row before), dice (the
+        mean over labels) and "dice LABEL" (the mean over the cases that have it, NaN if none has).
+
+    Raises:
+        SegmentationError: a file that is no good, or a run of another config; the message names it.
+        ValueError, TypeError: an argument of the wrong form; the message names it.
+    """
+    dataset = read_dataset(data, labels)
+    training, validation = _split(dataset, seed)
+    spatial_dims = dataset.spatial_dims()
+    round_length = math.ceil(len(training) / recipe.batch_size)
+    iterations = round_length * recipe.epochs if iterations is None else iterations
+    if validate_every is None:
+        validate_every = max(round_length, math.ceil(iterations / 40))
+    for name, value in (("iterations", iterations), ("validate_every", validate_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    config = Config(
+        arch,
+        spatial_dims,
+        dataset.modalities,
+        dataset.labels,
+        _window(window, spatial_dims),
+        None if widths is None else tuple(widths),
+        tuple(d if isinstance(d, int) else tuple(d) for d in dilations),
+        padding,
+        branch_norm,
+        recipe,
+        iterations,
+        validate_every,
+        seed,
+        tuple(case.name for case in training),
+        tuple(case.name for case in validation),
+    )
+    run = Path(run)
+    with processes(device) as place:
+        training_run = _Training(run, config, dataset, training, validation, place, cache)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            return training_run(workers, progress)
+
+
+def _split(dataset: Dataset, seed: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """Cases to train on, and cases to validate on."""
+    if dataset.validation is not None:
+        return dataset.training, dataset.validation
+    count = len(dataset.training)
+    if count < 2:
+        raise SegmentationError(f"{dataset.source}: must list two cases for training, of which one is held out")
+    held_out = set(np.random.default_rng(seed).permutation(count)[: max(1, count // 5)].tolist())
+    cases = list(enumerate(dataset.training))
+    return tuple(c for i, c in cases if i not in held_out), tuple(c for i, c in cases if i in held_out)
+
+
+def _window(window: Sequence[int] | None, spatial_dims: int) -> tuple[int, ...]:
+    sizes = (75,) if window is None else tuple(window)
+    sizes = sizes * spatial_dims if len(sizes) == 1 else sizes
+    if len(sizes) != spatial_dims:
+        raise ValueError(f"window must be one size, or {spatial_dims}, got {list(sizes)}")
+    return sizes
+
+
+class _Training:
+    """A run in memory: network, optimiser, scheduler, the iterations done, and the rows of the log."""
+
+    def __init__(
+        self,
+        run: Path,
+        config: Config,
+        dataset: Dataset,
+        training: Sequence[Case],
+        validation: Sequence[Case],
+        place: Place,
+        cache: int | None,
+    ) -> None:
+        self.run, self.config, self.dataset, self.place = run, config, dataset, place
+        self.validation = validation[place.rank :: place.world]
+        recipe = config.recipe
+        if recipe.batch_size % place.world:
+            raise ValueError(
+                f"batch_size must be a multiple of the {place.world} processes, which share it, got {recipe.batch_size}"
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.network = build_network(config).to(place.device)
+        self.windows = Windows(self.network, config.window, "published", place.device)
+        self.loss = make_loss(recipe)
+        self.optimiser = make_optimiser(recipe, self.network.parameters())
+        self.scheduler = make_scheduler(recipe, self.optimiser, config.iterations)
+        self.done, self.history = 0, []
+        if (run / "config.json").exists():
+            require_same(run, config)
+        if (run / "last.pt").exists():
+            self._resume(run / "last.pt")
+        self.crops = Crops(
+            dataset, training, config.window, self.network.crop, config.seed, recipe.flip_every_axis, cache
+        )
+        for case in validation:
+            self._read(case)  # before training, rather than after the first round, an error
+        if place.rank == 0:
+            _make_folder(run)
+            write_config(run, config)
+        self.wrapped = parallel(self.network, place)
+
+    def _resume(self, path: Path) -> None:
+        if not (path.parent / "config.json").exists():
+            raise SegmentationError(f"{path}: is a run's, whose config.json is missing")
+        saved = read_checkpoint(path)
+        if not {"model", "optimiser", "scheduler", "iteration", "history"} <= set(saved):
+            raise SegmentationError(f"{path}: is no last.pt of a run")
+        load_weights(self.network, saved["model"], path)
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        self.done, self.history = saved["iteration"], saved["history"]
+
+    def __call__(self, workers: int, progress: bool) -> list[dict[str, float]]:
+        config, first = self.config, self.place.rank == 0
+        if self.done == config.iterations:
+            return self.history
+        # A generator of its own, as DataLoader would draw from the global one.
+        loader = DataLoader(self.crops, batch_sampler=self._batches(), num_workers=workers, generator=torch.Generator())
+        bar = tqdm(
+            total=config.iterations, initial=self.done, desc=config.arch, disable=None if first and progress else True
+        )
+        tensorboard = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.done + 1) if first else None
+        losses = []
+        try:
+            for input, label in loader:
+                losses.append(self._step(input.to(self.place.device), label.to(self.place.device)))
+                bar.update()
+                bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
+                if self.done % config.validate_every == 0 or self.done == config.iterations:
+                    self._validate(mean_over_processes(sum(losses) / len(losses), self.place))
+                    losses.clear()
+                    if first:
+                        self._save()
+                        _report(tensorboard, self.history[-1])
+        finally:
+            bar.close()
+            if first:
+                tensorboard.close()
+        return self.history
+
+    def _batches(self) -> list[range]:
+        """The numbers of the crops of this process in each iteration that is left."""
+        batch = self.config.recipe.batch_size
+        part = batch // self.place.world
+        starts = (i * batch + self.place.rank * part for i in range(self.done, self.config.iterations))
+        return [range(start, start + part) for start in starts]
+
+    def _step(self, input: torch.Tensor, label: torch.Tensor) -> float:
+        self.wrapped.train()
+        self.optimiser.zero_grad()
+        with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.config.recipe.amp):
+            logits = self.wrapped(input)
+        loss = self.loss(logits.to(input.dtype), label)
+        if not torch.isfinite(loss):
+            raise SegmentationError(f"{self.run}: the loss is {loss.item()} in iteration {self.done + 1}")
+        loss.backward()
+        self.optimiser.step()
+        self.scheduler.step()
+        self.done += 1
+        return loss.item()
+
+    def _validate(self, loss: float) -> None:
+        """Adds a row to the history."""
+        self.network.eval()
+        scores = np.array(gather([self._dice(case) for case in self.validation], self.place))
+        self.network.to(self.place.device)  # out of memory, a window leaves it on the CPU
+        by_label = [_mean(column) for column in scores.T]
+        self.history.append(
+            {
+                "iteration": self.done,
+                "learning_rate": self.scheduler.get_last_lr()[0],
+                "loss": loss,
+                "dice": _mean(by_label),
+                **{f"dice {name}": dice for name, dice in zip(self.config.labels[1:], by_label)},
+            }
+        )
+
+    def _read(self, case: Case):
+        return read_case(case, len(self.config.modalities), self.config.spatial_dims, len(self.config.labels))
+
+    def _dice(self, case: Case) -> list[float]:
+        """Of every label but the background; NaN where a case has none of it."""
+        image, label, mask, *_ = self._read(case)
+        where = np.nonzero(mask)
+        box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in where)
+        predicted = torch.zeros(label.shape, dtype=torch.int64)
+        predicted[box] = self.windows(torch.from_numpy(image), box).logits.argmax(0)
+        predicted *= torch.from_numpy(mask)
+        dice = DiceHelper(
+            include_background=False,
+            apply_argmax=False,
+            get_not_nans=False,
+            reduction="none",
+            num_classes=len(self.config.labels),
+        )
+        return dice(predicted[None, None], torch.from_numpy(label.astype(np.int64))[None, None])[0].tolist()
+
+    def _save(self) -> None:
+        """last.pt at last: killed before it is there, the run repeats the round and writes the others again, alike."""
+        row, earlier = self.history[-1], self.history[:-1]
+        weights = self.network.state_dict()
+        if not any(row["dice"] <= other["dice"] for other in earlier):
+            write_checkpoint(self.run / "best.pt", {"model": weights, "iteration": self.done, "dice": row["dice"]})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_text(self.run / "log.csv", text.getvalue())
+        write_checkpoint(
+            self.run / "last.pt",
+            {
+                "model": weights,
+                "optimiser": self.optimiser.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "iteration": self.done,
+                "history": self.history,
+            },
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of the numbers among them; NaN if there are none."""
+    numbers = [float(value) for value in values if not math.isnan(value)]
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def _make_folder(run: Path) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SegmentationError(f"{run}: cannot be made: {error.strerror}") from error
+
+
+def _report(tensorboard: SummaryWriter, row: dict[str, float]) -> None:
+    for name, value in row.items():
+        if name != "iteration":
+            tensorboard.add_scalar(name.replace(" ", "/"), value, row["iteration"])
+    tensorboard.flush()
+
+
+def _dilation(text: str) -> int | tuple[int, ...]:
+    numbers = tuple(int(number) for number in text.split(","))
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", type=Path, required=True, help="folder with a dataset.json, or a list (.csv, .json)")
+    data.add_argument("--labels", nargs="+", help="names of label 0, 1, ..., for lists")
+    data.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run, new or to go on with")
+    data.add_argument("--cache", type=int, help="cases kept in memory (all)")
+    network = parser.add_argument_group("network")
+    network.add_argument("--arch", choices=networks.NAMES, default="AFN-6")
+    network.add_argument("--widths", type=int, nargs="+", help="channels of the stem and the blocks (the paper's)")
+    network.add_argument(
+        "--dilations", type=_dilation, nargs="+", default=(2, 6, 10, 14), help="a number, or one an axis as in 6,6,2"
+    )
+    network.add_argument("--padding", choices=("valid", "same"), default="valid")
+    network.add_argument(
+        "--branch-norm",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a batch norm for each branch, or one after their sum",
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument("--recipe", choices=tuple(RECIPES), default=PUBLISHED.name)
+    training.add_argument("--window", type=int, nargs="+", help="voxels that the network reads at once (75)")
+    training.add_argument("--batch-size", type=int, help="crops an iteration, of all processes (10)")
+    training.add_argument("--learning-rate", type=float, help="at the start (1e-3)")
+    training.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None, help="bfloat16 (the recipe's)")
+    length = training.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, help="rounds through the cases (400)")
+    length.add_argument("--iterations", type=int)
+    training.add_argument("--validate-every", type=int, metavar="ITERATIONS", help="and save (40 times in all)")
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--device", help="as PyTorch names it (a GPU where there is one)")
+    training.add_argument("--workers", type=int, default=0, help="processes that make crops beside this one")
+
+
+def main(options: argparse.Namespace) -> None:
+    overrides = {name: getattr(options, name) for name in ("batch_size", "learning_rate", "amp", "epochs")}
+    recipe = dataclasses.replace(
+        RECIPES[options.recipe], **{name: value for name, value in overrides.items() if value is not None}
+    )
+    names = (
+        "iterations",
+        "window",
+        "widths",
+        "dilations",
+        "padding",
+        "branch_norm",
+        "validate_every",
+        "seed",
+        "labels",
+        "device",
+        "cache",
+        "workers",
+    )
+    history = train(
+        options.data, options.out, options.arch, recipe=recipe, **{name: getattr(options, name) for name in names}
+    )
+    if int(os.environ.get("RANK", 0)) == 0:
+        best = max(history, key=lambda row: row["dice"])
+        print(f"{options.out}: best Dice {best['dice']:.4f} in iteration {best['iteration']}")

@@ -1,0 +1,35 @@
+"""What the tests of segmentation share: tiny phantoms, and a training of seconds."""
+
+import dataclasses
+
+import pytest
+
+from autofocus_kernels.segmentation.phantom import make_phantom
+from autofocus_kernels.segmentation.recipe import PUBLISHED
+
+# Of six cases for training five are trained on: two epochs are six iterations, with a validation after three each.
+SMALL = {
+    "arch": "AFN-1",
+    "recipe": dataclasses.replace(PUBLISHED, batch_size=2, epochs=2),
+    "widths": (3, 3, 3, 4),
+    "dilations": (1, 2, 3, 4),
+    "window": (24,),
+    "device": "cpu",
+    "progress": False,
+}
+
+
+@pytest.fixture(scope="session")
+def phantom_2d(tmp_path_factory):
+    """Six cases for training and two for tests, of 36 x 32 pixels and two modalities."""
+    folder = tmp_path_factory.mktemp("phantom_2d")
+    make_phantom(folder, cases=8, seed=0, size=(36, 32), dims=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom_3d(tmp_path_factory):
+    """Three cases for training and one for tests, anisotropic."""
+    folder = tmp_path_factory.mktemp("phantom_3d")
+    make_phantom(folder, cases=4, seed=0, size=(24, 26, 10), dims=3, anisotropic=True)
+    return folder

@@ -1,0 +1,321 @@
+"""Files, data sets and models that segmentation reads: what is accepted; errors that name the file for the rest."""
+
+import csv
+import dataclasses
+import os
+import shutil
+
+import numpy as np
+import pytest
+from segmentation_fixtures import phantom_2d  # noqa: F401
+
+pytest.importorskip("nibabel")
+import nibabel
+import torch
+
+from autofocus_kernels import networks
+from autofocus_kernels.segmentation import files
+from autofocus_kernels.segmentation.dataset import Case, normalise, read_case, read_dataset
+from autofocus_kernels.segmentation.files import SegmentationError, read_labels, read_nifti, write_nifti
+from autofocus_kernels.segmentation.recipe import MODERN
+from autofocus_kernels.segmentation.run import Config, build_network, load_model, read_config, write_config
+
+AFFINE = np.array([[0, -2.0, 0, 5], [1.5, 0, 0, -7], [0, 0, 3, 1], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 2), (5, 6, 7, 2)])
+def test_round_trip(tmp_path, suffix, shape):
+    data = np.random.default_rng(0).random(shape, np.float32)
+    path = tmp_path / f"image{suffix}"
+    write_nifti(path, data, AFFINE)
+    image = read_nifti(path)
+    np.testing.assert_array_equal(image.data, data)
+    np.testing.assert_allclose(image.affine, AFFINE)
+    first = path.read_bytes()
+    write_nifti(path, data, AFFINE)
+    assert path.read_bytes() == first
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_header_of_the_image_is_kept(tmp_path):
+    original = nibabel.Nifti1Image(np.ones((4, 5, 6), np.int16), AFFINE)
+    original.header.set_xyzt_units("mm", "sec")
+    original.set_sform(AFFINE, code="mni")
+    original.set_qform(AFFINE, code="scanner")
+    original.header.set_slope_inter(2, 3)
+    nibabel.save(original, tmp_path / "image.nii.gz")
+    image = read_nifti(tmp_path / "image.nii.gz")
+    write_nifti(tmp_path / "label.nii.gz", np.full((4, 5, 6), 7, np.uint8), image.affine, image.header)
+    written = nibabel.load(tmp_path / "label.nii.gz")
+    assert written.get_data_dtype() == np.uint8 and (read_labels(tmp_path / "label.nii.gz").data == 7).all()
+    assert written.header.get_xyzt_units() == ("mm", "sec")
+    assert (int(written.header["sform_code"]), int(written.header["qform_code"])) == (4, 1)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file.txt"
+    files.write_text(path, "before")
+
+    def full(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SegmentationError, match="file.txt: cannot be written: No space left on device"):
+        files.write_atomic(path, full)
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["file.txt"]
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_truncated_or_no_nifti(tmp_path, suffix):
+    path = tmp_path / f"image{suffix}"
+    write_nifti(path, np.random.default_rng(0).random((9, 9, 9), np.float32), AFFINE)
+    content = path.read_bytes()
+    for length in (0, 10, 300, len(content) // 2, len(content) - 20):
+        path.write_bytes(content[:length])
+        with pytest.raises(SegmentationError, match=f"image{suffix}: cannot be read"):
+            read_nifti(path)
+    path.write_bytes(b"something else " * 100)
+    with pytest.raises(SegmentationError, match=f"image{suffix}: cannot be read"):
+        read_nifti(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_not_finite(tmp_path, value):
+    data = np.ones((4, 4), np.float32)
+    data[1, 2] = value
+    write_nifti(tmp_path / "image.nii", data, AFFINE)
+    with pytest.raises(SegmentationError, match="image.nii: must hold finite numbers, 1 voxels are NaN or infinite"):
+        read_nifti(tmp_path / "image.nii")
+
+
+@pytest.mark.parametrize("value", [0.5, -1, 1e6])
+def test_labels_are_whole_numbers(tmp_path, value):
+    write_nifti(tmp_path / "label.nii", np.full((4, 4), value, np.float32), AFFINE)
+    with pytest.raises(SegmentationError, match=r"label.nii: labels must be whole numbers from 0 to 32767, got"):
+        read_labels(tmp_path / "label.nii")
+
+
+def test_normalised_inside_the_mask(phantom_2d):  # noqa: F811
+    case = read_dataset(phantom_2d).training[0]
+    sample = read_case(case, 2, 2, 5)
+    inside = sample.image[:, sample.mask]
+    np.testing.assert_allclose(inside.mean(1), 0, atol=1e-5)
+    np.testing.assert_allclose(inside.std(1), 1, atol=1e-5)
+    assert not sample.image[:, ~sample.mask].any()
+    without_file = read_case(dataclasses.replace(case, mask=None), 2, 2, 5)
+    np.testing.assert_array_equal(without_file.mask, sample.mask)
+
+
+def rewrite(path, change):
+    image = read_nifti(path)
+    write_nifti(path, change(image.data), image.affine)
+
+
+def at(index, value):
+    def change(data):
+        data = data.copy()
+        data[index] = value
+        return data
+
+    return change
+
+
+BAD = {
+    "label": [
+        (at((3, 3), 9), r"label.nii.gz: labels must be 0 to 4, got \[9\]"),
+        (lambda data: data[:-1], r"label.nii.gz: must have the shape of .*image.nii.gz, \[36, 32\], got \[35, 32\]"),
+    ],
+    "mask": [
+        (lambda data: data * 0, "mask.nii.gz: the mask is empty"),
+        (lambda data: data[:, 1:], r"mask.nii.gz: must have the shape of .*image.nii.gz, \[36, 32\], got \[36, 31\]"),
+    ],
+    "image": [
+        (lambda data: data[..., :1], "image.nii.gz: expected 2 modalities of 2 axes"),
+        (lambda data: data * [1, 0], "image.nii.gz: modality 1 is constant inside the mask"),
+        (at((0, 0, 0), np.nan), "image.nii.gz: must hold finite numbers"),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind, number", [(kind, i) for kind, changes in BAD.items() for i in range(len(changes))])
+def test_bad_cases(phantom_2d, tmp_path, kind, number):  # noqa: F811
+    good = read_dataset(phantom_2d).training[0]
+    paths = {name: tmp_path / f"{name}.nii.gz" for name in ("image", "label", "mask")}
+    for source, target in zip((good.images[0], good.label, good.mask), paths.values()):
+        shutil.copy(source, target)
+    case = Case("case", (paths["image"],), paths["label"], paths["mask"])
+    read_case(case, 2, 2, 5)
+    change, message = BAD[kind][number]
+    rewrite(paths[kind], lambda data: np.asarray(change(data), np.float32))
+    with pytest.raises(SegmentationError, match=message):
+        read_case(case, 2, 2, 5)
+
+
+def test_an_image_of_zeros_has_no_mask(tmp_path):
+    write_nifti(tmp_path / "image.nii", np.zeros((4, 4), np.float32), AFFINE)
+    with pytest.raises(SegmentationError, match="image.nii: every voxel is zero"):
+        read_case(Case("case", (tmp_path / "image.nii",)), 1, 2)
+
+
+def test_modalities_in_files_of_their_own(tmp_path):
+    random = np.random.default_rng(0)
+    paths = [tmp_path / name for name in ("t1.nii", "t2.nii")]
+    for path in paths:
+        write_nifti(path, random.random((4, 5), np.float32), AFFINE)
+    sample = read_case(Case("case", tuple(paths)), 2, 2)
+    assert sample.image.shape == (2, 4, 5) and sample.label is None
+    write_nifti(paths[1], random.random((4, 6), np.float32), AFFINE)
+    with pytest.raises(SegmentationError, match=r"t2.nii: must have the shape of .*t1.nii, \[4, 5\], got \[4, 6\]"):
+        read_case(Case("case", tuple(paths)), 2, 2)
+
+
+def test_normalise_in_float64():
+    """float32 sums of large numbers would not do."""
+    image = (1e4 + np.random.default_rng(0).random((1, 100, 100))).astype(np.float32)
+    normalised = normalise(image, np.ones((100, 100), bool), ["image"])
+    assert abs(normalised.mean()) < 1e-4 and normalised.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_csv_and_json_lists(tmp_path):
+    with open(tmp_path / "list.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [
+                ["t1", "t2", "label", "split"],
+                ["a/1.nii", "b/1.nii", "l/1.nii", "training"],
+                ["a/2.nii", "b/2.nii", "l/2.nii", "validation"],
+                ["a/3.nii", "b/3.nii", "", "test"],
+            ]
+        )
+    entries = [
+        {"image": ["a/1.nii", "b/1.nii"], "label": "l/1.nii"},
+        {"image": ["a/2.nii", "b/2.nii"], "label": "l/2.nii", "split": "validation"},
+        {"image": ["a/3.nii", "b/3.nii"], "split": "test"},
+    ]
+    files.write_json(tmp_path / "list.json", entries)
+    from_csv, from_json = (read_dataset(tmp_path / f"list.{end}", ["back", "front"]) for end in ("csv", "json"))
+    assert from_csv.modalities == ("t1", "t2") and from_json.modalities == ("0", "1")
+    assert from_csv.labels == ("back", "front")
+    assert from_csv.training == from_json.training
+    assert from_csv.training == (Case("1", (tmp_path / "a/1.nii", tmp_path / "b/1.nii"), tmp_path / "l/1.nii"),)
+    assert [case.name for case in from_csv.validation + from_csv.test] == ["2", "3"]
+    with pytest.raises(SegmentationError, match="list.csv: a list names no labels"):
+        read_dataset(tmp_path / "list.csv")
+
+
+GOOD = {
+    "modality": {"0": "MR"},
+    "labels": {"0": "background", "1": "organ"},
+    "training": [{"image": "./i/1.nii.gz", "label": "./l/1.nii.gz"}],
+    "test": ["./i/2.nii.gz"],
+}
+
+
+def test_decathlon(tmp_path):
+    files.write_json(tmp_path / "dataset.json", GOOD)
+    dataset = read_dataset(tmp_path)
+    assert (dataset.modalities, dataset.labels) == (("MR",), ("background", "organ"))
+    assert dataset.validation is None and dataset.test[0].images == (tmp_path / "i/2.nii.gz",)
+    newer = GOOD | {"channel_names": GOOD["modality"], "labels": {"background": 0, "organ": 1}}
+    del newer["modality"]
+    files.write_json(tmp_path / "dataset.json", newer)
+    assert read_dataset(tmp_path) == dataset
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"modality": None}, '"modality" must map'),
+        ({"labels": {"0": "background", "2": "organ"}}, '"labels" must map'),
+        ({"labels": {"0": "background"}}, "must name the background and at least one more label"),
+        ({"training": []}, "must list at least one case for training"),
+        ({"training": [{"image": "1.nii"}]}, '"training" must have an "image" and a "label"'),
+        ({"training": [{"image": ["1.nii", "2.nii"], "label": "3.nii"}]}, "expected one image or 1"),
+        ({"training": [{"image": 3, "label": "1.nii"}]}, "files must be given by name"),
+        ({"training": GOOD["training"] * 2}, "every case must be listed once, got 1 twice"),
+        ({"test": 3}, '"test" must be a list'),
+    ],
+)
+def test_bad_descriptions(tmp_path, changes, message):
+    files.write_json(tmp_path / "dataset.json", GOOD | changes)
+    with pytest.raises(SegmentationError, match=f"dataset.json: .*{message}"):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '"text"'])
+def test_no_description(tmp_path, content):
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(SegmentationError, match="dataset.json: "):
+        read_dataset(tmp_path, ["a", "b"])
+    with pytest.raises(SegmentationError, match="nothing.csv: cannot be read"):
+        read_dataset(tmp_path / "nothing.csv", ["a", "b"])
+
+
+CONFIG = Config(
+    "AFN-1",
+    2,
+    ("a", "b"),
+    ("background", "organ"),
+    (40, 40),
+    (2, 2, 2, 2),
+    dilations=(1, (2, 3)),
+    branch_norm=False,
+    recipe=MODERN,
+)
+
+
+def test_config_round_trip(tmp_path):
+    write_config(tmp_path, CONFIG)
+    assert read_config(tmp_path) == CONFIG
+    for change, message in (({"extra": 1}, "is no config of a run"), ({"recipe": {"lr": 1}}, "unexpected keyword")):
+        files.write_json(tmp_path / "config.json", dataclasses.asdict(CONFIG) | change)
+        with pytest.raises(SegmentationError, match=f"config.json: .*{message}"):
+            read_config(tmp_path)
+
+
+def test_branch_norm_of_a_config():
+    counts = {}
+    for branch_norm in (True, False):
+        network = build_network(dataclasses.replace(CONFIG, branch_norm=branch_norm))
+        counts[branch_norm] = sum(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+    assert counts[True] - counts[False] == 1  # two dilations
+
+
+def test_load_model_of_a_run(tmp_path):
+    network = build_network(CONFIG)
+    write_config(tmp_path, CONFIG)
+    files.write_checkpoint(tmp_path / "last.pt", {"model": network.state_dict()})
+    for path in (tmp_path, tmp_path / "last.pt"):
+        loaded, config = load_model(path)
+        assert config == CONFIG and not loaded.training
+        assert all(torch.equal(value, network.state_dict()[name]) for name, value in loaded.state_dict().items())
+    with pytest.raises(SegmentationError, match="last.pt: is a checkpoint of AFN-1, not of Basic"):
+        load_model(tmp_path, "Basic")
+    files.write_checkpoint(
+        tmp_path / "best.pt", {"model": build_network(CONFIG).state_dict() | {"more": torch.ones(1)}}
+    )
+    with pytest.raises(SegmentationError, match="best.pt: is no checkpoint of this network"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["Basic", "ASPP-c", "ASPP-s", "AFN-6"])
+def test_load_model_of_the_authors(tmp_path, arch):
+    network = networks.build(arch, in_channels=3, num_classes=4)
+    weights = {f"module.{name}": value for name, value in networks.original_state_dict(network).items()}
+    torch.save({"state_dict": weights}, tmp_path / "original.pth")
+    loaded, config = load_model(tmp_path / "original.pth", arch)
+    assert len(config.modalities) == 3 and len(config.labels) == 4 and config.window == (75, 75, 75)
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in loaded.state_dict().items())
+    with pytest.raises(SegmentationError, match="original.pth: has no config.json of a run beside it"):
+        load_model(tmp_path / "original.pth")
+    with pytest.raises(SegmentationError, match="original.pth: "):
+        load_model(tmp_path / "original.pth", "AFN-2")
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04" * 20])
+def test_no_checkpoint(tmp_path, content):
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(SegmentationError, match="model.pt: "):
+        load_model(tmp_path / "model.pt", "AFN-6")
+    with pytest.raises(SegmentationError, match="nothing.pt: cannot be read as a checkpoint: No such file"):
+        load_model(tmp_path / "nothing.pt", "AFN-6")

@@ -1,0 +1,452 @@
+"""Training: the recipe, the crops, runs killed at every moment, two processes, and bad input."""
+
+import contextlib
+import csv
+import dataclasses
+import errno
+import itertools
+import math
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import socket
+import warnings
+
+import numpy as np
+import pytest
+from segmentation_fixtures import SMALL, phantom_2d, phantom_3d  # noqa: F401
+
+pytest.importorskip("monai")
+pytest.importorskip("nibabel")
+import torch
+
+from autofocus_kernels import networks
+from autofocus_kernels.segmentation import __main__ as command_line
+from autofocus_kernels.segmentation import crops, files, train
+from autofocus_kernels.segmentation.crops import Crops
+from autofocus_kernels.segmentation.dataset import read_case, read_dataset
+from autofocus_kernels.segmentation.files import SegmentationError
+from autofocus_kernels.segmentation.parallel import Place
+from autofocus_kernels.segmentation.recipe import MODERN, PUBLISHED, make_optimiser, make_scheduler
+from autofocus_kernels.segmentation.run import build_network, load_model, read_config
+from autofocus_kernels.segmentation.windows import Windows
+
+REAL_DICE = train._Training._dice
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rising_dice():
+    """So that every validation makes a new best.pt, which two epochs of so small a network would not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train._Training, "_dice", lambda self, case: [self.done / 10] * 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(phantom_2d, tmp_path_factory):  # noqa: F811
+    """A run of two epochs that nothing interrupted, and what it returned."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    return run, train.train(phantom_2d, run, **SMALL)
+
+
+def assert_same_run(first, second):
+    for name in ("config.json", "log.csv"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    for name in ("best.pt", "last.pt"):
+        assert_same(files.read_checkpoint(first / name), files.read_checkpoint(second / name), name)
+
+
+def assert_same(first, second, where):
+    """Bit for bit."""
+    assert type(first) is type(second), where
+    if isinstance(first, dict):
+        assert list(first) == list(second), where
+        for key in first:
+            assert_same(first[key], second[key], f"{where} {key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), where
+        for i, pair in enumerate(zip(first, second)):
+            assert_same(*pair, f"{where} {i}")
+    elif isinstance(first, torch.Tensor):
+        assert first.dtype == second.dtype and first.numpy().tobytes() == second.numpy().tobytes(), where
+    else:
+        assert first == second or (first != first and second != second), where
+
+
+def in_process(function, *arguments):
+    """Runs in a process of its own, forked since to import MONAI takes seconds; returns its exit code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks of processes with threads, here idle ones
+        process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+        process.start()
+    process.join(60)
+    return process.exitcode
+
+
+def test_two_epochs(finished):
+    run, history = finished
+    with open(run / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["iteration"] for row in rows] == ["3", "6"]
+    assert [float(row["loss"]) for row in rows] == [row["loss"] for row in history]
+    assert history[1]["loss"] < history[0]["loss"] < 1.5 * math.log(5)
+    assert list((run / "tensorboard").iterdir())
+
+    config = read_config(run)
+    assert (config.arch, config.spatial_dims, config.iterations, config.window) == ("AFN-1", 2, 6, (24, 24))
+    assert len(config.training) == 5 and len(config.validation) == 1
+    assert not set(config.training) & set(config.validation)
+    network, loaded = load_model(run)
+    assert loaded == config and not network.training
+    assert network(torch.zeros(1, 2, 24, 24)).shape == (1, 5, 8, 8)
+
+
+def test_best_is_the_best(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
+    scores = {1: math.nan, 2: 0.2, 3: 0.4, 4: 0.4, 5: 0.3}
+    monkeypatch.setattr(train._Training, "_dice", lambda self, case: [math.nan, scores[self.done], math.nan, math.nan])
+    train.train(phantom_2d, tmp_path, **SMALL | {"iterations": 5, "validate_every": 1})
+    best, last = (files.read_checkpoint(tmp_path / name) for name in ("best.pt", "last.pt"))
+    assert (best["iteration"], best["dice"], last["iteration"]) == (3, 0.4, 5)
+    assert any(not torch.equal(best["model"][name], value) for name, value in last["model"].items())
+
+
+def test_validation_is_the_dice_of_whole_images(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(train._Training, "_dice", REAL_DICE)
+    row = train.train(phantom_2d, tmp_path, **SMALL | {"iterations": 3})[-1]
+    network, config = load_model(tmp_path)
+    case = next(c for c in read_dataset(phantom_2d).training if c.name == config.validation[0])
+    image, label, mask, *_ = read_case(case, 2, 2, 5)
+    with torch.no_grad():
+        predicted = Windows(network, (24, 24), "published", torch.device("cpu"))(
+            torch.from_numpy(image), _box(mask)
+        ).logits.argmax(0)
+    found = np.zeros_like(label)
+    found[_box(mask)] = predicted
+    found *= mask
+    for value in range(1, 5):
+        expected = 2 * ((found == value) & (label == value)).sum() / ((found == value).sum() + (label == value).sum())
+        assert row[f"dice {config.labels[value]}"] == pytest.approx(expected), value
+
+
+def _box(mask):
+    rows, columns = np.nonzero(mask)
+    return slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
+
+
+def test_the_seed_decides(finished, phantom_2d, tmp_path):  # noqa: F811
+    torch.manual_seed(12)  # the global generator does not matter
+    np.random.seed(12)
+    state = torch.get_rng_state()
+    train.train(phantom_2d, tmp_path / "same", **SMALL)
+    assert torch.equal(state, torch.get_rng_state())
+    assert_same_run(finished[0], tmp_path / "same")
+    other = train.train(phantom_2d, tmp_path / "other", **SMALL, seed=1)
+    assert other[1]["loss"] != finished[1][1]["loss"]
+
+
+def killed_at_file(number, data, run):
+    """The operating system ends the process right before a file, written in full, gets its name."""
+    replace, count = os.replace, [0]
+
+    def counted(source, target):
+        count[0] += 1
+        if count[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = counted
+    train.train(data, run, **SMALL)
+
+
+def killed_in_checkpoint(number, data, run):
+    """... or in the middle of its bytes."""
+    save, count = torch.save, [0]
+
+    def halved(values, file):
+        count[0] += 1
+        if count[0] == number:
+            file.write(b"PK" * 1000)
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(values, file)
+
+    torch.save = halved
+    train.train(data, run, **SMALL)
+
+
+def killed_in_iteration(number, data, run):
+    step = train._Training._step
+
+    def counted(self, *arguments):
+        if self.done == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *arguments)
+
+    train._Training._step = counted
+    train.train(data, run, **SMALL)
+
+
+KILLS = (
+    [(killed_at_file, number) for number in (1, 4, 5, 6, 7)]
+    + [(killed_in_checkpoint, number) for number in (2, 3)]
+    + [(killed_in_iteration, number) for number in (0, 4)]
+)
+
+
+@pytest.mark.parametrize("kill, number", KILLS, ids=[f"{kill.__name__}-{number}" for kill, number in KILLS])
+def test_a_killed_run_goes_on_bit_for_bit(finished, phantom_2d, tmp_path, kill, number):  # noqa: F811
+    run = tmp_path / "run"
+    if kill is killed_at_file and number > 1 + 3 * len(finished[1]) - (
+        finished[1][1]["dice"] <= finished[1][0]["dice"]
+    ):
+        pytest.fail("there is no such file: take it off the list")
+    assert in_process(kill, number, phantom_2d, run) == -signal.SIGKILL
+    for name in ("best.pt", "last.pt"):
+        if (run / name).exists():
+            files.read_checkpoint(run / name)
+    train.train(phantom_2d, run, **SMALL)
+    assert_same_run(finished[0], run)
+    assert not list(run.glob(".*"))
+
+
+def test_killed_twice(finished, phantom_2d, tmp_path):  # noqa: F811
+    for number in (4, 5):
+        assert in_process(killed_in_iteration, number, phantom_2d, tmp_path / "run") == -signal.SIGKILL
+    train.train(phantom_2d, tmp_path / "run", **SMALL)
+    assert_same_run(finished[0], tmp_path / "run")
+
+
+def test_a_finished_run_stays(finished, phantom_2d):  # noqa: F811
+    before = (finished[0] / "last.pt").read_bytes()
+    assert_same(train.train(phantom_2d, finished[0], **SMALL), finished[1], "history")
+    assert (finished[0] / "last.pt").read_bytes() == before
+
+
+def test_another_config_is_refused(finished, phantom_2d):  # noqa: F811
+    before = (finished[0] / "config.json").read_bytes()
+    recipe = dataclasses.replace(SMALL["recipe"], learning_rate=0.5)
+    for changes, named in (({"seed": 3}, "seed is 0 there, 3 here"), ({"recipe": recipe}, "recipe.learning_rate is")):
+        with pytest.raises(SegmentationError, match=named):
+            train.train(phantom_2d, finished[0], **SMALL | changes)
+    assert (finished[0] / "config.json").read_bytes() == before
+
+
+def as_rank(rank, world, port, data, run, options):
+    """As torchrun would start it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    train.train(data, run, **options)
+
+
+def train_in_two(data, run, options):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=as_rank, args=(rank, 2, port, data, run, options)) for rank in (0, 1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for process in ranks:
+            process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+@pytest.mark.parametrize("branch_norm", [True, False])
+def test_two_processes_equal_one(phantom_2d, tmp_path, monkeypatch, branch_norm):  # noqa: F811
+    """One crop each, of which neither alone has the statistics of both.
+
+    In float64, since RMSprop makes whole steps of the rounding of gradients that are zero.
+    """
+    for module in (crops, train):
+        monkeypatch.setattr(module, "read_case", in_float64)
+    monkeypatch.setattr(train, "build_network", lambda config: build_network(config).double())
+    options = SMALL | {"iterations": 3, "branch_norm": branch_norm}
+    train.train(phantom_2d, tmp_path / "one", **options)
+    train_in_two(phantom_2d, tmp_path / "two", options)
+    one, two = (files.read_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-9, atol=1e-12, msg=name)
+    assert two["history"][0]["loss"] == pytest.approx(one["history"][0]["loss"], rel=1e-9)
+
+
+def in_float64(*arguments):
+    sample = read_case(*arguments)
+    return sample._replace(image=sample.image.astype(np.float64))
+
+
+def test_processes_share_a_batch_evenly(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(train, "processes", lambda _: contextlib.nullcontext(Place(0, 3, torch.device("cpu"))))
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes"):
+        train.train(phantom_2d, tmp_path / "run", **SMALL)
+
+
+def test_modern_recipe_in_3d(phantom_3d, tmp_path, monkeypatch):  # noqa: F811
+    """AdamW, cosine, Dice + cross-entropy, autocast, a dilation an axis, "same" padding."""
+    monkeypatch.setattr(train._Training, "_dice", REAL_DICE)
+    options = SMALL | {
+        "recipe": dataclasses.replace(MODERN, batch_size=2),
+        "iterations": 2,
+        "padding": "same",
+        "dilations": ((1, 1, 1), (3, 3, 1)),
+        "window": (16, 16, 8),
+    }
+    *_, row = train.train(phantom_3d, tmp_path, **options)
+    assert row["learning_rate"] == 0 and 0 < row["loss"] < 2 * math.log(5)
+    assert load_model(tmp_path)[0](torch.zeros(1, 2, 4, 5, 6)).shape == (1, 5, 4, 5, 6)
+
+
+def test_published_recipe():
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimiser = make_optimiser(PUBLISHED, [parameter])
+    assert isinstance(optimiser, torch.optim.RMSprop)
+    expected = {"lr": 1e-3, "alpha": 0.9, "eps": 1e-4, "momentum": 0.6, "weight_decay": 1e-4, "centered": False}
+    assert expected.items() <= optimiser.param_groups[0].items()
+    scheduler = make_scheduler(PUBLISHED, optimiser, 50)
+    for i in range(50):
+        assert optimiser.param_groups[0]["lr"] == pytest.approx(1e-3 * (1 - i / 50) ** 0.9)
+        optimiser.step()
+        scheduler.step()
+    assert (PUBLISHED.batch_size, PUBLISHED.epochs, PUBLISHED.loss) == (10, 400, "cross-entropy")
+
+
+def make_crops(folder, window=(20, 20), crop=(8, 8), **options):
+    dataset = read_dataset(folder)
+    return Crops(dataset, dataset.training, window, crop, **{"seed": 0, "flip_every_axis": False} | options)
+
+
+def test_crops_are_half_on_foreground(phantom_2d):  # noqa: F811
+    """A tile of one pixel is its centre."""
+    made = make_crops(phantom_2d, (9, 9), crop=(8, 8))
+    assert [made[number][1].item() > 0 for number in range(24)] == [True, False] * 12
+    for window, _ in (made[number] for number in range(24)):
+        assert window[:, 4, 4].abs().sum() > 0  # inside the mask
+
+
+@pytest.mark.parametrize("flip_every_axis", [False, True])
+def test_crops_are_the_image_and_its_labels(phantom_2d, monkeypatch, flip_every_axis):  # noqa: F811
+    """Where the image is the label map, plus one, a window's middle is its labels; beyond the volume it is zero."""
+
+    def labels_as_image(*arguments):
+        sample = read_case(*arguments)
+        return sample._replace(image=np.stack([sample.label + 1.0] * 2).astype(np.float32))
+
+    monkeypatch.setattr(crops, "read_case", labels_as_image)
+    made = make_crops(phantom_2d, window=(40, 24), crop=(12, 12), flip_every_axis=flip_every_axis)
+    kinds = set()
+    for number in range(40):
+        window, label = made[number]
+        assert torch.equal(window[0, 6:-6, 6:-6], label + 1.0) and label.shape == (28, 12)
+        assert window.min() == 0  # a tile of 28 of 36 rows: 6 more a side reach beyond
+        case = number // len(made.cases), number % len(made.cases)
+        kinds.add(case)
+    assert len(kinds) == 40
+
+
+def test_crops_do_not_depend_on_what_came_before(phantom_2d):  # noqa: F811
+    first, second = make_crops(phantom_2d), make_crops(phantom_2d, cache=2)
+    for number in (13, 2, 13, 7):
+        for a, b in zip(first[number], second[number]):
+            assert torch.equal(a, b)
+    assert not torch.equal(first[0][0], make_crops(phantom_2d, seed=1)[0][0])
+
+
+def test_a_round_takes_every_case_once_and_anew(phantom_2d):  # noqa: F811
+    made = make_crops(phantom_2d)
+    orders = [crops._order(0, round, len(made.cases)) for round in range(3)]
+    assert all(sorted(order) == list(range(6)) for order in orders)
+    assert orders[0] != orders[1]
+    numbers = [6 * round + order.index(0) for round, order in enumerate(orders)]
+    one, other = next(pair for pair in itertools.combinations(numbers, 2) if pair[0] % 2 == pair[1] % 2)
+    assert not torch.equal(made[one][0], made[other][0])
+
+
+def test_a_volume_smaller_than_a_tile(phantom_2d):  # noqa: F811
+    window, label = make_crops(phantom_2d, window=(60, 60), crop=(8, 8))[0]
+    assert window.shape == (2, 60, 60) and label.shape == (52, 52)
+    assert label.sum() > 0 and window[:, :12].abs().sum() == 0
+
+
+def test_a_full_disk_loses_nothing(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
+    run = tmp_path / "run"
+    assert in_process(killed_in_iteration, 4, phantom_2d, run) == -signal.SIGKILL
+    before = {name: (run / name).read_bytes() for name in ("best.pt", "last.pt", "log.csv")}
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SegmentationError, match=r"config.json: cannot be written: No space left"):
+            train.train(phantom_2d, run, **SMALL)
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert not list(run.glob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pickle", "another network", "no last.pt", "no config"])
+def test_bad_last_checkpoint(finished, phantom_2d, tmp_path, damage):  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    last = run / "last.pt"
+    if damage == "truncated":
+        last.write_bytes(last.read_bytes()[:-100])
+    elif damage == "pickle":
+        last.write_bytes(pickle.dumps({"model": RunsCode(tmp_path / "ran")}, protocol=2))
+    elif damage == "another network":
+        saved = files.read_checkpoint(last)
+        torch.save(saved | {"model": networks.build("Basic", 2, 5, 2).state_dict()}, last)
+    elif damage == "no last.pt":
+        torch.save({"model": {}}, last)
+    else:
+        (run / "config.json").unlink()
+    with pytest.raises(SegmentationError, match="last.pt: "):
+        train.train(phantom_2d, run, **SMALL)
+    assert not (tmp_path / "ran").exists()
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_loss_that_is_no_number(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(train, "make_loss", lambda recipe: lambda logits, label: logits.sum() * math.nan)
+    with pytest.raises(SegmentationError, match="the loss is nan in iteration 1"):
+        train.train(phantom_2d, tmp_path / "run", **SMALL)
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [("iterations", 0), ("window", (24, 24, 24)), ("window", (16,)), ("arch", "AFN-9"), ("validate_every", 0)],
+)
+def test_errors_name_the_argument(phantom_2d, tmp_path, argument, value):  # noqa: F811
+    with pytest.raises(ValueError, match=f"{'name' if argument == 'arch' else argument} must be"):
+        train.train(phantom_2d, tmp_path / "run", **SMALL | {argument: value})
+    assert not (tmp_path / "run").exists()
+
+
+def test_command_line(phantom_2d, tmp_path, capsys, finished):  # noqa: F811
+    command = ["train", "--data", phantom_2d, "--out", tmp_path / "run", "--arch", "AFN-1", "--device", "cpu"]
+    command += ["--widths", 3, 3, 3, 4, "--dilations", 1, 2, 3, 4, "--window", 24, "--batch-size", 2, "--epochs", 2]
+    assert command_line.main([str(word) for word in command]) == 0
+    assert "best Dice 0.6000 in iteration 6" in capsys.readouterr().out
+    assert_same_run(finished[0], tmp_path / "run")
+    assert command_line.main([str(word) for word in [*command, "--seed", 1]]) == 2
+    output = capsys.readouterr()
+    assert output.err.count("\n") == 1 and "seed is 0 there, 1 here" in output.err and not output.out
+
+
+def test_a_missing_package_names_the_extra(monkeypatch, capsys):
+    def missing(*_):
+        raise ModuleNotFoundError("No module named 'monai'")
+
+    monkeypatch.setattr(command_line.importlib, "import_module", missing)
+    assert command_line.main(["train"]) == 2
+    assert "No module named 'monai': pip install 'autofocus-kernels[segmentation]'" in capsys.readouterr().err
