@@ -2,10 +2,10 @@
 
     python benchmarks/segmentation.py          about an hour on two cores; stopped, it goes on where it was
 
-Every network trains on site A, with the same budget, for each seed, and is tested on other cases of site A and on site B, whose
-scans differ in contrast, noise and spacing. AFN-n/sum has one batch norm after the sum of an autofocus layer instead of one a
-branch. Writes results/segmentation.csv (a row a network, seed, site and structure), segmentation-summary.csv and
-segmentation.png.
+Every network trains on site A, with the same budget, for each seed, and is tested on other cases of site A and on site
+B, whose scans differ in contrast, noise and spacing. AFN-n/sum has one batch norm after the sum of an autofocus layer
+instead of one a branch. Writes results/segmentation.csv (a row a network, seed, site and structure),
+segmentation-summary.csv and segmentation.png.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=harness.ROOT / "build" / "segmentation", help="data and runs")
     parser.add_argument("--out", type=Path, default=harness.ROOT / "benchmarks" / "results", help="tables and picture")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--iterations", type=int, default=800)
+    parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--recipe", choices=RECIPES, default="published")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
@@ -92,7 +92,7 @@ def one_run(work: Path, variant: str, seed: int, recipe: Recipe, iterations: int
         window=(WINDOW,),
         widths=(*WIDTHS, *([PARALLEL_WIDTH[arch]] if arch in PARALLEL_WIDTH else [])),
         branch_norm=variant == arch,
-        validate_every=max(iterations // 4, 1),
+        validate_every=max(iterations // 2, 1),
         seed=seed,
         device="cpu",
         progress=False,
@@ -147,7 +147,7 @@ def summarise(rows: list[dict], costs: dict[str, dict]) -> list[dict]:
 
 
 def times(work: Path, variants: list[str], recipe: Recipe) -> dict[str, dict]:
-    """Parameters, and the least time of a training step of one batch on all threads: all networks in turn, six rounds."""
+    """Parameters, and the least time of a training step of a batch on all threads: the networks in turn, six rounds."""
     steps, costs = {}, {}
     for variant in variants:
         network, config = load_model(folder(work, variant, 0))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "Makefile", "constraints.txt")
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "constraints.txt")
 CANNOT = "the cpu library cannot be built"
 TINY = "int autofocus_probe() { return 1; }\n"
 BROKEN = "this is no C++\n"

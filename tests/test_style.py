@@ -1,0 +1,59 @@
+"""ruff and mypy, as pyproject.toml configures them, and the types that a user's own checker sees."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+USER = """
+import torch
+from torch import Tensor, nn
+
+import autofocus_kernels as ak
+from autofocus_kernels import networks
+
+layer = ak.AutofocusConv3d(4, 8, dilations=(2, 6, (6, 6, 2)), branch_norm=True, device="meta")
+weight: Tensor = layer.weight
+gate: nn.Module = layer.attention
+x = torch.randn(1, 4, 9, 9, 9)
+attention = torch.rand(1, 2, 9, 9, 9)
+y: Tensor = ak.autofocus_conv(x, weight, attention, dilations=(1, 2), padding="same")
+same: Tensor = ak.reference.autofocus_conv(x, weight, attention, dilations=[1, 2])
+network: nn.Module = ak.convert(networks.build("AFN-6"), select=["blocks"])
+reasons: dict[str, str | None] = ak.available_backends()
+"""
+
+WRONG = """
+import autofocus_kernels as ak
+
+ak.AutofocusConv3d("four", 8)
+ak.convert("network")
+ak.show_config().items()
+"""
+
+
+def run(module, *arguments):
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.parametrize("command", [("check",), ("format", "--check")], ids=" ".join)
+def test_ruff(command):
+    pytest.importorskip("ruff")
+    result = run("ruff", *command, "--no-cache")
+    assert result.returncode == 0, result.stdout
+
+
+def test_types(tmp_path):
+    """Of the package, and of a user's programs: in one run, most of which goes into torch's own types."""
+    pytest.importorskip("mypy")
+    right, wrong = tmp_path / "right.py", tmp_path / "wrong.py"
+    right.write_text(USER)
+    wrong.write_text(WRONG)
+    result = run("mypy", "--cache-dir", tmp_path / "cache", "autofocus_kernels", right, wrong)
+    errors = [line for line in result.stdout.splitlines() if ": error: " in line]
+    assert [line for line in errors if "wrong.py" not in line] == []
+    assert [int(line.split("wrong.py:")[1].split(":")[0]) for line in errors] == [4, 5, 6], result.stdout
