@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=harness.ROOT / "build" / "segmentation", help="data and runs")
     parser.add_argument("--out", type=Path, default=harness.ROOT / "benchmarks" / "results", help="tables and picture")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--iterations", type=int, default=400)
+    parser.add_argument("--iterations", type=int, default=600)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--recipe", choices=RECIPES, default="published")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
