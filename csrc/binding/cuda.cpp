@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "../cuda/kernels.h"
@@ -43,11 +44,13 @@ class Launches {
   Context context_;
 };
 
-// Whether the fast tier runs the pass; AUTOFOCUS_CUDA_TIER=simple keeps every pass from it.
-bool takes_fast(Pass pass, const Problem& g, DType dtype) {
+// Null if the fast tier runs the pass, else the reason; AUTOFOCUS_CUDA_TIER=simple keeps every pass from it.
+const char* refusal_of_fast(Pass pass, const Problem& g, DType dtype) {
   const char* tier = std::getenv("AUTOFOCUS_CUDA_TIER");
-  return (tier == nullptr || std::string(tier) != "simple") && fast_refusal(pass, g, dtype) == nullptr;
+  if (tier != nullptr && std::strcmp(tier, "simple") == 0) return "AUTOFOCUS_CUDA_TIER is simple";
+  return fast_refusal(pass, g, dtype);
 }
+bool takes_fast(Pass pass, const Problem& g, DType dtype) { return refusal_of_fast(pass, g, dtype) == nullptr; }
 
 // A bias is a shift that is the same for every branch.
 Inputs inputs_of(const Call& call) {
@@ -166,7 +169,7 @@ std::string fast_tier_refusal(std::string pass, const Tensor& input, const Tenso
   const Pass passes[] = {Pass::kForward, Pass::kGradInput, Pass::kGradAttention, Pass::kGradWeight};
   for (int i = 0; i < 4; ++i)
     if (pass == names[i]) {
-      const char* refusal = fast_refusal(passes[i], g, dtype_of(input));
+      const char* refusal = refusal_of_fast(passes[i], g, dtype_of(input));
       return refusal == nullptr ? "" : refusal;
     }
   STD_TORCH_CHECK(false, "the pass must be forward, grad_input, grad_attention or grad_weight, got ", pass);
