@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 import cross_build
 import torch
+from contenders import DTYPES
 
 from autofocus_kernels import autofocus_conv, show_config, testing
 from autofocus_kernels.dispatch import PREFERENCE
@@ -122,16 +123,19 @@ class Session:
         command = [str(word) for word in command]
         self.say(f"\n=== {stage}, at most {limit:.0f} s: {' '.join(command)}")
         began = time.monotonic()
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})},
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})},
+            )
+        except OSError as error:
+            return self.note(stage, "FAILED", f"it cannot be run: {error}")
         late = threading.Event()
 
         def stop() -> None:
@@ -311,7 +315,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_check")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], help="of the table, at more time")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the table")
     parser.add_argument("--profile", action="store_true", help="the table also says which kernels its calls run")
     parser.add_argument("--cpu", action="store_true", help="the same steps on tiny problems without a GPU, to try them")
     parser.add_argument("--small", metavar="BACKEND", help="only check a few small cases on this backend")

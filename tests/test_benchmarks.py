@@ -449,6 +449,7 @@ def test_gpu_check_stages(tmp_path):
         assert session.run("broken", [sys.executable, "-c", "raise SystemExit(3)"], 600).detail == "status 3"
         hanging = session.run("hanging", [sys.executable, "-c", "import time; time.sleep(3600)"], 5)
         assert hanging.outcome == "TIMED OUT" and hanging.is_failure
+        assert "cannot be run" in session.run("not there", [tmp_path / "nothing"], 600).detail
         session.deadline = 0
         assert session.run("too late", ["true"], 30).outcome == "not run"
     assert "hello" in (tmp_path / "log.txt").read_text()
