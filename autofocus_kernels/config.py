@@ -8,7 +8,8 @@ import platform
 import torch
 
 from . import self_check
-from .dispatch import ENVIRONMENT_VARIABLE, available_backends
+from .backends.cuda import MINIMUM_CAPABILITY
+from .dispatch import CUDA_FIRST, ENVIRONMENT_VARIABLE, PREFERENCE, available_backends
 from .version import __version__
 
 
@@ -21,11 +22,30 @@ def show_config() -> str:
         f"torch             {torch.__version__}, {torch.get_num_threads()} CPU threads",
         f"cpu capability    {torch.backends.cpu.get_cpu_capability()}",
     ]
+    backends = available_backends()
     if torch.cuda.is_available():
-        lines += [f"cuda device {i}     {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+        for i in range(torch.cuda.device_count()):
+            lines += [
+                f"cuda device {i}     {torch.cuda.get_device_name(i)}",
+                f"  kernels         {_kernels(i, backends)}",
+            ]
     lines.append(f"{ENVIRONMENT_VARIABLE} {forced if forced else 'not set'}")
     lines += [
         f"backend {name:<9} {'available' if reason is None else 'unavailable: ' + reason}"
-        for name, reason in available_backends().items()
+        for name, reason in backends.items()
     ]
     return "\n".join(lines + self_check.report())
+
+
+def _kernels(index: int, backends: dict[str, str | None]) -> str:
+    """The backends that calls on this GPU go to, in the order in which they are tried where nothing is forced."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MINIMUM_CAPABILITY:
+        return f"reference: compute capability {capability} is below {MINIMUM_CAPABILITY}"
+    usual = [name for name in PREFERENCE["cuda"] if backends[name] is None]
+    dtypes = CUDA_FIRST.get(capability, ())
+    if not dtypes or "cuda" not in usual or usual[0] == "cuda":
+        return ", ".join(usual)
+    cuda_first = ["cuda", *(name for name in usual if name != "cuda")]
+    names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(cuda_first)} for {names} where the fast tier has every pass; else {', '.join(usual)}"

@@ -94,15 +94,15 @@ def runner(pass_name: str, function: Callable[..., Tensor], case: Case, tensors:
 
 
 @contextlib.contextmanager
-def precision(dtype: str):
-    """TF32 as ``dtype`` says, cuDNN free to choose its fastest algorithm."""
+def precision(dtype: str, search: bool = True):
+    """TF32 as ``dtype`` says, cuDNN free to choose its fastest algorithm: by trial if ``search``, else by its rules."""
     allow = dtype == "tf32"
     before = (
         torch.backends.cuda.matmul.allow_tf32,
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
     )
-    _set_precision(allow, allow, True)
+    _set_precision(allow, allow, search)
     try:
         yield
     finally:

@@ -1,11 +1,17 @@
-"""Everything to do on a machine with a GPU, in one command: build, test, look for memory errors, measure.
+"""Everything to do on a GPU that is rented by the minute, in one command, in at most eight of them.
 
-    python benchmarks/gpu_check.py --out FOLDER            under nine minutes
-    python benchmarks/gpu_check.py --out FOLDER --quick    under three
+    python benchmarks/gpu_check.py --out FOLDER            all of it
+    python benchmarks/gpu_check.py --out FOLDER --quick    probes, the cuda backend's tests and the table
 
-Needs torch, Triton, pytest and hypothesis, no network. Compiles the CUDA library for this GPU if nvcc is there. Writes
-log.txt, benchmark.csv and summary.txt to the folder while it runs, so that a run that is cut off loses little; a
-benchmark.csv that is there already is continued. The status is non-zero if anything is wrong, fails or hangs.
+In this order: the probes (benchmarks/probes: what the kernels take for granted of a GPU), the tests of the cuda
+backend, those of Triton's that a GPU adds something to, the table of times and memory (gpu_table.py), the paper's
+networks against plain ones (networks.py), memory errors and races (compute-sanitizer). Each stage has a limit of its
+own, and none that fails or overruns stops the next. log.txt, table.csv, networks.csv and summary.txt in the folder are
+written while it runs.
+
+Needs torch, Triton, pytest and hypothesis, no network. Uses what cross_build.py left in build/cross, if it is of these
+sources and for this GPU; else nvcc compiles, if it is there. The status is non-zero if anything is wrong, fails or
+hangs.
 """
 
 from __future__ import annotations
@@ -20,27 +26,44 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = ROOT / "benchmarks" / "run.py"
+BENCHMARKS = ROOT / "benchmarks"
+TABLE = BENCHMARKS / "gpu_table.py"
 sys.path.insert(0, str(ROOT))
 
+import cross_build
 import torch
+from contenders import DTYPES
 
 from autofocus_kernels import autofocus_conv, show_config, testing
 from autofocus_kernels.dispatch import PREFERENCE
 
-# Seconds: of everything, and of each stage at most. The benchmark takes what the stages before it leave.
+# Seconds that a stage may take; together they are what a run may take.
 LIMITS = {
-    True: {"all": 165, "build": 75, "small": 30, "tests": 45, "memcheck": 0, "racecheck": 0},
-    False: {"all": 525, "build": 150, "small": 40, "tests": 120, "memcheck": 40, "racecheck": 40},
+    "probes": 25,
+    "build": 90,
+    "tests cuda": 60,
+    "tests triton": 75,
+    "table": 120,
+    "networks": 60,
+    "memcheck": 25,
+    "racecheck": 25,
 }
+MORE_DTYPE, PROFILE = 120, 60  # seconds that the table takes longer where they are asked for
+# Triton's compiler is what its tests take; so few configurations, each used by several tests. What the interpreter on a
+# CPU shows as well is left out. Names of tests and cases as pytest's -k reads them.
+TRITON_TESTS = (
+    "[triton and (many_tiles and bfloat16 or many_tiles and larger- and not float32 or tf32 and triton-larger] "
+    "or repeats and triton-larger-torch.bfloat16 or stream or graph or refused or compiled or elements "
+    "or training_step and larger-torch.bfloat16)"
+)
 # What a sanitizer runs: every kernel, borders, odd channels. Truth is computed on the CPU, where it slows nothing.
 SMALL_CASES = ("3d", "channels_30_to_50", "channels_32_to_32", "branch", "stride_2d")
 SANITIZER_ERROR = 97
-FIRST_CASES = ("32x128^3", "64x96^3", "afn6-2", "afn6-6", "32x64^3", "64x48^3")
 
 
 class Result(NamedTuple):
@@ -60,9 +83,9 @@ class Result(NamedTuple):
 class Session:
     """Runs the stages as processes of their own (an illegal access ends the process that made it) and keeps score."""
 
-    def __init__(self, folder: Path, log: TextIO, seconds: float) -> None:
-        self.folder, self.log = folder, log
-        self.deadline = time.monotonic() + seconds
+    def __init__(self, folder: Path, log: TextIO, seconds: float, patience: float = 1.0) -> None:
+        self.folder, self.log, self.patience = folder, log, patience
+        self.deadline = time.monotonic() + patience * seconds
         self.results: list[Result] = []
 
     @property
@@ -78,6 +101,13 @@ class Session:
         self.say(f">>> {self.results[-1]}")
         return self.results[-1]
 
+    def attempt(self, stage: Callable, *arguments) -> None:
+        """A stage that breaks by itself, and not just what it runs, is a failure and no more."""
+        try:
+            stage(*arguments)
+        except Exception as error:
+            self.note(stage.__name__, "FAILED", f"{type(error).__name__}: {error}")
+
     def run(
         self,
         stage: str,
@@ -87,22 +117,25 @@ class Session:
         judge: Callable[[int, str], tuple[str, str]] | None = None,
     ) -> Result:
         """``judge`` turns status and output into outcome and detail; by default any status but 0 is a failure."""
-        limit = min(limit, self.left)
+        limit = min(self.patience * limit, self.left)
         if limit < 5:
             return self.note(stage, "not run", "no time left")
         command = [str(word) for word in command]
         self.say(f"\n=== {stage}, at most {limit:.0f} s: {' '.join(command)}")
         began = time.monotonic()
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})},
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})},
+            )
+        except OSError as error:
+            return self.note(stage, "FAILED", f"it cannot be run: {error}")
         late = threading.Event()
 
         def stop() -> None:
@@ -128,18 +161,48 @@ class Session:
 # ------------------------------------------------------------------ the stages
 
 
-def build(session: Session, limits: dict, device: str) -> None:
-    nvcc = shutil.which("nvcc") or next(iter(Path("/usr/local").glob("cuda*/bin/nvcc")), None)
+def architecture() -> str:
+    """Of the GPU, as nvcc has it."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}{minor}" + "a" * (major == 9)
+
+
+def probes(session: Session, device: str) -> None:
+    """Each a program of its own; a failing one says what the kernels may not take for granted here."""
+    sources = cross_build.PROBES
+    if device == "cpu":
+        session.note("probes", "not run", "they ask a GPU")
+        return
+    folder, compiler = cross_build.FOLDER / "probes", cross_build.nvcc()
+    if cross_build.refusal(architecture()) is not None:
+        if compiler is None:
+            session.note("probes", "not run", f"no nvcc, and {cross_build.refusal(architecture())}")
+            return
+        folder = session.folder / "probes"
+        folder.mkdir(exist_ok=True)
+        commands = [cross_build.compile_probe(compiler, s, folder / s.stem, architecture()) for s in sources]
+        with ThreadPoolExecutor(len(sources)) as pool:  # one that does not compile fails when it is run
+            list(pool.map(lambda command: subprocess.run(list(map(str, command)), timeout=20), commands))
+    for source in sources:
+        session.run(f"probe {source.stem}", [folder / source.stem], LIMITS["probes"] / len(sources))
+
+
+def build(session: Session, device: str) -> None:
     if device == "cpu":
         session.note("build", "not run", "nothing to build for a run without a GPU")
-    elif nvcc is None:
-        session.note("build", "not run", "no nvcc: the cuda backend takes no part unless it is built already")
+        return
+    reason = cross_build.refusal(architecture())
+    if reason is None:
+        cross_build.install(ROOT / "autofocus_kernels")
+        session.note("build", "ok", "the cross-built library")
+    elif cross_build.nvcc() is None:
+        session.note("build", "not run", f"no nvcc, and {reason}: the cuda backend runs if it is built already")
     else:
         major, minor = torch.cuda.get_device_capability()
         session.run(
             "build",
             [sys.executable, "setup.py", "build_ext", "--inplace"],
-            limits["build"],
+            LIMITS["build"],
             {"AUTOFOCUS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}" + "a" * (major == 9)},
         )
 
@@ -154,16 +217,45 @@ def backends(device: str) -> list[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 
 
-def tests(session: Session, limits: dict, quick: bool) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x" if quick else "--maxfail=30", "-rs", "tests/test_gpu.py"]
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", "8"]
-    if quick:
-        command += ["-k", "not truth or bfloat16 or tf32"]
-    session.run("tests", command, limits["tests"])
+def tests(session: Session, device: str, names: list[str]) -> None:
+    for name in ("cuda", "triton"):
+        stage = f"tests {name}"
+        if device == "cpu" or name not in names:
+            session.note(stage, "not run", "the backend does not run here")
+            continue
+        wanted = TRITON_TESTS if name == "triton" else "[cuda or gradcheck"
+        # Each result on a line of its own, so that a run that is cut off has said what it found.
+        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=30", "-rfE", "-k", wanted]
+        if importlib.util.find_spec("xdist"):
+            command += ["-n", "8"]
+        session.run(stage, [*command, "tests/test_gpu.py"], LIMITS[stage])
 
 
-def sanitize(session: Session, limits: dict, device: str, names: list[str]) -> None:
+def table(session: Session, device: str, options: argparse.Namespace) -> None:
+    command = [sys.executable, TABLE, "--device", device, "--out", session.folder / "table.csv"]
+    if device == "cpu":
+        command += ["--cases", "tiny-8x12^3", "tiny-4x9^3-branch", "--dtypes", "float32", "--seconds", "0.02"]
+    else:
+        command += ["--dtypes", *options.dtypes, "--time-limit", LIMITS["table"] + more_seconds(options) - 15]
+        command += ["--profile"] if options.profile else []
+    session.run("table", command, LIMITS["table"] + more_seconds(options))
+
+
+def more_seconds(options: argparse.Namespace) -> int:
+    return MORE_DTYPE * (len(options.dtypes) - 1) + PROFILE * options.profile
+
+
+def networks(session: Session, device: str) -> None:
+    command = [sys.executable, BENCHMARKS / "networks.py", "--device", device, "--layouts", "channels_last"]
+    command += ["--out", session.folder / "networks.csv"]
+    if device == "cpu":
+        command += ["--networks", "AFN-1", "--passes", "inference", "--inference-size", "31", "--seconds", "0"]
+    else:
+        command += ["--networks", "AFN-6", "AFN-1", "--dtypes", "bfloat16", "--seconds", "2", "--no-search"]
+    session.run("networks", command, LIMITS["networks"])
+
+
+def sanitize(session: Session, device: str, names: list[str]) -> None:
     sanitizer = shutil.which("compute-sanitizer") or next(
         iter(Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None
     )
@@ -178,52 +270,19 @@ def sanitize(session: Session, limits: dict, device: str, names: list[str]) -> N
         return "not run", "the tool does not work on this machine: " + output.strip()[-200:]
 
     for tool in ("memcheck", "racecheck"):
-        if device == "cpu" or sanitizer is None or not limits[tool]:
-            reason = "left out of --quick" if sanitizer and device != "cpu" else "no compute-sanitizer or no GPU"
-            session.note(tool, "not run", reason)
+        if device == "cpu" or sanitizer is None:
+            session.note(tool, "not run", "no compute-sanitizer or no GPU")
             continue
-        for name in names:
+        small = [sys.executable, __file__, "--small"]
+        options = ["--tool", tool, "--error-exitcode", SANITIZER_ERROR]
+        for name in sorted(names):  # cuda first
             session.run(
                 f"{tool} {name}",
-                [
-                    sanitizer,
-                    "--tool",
-                    tool,
-                    "--error-exitcode",
-                    SANITIZER_ERROR,
-                    sys.executable,
-                    __file__,
-                    "--small",
-                    name,
-                ],
-                limits[tool],
+                [sanitizer, *options, *small, name],
+                LIMITS[tool] / len(names),
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
                 judge,
             )
-
-
-def benchmark(session: Session, device: str, quick: bool, reserve: float) -> None:
-    """16 bits on every case first; then the other dtypes, for as long as there is time."""
-    csv = session.folder / "benchmark.csv"
-    common = [sys.executable, RUN, "--device", device, "--out", csv]
-    if device == "cpu":
-        tiny = ["--cases", "tiny-8x12^3", "tiny-4x9^3-branch", "--dtypes", "float32", "--seconds", "0.02"]
-        parts = {"benchmark": [*tiny, "--no-memory", "--compiled"]}
-    elif quick:
-        parts = {"benchmark bfloat16": ["--dtypes", "bfloat16", "--seconds", "0.2", "--cases", *FIRST_CASES]}
-    else:
-        from cases import GPU_CASES
-
-        first = [*FIRST_CASES, *(case.name for case in GPU_CASES if case.name not in FIRST_CASES)]
-        compiled = ["--compiled", "32x128^3", "afn6-2", "64x48^3"]
-        parts = {
-            "benchmark bfloat16": ["--dtypes", "bfloat16", "--cases", *first, *compiled],
-            "benchmark, the rest": ["--dtypes", "float16", "tf32", "float32", "--cases", *first, "--compiled"],
-        }
-    for name, options in parts.items():
-        left = session.left - reserve
-        # It stops by itself well before it would be stopped: a case that has begun may take this long.
-        session.run(name, [*common, *options, "--time-limit", max(1.0, left - 45)], left)
 
 
 def check_small(name: str) -> int:
@@ -252,13 +311,19 @@ def check_small(name: str) -> int:
 # ------------------------------------------------------------------ the command
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_check")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the table")
+    parser.add_argument("--profile", action="store_true", help="the table also says which kernels its calls run")
     parser.add_argument("--cpu", action="store_true", help="the same steps on tiny problems without a GPU, to try them")
     parser.add_argument("--small", metavar="BACKEND", help="only check a few small cases on this backend")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     if options.small:
         # Exact float32, as the tolerances assume.
         torch.backends.cudnn.allow_tf32 = False
@@ -268,32 +333,39 @@ def main(arguments: list[str] | None = None) -> int:
         print("torch sees no GPU here (--cpu tries the steps without one)")
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    limits = LIMITS[options.quick]
-    if device == "cpu":
-        limits = {stage: 10 * seconds for stage, seconds in limits.items()}  # no machine waits to go back
     with (options.out / "log.txt").open("a") as log:
-        session = Session(options.out, log, limits["all"])
-        build(session, limits, device)
-        session.say(show_config())
-        names = backends(device)
-        if device == "cuda" and not names:
-            session.note("backends", "FAILED", "no backend of this package runs on this GPU")
-        for name in names:
-            session.run(f"small cases {name}", [sys.executable, __file__, "--small", name], limits["small"])
-        tests(session, limits, options.quick)
-        reserve = len(names) * (limits["memcheck"] + limits["racecheck"]) if device == "cuda" else 0
-        benchmark(session, device, options.quick, reserve)
-        sanitize(session, limits, device, names)
+        # Without a GPU no machine waits to go back.
+        patience = 10 if device == "cpu" else 1
+        session = Session(options.out, log, sum(LIMITS.values()) + more_seconds(options), patience)
+        run_stages(session, device, options)
         write_summary(session)
     return 1 if any(result.is_failure for result in session.results) else 0
 
 
-def write_summary(session: Session) -> None:
-    import harness
+def run_stages(session: Session, device: str, options: argparse.Namespace) -> None:
+    session.attempt(probes, session, device)
+    session.attempt(build, session, device)
+    session.say(show_config())
+    names = backends(device)
+    if device == "cuda" and not names:
+        session.note("backends", "FAILED", "no backend of this package runs on this GPU")
+    session.attempt(tests, session, device, [name for name in names if name == "cuda" or not options.quick])
+    session.attempt(table, session, device, options)
+    if not options.quick:
+        session.attempt(networks, session, device)
+        session.attempt(sanitize, session, device, names)
 
-    csv = session.folder / "benchmark.csv"
-    lines = ["", "times as fast as the best naive layer, share of the floor (peak memory over the naive layer's)"]
-    lines += [harness.summary(harness.read(csv))] if csv.exists() else ["no benchmark"]
+
+def write_summary(session: Session) -> None:
+    import csv
+
+    import gpu_table
+
+    found = session.folder / "table.csv"
+    lines = ["", "times as fast as the best naive layout, on the device (peak memory over the naive layer's)"]
+    if found.exists():
+        with found.open(newline="") as file:
+            lines += gpu_table.summary(list(csv.DictReader(file)))
     lines += ["", *map(str, session.results)]
     session.say("\n".join(lines))
     (session.folder / "summary.txt").write_text("\n".join(lines) + "\n")

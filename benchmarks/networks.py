@@ -76,6 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--inference-size", type=int, default=75)
     parser.add_argument("--batch", type=int, default=2, help="of training; inference takes one segment")
     parser.add_argument("--seconds", type=float, default=20.0, help="timed rounds per network, pass and dtype")
+    parser.add_argument("--no-search", action="store_true", help="cuDNN picks algorithms by its rules, not by trial")
     parser.add_argument("--out", type=Path, help="CSV; default: build/networks-<device>.csv")
     options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"
@@ -259,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in options.networks:
             for pass_name in options.passes:
                 for dtype in options.dtypes:
-                    with precision(dtype):
+                    with precision(dtype, search=not options.no_search):
                         rows = measure(name, pass_name, dtype, options)
                     for row in rows:
                         writer.writerow({**where, **row})

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -16,7 +17,9 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import cases
 import contenders
+import cross_build
 import gpu_check
+import gpu_table
 import harness
 import memory
 import networks
@@ -269,29 +272,174 @@ def test_peak_here_sees_memory_that_is_freed_again():
 # ------------------------------------------------------------------ gpu_check, dry
 
 
-WRONG_RUN = f"""
+WRONG_TABLE = f"""
 import sys
 sys.path.insert(0, {str(BENCHMARKS)!r})
-import run, harness, contenders
-run.backends_of = lambda device: {{"reference": None}}
-right = harness.layer
-harness.layer = lambda name: right(name) if name == "naive" else lambda **a: FACTOR * right(name)(**a)
-sys.exit(run.main())
+import gpu_table
+gpu_table.backends_of = lambda device: {{"reference": None}}
+right = gpu_table.layer
+gpu_table.layer = lambda name: right(name) if name == "naive" else lambda **a: FACTOR * right(name)(**a)
+sys.exit(gpu_table.main())
 """
 
 
 @pytest.mark.parametrize("factor, status", [(1.0, 0), (1.001, 1)])
 def test_gpu_check_fails_if_a_result_is_wrong(monkeypatch, tmp_path, factor, status):
-    script = tmp_path / "run_wrong.py"
-    script.write_text(WRONG_RUN.replace("FACTOR", str(factor)))
-    monkeypatch.setattr(gpu_check, "RUN", script)
+    script = tmp_path / "wrong_table.py"
+    script.write_text(WRONG_TABLE.replace("FACTOR", str(factor)))
+    monkeypatch.setattr(gpu_check, "TABLE", script)
     monkeypatch.setattr(gpu_check, "backends", lambda device: [])
-    monkeypatch.setattr(gpu_check, "tests", lambda session, *_: session.note("tests", "ok"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert gpu_check.main(["--cpu", "--quick", "--out", str(tmp_path)]) == status
     summary = (tmp_path / "summary.txt").read_text()
-    assert ("FAILED" in summary) == (status == 1) and "tiny-8x12^3" in summary
-    assert (tmp_path / "benchmark.csv").exists() and "=== benchmark" in (tmp_path / "log.txt").read_text()
+    assert ("FAILED" in summary) == ("reference channels_last WRONG" in summary) == (status == 1)
+    assert "tiny-8x12^3" in summary
+    assert (tmp_path / "table.csv").exists() and "=== table" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """What gpu_check would run where a GPU is: (stage, command, seconds)."""
+    planned = []
+
+    def run(session, stage, command, limit, environment=None, judge=None):
+        planned.append((stage, [str(word) for word in command], limit))
+        return session.note(stage, "ok")
+
+    monkeypatch.setattr(gpu_check.Session, "run", run)
+    monkeypatch.setattr(gpu_check, "backends", lambda device: ["triton", "cuda"])
+    monkeypatch.setattr(gpu_check, "architecture", lambda: "90a")
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(gpu_check.cross_build, "install", lambda package: planned.append(("install", [], 0)))
+    monkeypatch.setattr(gpu_check.cross_build, "refusal", lambda architecture: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "show_config", lambda: "a fake GPU")
+    return planned
+
+
+def test_gpu_check_does_everything_within_eight_minutes(fake_gpu, tmp_path):
+    assert gpu_check.main(["--out", str(tmp_path)]) == 0
+    assert [stage for stage, *_ in fake_gpu] == [
+        *(f"probe {name}" for name in ("shifted_windows", "transposed_windows", "unaligned_ldmatrix")),
+        "install",
+        "tests cuda",
+        "tests triton",
+        "table",
+        "networks",
+        "memcheck cuda",
+        "memcheck triton",
+        "racecheck cuda",
+        "racecheck triton",
+    ]
+    assert sum(gpu_check.LIMITS.values()) <= 480
+    assert sum(seconds for *_, seconds in fake_gpu) <= sum(gpu_check.LIMITS.values()) - gpu_check.LIMITS["build"]
+
+
+def test_gpu_check_gives_more_dtypes_more_time(fake_gpu, tmp_path):
+    assert gpu_check.main(["--quick", "--dtypes", "bfloat16", "tf32", "--profile", "--out", str(tmp_path)]) == 0
+    assert [stage for stage, *_ in fake_gpu][-2:] == ["tests cuda", "table"]
+    _, command, seconds = fake_gpu[-1]
+    assert "--dtypes bfloat16 tf32" in " ".join(command) and "--profile" in command
+    assert seconds == gpu_check.LIMITS["table"] + gpu_check.MORE_DTYPE + gpu_check.PROFILE
+
+
+def test_gpu_check_goes_on_after_a_stage_that_breaks(fake_gpu, tmp_path, monkeypatch):
+    def tests(*_):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(gpu_check, "tests", tests)
+    assert gpu_check.main(["--quick", "--out", str(tmp_path)]) == 1
+    assert fake_gpu[-1][0] == "table"
+    assert "out of luck" in (tmp_path / "summary.txt").read_text()
+
+
+def test_gpu_check_compiles_the_probes_where_nothing_is_cross_built(fake_gpu, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(gpu_check.cross_build, "refusal", lambda architecture: "nothing was cross-built")
+    monkeypatch.setattr(gpu_check.subprocess, "run", lambda command, **_: compiled.append(command))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    gpu_check.main(["--quick", "--out", str(tmp_path)])
+    assert sorted(command[-1] for command in compiled) == [str(probe) for probe in cross_build.PROBES]
+    assert all("arch=compute_90a" in " ".join(command) for command in compiled)
+    run = {stage: command for stage, command, _ in fake_gpu}
+    assert run["probe shifted_windows"] == [str(tmp_path / "probes" / "shifted_windows")]
+    assert "setup.py" in run["build"]
+
+
+def test_gpu_check_selects_a_few_tests_of_triton():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-k",
+        gpu_check.TRITON_TESTS,
+        "tests/test_gpu.py",
+    ]
+    listed = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True).stdout.splitlines()
+    names = [line for line in listed if line.startswith("tests/test_gpu.py::")]
+    assert 10 <= len(names) <= 30 and all("[triton" in name for name in names)
+    for wanted in ("many_tiles", "tf32", "repeats", "stream", "cuda_graph", "refused", "compiled", "training_step"):
+        assert any(wanted in name for name in names), wanted
+
+
+def test_the_gpu_table_gives_peak_and_ratio_against_the_best_naive_layout():
+    rows = [
+        {"contender": NAIVE, "layout": "contiguous", "status": "ok", "device_ms": 3.0, "peak_bytes": 40},
+        {"contender": NAIVE, "layout": "channels_last", "status": "ok", "device_ms": 2.0, "peak_bytes": 20},
+        {"contender": "cuda", "layout": "contiguous", "status": "ok", "device_ms": 1.0, "peak_bytes": 10},
+        {"contender": "triton", "layout": "contiguous", "status": "wrong"},
+    ]
+    gpu_table.with_ratios(rows)
+    assert (rows[2]["ratio"], rows[2]["peak_ratio"]) == (2.0, 0.25) and "ratio" not in rows[3]
+
+
+def test_the_gpu_table_profiles(capsys, tmp_path):
+    command = ["--device", "cpu", "--cases", "tiny-2d-3x20x17", "--dtypes", "float32", "--seconds", "0", "--profile"]
+    assert gpu_table.main([*command, "--backends", "reference", "--out", str(tmp_path / "table.csv")]) == 0
+    assert "tiny-2d-3x20x17, float32, training, reference" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ cross-building
+
+
+def test_what_was_cross_built_is_used_for_its_gpu_and_sources_only(tmp_path, monkeypatch):
+    assert cross_build.refusal("90a", tmp_path) == "nothing was cross-built"
+    record = {"torch": "9.9", "architectures": ["90a"], "source": cross_build.source_digest()}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    assert cross_build.refusal("90a", tmp_path) is None
+    assert "this GPU is 80" in cross_build.refusal("80", tmp_path)
+    (tmp_path / "record.json").write_text(json.dumps({**record, "source": "older"}))
+    assert cross_build.refusal("90a", tmp_path) == "cross-built from other sources"
+
+
+def test_a_cross_built_library_is_installed_beside_the_others(tmp_path):
+    built, package = tmp_path / "built", tmp_path / "package"
+    built.mkdir()
+    package.mkdir()
+    (built / "record.json").write_text(json.dumps({"torch": "9.9", "architectures": ["90a"], "source": ""}))
+    (built / cross_build.LIBRARY).write_bytes(b"a library")
+    (package / "_build.json").write_text(json.dumps({"cpu": {"torch": "1"}, "cuda": {"skipped": "no GPU"}}))
+    cross_build.install(package, built)
+    record = json.loads((package / "_build.json").read_text())
+    assert record["cpu"] == {"torch": "1"} and record["cuda"]["torch"] == "9.9"
+    assert (package / cross_build.LIBRARY).read_bytes() == b"a library"
+
+
+@pytest.mark.skipif(cross_build.nvcc() is None, reason="no nvcc")
+def test_a_cross_built_library_asks_for_torchs_libraries_by_name(tmp_path, monkeypatch):
+    """One kernel file stands for all; nothing but the library's own symbols is looked for when it is linked."""
+    kernels = [path for path in cross_build.KERNELS if path.stem == "weight_sum"]
+    monkeypatch.setattr(cross_build, "KERNELS", kernels)
+    monkeypatch.setattr(cross_build, "PROBES", [])
+    cross_build.build(["90a"], Path(torch.__file__).parent, tmp_path / "cross")
+    library = (tmp_path / "cross" / cross_build.LIBRARY).read_bytes()
+    assert all(f"lib{name}.so".encode() in library for name in cross_build.TORCH_LIBRARIES)
+    assert cross_build.refusal("90a", tmp_path / "cross") is None
+
+
+# ------------------------------------------------------------------ gpu_check's own parts
 
 
 def test_gpu_check_stages(tmp_path):
@@ -301,6 +449,7 @@ def test_gpu_check_stages(tmp_path):
         assert session.run("broken", [sys.executable, "-c", "raise SystemExit(3)"], 600).detail == "status 3"
         hanging = session.run("hanging", [sys.executable, "-c", "import time; time.sleep(3600)"], 5)
         assert hanging.outcome == "TIMED OUT" and hanging.is_failure
+        assert "cannot be run" in session.run("not there", [tmp_path / "nothing"], 600).detail
         session.deadline = 0
         assert session.run("too late", ["true"], 30).outcome == "not run"
     assert "hello" in (tmp_path / "log.txt").read_text()

@@ -1,5 +1,6 @@
 """The machine code of every CUDA kernel for every architecture, without a GPU: registers and spills as reported."""
 
+import itertools
 import os
 import re
 import runpy
@@ -15,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLAGS = runpy.run_path(str(ROOT / "csrc" / "flags.py"))
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 ARCHITECTURES = FLAGS["CUDA_ARCHITECTURES"]
+PROBES = sorted((ROOT / "benchmarks" / "probes").glob("*.cu"))
+PROBED = ("80", "90a")  # one without warpgroup MMA and the one with it
 REGISTERS = 65536  # of a multiprocessor, on every architecture here
 STATIC_SHARED = 0  # bytes: every kernel takes what shared memory it needs at launch, from a plan that knows the GPU
 
@@ -114,7 +117,8 @@ def compiled(tmp_path_factory):
         return result.returncode, result.stdout
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {(s, a): pool.submit(run, s, a) for s in SOURCES for a in ARCHITECTURES}
+        wanted = [*itertools.product(SOURCES, ARCHITECTURES), *itertools.product(PROBES, PROBED)]
+        yield {pair: pool.submit(run, *pair) for pair in wanted}
 
 
 def is_never_planned(kernel, architecture):
@@ -141,6 +145,17 @@ def test_machine_code(compiled, source, architecture):
 
 
 @needs_nvcc
+@pytest.mark.parametrize("architecture", PROBED)
+@pytest.mark.parametrize("source", PROBES, ids=lambda source: source.stem)
+def test_machine_code_of_probes(compiled, source, architecture):
+    code, report = compiled[source, architecture].result()
+    assert code == 0, report
+    kernels = parse(report)
+    assert kernels and not any(kernel.spills or kernel.stack for kernel in kernels), kernels
+    assert "serialized" not in report, report
+
+
+@needs_nvcc
 def test_only_hopper_gets_warpgroup_mma(tmp_path):
     """In PTX, what each compiler is given; a name misspelt in device.h would send Hopper the slow way in silence."""
     source = ROOT / "csrc" / "cuda" / "windows" / "grad_weight.cu"
@@ -155,8 +170,8 @@ def test_only_hopper_gets_warpgroup_mma(tmp_path):
 @needs_nvcc
 def test_instances(compiled):
     counted = {}
-    for (_, architecture), future in compiled.items():
-        for kernel in parse(future.result()[1]):
+    for (source, architecture), future in compiled.items():
+        for kernel in parse(future.result()[1]) if source in SOURCES else ():
             counted.setdefault(kernel.name, []).append(architecture)
     expected = {name: sorted(ARCHITECTURES * number) for name, number in INSTANCES.items()}
     assert {name: sorted(found) for name, found in counted.items()} == expected

@@ -711,6 +711,20 @@ def test_fast_tier_says_why_not(device):
     assert "older" in refusals(Case("taken", size))["forward"]
 
 
+def test_a_tier_that_is_asked_for_is_a_reason(simple_tier):
+    assert set(refusals(CASES[0]).values()) == {"AUTOFOCUS_CUDA_TIER is simple"}
+
+
+def test_whether_calls_are_fast(device):
+    """What dispatch.py asks."""
+    case = Case("papers_rates", (17, 18, 19), dilations=(2, 6, 10, 14))
+    call = call_of(case, make_tensors(case, torch.float16))
+    backward = (call.attention, Gradients(call.input, call.weight, call.attention, None))
+    assert cuda.is_fast("forward", call, (call.attention,)) and cuda.is_fast("backward", call, backward)
+    device((92 * KILOBYTE, 89))  # too little shared memory for the forward alone
+    assert not cuda.is_fast("forward", call, (call.attention,)) and cuda.is_fast("backward", call, backward)
+
+
 def test_shared_memory_decides_pass_by_pass(device):
     case = Case("papers_rates", (17, 18, 19), dilations=(2, 6, 10, 14))
     for gpu, refused in [(H100, set()), (A100, set()), (RTX_5090, set()), ((92 * KILOBYTE, 89), {"forward"})]:
@@ -799,6 +813,23 @@ def test_unwanted_gradients_are_left_alone(device):
                 alone = [torch.empty_like(gradient) if j == i and gradient is not None else None for j in range(4)]
                 cuda.backward(*call, Gradients(*alone))
                 assert gradient is None or torch.equal(alone[i], gradient)
+
+
+# ------------------------------------------------------------------ the probes
+
+
+@pytest.mark.parametrize("name", ["shifted_windows", "transposed_windows", "unaligned_ldmatrix"])
+def test_probes_expect_what_the_emulation_does(tmp_path, name):
+    """So that on a GPU a probe that fails is about the GPU."""
+    if shutil.which(COMPILER[0]) is None:
+        pytest.skip("no C++ compiler")
+    probe = tmp_path / name
+    source = ROOT / "benchmarks" / "probes" / f"{name}.cu"
+    flags = ["-std=c++17", "-O1", "-w", "-fno-strict-aliasing", f"-I{EMULATION}", "-include", "runtime.h"]
+    subprocess.run([*COMPILER, *flags, "-x", "c++", source, EMULATION / "cuda_emulation.cpp", "-o", probe], check=True)
+    result = subprocess.run([probe], capture_output=True, text=True)
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and lines and all(line.startswith("PASS ") for line in lines), result.stdout
 
 
 # ------------------------------------------------------------------ the backend module

@@ -11,7 +11,10 @@ import torch
 
 import autofocus_kernels as ak
 from autofocus_kernels import dispatch, testing
-from autofocus_kernels.backends.interface import Backend, CannotRun
+from autofocus_kernels.backends.cuda import backend as cuda
+from autofocus_kernels.backends.interface import Backend, CannotRun, Gradients
+from autofocus_kernels.call import Call
+from autofocus_kernels.geometry import resolve
 from autofocus_kernels.testing import Case
 
 CASE = Case("small", (5, 6), dilations=(1, 2))
@@ -211,6 +214,133 @@ def test_a_forced_backend_runs_the_backward_too(backend, monkeypatch):
     assert names == [backend]
 
 
+# ------------------------------------------------------------------ which goes first on a GPU
+
+
+HALF, FLOAT = torch.bfloat16, torch.float32
+TENSOR = object()
+# Function -> what it is called with besides the call (backends/interface.py), every gradient wanted, and its passes.
+GPU_CALLS = {
+    "forward": ((TENSOR,), ["forward"]),
+    "backward": ((TENSOR, Gradients(TENSOR, TENSOR, TENSOR, TENSOR)), ["grad_input", "grad_attention", "grad_weight"]),
+    "branch_statistics": ((TENSOR, None, None), ["forward"]),
+    "branch_norm_backward": ((TENSOR,) * 8, ["grad_input", "grad_weight"]),
+    "branch_combine": ((TENSOR,) * 4, []),
+    "branch_reduce": ((TENSOR,) * 8, []),
+}
+
+
+class Gpu:
+    """A GPU that is not there: backends that note who was asked to run what, and what the fast tier has."""
+
+    def __init__(self, monkeypatch):
+        self.ran, self.asked = [], []
+        self.slow = set()  # passes that the fast tier leaves to the simple one
+        self.reasons = {}  # backend -> why it refuses
+        self.capability = (9, 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: self.capability)
+        monkeypatch.setattr(dispatch, "backend_named", self.backend)
+        monkeypatch.setattr(dispatch, "_preferred", {})
+        monkeypatch.setattr(cuda, "refusal", lambda call: self.reasons.get("cuda"))
+        monkeypatch.setattr(cuda, "fast_refusal", self.fast_refusal)
+        monkeypatch.setattr(cuda, "checked", False)
+        for function in GPU_CALLS:
+            monkeypatch.setattr(cuda, function, lambda *_: self.ran.append("cuda"))
+
+    def backend(self, name):
+        if name == "cuda":
+            return cuda
+        functions = dict.fromkeys(GPU_CALLS, lambda *_: self.ran.append(name))
+        return SimpleNamespace(refusal=lambda call: self.reasons.get(name), checked=False, **functions)
+
+    def fast_refusal(self, name, call):
+        self.asked.append(name)
+        return "not this one" if name in self.slow else None
+
+    def run(self, function="forward", dtype=HALF, size=(5, 6), arguments=None, forced=None):
+        """Who ran it."""
+        fake = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(1, 3, *size))
+        geometry = resolve(size, (3, 3), (1, 2))
+        self.ran.clear()
+        dispatch.run(
+            function,
+            Call(fake, fake, fake, None, None, None, geometry, forced),
+            *(GPU_CALLS[function][0] if arguments is None else arguments),
+        )
+        return self.ran[0]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return Gpu(monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", GPU_CALLS)
+def test_cuda_goes_first_on_hopper_where_its_fast_tier_has_every_pass(gpu, function, dtype):
+    passes = GPU_CALLS[function][1]
+    assert gpu.run(function, dtype) == ("cuda" if passes else "triton")
+    assert gpu.asked == passes
+
+
+@pytest.mark.parametrize("function, slow", [(f, name) for f, (_, passes) in GPU_CALLS.items() for name in passes])
+def test_triton_goes_first_where_one_pass_is_not_in_the_fast_tier(gpu, function, slow):
+    gpu.slow = {slow}
+    assert gpu.run(function) == "triton"
+
+
+@pytest.mark.parametrize(
+    "slow, gradients",
+    [("grad_input", ["input"]), ("grad_attention", ["attention"]), ("grad_weight", ["weight", "branch_scale"])],
+)
+def test_only_the_gradients_that_are_wanted_count(gpu, slow, gradients):
+    gpu.slow = {slow}
+    others = Gradients(TENSOR, TENSOR, TENSOR, TENSOR)._replace(**dict.fromkeys(gradients))
+    assert gpu.run("backward", arguments=(TENSOR, others)) == "cuda"
+    for name in gradients:
+        assert gpu.run("backward", arguments=(TENSOR, others._replace(**{name: TENSOR}))) == "triton"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
+def test_triton_goes_first_on_other_gpus(gpu, capability):
+    gpu.capability = capability
+    assert gpu.run() == "triton" and not gpu.asked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_triton_goes_first_in_other_dtypes(gpu, dtype):
+    assert gpu.run(dtype=dtype) == "triton" and not gpu.asked
+
+
+def test_a_cuda_library_that_is_not_there_is_not_asked_and_not_worth_a_line(gpu, caplog):
+    gpu.reasons["cuda"] = "not built"
+    assert gpu.run() == "triton" and not gpu.asked and not caplog.records
+
+
+def test_triton_takes_what_cuda_finds_it_cannot_run_or_is_wrong_at(gpu, monkeypatch, caplog):
+    monkeypatch.setattr(cuda, "checked", True)
+    monkeypatch.setattr(dispatch.self_check, "refusal", lambda name, *_: f"{name} is wrong")
+    assert gpu.run() == "triton"
+    assert [record.getMessage() for record in caplog.records] == ["backend 'cuda' is not used: cuda is wrong"]
+
+
+def test_a_forced_backend_wins_over_the_order_of_a_gpu(gpu, monkeypatch):
+    assert gpu.run(forced="triton") == "triton"
+    monkeypatch.setenv(ENVIRONMENT, "triton")
+    assert gpu.run() == "triton"
+    monkeypatch.setenv(ENVIRONMENT, "cuda")
+    assert gpu.run(dtype=FLOAT) == "cuda" and not gpu.asked
+
+
+def test_the_fast_tier_is_asked_once_for_calls_of_one_kind(gpu):
+    for _ in range(3):
+        assert gpu.run("backward") == "cuda"
+    assert gpu.asked == GPU_CALLS["backward"][1]
+    gpu.slow = {"grad_input"}
+    assert gpu.run("backward", size=(7, 6)) == "triton"
+    assert gpu.run("backward") == "cuda"
+
+
 # ------------------------------------------------------------------ what a call is refused for
 
 
@@ -250,6 +380,33 @@ def test_show_config_names_versions_and_every_backend(monkeypatch):
     for name, reason in ak.available_backends().items():
         line = next(line for line in text.splitlines() if line.startswith(f"backend {name}"))
         assert line.endswith("available") if reason is None else reason in text
+
+
+@pytest.mark.parametrize(
+    "capability, missing, expected",
+    [
+        (
+            (9, 0),
+            (),
+            "cuda, triton, reference for float16 and bfloat16 where the fast tier has every pass; "
+            "else triton, cuda, reference",
+        ),
+        ((9, 0), ("cuda",), "triton, reference"),
+        ((9, 0), ("triton",), "cuda, reference"),
+        ((8, 0), (), "triton, cuda, reference"),
+        ((7, 5), (), "reference: compute capability (7, 5) is below (8, 0)"),
+    ],
+)
+def test_show_config_says_which_kernels_a_gpu_gets(monkeypatch, capability, missing, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU of the test")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reasons = {name: "not here" if name in missing else None for name in dispatch.BACKENDS}
+    monkeypatch.setattr("autofocus_kernels.config.available_backends", lambda: reasons)
+    lines = ak.show_config().splitlines()
+    at = lines.index("cuda device 0     GPU of the test")
+    assert lines[at + 1] == f"  kernels         {expected}"
 
 
 def test_command_line_prints_the_config():

@@ -48,5 +48,32 @@ class CudaBackend(CompiledBackend):
             or None
         )
 
+    def is_fast(self, function: str, call: Call, arguments: tuple) -> bool:
+        """Whether the fast tier has every pass of ``function(call, *arguments)`` of a call that the backend takes.
+
+        What branch norm does at each position besides (statistics, the gradient of a branch) has one tier only and does
+        not count; a function that does nothing else is not fast.
+        """
+        passes = _passes(function, arguments)
+        return bool(passes) and all(self.fast_refusal(name, call) is None for name in passes)
+
+
+def _passes(function: str, arguments: tuple) -> list[str]:
+    if function in ("forward", "branch_statistics"):
+        return ["forward"]
+    if function == "backward":
+        gradients = arguments[1]
+        wanted = {
+            "grad_input": gradients.input is not None,
+            "grad_attention": gradients.attention is not None,
+            "grad_weight": gradients.weight is not None or gradients.branch_scale is not None,
+        }
+    elif function == "branch_norm_backward":
+        *_, grad_input, grad_weight = arguments
+        wanted = {"grad_input": grad_input is not None, "grad_weight": grad_weight is not None}
+    else:
+        wanted = {}
+    return [name for name, is_wanted in wanted.items() if is_wanted]
+
 
 backend = CudaBackend("cuda", "cuda", 2**31 - 1)

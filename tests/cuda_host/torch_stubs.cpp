@@ -1,5 +1,7 @@
-// The three things binding/cuda.cpp asks of a CUDA build of torch, for a build without: a device, its guard, a stream.
+// The three things binding/cuda.cpp asks of a CUDA build of torch, for a build without: a device, its guard, a stream. And
+// memory that is poisoned where the tests ask for it, which torch's function of that name is not on a CPU.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
 
 extern "C" {
 
@@ -13,6 +15,12 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_T
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
   return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t* bytes, const int64_t*, int32_t, int32_t, int32_t,
+                                        AtenTensorHandle* memory) {
+  const auto tensor = torch::stable::empty({*bytes}, torch::headeronly::ScalarType::Byte);
+  return aoti_torch_new_tensor_handle(tensor.get(), memory);
 }
 
 }
