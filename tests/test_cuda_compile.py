@@ -91,7 +91,7 @@ def parse(report: str) -> list[Kernel]:
         registers, stores, loads, stack, shared = (int(number[1]) if number else 0 for number in numbers)
         # The source name of a mangled one: the last length-prefixed identifier of its nested name.
         names = []
-        rest = symbol.removeprefix("_ZN")
+        rest = symbol.removeprefix("_ZN").removeprefix("_Z")
         while match := re.match(r"\d+", rest):
             end = match.end() + int(match[0])
             names.append(rest[match.end() : end])
