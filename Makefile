@@ -23,8 +23,9 @@ BUILT := build/.built-$(subst /,-,$(PYTHON))-$(AUTOFOCUS_BUILD)
 demo: $(BUILT)
 	$(PYTHON) benchmarks/demo.py
 
+# Two files of tests at a time, where pytest-xdist is installed.
 test: $(BUILT)
-	$(PYTHON) -m pytest tests
+	$(PYTHON) -m pytest tests $$($(PYTHON) -c "import xdist; print('-n 2 --dist loadfile')" 2>/dev/null)
 
 bench: $(BUILT)
 	$(PYTHON) benchmarks/run.py

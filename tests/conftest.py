@@ -1,5 +1,10 @@
 """What every test file shares: the backends that can run here, and deterministic examples."""
 
+import os
+
+# For what the tests start: several processes share the cores. Before torch is imported, which reads it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings

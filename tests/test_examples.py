@@ -1,6 +1,5 @@
 """The scripts of examples/, run as a user runs them."""
 
-import os
 import re
 import subprocess
 import sys
@@ -14,8 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def run(name, *arguments):
     """What the script prints."""
     command = [sys.executable, ROOT / "examples" / name, *arguments]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the tests themselves, which share the cores with others
-    result = subprocess.run(command, cwd=ROOT, env=one_thread, text=True, capture_output=True)
+    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
