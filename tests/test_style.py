@@ -1,4 +1,4 @@
-"""ruff and mypy, as pyproject.toml configures them, and the types that a user's own checker sees."""
+"""ruff and mypy as pyproject.toml configures them, the types that a user's checker sees, the map of the files."""
 
 import subprocess
 import sys
@@ -38,6 +38,16 @@ ak.show_config().items()
 def run(module, *arguments):
     command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_every_file_is_on_the_map():
+    """docs/layout.md names all that is compiled or imported, in the section of its folder."""
+    page = (ROOT / "docs" / "layout.md").read_text()
+    for folder, patterns in (("autofocus_kernels", ("*.py",)), ("csrc", ("*.cpp", "*.cu", "*.h", "*.py"))):
+        section = page.split(f"## `{folder}/`")[1].split("\n## ")[0]
+        names = {path.name for pattern in patterns for path in (ROOT / folder).rglob(pattern)}
+        missing = [name for name in sorted(names) if name not in section]
+        assert missing == [], folder
 
 
 @pytest.mark.parametrize("command", [("check",), ("format", "--check")], ids=" ".join)
