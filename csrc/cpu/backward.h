@@ -64,17 +64,17 @@ void tap_pass(const TapPass<A>& t, int first, int64_t count) {
     }
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
-      const Native weight = V::broadcast(a[i][p]);
+      const Native attention = V::broadcast(a[i][p]);
       Native dot = {};
 #pragma GCC unroll 4
       for (int v = 0; v < width; ++v) {
         const int64_t at = at_x + v * V::kLanes;
         if (wanted & (kWeight | kAttention)) {
           const Native xv = V::load(x[i] + at);
-          if (wanted & kWeight) uv[v] += weight * xv;
+          if (wanted & kWeight) uv[v] += attention * xv;
           if (wanted & kAttention) dot += gv[v] * xv;
         }
-        if (wanted & kInput) V::store(dx[i] + at, V::load(dx[i] + at) + weight * gv[v]);
+        if (wanted & kInput) V::store(dx[i] + at, V::load(dx[i] + at) + attention * gv[v]);
       }
       if (wanted & kAttention) V::store(da[i] + at_da, V::load(da[i] + at_da) + dot);
     }

@@ -8,20 +8,20 @@ namespace autofocus {
 namespace AUTOFOCUS_ISA {
 
 template <typename A, int N, bool add>
-void blend_branches(const A* const* coefficients, const A* const* sources, int64_t source_step, A* to, int64_t to_step,
+void blend_branches(const A* const* attentions, const A* const* sources, int64_t source_step, A* to, int64_t to_step,
                     int64_t count, int64_t width) {
   using V = Vec<A>;
   // Local copies: the compiler cannot know that the stores leave the callers' arrays alone.
-  const A *coefficient[N], *source[N];
+  const A *attention[N], *source[N];
 #pragma GCC unroll 4
   for (int k = 0; k < N; ++k) {
-    coefficient[k] = coefficients[k];
+    attention[k] = attentions[k];
     source[k] = sources[k];
   }
   for (int64_t p = 0; p < count; ++p) {
     typename V::Native a[N];
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) a[k] = V::broadcast(coefficient[k][p]);
+    for (int k = 0; k < N; ++k) a[k] = V::broadcast(attention[k][p]);
     for (int64_t v = 0; v < width * V::kLanes; v += V::kLanes) {
       typename V::Native sum = add ? V::load(to + v) : typename V::Native{};
 #pragma GCC unroll 4
@@ -34,10 +34,10 @@ void blend_branches(const A* const* coefficients, const A* const* sources, int64
   }
 }
 
-// Blends `active` branches, at most four at a time so that their weights stay in registers. Rows of `to` are written in
+// Blends `active` branches, at most four at a time so that their attention stays in registers. Rows of `to` are written in
 // whole vectors; with no active branch they are zeroed.
 template <typename A>
-void blend(int active, const A* const* coefficient, const A* const* source, int64_t source_step, A* to,
+void blend(int active, const A* const* attention, const A* const* source, int64_t source_step, A* to,
            int64_t to_step, int64_t count, int64_t width) {
   if (active == 0) {
     for (int64_t p = 0; p < count; ++p)
@@ -45,7 +45,7 @@ void blend(int active, const A* const* coefficient, const A* const* source, int6
     return;
   }
   for (int done = 0; done < active; done += 4) {
-    const A* const* c = coefficient + done;
+    const A* const* c = attention + done;
     const A* const* s = source + done;
     const bool add = done > 0;
     switch (std::min(active - done, 4)) {

@@ -156,20 +156,20 @@ void forward(const ForwardArguments<T>& args) {
                 const Segment& s = segments[i];
                 for (const Run& run : runs.at(s.part, x)) {
                   const int64_t at = s.offset + run.begin;
-                  const A *coefficient[kMaxBranches], *source[kMaxBranches];
+                  const A *attention_row[kMaxBranches], *source[kMaxBranches];
                   int active = for_each_branch(run.branches & rows[i].inside, [&](int slot, int k) {
                     const int64_t along_x = sub.dilation[k].x * offset_x + run.begin * sub.stride.x;
-                    coefficient[slot] = attention + k * voxels + at;
+                    attention_row[slot] = attention + k * voxels + at;
                     const Index3 q = input_position(sub, {s.z, s.y, s.x}, k, offset);
                     const bool in_last = has_last && q.z == last.z && q.y == last.y;
                     source[slot] = (in_last ? last_row + (rows[i].at[k] - last_at) : source_base + rows[i].at[k]) +
                                    along_x * source_strides.x + chunks.begin(chunk);
                   });
                   if (centre && active > 0) {  // all branches read the same voxel
-                    coefficient[0] = attention + g.K * voxels + at;
+                    attention_row[0] = attention + g.K * voxels + at;
                     active = 1;
                   }
-                  blend(active, coefficient, source, sub.stride.x * source_strides.x,
+                  blend(active, attention_row, source, sub.stride.x * source_strides.x,
                         blended + at * blended_width + x * channels, blended_width, run.count, vectors<A>(channels));
                 }
               }
