@@ -79,6 +79,8 @@ def contents(wheel):
 def assert_pure(wheel):
     names, record = contents(wheel)
     assert not [name for name in names if name.endswith(".so")]
+    assert "autofocus_kernels/py.typed" in names
+    assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
     assert all("skipped" in entry for entry in record.values())
     return record
 
