@@ -1,9 +1,12 @@
 """What the tests of segmentation share: tiny phantoms, and a training of seconds."""
 
 import dataclasses
+import multiprocessing
+import warnings
 
 import pytest
 
+pytest.importorskip("autofocus_kernels.segmentation.extra", exc_type=ImportError)
 from autofocus_kernels.segmentation.phantom import make_phantom
 from autofocus_kernels.segmentation.recipe import PUBLISHED
 
@@ -17,6 +20,16 @@ SMALL = {
     "device": "cpu",
     "progress": False,
 }
+
+
+def in_process(function, *arguments):
+    """Runs in a process of its own, forked since to import MONAI takes seconds; returns its exit code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks of processes with threads, here idle ones
+        process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+        process.start()
+    process.join(60)
+    return process.exitcode
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from . import extra  # noqa: F401
+
+# isort: split
 import numpy as np
 import torch
 from monai.data import CacheDataset

@@ -16,10 +16,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from . import extra  # noqa: F401
+
+# isort: split
 import numpy as np
 from tqdm import tqdm
 
-from .files import Image, SegmentationError, is_nifti, read_json, read_labels, stem, write_text
+from .dataset import names_in_order
+from .files import Grid, Image, SegmentationError, is_nifti, read_json, read_labels, stem, write_text
 
 # The labels that BRATS had in 2015; the challenge's later years number theirs otherwise.
 PRESETS = {"brats2015": {"whole": (1, 2, 3, 4), "core": (1, 3, 4), "enhancing": (4,)}}
@@ -73,6 +77,9 @@ def evaluate(
         structures = _check_regions(regions, known)
     if not structures:
         raise SegmentationError(f"{truth}: no label but 0 in any file, so there is nothing to score")
+
+    if out is not None:  # before the work
+        _require_place(Path(out))
 
     scores = []
     for case, (pred_path, truth_path) in tqdm(pairs.items(), desc="evaluate", unit="case", disable=None):
@@ -201,10 +208,9 @@ def _label_names(truth: Path) -> dict[int, str] | None:
     """Label value -> name from the dataset.json in ``truth`` or the folder above; None without one."""
     for path in (truth / "dataset.json", truth.resolve().parent / "dataset.json"):
         if path.is_file():
-            try:
-                return {int(value): str(name) for value, name in read_json(path)["labels"].items()}
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise SegmentationError(f'{path} must have "labels": {{"0": "background", ...}}: {error!r}') from error
+            content = read_json(path)
+            labels = content.get("labels") if isinstance(content, dict) else None
+            return dict(enumerate(names_in_order(path, "labels", labels)))
     return None
 
 
@@ -228,16 +234,8 @@ def _labels_of(paths: Iterable[Path]) -> set[int]:
 def _read_pair(pred: Path, truth: Path, known: set[int] | None) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Both label arrays and the spacing of their axes."""
     predicted, true = _read_labels(pred, known), _read_labels(truth, known)
-    if predicted.data.shape != true.data.shape:
-        raise SegmentationError(
-            f"{pred} must have the shape of {truth}, {list(true.data.shape)}, got {list(predicted.data.shape)}"
-        )
+    Grid.of(pred, predicted).require_same(Grid.of(truth, true))
     spacing = np.linalg.norm(true.affine[:3, :3], axis=0)
-    if not np.allclose(predicted.affine, true.affine, rtol=1e-5, atol=1e-2 * spacing.min()):
-        raise SegmentationError(
-            f"{pred} must have the affine of {truth}, {true.affine.round(3).tolist()}, "
-            f"got {predicted.affine.round(3).tolist()}"
-        )
     return predicted.data, true.data, spacing[: true.data.ndim].tolist()
 
 
@@ -249,6 +247,12 @@ def _read_labels(path: Path, known: set[int] | None = None) -> Image:
     if strangers:
         raise SegmentationError(f"{path} must hold labels of {sorted(known)} only, got {sorted(strangers)}")
     return image
+
+
+def _require_place(out: Path) -> None:
+    if out.is_dir():
+        raise SegmentationError(f"{out}: must be a file to write, and is a folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def summary_path(out: Path) -> Path:

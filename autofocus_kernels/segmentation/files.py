@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+
+from . import extra  # noqa: F401
 
 SUFFIXES = (".nii", ".nii.gz")
 
@@ -42,16 +45,21 @@ def stem(path: str | os.PathLike) -> str:
 
 
 def read_nifti(path: str | os.PathLike) -> Image:
-    """An image as float32.
+    """An image as float32, without the trailing axes of one voxel beyond the third that some programs add.
 
     Raises:
-        SegmentationError: the file is missing, unreadable, truncated or empty, or holds a NaN or an infinity.
+        SegmentationError: the file is missing, unreadable, truncated or empty, or holds colours, complex numbers, a
+            NaN or an infinity.
     """
     image = _load(path)
+    if image.get_data_dtype().kind not in "iuf":
+        raise SegmentationError(f"{path}: must hold real numbers, got {image.get_data_dtype()}")
     try:
         data = image.get_fdata(dtype=np.float32, caching="unchanged")
     except Exception as error:  # gzip, zlib, nibabel and numpy each have their own for a damaged file
         raise SegmentationError(f"{path}: cannot be read, it is damaged or truncated: {_reason(error)}") from error
+    while data.ndim > 3 and data.shape[-1] == 1:
+        data = data[..., 0]
     if data.size == 0:
         raise SegmentationError(f"{path}: must hold voxels, its shape is {list(data.shape)}")
     bad = data.size - np.count_nonzero(np.isfinite(data))
@@ -61,17 +69,56 @@ def read_nifti(path: str | os.PathLike) -> Image:
 
 
 def read_labels(path: str | os.PathLike) -> Image:
-    """A label map, or a mask, as int16.
+    """A label map, or a mask, as int16. A file's scaling factor may put its numbers 0.001 off.
 
     Raises:
         SegmentationError: as :func:`read_nifti`, and for numbers that are not whole or not in 0 .. 32767.
     """
     image = read_nifti(path)
-    labels = image.data.astype(np.int16)
-    if (labels != image.data).any() or (labels < 0).any():
-        strange = image.data[(labels != image.data) | (labels < 0)].flat[0]
-        raise SegmentationError(f"{path}: labels must be whole numbers from 0 to 32767, got {strange}")
-    return image._replace(data=labels)
+    labels = np.rint(image.data)
+    strange = image.data[(abs(labels - image.data) > 1e-3) | (labels < 0) | (labels > 32767)]
+    if strange.size:
+        raise SegmentationError(f"{path}: labels must be whole numbers from 0 to 32767, got {strange[0]}")
+    return image._replace(data=labels.astype(np.int16))
+
+
+class Grid(NamedTuple):
+    """Where the voxels of a file lie: the shape without an axis of modalities, and the affine."""
+
+    file: str | os.PathLike
+    shape: tuple[int, ...]
+    affine: np.ndarray
+    header: Any
+
+    @classmethod
+    def of(cls, file: str | os.PathLike, image: Image) -> Grid:
+        """Of an image without an axis of modalities."""
+        return cls(file, image.data.shape, image.affine, image.header)
+
+    def require_same(self, other: Grid) -> None:
+        """
+        Raises:
+            SegmentationError: the shapes differ, or a voxel lies more than a tenth of a voxel from that of ``other``.
+        """
+        if self.shape != other.shape:
+            raise SegmentationError(
+                f"{self.file}: must have the shape of {other.file}, {list(other.shape)}, got {list(self.shape)}"
+            )
+        name, affines = "affine", [self.affine, other.affine]
+        if not self._is_placed() or not other._is_placed():  # nibabel makes an affine up: the spacing is all there is
+            name, affines = "spacing", [np.diag(np.linalg.norm(affine, axis=0)) for affine in affines]
+        corners = [(*index, *[0] * (3 - len(index)), 1) for index in itertools.product(*((0, n) for n in self.shape))]
+        apart = np.linalg.norm((affines[0] - affines[1])[:3] @ np.transpose(corners), axis=0).max()
+        spacing = np.linalg.norm(other.affine[:3, : len(self.shape)], axis=0)
+        if not apart <= 0.1 * spacing.min():  # nor if an affine holds a NaN
+            got, expected = (a.diagonal()[: len(spacing)] if name == "spacing" else a for a in affines)
+            raise SegmentationError(
+                f"{self.file}: must have the {name} of {other.file}, {expected.round(4).tolist()}, "
+                f"got {got.round(4).tolist()}, which puts voxels up to {apart:.3g} mm elsewhere"
+            )
+
+    def _is_placed(self) -> bool:
+        return bool(self.header["sform_code"] or self.header["qform_code"])
 
 
 def _load(path: str | os.PathLike):
@@ -105,7 +152,9 @@ def write_nifti(path: str | os.PathLike, data: np.ndarray, affine: np.ndarray, h
         header = header.copy()
         header.set_data_dtype(data.dtype)
         header.set_slope_inter(1, 0)
-    image = nibabel.Nifti1Image(data, affine, header, dtype=data.dtype)
+        header["cal_min"] = header["cal_max"] = 0  # the grey values that a viewer would show of the image
+    make = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+    image = make(data, affine, header, dtype=data.dtype)
 
     def write(file: BinaryIO) -> None:
         if str(path).endswith(".gz"):
@@ -166,7 +215,7 @@ def read_json(path: str | os.PathLike) -> Any:
         SegmentationError: the file is missing, or is no JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows begins a text with a mark
     except (OSError, ValueError) as error:
         raise SegmentationError(f"{path}: cannot be read as JSON: {_reason(error)}") from error
 
