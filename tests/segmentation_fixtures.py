@@ -2,6 +2,8 @@
 
 import dataclasses
 import multiprocessing
+import os
+import signal
 import warnings
 
 import pytest
@@ -30,6 +32,19 @@ def in_process(function, *arguments):
         process.start()
     process.join(60)
     return process.exitcode
+
+
+def kill_before_file(number):
+    """From here on the operating system ends this process right before that file, written in full, gets its name."""
+    replace, count = os.replace, [0]
+
+    def counted(source, target):
+        count[0] += 1
+        if count[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = counted
 
 
 @pytest.fixture(scope="session")

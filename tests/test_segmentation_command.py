@@ -26,7 +26,7 @@ def fails_in_one_line(capsys, words):
         ("phantom", "the following arguments are required: OUT"),
         ("phantom out --dims 4", "argument --dims: invalid choice"),
         ("phantom out --dims 2 --size 4 4", "size must be 2 numbers of at least 8"),
-        ("phantom file --dims 2 --cases 1", "file/imagesTr"),
+        ("phantom file --dims 2 --cases 1", "file/imagesTr: cannot be made: Not a directory"),
         ("train", "the following arguments are required: --data, --out"),
         ("train --data none --out run", "none: cannot be read as JSON: No such file"),
         ("train --data none --out run --dilations 2,x", "must be whole numbers as 6 or 6,6,2, got '2,x'"),
@@ -36,7 +36,7 @@ def fails_in_one_line(capsys, words):
         ("predict --model none --input none --output out", "none: cannot be read as a checkpoint: No such file"),
         ("predict --model none --input none --output out --tiling roman", "argument --tiling: invalid choice"),
         ("evaluate --pred none --truth none --out", "argument --out: expected one argument"),
-        ("evaluate --pred none --truth none --out scores.csv", "none must be a folder of NIfTI label files"),
+        ("evaluate --pred none --truth none --out scores.csv", "none: must be a folder of NIfTI files"),
         ("evaluate --pred none --truth none --out scores.csv --regions core=x", "regions must be name=1,3"),
     ],
 )

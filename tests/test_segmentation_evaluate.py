@@ -216,7 +216,7 @@ def test_truths_are_found_by_the_beginning_of_their_name(folders):
         (["p1"], ["p1_a", "p1_b"], "p1.nii.gz must have one truth .* several fit: p1_a, p1_b"),
         (["p1", "p1_x"], ["p1"], "are both predictions of .*p1.nii.gz"),
         (["p1"], ["p1", "p2"], "p2.nii.gz has no prediction"),
-        ([], ["p1"], "pred holds no .nii or .nii.gz file"),
+        ([], ["p1"], "pred: holds no NIfTI file"),
     ],
     ids=["missing truth", "ambiguous", "twice", "missing prediction", "empty folder"],
 )

@@ -48,7 +48,7 @@ def test_intensity_tells_the_bright_class_only():
     voxels = {}
     for value in range(1, 5):
         voxels[LABELS[value]] = np.concatenate(
-            [case.image[case.label == value] / case.image[case.mask > 0].mean(0) for case in cases(24, size=(96, 96))]
+            [case.image[case.label == value] / case.image[case.mask > 0].mean(0) for case in cases(12, size=(96, 96))]
         )
     for other in ("small", "medium"):
         assert separation(voxels[other], voxels["large"]) < 0.65

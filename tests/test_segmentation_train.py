@@ -17,7 +17,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from segmentation_fixtures import SMALL, in_process, phantom_2d, phantom_3d  # noqa: F401
+from segmentation_fixtures import SMALL, in_process, kill_before_file, phantom_2d, phantom_3d  # noqa: F401
 
 from autofocus_kernels import networks
 from autofocus_kernels.segmentation import __main__ as command_line
@@ -134,21 +134,12 @@ def test_the_seed_decides(finished, phantom_2d, tmp_path):  # noqa: F811
 
 
 def killed_at_file(number, data, run):
-    """The operating system ends the process right before a file, written in full, gets its name."""
-    replace, count = os.replace, [0]
-
-    def counted(source, target):
-        count[0] += 1
-        if count[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
-
-    os.replace = counted
+    kill_before_file(number)
     train.train(data, run, **SMALL)
 
 
 def killed_in_checkpoint(number, data, run):
-    """... or in the middle of its bytes."""
+    """In the middle of the bytes of a file."""
     save, count = torch.save, [0]
 
     def halved(values, file):

@@ -9,8 +9,6 @@ and the summary counts all three: a mean distance that does not say how many str
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .dataset import names_in_order
-from .files import Grid, Image, SegmentationError, is_nifti, read_json, read_labels, stem, write_text
+from .files import Grid, Image, SegmentationError, make_folder, nifti_files, read_json, read_labels, write_csv
 
 # The labels that BRATS had in 2015; the challenge's later years number theirs otherwise.
 PRESETS = {"brats2015": {"whole": (1, 2, 3, 4), "core": (1, 3, 4), "enhancing": (4,)}}
@@ -86,8 +84,8 @@ def evaluate(
         predicted, true, spacing = _read_pair(pred_path, truth_path, known)
         scores += [Score(case, *score) for score in score_structures(predicted, true, structures, spacing)]
     if out is not None:
-        write_text(Path(out), _as_csv([asdict(score) for score in scores]))
-        write_text(summary_path(Path(out)), _as_csv(summarise(scores)))
+        write_csv(out, _rounded([asdict(score) for score in scores]))
+        write_csv(summary_path(Path(out)), _rounded(summarise(scores)))
     return scores
 
 
@@ -159,7 +157,7 @@ def match_cases(pred: Path, truth: Path, subset: bool = False) -> dict[str, tupl
         ValueError: no file, none or several that fit one, two predictions of one truth, or without ``subset`` a truth
             without a prediction.
     """
-    predictions, truths = _label_files(pred), _label_files(truth)
+    predictions, truths = nifti_files(pred), nifti_files(truth)
     pairs = {}
     for case, path in predictions.items():
         fitting = [case] if case in truths else [name for name in truths if _extends(name, case)]
@@ -186,22 +184,6 @@ def match_cases(pred: Path, truth: Path, subset: bool = False) -> dict[str, tupl
 def _extends(first: str, second: str) -> bool:
     short, long = sorted((first, second), key=len)
     return long.startswith(short) and long[len(short) :][:1] in ("_", "-", ".")
-
-
-def _label_files(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise SegmentationError(f"{folder} must be a folder of NIfTI label files, and is no folder")
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not is_nifti(path):
-            continue
-        case = stem(path)
-        if case in files:
-            raise SegmentationError(f"{path} and {files[case]} are the same case: only one can be scored")
-        files[case] = path
-    if not files:
-        raise SegmentationError(f"{folder} holds no .nii or .nii.gz file")
-    return files
 
 
 def _label_names(truth: Path) -> dict[int, str] | None:
@@ -252,20 +234,15 @@ def _read_labels(path: Path, known: set[int] | None = None) -> Image:
 def _require_place(out: Path) -> None:
     if out.is_dir():
         raise SegmentationError(f"{out}: must be a file to write, and is a folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
 
 
 def summary_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}_summary{out.suffix}")
 
 
-def _as_csv(rows: Sequence[Mapping]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-    return text.getvalue()
+def _rounded(rows: Sequence[Mapping]) -> list[dict]:
+    return [{key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
 
 
 def table(rows: Sequence[Mapping]) -> str:

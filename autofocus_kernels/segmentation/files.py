@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
+import io
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -44,6 +46,26 @@ def stem(path: str | os.PathLike) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".nii")
 
 
+def nifti_files(folder: Path) -> dict[str, Path]:
+    """Case -> its file, sorted; what other systems leave beside them ("._a.nii") is passed over.
+
+    Raises:
+        SegmentationError: no such folder, none in it, or two files of one case.
+    """
+    if not folder.is_dir():
+        raise SegmentationError(f"{folder}: must be a folder of NIfTI files, and is no folder")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not is_nifti(path):
+            continue
+        if stem(path) in files:
+            raise SegmentationError(f"{path}: {files[stem(path)]} is the same case")
+        files[stem(path)] = path
+    if not files:
+        raise SegmentationError(f"{folder}: holds no NIfTI file (.nii or .nii.gz)")
+    return files
+
+
 def read_nifti(path: str | os.PathLike) -> Image:
     """An image as float32, without the trailing axes of one voxel beyond the third that some programs add.
 
@@ -69,7 +91,7 @@ def read_nifti(path: str | os.PathLike) -> Image:
 
 
 def read_labels(path: str | os.PathLike) -> Image:
-    """A label map, or a mask, as int16. A file's scaling factor may put its numbers 0.001 off.
+    """A label map, or a mask, as int16. Its numbers may be 0.001 off, as those of programs that compute in floats are.
 
     Raises:
         SegmentationError: as :func:`read_nifti`, and for numbers that are not whole or not in 0 .. 32767.
@@ -201,12 +223,33 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def make_folder(path: str | os.PathLike) -> None:
+    """With those above it, unless it is there.
+
+    Raises:
+        SegmentationError: it cannot be made.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise SegmentationError(f"{path}: cannot be made: {_reason(error)}") from error
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+    """At least one row; all have the columns of the first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def read_json(path: str | os.PathLike) -> Any:

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .dataset import Case, Sample, read_case, read_dataset
-from .files import SegmentationError, is_nifti, read_nifti, stem, write_nifti
+from .files import SegmentationError, make_folder, nifti_files, read_nifti, stem, write_nifti
 from .parallel import find_device
 from .pictures import write_attention, write_overlay
 from .run import Config, load_model
@@ -72,7 +72,7 @@ def predict(
     _keep_inputs(cases, files.values())
     origin = f"autofocus_kernels {_fingerprint(network)} {tiling} {'x'.join(map(str, window))}"
     done = set() if overwrite else {name for name, file in files.items() if _is_done(file, attention, origin)}
-    Path(output).mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     for case in tqdm(cases, desc="predict", unit="case", disable=None):
         if case.name not in done:
             _predict_case(case, windows, config, files[case.name], attention, origin)
@@ -95,17 +95,8 @@ def find_cases(input: Path, config: Config) -> list[Case]:
         return list(dataset.test or dataset.training + (dataset.validation or ()))
     if not input.exists():
         raise SegmentationError(f"{input}: no such file or folder")
-    paths = sorted(path for path in input.iterdir() if is_nifti(path)) if input.is_dir() else [input]
-    cases: dict[str, Case] = {}
-    for path in paths:
-        if path.name.startswith("."):
-            continue
-        if stem(path) in cases:
-            raise SegmentationError(f"{path}: {cases[stem(path)].images[0]} is the same case")
-        cases[stem(path)] = Case(stem(path), (path,))
-    if not cases:
-        raise SegmentationError(f"{input}: holds neither a dataset.json nor a NIfTI file (.nii or .nii.gz)")
-    return list(cases.values())
+    files = nifti_files(input) if input.is_dir() else {stem(input): input}
+    return [Case(name, (file,)) for name, file in files.items()]
 
 
 def _keep_inputs(cases: Sequence[Case], files: Iterable[Path]) -> None:
@@ -158,7 +149,7 @@ def _predict_case(case: Case, windows: Windows, config: Config, file: Path, atte
         layers = autofocus_layers(windows.network)
         rates = {name: [max(rate) for rate in layers[name].dilations] for name in maps}
         folder = file.parent / "attention" / case.name
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name, weights in maps.items():
             _write_attention_files(folder, name, weights, rates[name], box, sample)
         write_attention(_attention_picture(file), image[box], labels[box], sample.affine, maps, rates)

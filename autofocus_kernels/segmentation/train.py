@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -24,7 +22,7 @@ from tqdm import tqdm
 from .. import networks
 from .crops import Crops
 from .dataset import Case, Dataset, read_case, read_dataset
-from .files import SegmentationError, read_checkpoint, write_checkpoint, write_text
+from .files import SegmentationError, make_folder, read_checkpoint, write_checkpoint, write_csv
 from .parallel import Place, gather, mean_over_processes, parallel, processes
 from .recipe import PUBLISHED, RECIPES, Recipe, make_loss, make_optimiser, make_scheduler
 from .run import Config, build_network, load_weights, require_same, write_config
@@ -167,7 +165,7 @@ class _Training:
         for case in validation:
             self._read(case)  # before training, rather than after the first round, an error
         if place.rank == 0:
-            _make_folder(run)
+            make_folder(run)
             write_config(run, config)
         self.wrapped = parallel(self.network, place)
 
@@ -272,7 +270,7 @@ class _Training:
             reduction="none",
             num_classes=len(self.config.labels),
         )
-        maps = (torch.from_numpy(labels)[None, None] for labels in (predicted, sample.label.astype(np.int64)))
+        maps = (torch.from_numpy(labels.astype(np.int64))[None, None] for labels in (predicted, sample.label))
         return dice(*maps)[0].tolist()
 
     def _save(self) -> None:
@@ -281,11 +279,7 @@ class _Training:
         weights = self.network.state_dict()
         if not any(row["dice"] <= other["dice"] for other in earlier):
             write_checkpoint(self.run / "best.pt", {"model": weights, "iteration": self.done, "dice": row["dice"]})
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.history)
-        write_text(self.run / "log.csv", text.getvalue())
+        write_csv(self.run / "log.csv", self.history)
         write_checkpoint(
             self.run / "last.pt",
             {
@@ -302,13 +296,6 @@ def _mean(values: Sequence[float]) -> float:
     """Of the numbers among them; NaN if there are none."""
     numbers = [float(value) for value in values if not math.isnan(value)]
     return sum(numbers) / len(numbers) if numbers else math.nan
-
-
-def _make_folder(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SegmentationError(f"{run}: cannot be made: {error.strerror}") from error
 
 
 def _report(tensorboard: SummaryWriter, row: dict[str, float]) -> None:

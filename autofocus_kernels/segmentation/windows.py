@@ -41,7 +41,7 @@ class Prediction(NamedTuple):
 
 
 class Segmentation(NamedTuple):
-    """Of a volume: labels ``[*S]``, int64; the box that was predicted; and of that, by layer, the attention."""
+    """Of a volume: labels ``[*S]``, int16; the box that was predicted; and of that, by layer, the attention."""
 
     labels: np.ndarray
     box: tuple[slice, ...]
@@ -92,9 +92,11 @@ class Windows:
         masked = self.tiling == "published"
         box = _bounding_box(mask) if masked else tuple(slice(0, size) for size in mask.shape)
         prediction = self(torch.from_numpy(image), box, attention)
-        labels = np.zeros(mask.shape, np.int64)
+        labels = np.zeros(mask.shape, np.int16)
         labels[box] = prediction.logits.argmax(0).numpy()
-        return Segmentation(labels * mask if masked else labels, box, prediction.attention)
+        if masked:
+            labels *= mask
+        return Segmentation(labels, box, prediction.attention)
 
     def __call__(self, image: Tensor, box: tuple[slice, ...], attention: bool = False) -> Prediction:
         """
