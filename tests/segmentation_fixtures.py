@@ -31,7 +31,9 @@ def in_process(function, *arguments):
         process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
         process.start()
     process.join(60)
-    return process.exitcode
+    code = process.exitcode
+    process.kill()  # one that hangs would keep the tests from ending
+    return code
 
 
 def kill_before_file(number):

@@ -276,6 +276,9 @@ def test_csv_and_json_lists(tmp_path):
     assert [case.name for case in from_csv.validation + from_csv.test] == ["2", "3"]
     with pytest.raises(SegmentationError, match="list.csv: a list names no labels"):
         read_dataset(tmp_path / "list.csv")
+    files.write_json(tmp_path / "list.json", [{"image": [], "label": "l/1.nii"}])
+    with pytest.raises(SegmentationError, match="list.json: expected one image"):
+        read_dataset(tmp_path / "list.json", ["back", "front"])
 
 
 def test_a_list_from_a_spreadsheet(tmp_path):
@@ -327,6 +330,7 @@ def test_decathlon(tmp_path):
         ({"training": [{"image": ["1.nii", "2.nii"], "label": "3.nii"}]}, "expected one image or 1"),
         ({"training": [{"image": 3, "label": "1.nii"}]}, "files must be given by name"),
         ({"training": GOOD["training"] * 2}, "every case must be listed once, got 1 twice"),
+        ({"training": [{"image": [], "label": "1.nii"}]}, "expected one image or 1"),
         ({"test": 3}, '"test" must be a list'),
     ],
 )

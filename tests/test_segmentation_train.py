@@ -230,7 +230,10 @@ def train_in_two(data, run, options):
             process.start()
     for process in ranks:
         process.join(60)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()  # one that hangs would keep the tests from ending
+    assert codes == [0, 0]
 
 
 @pytest.mark.parametrize("branch_norm", [True, False])
@@ -410,6 +413,33 @@ def test_a_label_that_a_case_has_not_is_left_out_of_its_dice(phantom_2d, tmp_pat
     row = train.train(data, tmp_path / "run", **SMALL | {"iterations": 1})[-1]
     assert math.isnan(row["dice large"]) and math.isnan(row["dice bright"])
     assert row["dice"] == pytest.approx((row["dice small"] + row["dice medium"]) / 2)
+
+
+@pytest.mark.parametrize("cache", [None, 0])
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_a_bad_case_is_found_before_training(finished, phantom_2d, tmp_path, capsys, split, cache):  # noqa: F811
+    """Not as MONAI's RuntimeError, which does not name the file."""
+    data = tmp_path / "data"
+    shutil.copytree(phantom_2d, data)
+    (name, *_) = getattr(read_config(finished[0]), split)
+    image = files.read_nifti(data / "imagesTr" / f"{name}.nii.gz")
+    files.write_nifti(data / "imagesTr" / f"{name}.nii.gz", image.data, 2 * image.affine)
+    words = ["train", "--data", data, "--out", tmp_path / "run", "--window", 40, "--device", "cpu"]
+    words += [] if cache is None else ["--cache", cache]
+    assert command_line.main([str(word) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"error: {data}") and f"{name}.nii.gz: must have the" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_case_that_breaks_during_training(phantom_2d, tmp_path):  # noqa: F811
+    data = tmp_path / "data"
+    shutil.copytree(phantom_2d, data)
+    made = make_crops(data, cache=0)
+    for file in (data / "imagesTr").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(SegmentationError, match=r"imagesTr/.*: cannot be read"):
+        made[0]
 
 
 def test_a_batch_too_large_for_the_memory(phantom_2d, tmp_path, monkeypatch):  # noqa: F811

@@ -179,7 +179,7 @@ def _case(path: Path, entry: Any, num_modalities: int, split: str) -> Case:
     optional = [entry.get(key) for key in ("case", "label", "mask")]
     if not all(isinstance(file, str) for file in images + [file for file in optional if file is not None]):
         raise SegmentationError(f"{path}: cases and files must be given by name, got {entry!r}")
-    if len(images) not in (1, num_modalities):
+    if not images or len(images) not in (1, num_modalities):
         raise SegmentationError(f"{path}: expected one image or {num_modalities} (one a modality), got {images}")
     files = tuple(path.parent / image for image in images)
     name = optional[0]
