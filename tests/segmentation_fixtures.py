@@ -1,9 +1,14 @@
 """What the tests of segmentation share: tiny phantoms, and a training of seconds."""
 
 import dataclasses
+import multiprocessing
+import os
+import signal
+import warnings
 
 import pytest
 
+pytest.importorskip("autofocus_kernels.segmentation.extra", exc_type=ImportError)
 from autofocus_kernels.segmentation.phantom import make_phantom
 from autofocus_kernels.segmentation.recipe import PUBLISHED
 
@@ -17,6 +22,31 @@ SMALL = {
     "device": "cpu",
     "progress": False,
 }
+
+
+def in_process(function, *arguments):
+    """Runs in a process of its own, forked since to import MONAI takes seconds; returns its exit code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks of processes with threads, here idle ones
+        process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+        process.start()
+    process.join(60)
+    code = process.exitcode
+    process.kill()  # one that hangs would keep the tests from ending
+    return code
+
+
+def kill_before_file(number):
+    """From here on the operating system ends this process right before that file, written in full, gets its name."""
+    replace, count = os.replace, [0]
+
+    def counted(source, target):
+        count[0] += 1
+        if count[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    os.replace = counted
 
 
 @pytest.fixture(scope="session")

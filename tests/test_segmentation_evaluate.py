@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 
-nibabel = pytest.importorskip("nibabel", reason="needs autofocus-kernels[segmentation]")
-pytest.importorskip("monai", reason="needs autofocus-kernels[segmentation]")
+pytest.importorskip("autofocus_kernels.segmentation.extra", exc_type=ImportError)
+import nibabel
+
 from autofocus_kernels.segmentation import __main__ as command
 from autofocus_kernels.segmentation.evaluate import (
     evaluate,
@@ -123,6 +124,28 @@ def test_labels_have_the_names_of_the_dataset(folders):
     assert [(score.structure, score.empty) for score in scores] == [("liver", ""), ("spleen", "both empty")]
 
 
+def test_names_of_labels_as_newer_descriptions_have_them(folders):
+    pred, truth = folders
+    (truth / "dataset.json").write_text('{"labels": {"background": 0, "liver": 1}}')
+    write(pred / "a.nii.gz", box((4, 4), (0, 2)))
+    write(truth / "a.nii.gz", box((4, 4), (0, 2)))
+    assert [score.structure for score in evaluate(pred, truth)] == ["liver"]
+    (truth / "dataset.json").write_text('{"labels": ["background", "liver"]}')
+    with pytest.raises(ValueError, match='dataset.json: "labels" must map'):
+        evaluate(pred, truth)
+
+
+def test_a_folder_for_the_scores_is_made_and_one_in_their_place_refused(folders):
+    pred, truth = folders
+    for folder in folders:
+        write(folder / "a.nii.gz", ORGAN)
+    evaluate(pred, truth, pred.parent / "new" / "scores.csv")
+    assert len(list((pred.parent / "new").iterdir())) == 2
+    write(pred / "a.nii.gz", ORGAN[:5])  # the place is looked at before the files
+    with pytest.raises(ValueError, match="new: must be a file to write, and is a folder"):
+        evaluate(pred, truth, pred.parent / "new")
+
+
 def test_the_command_writes_both_tables(folders, capsys):
     pred, truth = folders
     for name in ("p1", "p2"):
@@ -193,7 +216,7 @@ def test_truths_are_found_by_the_beginning_of_their_name(folders):
         (["p1"], ["p1_a", "p1_b"], "p1.nii.gz must have one truth .* several fit: p1_a, p1_b"),
         (["p1", "p1_x"], ["p1"], "are both predictions of .*p1.nii.gz"),
         (["p1"], ["p1", "p2"], "p2.nii.gz has no prediction"),
-        ([], ["p1"], "pred holds no .nii or .nii.gz file"),
+        ([], ["p1"], "pred: holds no NIfTI file"),
     ],
     ids=["missing truth", "ambiguous", "twice", "missing prediction", "empty folder"],
 )
@@ -219,8 +242,13 @@ TURNED = np.diag([-1.0, 2.0, 3.0, 1.0])
 @pytest.mark.parametrize(
     "predicted,affine,regions,message",
     [
-        (ORGAN[:5], None, None, r"pred/a.nii.gz must have the shape of .*truth/a.nii.gz, \[6, 6, 6\], got \[5, 6, 6\]"),
-        (ORGAN, TURNED, None, "pred/a.nii.gz must have the affine of .*truth/a.nii.gz"),
+        (
+            ORGAN[:5],
+            None,
+            None,
+            r"pred/a.nii.gz: must have the shape of .*truth/a.nii.gz, \[6, 6, 6\], got \[5,",
+        ),
+        (ORGAN, TURNED, None, "pred/a.nii.gz: must have the affine of .*truth/a.nii.gz"),
         (ORGAN * 9, None, "brats2015", r"pred/a.nii.gz must hold labels of \[0, 1, 2, 3, 4\] only, got \[9\]"),
         (ORGAN[..., None] * [1, 1], None, None, "pred/a.nii.gz must hold one label map"),
         (ORGAN, None, "brats1066", "regions must be a mapping or one of brats2015, got 'brats1066'"),

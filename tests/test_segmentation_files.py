@@ -5,13 +5,11 @@ import dataclasses
 import os
 import shutil
 
+import nibabel
 import numpy as np
 import pytest
-from segmentation_fixtures import phantom_2d  # noqa: F401
-
-pytest.importorskip("nibabel")
-import nibabel
 import torch
+from segmentation_fixtures import phantom_2d  # noqa: F401
 
 from autofocus_kernels import networks
 from autofocus_kernels.segmentation import files
@@ -44,6 +42,7 @@ def test_header_of_the_image_is_kept(tmp_path):
     original.set_sform(AFFINE, code="mni")
     original.set_qform(AFFINE, code="scanner")
     original.header.set_slope_inter(2, 3)
+    original.header["cal_max"] = 1000
     nibabel.save(original, tmp_path / "image.nii.gz")
     image = read_nifti(tmp_path / "image.nii.gz")
     write_nifti(tmp_path / "label.nii.gz", np.full((4, 5, 6), 7, np.uint8), image.affine, image.header)
@@ -51,6 +50,10 @@ def test_header_of_the_image_is_kept(tmp_path):
     assert written.get_data_dtype() == np.uint8 and (read_labels(tmp_path / "label.nii.gz").data == 7).all()
     assert written.header.get_xyzt_units() == ("mm", "sec")
     assert (int(written.header["sform_code"]), int(written.header["qform_code"])) == (4, 1)
+    assert written.header["cal_max"] == 0  # or viewers show labels as black
+    nibabel.save(nibabel.Nifti2Image(np.ones((4, 5, 6), np.int16), AFFINE), tmp_path / "image.nii.gz")
+    write_nifti(tmp_path / "label.nii.gz", np.ones((4, 5, 6), np.uint8), *read_nifti(tmp_path / "image.nii.gz")[1:])
+    assert isinstance(nibabel.load(tmp_path / "label.nii.gz"), nibabel.Nifti2Image)
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
@@ -94,6 +97,25 @@ def test_labels_are_whole_numbers(tmp_path, value):
     write_nifti(tmp_path / "label.nii", np.full((4, 4), value, np.float32), AFFINE)
     with pytest.raises(SegmentationError, match=r"label.nii: labels must be whole numbers from 0 to 32767, got"):
         read_labels(tmp_path / "label.nii")
+
+
+def test_labels_may_be_floats_with_their_rounding(tmp_path):
+    write_nifti(tmp_path / "label.nii", np.array([[0.0, 1.0], [1.99999, 1e-5]]), AFFINE)
+    assert read_labels(tmp_path / "label.nii").data.tolist() == [[0, 1], [2, 0]]
+
+
+def test_axes_of_one_voxel_at_the_end(tmp_path):
+    write_nifti(tmp_path / "image.nii", np.arange(24.0).reshape(2, 3, 4, 1, 1), AFFINE)
+    write_nifti(tmp_path / "label.nii", np.ones((2, 3, 4, 1), np.uint8), AFFINE)
+    case = Case("case", (tmp_path / "image.nii",), tmp_path / "label.nii")
+    assert [part.shape for part in read_case(case, 1, 3, 2)[:3]] == [(1, 2, 3, 4), (2, 3, 4), (2, 3, 4)]
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, [("R", "u1"), ("G", "u1"), ("B", "u1")]], ids=["complex", "colours"])
+def test_no_real_numbers(tmp_path, dtype):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((3, 4), dtype), AFFINE), tmp_path / "image.nii")
+    with pytest.raises(SegmentationError, match="image.nii: must hold real numbers"):
+        read_nifti(tmp_path / "image.nii")
 
 
 def test_normalised_inside_the_mask(phantom_2d):  # noqa: F811
@@ -152,6 +174,59 @@ def test_bad_cases(phantom_2d, tmp_path, kind, number):  # noqa: F811
         read_case(case, 2, 2, 5)
 
 
+@pytest.fixture
+def placed(tmp_path):
+    """A case of two modalities in a file each, a label map and a mask; a function that puts one of them elsewhere."""
+    random = np.random.default_rng(0)
+    paths = {name: tmp_path / f"{name}.nii" for name in ("first", "second", "label", "mask")}
+
+    def place(name, affine):
+        data = random.random((4, 5, 6), np.float32) if name in ("first", "second") else np.ones((4, 5, 6), np.uint8)
+        write_nifti(paths[name], data, affine)
+
+    for name in paths:
+        place(name, AFFINE)
+    return Case("case", (paths["first"], paths["second"]), paths["label"], paths["mask"]), place
+
+
+@pytest.mark.parametrize("name", ["second", "label", "mask"])
+@pytest.mark.parametrize("wrong", ["moved", "spacing", "turned"])
+def test_files_of_a_case_that_lie_elsewhere(placed, name, wrong):
+    case, place = placed
+    affine = AFFINE.copy()
+    if wrong == "moved":
+        affine[0, 3] += 0.3
+    elif wrong == "spacing":
+        affine[2, 2] = 3.1  # over six voxels more than half a millimetre
+    else:
+        affine[:, 0] *= -1
+    place(name, affine)
+    with pytest.raises(SegmentationError, match=f"{name}.nii: must have the affine of .*first.nii, .* mm elsewhere"):
+        read_case(case, 2, 3, 2)
+
+
+def test_affines_may_differ_by_rounding(placed):
+    case, place = placed
+    place("second", AFFINE * (1 + 1e-4))
+    place("label", AFFINE + 1e-3)
+    read_case(case, 2, 3, 2)
+
+
+def test_a_file_that_says_nothing_of_its_place_must_have_the_spacing(placed):
+    """nibabel gives it an affine of its own making."""
+    case = placed[0]
+    for spacing, fits in (((2.0, 1.5, 3.0), False), ((1.5, 2.0, 3.0), True)):
+        image = nibabel.Nifti1Image(np.ones((4, 5, 6), np.uint8), None)
+        image.header.set_zooms(spacing)
+        nibabel.save(image, case.label)
+        assert not nibabel.load(case.label).header["sform_code"]
+        if fits:
+            read_case(case, 2, 3, 2)
+        else:
+            with pytest.raises(SegmentationError, match=r"label.nii: must have the spacing of .*first.nii"):
+                read_case(case, 2, 3, 2)
+
+
 def test_an_image_of_zeros_has_no_mask(tmp_path):
     write_nifti(tmp_path / "image.nii", np.zeros((4, 4), np.float32), AFFINE)
     with pytest.raises(SegmentationError, match="image.nii: every voxel is zero"):
@@ -201,6 +276,28 @@ def test_csv_and_json_lists(tmp_path):
     assert [case.name for case in from_csv.validation + from_csv.test] == ["2", "3"]
     with pytest.raises(SegmentationError, match="list.csv: a list names no labels"):
         read_dataset(tmp_path / "list.csv")
+    files.write_json(tmp_path / "list.json", [{"image": [], "label": "l/1.nii"}])
+    with pytest.raises(SegmentationError, match="list.json: expected one image"):
+        read_dataset(tmp_path / "list.json", ["back", "front"])
+
+
+def test_a_list_from_a_spreadsheet(tmp_path):
+    """With the mark that these begin a text with, spaces, and files of one name in folders of their own."""
+    lines = ["case, t1, t2, label", "p1, p1/t1.nii, p1/t2.nii, p1/seg.nii", "p2, p2/t1.nii, p2/t2.nii, p2/seg.nii"]
+    (tmp_path / "list.csv").write_text("\r\n".join([*lines, "", ""]), encoding="utf-8-sig")
+    dataset = read_dataset(tmp_path / "list.csv", ["back", "front"])
+    assert dataset.modalities == ("t1", "t2") and [case.name for case in dataset.training] == ["p1", "p2"]
+    assert dataset.training[1].images == (tmp_path / "p2/t1.nii", tmp_path / "p2/t2.nii")
+    (tmp_path / "list.csv").write_text("\n".join(lines).replace("p1,", ",").replace("p2,", ","))
+    with pytest.raises(SegmentationError, match="got seg twice; give them names"):
+        read_dataset(tmp_path / "list.csv", ["back", "front"])
+
+
+@pytest.mark.parametrize("name", ["", "../p1", "a/p1", ".p1", 1])
+def test_names_of_cases_that_are_no_names_of_files(tmp_path, name):
+    files.write_json(tmp_path / "list.json", [{"image": "a.nii", "split": "test", "case": name}])
+    with pytest.raises(SegmentationError, match=r"list.json: .* name"):
+        read_dataset(tmp_path / "list.json", ["back", "front"])
 
 
 GOOD = {
@@ -228,11 +325,12 @@ def test_decathlon(tmp_path):
         ({"modality": None}, '"modality" must map'),
         ({"labels": {"0": "background", "2": "organ"}}, '"labels" must map'),
         ({"labels": {"0": "background"}}, "must name the background and at least one more label"),
-        ({"training": []}, "must list at least one case for training"),
+        ({"training": [], "test": []}, "must list at least one case"),
         ({"training": [{"image": "1.nii"}]}, '"training" must have an "image" and a "label"'),
         ({"training": [{"image": ["1.nii", "2.nii"], "label": "3.nii"}]}, "expected one image or 1"),
         ({"training": [{"image": 3, "label": "1.nii"}]}, "files must be given by name"),
         ({"training": GOOD["training"] * 2}, "every case must be listed once, got 1 twice"),
+        ({"training": [{"image": [], "label": "1.nii"}]}, "expected one image or 1"),
         ({"test": 3}, '"test" must be a list'),
     ],
 )
@@ -267,7 +365,12 @@ CONFIG = Config(
 def test_config_round_trip(tmp_path):
     write_config(tmp_path, CONFIG)
     assert read_config(tmp_path) == CONFIG
-    for change, message in (({"extra": 1}, "is no config of a run"), ({"recipe": {"lr": 1}}, "unexpected keyword")):
+    for change, message in (
+        ({"extra": 1}, "is no config of a run"),
+        ({"recipe": {"lr": 1}}, "unexpected keyword"),
+        ({"window": 40}, "window must be a list of int, got 40"),
+        ({"labels": "background"}, "labels must be a list of str, got 'background'"),
+    ):
         files.write_json(tmp_path / "config.json", dataclasses.asdict(CONFIG) | change)
         with pytest.raises(SegmentationError, match=f"config.json: .*{message}"):
             read_config(tmp_path)

@@ -3,20 +3,20 @@
 import dataclasses
 import errno
 import logging
+import signal
 
+import nibabel
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from segmentation_fixtures import phantom_2d  # noqa: F401
+from segmentation_fixtures import in_process, kill_before_file, phantom_2d  # noqa: F401
 from torch import nn
 
-nibabel = pytest.importorskip("nibabel", reason="needs autofocus-kernels[segmentation]")
-pytest.importorskip("monai", reason="needs autofocus-kernels[segmentation]")
 from autofocus_kernels import networks
 from autofocus_kernels.segmentation import __main__ as command
 from autofocus_kernels.segmentation import predict as predict_module
-from autofocus_kernels.segmentation.files import write_checkpoint
+from autofocus_kernels.segmentation.files import write_atomic, write_checkpoint, write_json
 from autofocus_kernels.segmentation.predict import predict
 from autofocus_kernels.segmentation.run import Config, build_network, write_config
 from autofocus_kernels.segmentation.windows import Windows
@@ -213,6 +213,16 @@ def run(tmp_path):
     return folder
 
 
+@pytest.fixture
+def quick_pictures(monkeypatch):
+    """Those that nobody looks at take most of a test's time."""
+
+    def write_overlay(path, *_):
+        write_atomic(path, lambda file: file.write(b"a picture"))
+
+    monkeypatch.setattr(predict_module, "write_overlay", write_overlay)
+
+
 ROTATED = np.array([[0.0, 0.0, -2.0, 10.0], [0.9, 0.3, 0.0, -5.0], [-0.4, 0.7, 0.0, 3.0], [0.0, 0.0, 0.0, 1.0]])
 
 
@@ -244,6 +254,7 @@ def test_a_folder_is_segmented_inside_the_masks(run, images, tmp_path):
         assert file.with_name(file.name.replace(".nii.gz", ".png")).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("quick_pictures")
 def test_gaussian_predicts_outside_the_mask_too(run, images, tmp_path):
     (file, _) = predict(run, images, tmp_path / "out", tiling="gaussian")
     assert labels_of(file)[~labels_of(images / "a.nii.gz").any(axis=-1)].any()
@@ -283,6 +294,7 @@ def test_attention_as_files(run, images, tmp_path):
     assert (out / "attention" / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("quick_pictures")
 def test_what_is_there_is_kept_and_what_is_missing_made(run, images, tmp_path, monkeypatch):
     out = tmp_path / "out"
     write = predict_module.write_nifti
@@ -309,6 +321,43 @@ def test_what_is_there_is_kept_and_what_is_missing_made(run, images, tmp_path, m
     assert (out / "a.nii.gz").stat().st_mtime_ns > before
 
 
+def killed_at_file(number, run, images, out):
+    kill_before_file(number)
+    predict(run, images, out)
+
+
+@pytest.mark.usefixtures("quick_pictures")
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_killed_call_goes_on(run, images, tmp_path, number):
+    """Each case is a picture and then a label file."""
+    assert in_process(killed_at_file, number, run, images, tmp_path / "out") == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["a.nii.gz"][: number // 3]
+    predict(run, images, tmp_path / "out")
+    predict(run, images, tmp_path / "expected")
+    contents = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("out", "expected")]
+    assert contents[0] == contents[1] and len(contents[0]) == 4
+
+
+@pytest.mark.usefixtures("quick_pictures")
+def test_label_files_of_another_origin_are_neither_kept_nor_lost(run, images, tmp_path):
+    out = tmp_path / "out"
+    predict(run, images, out)
+    before = (out / "a.nii.gz").read_bytes()
+    with pytest.raises(ValueError, match="a.nii.gz: is there already, and not of this model, tiling and window"):
+        predict(run, images, out, tiling="gaussian")
+    network = build_network(CONFIG)  # trained on, say
+    write_checkpoint(run / "best.pt", {"model": network.state_dict()})
+    with pytest.raises(ValueError, match="a.nii.gz: is there already"):
+        predict(run, images, out)
+    assert (out / "a.nii.gz").read_bytes() == before
+    predict(run, images, out, overwrite=True)
+    assert (out / "a.nii.gz").read_bytes() != before
+    (out / "b.nii.gz").unlink()
+    nibabel.save(nibabel.Nifti1Image(np.zeros((28, 24), np.uint8), ROTATED), out / "b.nii.gz")  # somebody's truth
+    with pytest.raises(ValueError, match="b.nii.gz: is there already"):
+        predict(run, images, out)
+
+
 def test_a_case_without_its_attention_is_not_complete(run, images, tmp_path):
     predict(run, images / "a.nii.gz", tmp_path / "out")
     predict(run, images / "a.nii.gz", tmp_path / "out", attention=True)
@@ -322,6 +371,7 @@ def test_inputs_are_not_overwritten(run, images):
     assert (images / "a.nii.gz").read_bytes() == before
 
 
+@pytest.mark.usefixtures("quick_pictures")
 def test_a_data_set_gives_its_test_cases(run, phantom_2d, tmp_path):  # noqa: F811
     config = dataclasses.replace(CONFIG, labels=tuple("01234"))
     write_config(run, config)
@@ -329,6 +379,48 @@ def test_a_data_set_gives_its_test_cases(run, phantom_2d, tmp_path):  # noqa: F8
     dataset = predict_module.read_dataset(phantom_2d)
     files = predict(run, phantom_2d, tmp_path / "out")
     assert [file.name for file in files] == [f"{case.name}.nii.gz" for case in dataset.test]
+
+
+@pytest.fixture
+def paired(images, tmp_path):
+    """The same images with a file a modality, those of a case in its folder, and a list of them for tests alone."""
+    for case in ("a", "b"):
+        (tmp_path / "paired" / case).mkdir(parents=True)
+        image = nibabel.load(images / f"{case}.nii.gz")
+        for index, name in enumerate(CONFIG.modalities):
+            one = nibabel.Nifti1Image(image.get_fdata(dtype=np.float32)[..., index], ROTATED)
+            nibabel.save(one, tmp_path / "paired" / case / f"{name}.nii")
+    path = tmp_path / "paired" / "list.csv"
+    path.write_text("case,T1,T2,split\na,a/T1.nii,a/T2.nii,test\nb,b/T1.nii,b/T2.nii,test\n")
+    return path
+
+
+@pytest.mark.usefixtures("quick_pictures")
+def test_a_list_of_test_cases_with_a_file_a_modality(run, images, paired, tmp_path):
+    files = predict(run, paired, tmp_path / "out")
+    assert [file.name for file in files] == ["a.nii.gz", "b.nii.gz"]
+    for file, expected in zip(files, predict(run, images, tmp_path / "expected")):
+        np.testing.assert_array_equal(labels_of(file), labels_of(expected))
+
+
+def test_modalities_in_another_order_than_in_training(run, paired, tmp_path):
+    paired.write_text("case,T2,T1,split\na,a/T2.nii,a/T1.nii,test\n")
+    with pytest.raises(ValueError, match="list.csv: modalities must be in the order of training, T1, T2, got T2, T1"):
+        predict(run, paired, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("quick_pictures")
+def test_a_description_without_cases_for_training(run, images, tmp_path):
+    labels = {str(i): name for i, name in enumerate(CONFIG.labels)}
+    description = {"modality": {"0": "T1", "1": "T2"}, "labels": labels, "test": ["./a.nii.gz"]}
+    write_json(images / "dataset.json", description)
+    assert [file.name for file in predict(run, images, tmp_path / "out")] == ["a.nii.gz"]
+
+
+@pytest.mark.usefixtures("quick_pictures")
+def test_what_other_systems_leave_beside_the_images_is_passed_over(run, images, tmp_path):
+    (images / "._a.nii.gz").write_bytes(b"\0\5\x16\7")
+    assert len(predict(run, images, tmp_path / "out")) == 2
 
 
 def test_an_original_checkpoint_by_the_command(images, tmp_path, capsys):
@@ -412,7 +504,9 @@ def test_attention_of_a_network_without_it(run, images, tmp_path):
         predict(run, images, tmp_path / "out", attention=True)
 
 
-@pytest.mark.parametrize("names,message", [(["x.nii", "x.nii.gz"], "is the same case"), ([], "holds neither")])
+@pytest.mark.parametrize(
+    "names,message", [(["x.nii", "x.nii.gz"], "is the same case"), ([], "in: holds no NIfTI file")]
+)
 def test_folders_that_hold_no_cases(run, tmp_path, names, message):
     (tmp_path / "in").mkdir()
     for name in names:

@@ -16,11 +16,8 @@ import warnings
 
 import numpy as np
 import pytest
-from segmentation_fixtures import SMALL, phantom_2d, phantom_3d  # noqa: F401
-
-pytest.importorskip("monai")
-pytest.importorskip("nibabel")
 import torch
+from segmentation_fixtures import SMALL, in_process, kill_before_file, phantom_2d, phantom_3d  # noqa: F401
 
 from autofocus_kernels import networks
 from autofocus_kernels.segmentation import __main__ as command_line
@@ -73,16 +70,6 @@ def assert_same(first, second, where):
         assert first.dtype == second.dtype and first.numpy().tobytes() == second.numpy().tobytes(), where
     else:
         assert first == second or (first != first and second != second), where
-
-
-def in_process(function, *arguments):
-    """Runs in a process of its own, forked since to import MONAI takes seconds; returns its exit code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks of processes with threads, here idle ones
-        process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
-        process.start()
-    process.join(60)
-    return process.exitcode
 
 
 def test_two_epochs(finished):
@@ -147,21 +134,12 @@ def test_the_seed_decides(finished, phantom_2d, tmp_path):  # noqa: F811
 
 
 def killed_at_file(number, data, run):
-    """The operating system ends the process right before a file, written in full, gets its name."""
-    replace, count = os.replace, [0]
-
-    def counted(source, target):
-        count[0] += 1
-        if count[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(source, target)
-
-    os.replace = counted
+    kill_before_file(number)
     train.train(data, run, **SMALL)
 
 
 def killed_in_checkpoint(number, data, run):
-    """... or in the middle of its bytes."""
+    """In the middle of the bytes of a file."""
     save, count = torch.save, [0]
 
     def halved(values, file):
@@ -252,7 +230,10 @@ def train_in_two(data, run, options):
             process.start()
     for process in ranks:
         process.join(60)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()  # one that hangs would keep the tests from ending
+    assert codes == [0, 0]
 
 
 @pytest.mark.parametrize("branch_norm", [True, False])
@@ -415,6 +396,61 @@ class RunsCode:
         return os.mkdir, (str(self.path),)
 
 
+def test_processes_that_make_crops_change_nothing(finished, phantom_2d, tmp_path):  # noqa: F811
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks, as above
+        train.train(phantom_2d, tmp_path, **SMALL, workers=2, cache=2)
+    assert_same_run(finished[0], tmp_path)
+
+
+def test_a_label_that_a_case_has_not_is_left_out_of_its_dice(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
+    data = tmp_path / "data"
+    shutil.copytree(phantom_2d, data)
+    for file in (data / "labelsTr").iterdir():
+        image = files.read_labels(file)
+        files.write_nifti(file, np.where(image.data > 2, 0, image.data), image.affine, image.header)
+    monkeypatch.setattr(train._Training, "_dice", REAL_DICE)
+    row = train.train(data, tmp_path / "run", **SMALL | {"iterations": 1})[-1]
+    assert math.isnan(row["dice large"]) and math.isnan(row["dice bright"])
+    assert row["dice"] == pytest.approx((row["dice small"] + row["dice medium"]) / 2)
+
+
+@pytest.mark.parametrize("cache", [None, 0])
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_a_bad_case_is_found_before_training(finished, phantom_2d, tmp_path, capsys, split, cache):  # noqa: F811
+    """Not as MONAI's RuntimeError, which does not name the file."""
+    data = tmp_path / "data"
+    shutil.copytree(phantom_2d, data)
+    (name, *_) = getattr(read_config(finished[0]), split)
+    image = files.read_nifti(data / "imagesTr" / f"{name}.nii.gz")
+    files.write_nifti(data / "imagesTr" / f"{name}.nii.gz", image.data, 2 * image.affine)
+    words = ["train", "--data", data, "--out", tmp_path / "run", "--window", 40, "--device", "cpu"]
+    words += [] if cache is None else ["--cache", cache]
+    assert command_line.main([str(word) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"error: {data}") and f"{name}.nii.gz: must have the" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_case_that_breaks_during_training(phantom_2d, tmp_path):  # noqa: F811
+    data = tmp_path / "data"
+    shutil.copytree(phantom_2d, data)
+    made = make_crops(data, cache=0)
+    for file in (data / "imagesTr").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(SegmentationError, match=r"imagesTr/.*: cannot be read"):
+        made[0]
+
+
+def test_a_batch_too_large_for_the_memory(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
+    def full(recipe):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "make_loss", lambda recipe: lambda logits, label: full(recipe))
+    with pytest.raises(MemoryError, match=r"out of memory on cpu with 2 windows of \[24, 24\] voxels"):
+        train.train(phantom_2d, tmp_path / "run", **SMALL)
+
+
 def test_a_loss_that_is_no_number(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(train, "make_loss", lambda recipe: lambda logits, label: logits.sum() * math.nan)
     with pytest.raises(SegmentationError, match="the loss is nan in iteration 1"):
@@ -424,10 +460,23 @@ def test_a_loss_that_is_no_number(phantom_2d, tmp_path, monkeypatch):  # noqa: F
 
 @pytest.mark.parametrize(
     "argument, value",
-    [("iterations", 0), ("window", (24, 24, 24)), ("window", (16,)), ("arch", "AFN-9"), ("validate_every", 0)],
+    [
+        ("iterations", 0),
+        ("window", (24, 24, 24)),
+        ("window", (16,)),
+        ("window", (10**6,)),
+        ("arch", "AFN-9"),
+        ("validate_every", 0),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("cache", -1),
+        ("workers", -1),
+        ("device", "abacus"),
+        ("device", "meta"),
+    ],
 )
 def test_errors_name_the_argument(phantom_2d, tmp_path, argument, value):  # noqa: F811
-    with pytest.raises(ValueError, match=f"{'name' if argument == 'arch' else argument} must be"):
+    with pytest.raises(ValueError, match=f"{'name' if argument == 'arch' else argument} must "):
         train.train(phantom_2d, tmp_path / "run", **SMALL | {argument: value})
     assert not (tmp_path / "run").exists()
 
@@ -443,10 +492,14 @@ def test_command_line(phantom_2d, tmp_path, capsys, finished):  # noqa: F811
     assert output.err.count("\n") == 1 and "seed is 0 there, 1 here" in output.err and not output.out
 
 
-def test_a_missing_package_names_the_extra(monkeypatch, capsys):
-    def missing(*_):
-        raise ModuleNotFoundError("No module named 'monai'")
+@pytest.mark.parametrize("rate", [0.0, math.nan, math.inf])
+def test_learning_rates_that_are_none(rate):
+    with pytest.raises(ValueError, match="learning_rate must be a number above 0"):
+        dataclasses.replace(PUBLISHED, learning_rate=rate)
 
-    monkeypatch.setattr(command_line.importlib, "import_module", missing)
-    assert command_line.main(["train"]) == 2
-    assert "No module named 'monai': pip install 'autofocus-kernels[segmentation]'" in capsys.readouterr().err
+
+def test_a_data_set_without_cases_to_train_on(phantom_2d, tmp_path):  # noqa: F811
+    description = files.read_json(phantom_2d / "dataset.json")
+    files.write_json(tmp_path / "dataset.json", description | {"training": []})
+    with pytest.raises(SegmentationError, match="dataset.json: must list at least one case for training"):
+        train.train(tmp_path, tmp_path / "run", **SMALL)

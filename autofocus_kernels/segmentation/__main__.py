@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 COMMANDS = {
     "phantom": "make a data set to try things on",
@@ -18,9 +19,9 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; what the user can mend ends in one line on stderr and 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(prog="python -m autofocus_kernels.segmentation", description=__doc__)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
     try:
+        parser = _Parser(prog="python -m autofocus_kernels.segmentation", description=__doc__)
+        commands = parser.add_subparsers(metavar="COMMAND", required=True)
         for name, help in COMMANDS.items():
             command = commands.add_parser(name, help=help, formatter_class=_Help)
             if name in arguments[:1]:  # the others, and what they import, are not needed
@@ -30,13 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 command.set_defaults(main=module.main)
         options = parser.parse_args(arguments)
         options.main(options)
-    except ModuleNotFoundError as error:
-        return _fail(f"{error}: pip install 'autofocus-kernels[segmentation]'")
-    except (ValueError, OSError, MemoryError) as error:
+    except (ImportError, ValueError, OSError, MemoryError) as error:
         return _fail(str(error) or "out of memory")
     except KeyboardInterrupt:
         return _fail("interrupted") + 128  # 130, as shells have it
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Instead of all options and exit: they are what --help is for."""
+        raise ValueError(f"{message} ({self.prog} --help tells more)")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -5,11 +5,15 @@ So a sampler has no state to save. Case after case gives one crop, in a new orde
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from . import extra  # noqa: F401
+
+# isort: split
 import numpy as np
 import torch
 from monai.data import CacheDataset
@@ -17,6 +21,7 @@ from monai.transforms import Transform
 from torch import Tensor
 
 from .dataset import Case, Dataset, read_case
+from .files import SegmentationError
 from .windows import cut
 
 
@@ -53,7 +58,7 @@ class Crops(torch.utils.data.Dataset):
         cache: how many cases to keep in memory, the others being read for every crop; None for all.
 
     Raises:
-        SegmentationError: a case that is no good, as it is read.
+        SegmentationError: a case that is no good. All are read at the beginning.
     """
 
     def __init__(
@@ -68,7 +73,10 @@ class Crops(torch.utils.data.Dataset):
     ) -> None:
         load = _Load(dataset, len(window))
         kept = sys.maxsize if cache is None else cache
-        self.cases = CacheDataset(list(cases), load, cache_num=kept, progress=False, copy_cache=False)
+        with _own_errors():
+            self.cases = CacheDataset(list(cases), load, cache_num=kept, progress=False, copy_cache=False)
+        for case in cases[kept:]:
+            load(case)
         self.window, self.crop, self.seed = window, crop, seed
         self.flipped_axes = len(window) if flip_every_axis else 1
 
@@ -76,7 +84,8 @@ class Crops(torch.utils.data.Dataset):
         round, place = divmod(number, len(self.cases))
         index = _order(self.seed, round, len(self.cases))[place]
         generator = np.random.default_rng([self.seed, round, index])
-        loaded = self.cases[index]
+        with _own_errors():
+            loaded = self.cases[index]
         size = loaded.label.shape
         tile = [length - less for length, less in zip(self.window, self.crop)]
         start = _start(_centre(loaded, number % 2 == 0, generator), tile, size)
@@ -84,6 +93,17 @@ class Crops(torch.utils.data.Dataset):
         label = cut(loaded.label[None], start, tile)[0]
         flips = [axis for axis in range(self.flipped_axes) if generator.random() < 0.5]
         return window.flip([axis + 1 for axis in flips]), label.flip(flips).long()
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """MONAI makes a RuntimeError, which names no file, of what a transform raises."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__cause__, SegmentationError):
+            raise error.__cause__ from None
+        raise
 
 
 @functools.lru_cache(maxsize=2)

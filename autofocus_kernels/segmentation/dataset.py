@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .files import Image, SegmentationError, read_json, read_labels, read_nifti, stem
+from .files import Grid, Image, SegmentationError, read_json, read_labels, read_nifti, stem
 
 _SPLITS = ("training", "validation", "test")
+_COLUMNS = ("case", "label", "mask", "split")  # of a CSV list; the others are modalities
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Dataset:
-    """``labels[i]`` is the name of label i, 0 being the background. ``validation`` is None where no list is given."""
+    """``labels[i]`` is the name of label i, 0 being the background. ``validation`` is None where no list is given.
+
+    Any list of cases may be empty, but not all of them.
+    """
 
     source: Path
     modalities: tuple[str, ...]
@@ -38,7 +42,7 @@ class Dataset:
     test: tuple[Case, ...]
 
     def spatial_dims(self) -> int:
-        """2 or 3, read off the first label map for training."""
+        """2 or 3, read off the first label map for training, of which there must be one."""
         dims = read_labels(self.training[0].label).data.ndim
         if dims not in (2, 3):
             raise SegmentationError(f"{self.training[0].label}: must have 2 or 3 axes, got {dims}")
@@ -59,8 +63,9 @@ def read_dataset(path: str | os.PathLike, labels: Sequence[str] | None = None) -
     """The cases of a folder with a ``dataset.json``, of such a file, or of a list in CSV or JSON.
 
     A ``dataset.json`` is that of the Decathlon; entries may also have a list of files, one a modality, as "image", a
-    "mask", and entries of a "validation" list are used for validation. In a CSV list the columns "label", "mask" and
-    "split" (training, validation or test) are known by name, and every other column is a modality. A JSON list holds
+    "mask", a "case" (its name; without one that of the label's file, or of the first image), and entries of a
+    "validation" list are used for validation. In a CSV list the columns "case", "label", "mask" and "split" (training,
+    validation or test) are known by name, and every other column is a modality, with a file each. A JSON list holds
     entries as those of ``dataset.json``, with a "split" each. Paths are relative to the file.
 
     Args:
@@ -86,20 +91,20 @@ def read_dataset(path: str | os.PathLike, labels: Sequence[str] | None = None) -
 
 def _read_csv(path: Path) -> tuple[list[str], list[dict]]:
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin a text with a mark
+            rows = list(csv.DictReader(file, skipinitialspace=True))
     except (OSError, ValueError, csv.Error) as error:
         raise SegmentationError(f"{path}: cannot be read as CSV: {error}") from error
-    modalities = [column for column in (rows[0] if rows else []) if column not in ("label", "mask", "split")]
+    modalities = [column for column in (rows[0] if rows else []) if column not in _COLUMNS]
     if not modalities:
-        raise SegmentationError(f"{path}: must have rows, and columns of images beside label, mask and split")
+        raise SegmentationError(f"{path}: must have rows, and columns of images beside {', '.join(_COLUMNS)}")
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise SegmentationError(f"{path}: line {number} must have as many columns as the first")
     entries = [
         {
             "image": [row[modality] for modality in modalities],
-            **{key: row[key] for key in ("label", "mask", "split") if row.get(key)},
+            **{key: row[key] for key in _COLUMNS if row.get(key)},
         }
         for row in rows
     ]
@@ -124,11 +129,16 @@ def _from_list(path: Path, entries: Any, modalities: Sequence[str] | None, label
 def _from_decathlon(path: Path, content: dict) -> Dataset:
     modality = content.get("modality", content.get("channel_names"))
     splits = {name: content.get(name, []) for name in _SPLITS}
-    return _dataset(path, _names(path, "modality", modality), _names(path, "labels", content.get("labels")), splits)
+    labels = names_in_order(path, "labels", content.get("labels"))
+    return _dataset(path, names_in_order(path, "modality", modality), labels, splits)
 
 
-def _names(path: Path, key: str, table: Any) -> list[str]:
-    """The values of {"0": name, "1": name, ...} in order; also of {name: 0, ...}, as newer files have it."""
+def names_in_order(path: Path, key: str, table: Any) -> list[str]:
+    """The values of {"0": name, "1": name, ...} in order; also of {name: 0, ...}, as newer files have it.
+
+    Raises:
+        SegmentationError: ``table``, the entry ``key`` of ``path``, is of another form.
+    """
     if isinstance(table, dict) and all(isinstance(value, int) for value in table.values()):
         table = {str(value): name for name, value in table.items()}
     if not isinstance(table, dict) or not table or set(table) != {str(i) for i in range(len(table))}:
@@ -145,11 +155,14 @@ def _dataset(path: Path, modalities: Sequence[str], labels: Sequence[str], split
             raise SegmentationError(f'{path}: "{name}" must be a list, got {type(entries).__name__}')
         cases[name] = tuple(_case(path, entry, len(modalities), name) for entry in entries)
     names = [case.name for group in cases.values() for case in group]
-    if not cases["training"]:
-        raise SegmentationError(f"{path}: must list at least one case for training")
+    if not names:
+        raise SegmentationError(f"{path}: must list at least one case")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise SegmentationError(f"{path}: every case must be listed once, got {twice} twice")
+        raise SegmentationError(
+            f'{path}: every case must be listed once, got {twice} twice; give them names ("case") where files have '
+            "the same in several folders"
+        )
     validation = cases["validation"] or None
     return Dataset(path, tuple(modalities), tuple(labels), cases["training"], validation, cases["test"])
 
@@ -158,16 +171,24 @@ def _case(path: Path, entry: Any, num_modalities: int, split: str) -> Case:
     if isinstance(entry, str):  # the Decathlon's test cases
         entry = {"image": entry}
     if not isinstance(entry, dict) or "image" not in entry or ("label" not in entry and split != "test"):
-        raise SegmentationError(f'{path}: entries of "{split}" must have an "image" and a "label", got {entry!r}')
+        raise SegmentationError(
+            f'{path}: entries of "{split}" must have an "image" and a "label", which only those for test may lack, '
+            f"got {entry!r}"
+        )
     images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
-    optional = [entry.get(key) for key in ("label", "mask")]
+    optional = [entry.get(key) for key in ("case", "label", "mask")]
     if not all(isinstance(file, str) for file in images + [file for file in optional if file is not None]):
-        raise SegmentationError(f"{path}: files must be given by name, got {entry!r}")
-    if len(images) not in (1, num_modalities):
+        raise SegmentationError(f"{path}: cases and files must be given by name, got {entry!r}")
+    if not images or len(images) not in (1, num_modalities):
         raise SegmentationError(f"{path}: expected one image or {num_modalities} (one a modality), got {images}")
     files = tuple(path.parent / image for image in images)
-    label, mask = (None if file is None else path.parent / file for file in optional)
-    return Case(stem(label if label is not None else files[0]), files, label, mask)
+    name = optional[0]
+    label, mask = (None if file is None else path.parent / file for file in optional[1:])
+    if name is None:
+        name = stem(label if label is not None else files[0])
+    elif name != os.path.basename(name) or name.startswith(".") or not name:
+        raise SegmentationError(f"{path}: the name of a case must be one that a file can have, got {name!r}")
+    return Case(name, files, label, mask)
 
 
 def read_case(case: Case, num_modalities: int, spatial_dims: int, num_labels: int | None = None) -> Sample:
@@ -177,15 +198,15 @@ def read_case(case: Case, num_modalities: int, spatial_dims: int, num_labels: in
         num_labels: what label maps may hold is 0 .. num_labels - 1; None reads no label map.
 
     Raises:
-        SegmentationError: a file that cannot be read, shapes that differ, an unknown label, an empty mask, a NaN.
+        SegmentationError: a file that cannot be read, shapes or affines that differ, an unknown label, an empty mask,
+            a NaN.
     """
     image = read_images(case.images, num_modalities, spatial_dims)
-    shape = image.data.shape[1:]
-    mask = read_mask(case.mask, image.data, case.images[0])
+    grid = Grid(case.images[0], image.data.shape[1:], image.affine, image.header)
+    mask = _read_mask(case.mask, image.data, grid)
     label = None
     if num_labels is not None and case.label is not None:
-        label = read_labels(case.label).data
-        _require_shape(case.label, label.shape, shape, case.images[0])
+        label = _read_labels_on(case.label, grid)
         if label.max() >= num_labels:
             unknown = sorted(int(value) for value in np.unique(label[label >= num_labels]))
             raise SegmentationError(f"{case.label}: labels must be 0 to {num_labels - 1}, got {unknown}")
@@ -199,7 +220,7 @@ def read_images(files: Sequence[Path], num_modalities: int, spatial_dims: int) -
     The affine and the header are those of the first file.
 
     Raises:
-        SegmentationError: a file that cannot be read, or a shape that does not fit.
+        SegmentationError: a file that cannot be read, or a shape or an affine that does not fit.
     """
     images = [read_nifti(file) for file in files]
     first = images[0]
@@ -210,32 +231,30 @@ def read_images(files: Sequence[Path], num_modalities: int, spatial_dims: int) -
             f"{files[0]}: expected {num_modalities} modalities of {spatial_dims} axes, along the last axis of one file "
             f"or in a file each, got {len(files)} file(s) of shape {list(first.data.shape)}"
         )
-    for file, image in zip(files, images):
-        _require_shape(file, image.data.shape, first.data.shape, files[0])
+    grids = [Grid.of(file, image) for file, image in zip(files, images)]
+    for grid in grids[1:]:
+        grid.require_same(grids[0])
     return first._replace(data=np.stack([image.data for image in images]))
 
 
-def read_mask(file: Path | None, image: np.ndarray, image_file: Path) -> np.ndarray:
-    """Where to look, ``[*S]``: the nonzero voxels of the file or, without one, those nonzero in any modality.
-
-    Raises:
-        SegmentationError: a mask that is empty or of another shape than the image ``[M, *S]``.
-    """
+def _read_mask(file: Path | None, image: np.ndarray, grid: Grid) -> np.ndarray:
+    """Where to look, ``[*S]``: the nonzero voxels of the file or, without one, those nonzero in any modality."""
     if file is None:
         mask = (image != 0).any(axis=0)
         if not mask.any():
-            raise SegmentationError(f"{image_file}: every voxel is zero, so there is nothing inside its mask")
+            raise SegmentationError(f"{grid.file}: every voxel is zero, so there is nothing inside its mask")
         return mask
-    mask = read_labels(file).data != 0
-    _require_shape(file, mask.shape, image.shape[1:], image_file)
+    mask = _read_labels_on(file, grid) != 0
     if not mask.any():
         raise SegmentationError(f"{file}: the mask is empty")
     return mask
 
 
-def _require_shape(file: Path, shape: tuple[int, ...], expected: tuple[int, ...], other: Path) -> None:
-    if shape != expected:
-        raise SegmentationError(f"{file}: must have the shape of {other}, {list(expected)}, got {list(shape)}")
+def _read_labels_on(file: Path, grid: Grid) -> np.ndarray:
+    """A label map or a mask whose voxels are those of the image."""
+    image = read_labels(file)
+    Grid.of(file, image).require_same(grid)
+    return image.data
 
 
 def normalise(image: np.ndarray, mask: np.ndarray, files: Sequence[Path]) -> np.ndarray:

@@ -9,17 +9,19 @@ and the summary counts all three: a mean distance that does not say how many str
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from . import extra  # noqa: F401
+
+# isort: split
 import numpy as np
 from tqdm import tqdm
 
-from .files import Image, SegmentationError, is_nifti, read_json, read_labels, stem, write_text
+from .dataset import names_in_order
+from .files import Grid, Image, SegmentationError, make_folder, nifti_files, read_json, read_labels, write_csv
 
 # The labels that BRATS had in 2015; the challenge's later years number theirs otherwise.
 PRESETS = {"brats2015": {"whole": (1, 2, 3, 4), "core": (1, 3, 4), "enhancing": (4,)}}
@@ -74,13 +76,16 @@ def evaluate(
     if not structures:
         raise SegmentationError(f"{truth}: no label but 0 in any file, so there is nothing to score")
 
+    if out is not None:  # before the work
+        _require_place(Path(out))
+
     scores = []
     for case, (pred_path, truth_path) in tqdm(pairs.items(), desc="evaluate", unit="case", disable=None):
         predicted, true, spacing = _read_pair(pred_path, truth_path, known)
         scores += [Score(case, *score) for score in score_structures(predicted, true, structures, spacing)]
     if out is not None:
-        write_text(Path(out), _as_csv([asdict(score) for score in scores]))
-        write_text(summary_path(Path(out)), _as_csv(summarise(scores)))
+        write_csv(out, _rounded([asdict(score) for score in scores]))
+        write_csv(summary_path(Path(out)), _rounded(summarise(scores)))
     return scores
 
 
@@ -152,7 +157,7 @@ def match_cases(pred: Path, truth: Path, subset: bool = False) -> dict[str, tupl
         ValueError: no file, none or several that fit one, two predictions of one truth, or without ``subset`` a truth
             without a prediction.
     """
-    predictions, truths = _label_files(pred), _label_files(truth)
+    predictions, truths = nifti_files(pred), nifti_files(truth)
     pairs = {}
     for case, path in predictions.items():
         fitting = [case] if case in truths else [name for name in truths if _extends(name, case)]
@@ -181,30 +186,13 @@ def _extends(first: str, second: str) -> bool:
     return long.startswith(short) and long[len(short) :][:1] in ("_", "-", ".")
 
 
-def _label_files(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise SegmentationError(f"{folder} must be a folder of NIfTI label files, and is no folder")
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not is_nifti(path):
-            continue
-        case = stem(path)
-        if case in files:
-            raise SegmentationError(f"{path} and {files[case]} are the same case: only one can be scored")
-        files[case] = path
-    if not files:
-        raise SegmentationError(f"{folder} holds no .nii or .nii.gz file")
-    return files
-
-
 def _label_names(truth: Path) -> dict[int, str] | None:
     """Label value -> name from the dataset.json in ``truth`` or the folder above; None without one."""
     for path in (truth / "dataset.json", truth.resolve().parent / "dataset.json"):
         if path.is_file():
-            try:
-                return {int(value): str(name) for value, name in read_json(path)["labels"].items()}
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise SegmentationError(f'{path} must have "labels": {{"0": "background", ...}}: {error!r}') from error
+            content = read_json(path)
+            labels = content.get("labels") if isinstance(content, dict) else None
+            return dict(enumerate(names_in_order(path, "labels", labels)))
     return None
 
 
@@ -228,16 +216,8 @@ def _labels_of(paths: Iterable[Path]) -> set[int]:
 def _read_pair(pred: Path, truth: Path, known: set[int] | None) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Both label arrays and the spacing of their axes."""
     predicted, true = _read_labels(pred, known), _read_labels(truth, known)
-    if predicted.data.shape != true.data.shape:
-        raise SegmentationError(
-            f"{pred} must have the shape of {truth}, {list(true.data.shape)}, got {list(predicted.data.shape)}"
-        )
+    Grid.of(pred, predicted).require_same(Grid.of(truth, true))
     spacing = np.linalg.norm(true.affine[:3, :3], axis=0)
-    if not np.allclose(predicted.affine, true.affine, rtol=1e-5, atol=1e-2 * spacing.min()):
-        raise SegmentationError(
-            f"{pred} must have the affine of {truth}, {true.affine.round(3).tolist()}, "
-            f"got {predicted.affine.round(3).tolist()}"
-        )
     return predicted.data, true.data, spacing[: true.data.ndim].tolist()
 
 
@@ -251,17 +231,18 @@ def _read_labels(path: Path, known: set[int] | None = None) -> Image:
     return image
 
 
+def _require_place(out: Path) -> None:
+    if out.is_dir():
+        raise SegmentationError(f"{out}: must be a file to write, and is a folder")
+    make_folder(out.parent)
+
+
 def summary_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}_summary{out.suffix}")
 
 
-def _as_csv(rows: Sequence[Mapping]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-    return text.getvalue()
+def _rounded(rows: Sequence[Mapping]) -> list[dict]:
+    return [{key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
 
 
 def table(rows: Sequence[Mapping]) -> str:

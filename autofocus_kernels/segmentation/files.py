@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import gzip
+import io
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+
+from . import extra  # noqa: F401
 
 SUFFIXES = (".nii", ".nii.gz")
 
@@ -41,17 +46,42 @@ def stem(path: str | os.PathLike) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".nii")
 
 
-def read_nifti(path: str | os.PathLike) -> Image:
-    """An image as float32.
+def nifti_files(folder: Path) -> dict[str, Path]:
+    """Case -> its file, sorted; what other systems leave beside them ("._a.nii") is passed over.
 
     Raises:
-        SegmentationError: the file is missing, unreadable, truncated or empty, or holds a NaN or an infinity.
+        SegmentationError: no such folder, none in it, or two files of one case.
+    """
+    if not folder.is_dir():
+        raise SegmentationError(f"{folder}: must be a folder of NIfTI files, and is no folder")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not is_nifti(path):
+            continue
+        if stem(path) in files:
+            raise SegmentationError(f"{path}: {files[stem(path)]} is the same case")
+        files[stem(path)] = path
+    if not files:
+        raise SegmentationError(f"{folder}: holds no NIfTI file (.nii or .nii.gz)")
+    return files
+
+
+def read_nifti(path: str | os.PathLike) -> Image:
+    """An image as float32, without the trailing axes of one voxel beyond the third that some programs add.
+
+    Raises:
+        SegmentationError: the file is missing, unreadable, truncated or empty, or holds colours, complex numbers, a
+            NaN or an infinity.
     """
     image = _load(path)
+    if image.get_data_dtype().kind not in "iuf":
+        raise SegmentationError(f"{path}: must hold real numbers, got {image.get_data_dtype()}")
     try:
         data = image.get_fdata(dtype=np.float32, caching="unchanged")
     except Exception as error:  # gzip, zlib, nibabel and numpy each have their own for a damaged file
         raise SegmentationError(f"{path}: cannot be read, it is damaged or truncated: {_reason(error)}") from error
+    while data.ndim > 3 and data.shape[-1] == 1:
+        data = data[..., 0]
     if data.size == 0:
         raise SegmentationError(f"{path}: must hold voxels, its shape is {list(data.shape)}")
     bad = data.size - np.count_nonzero(np.isfinite(data))
@@ -61,17 +91,56 @@ def read_nifti(path: str | os.PathLike) -> Image:
 
 
 def read_labels(path: str | os.PathLike) -> Image:
-    """A label map, or a mask, as int16.
+    """A label map, or a mask, as int16. Its numbers may be 0.001 off, as those of programs that compute in floats are.
 
     Raises:
         SegmentationError: as :func:`read_nifti`, and for numbers that are not whole or not in 0 .. 32767.
     """
     image = read_nifti(path)
-    labels = image.data.astype(np.int16)
-    if (labels != image.data).any() or (labels < 0).any():
-        strange = image.data[(labels != image.data) | (labels < 0)].flat[0]
-        raise SegmentationError(f"{path}: labels must be whole numbers from 0 to 32767, got {strange}")
-    return image._replace(data=labels)
+    labels = np.rint(image.data)
+    strange = image.data[(abs(labels - image.data) > 1e-3) | (labels < 0) | (labels > 32767)]
+    if strange.size:
+        raise SegmentationError(f"{path}: labels must be whole numbers from 0 to 32767, got {strange[0]}")
+    return image._replace(data=labels.astype(np.int16))
+
+
+class Grid(NamedTuple):
+    """Where the voxels of a file lie: the shape without an axis of modalities, and the affine."""
+
+    file: str | os.PathLike
+    shape: tuple[int, ...]
+    affine: np.ndarray
+    header: Any
+
+    @classmethod
+    def of(cls, file: str | os.PathLike, image: Image) -> Grid:
+        """Of an image without an axis of modalities."""
+        return cls(file, image.data.shape, image.affine, image.header)
+
+    def require_same(self, other: Grid) -> None:
+        """
+        Raises:
+            SegmentationError: the shapes differ, or a voxel lies more than a tenth of a voxel from that of ``other``.
+        """
+        if self.shape != other.shape:
+            raise SegmentationError(
+                f"{self.file}: must have the shape of {other.file}, {list(other.shape)}, got {list(self.shape)}"
+            )
+        name, affines = "affine", [self.affine, other.affine]
+        if not self._is_placed() or not other._is_placed():  # nibabel makes an affine up: the spacing is all there is
+            name, affines = "spacing", [np.diag(np.linalg.norm(affine, axis=0)) for affine in affines]
+        corners = [(*index, *[0] * (3 - len(index)), 1) for index in itertools.product(*((0, n) for n in self.shape))]
+        apart = np.linalg.norm((affines[0] - affines[1])[:3] @ np.transpose(corners), axis=0).max()
+        spacing = np.linalg.norm(other.affine[:3, : len(self.shape)], axis=0)
+        if not apart <= 0.1 * spacing.min():  # nor if an affine holds a NaN
+            got, expected = (a.diagonal()[: len(spacing)] if name == "spacing" else a for a in affines)
+            raise SegmentationError(
+                f"{self.file}: must have the {name} of {other.file}, {expected.round(4).tolist()}, "
+                f"got {got.round(4).tolist()}, which puts voxels up to {apart:.3g} mm elsewhere"
+            )
+
+    def _is_placed(self) -> bool:
+        return bool(self.header["sform_code"] or self.header["qform_code"])
 
 
 def _load(path: str | os.PathLike):
@@ -105,7 +174,9 @@ def write_nifti(path: str | os.PathLike, data: np.ndarray, affine: np.ndarray, h
         header = header.copy()
         header.set_data_dtype(data.dtype)
         header.set_slope_inter(1, 0)
-    image = nibabel.Nifti1Image(data, affine, header, dtype=data.dtype)
+        header["cal_min"] = header["cal_max"] = 0  # the grey values that a viewer would show of the image
+    make = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+    image = make(data, affine, header, dtype=data.dtype)
 
     def write(file: BinaryIO) -> None:
         if str(path).endswith(".gz"):
@@ -152,6 +223,18 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def make_folder(path: str | os.PathLike) -> None:
+    """With those above it, unless it is there.
+
+    Raises:
+        SegmentationError: it cannot be made.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise SegmentationError(f"{path}: cannot be made: {_reason(error)}") from error
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     write_atomic(path, lambda file: file.write(text.encode()))
 
@@ -160,13 +243,22 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
+    """At least one row; all have the columns of the first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """
     Raises:
         SegmentationError: the file is missing, or is no JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows begins a text with a mark
     except (OSError, ValueError) as error:
         raise SegmentationError(f"{path}: cannot be read as JSON: {_reason(error)}") from error
 

@@ -35,11 +35,9 @@ def processes(device: str | None) -> Iterator[Place]:
     Raises:
         ValueError: there is no such device.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if chosen.type == "cuda" and chosen.index >= torch.cuda.device_count():
-        raise ValueError(f"device must be one that is here, of {torch.cuda.device_count()} GPUs, got {chosen}")
+    if device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    chosen = find_device(device)
     started = dist.is_initialized()
     if not started and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
@@ -51,6 +49,26 @@ def processes(device: str | None) -> Iterator[Place]:
     finally:
         if not started:
             dist.destroy_process_group()
+
+
+def find_device(name: str | None) -> torch.device:
+    """
+    Args:
+        name: as PyTorch has it; None is a GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch without CUDA
+        raise ValueError(
+            f"device must be one that PyTorch has here, got {name!r}: {str(error).splitlines()[0]}"
+        ) from error
+    return device
 
 
 def parallel(network: nn.Module, place: Place) -> nn.Module:

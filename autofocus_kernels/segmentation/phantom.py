@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .files import SegmentationError, write_atomic, write_json, write_nifti
+from .files import SegmentationError, make_folder, write_atomic, write_json, write_nifti
 
 LABELS = ("background", "small", "medium", "large", "bright")
 
@@ -159,7 +159,7 @@ def make_phantom(
         split, end = ("training", "Tr") if index < cases - cases // 4 else ("test", "Ts")
         files = {kind: f"./{kind}s{end}/{site}_{index:03d}.nii.gz" for kind in ("image", "label", "mask")}
         for file, data in zip(files.values(), phantom):
-            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            make_folder((out / file).parent)
             write_nifti(out / file, data if modalities > 1 or data.ndim == dims else data[..., 0], affine)
         entries[split].append(files)
         if len(shown) < 3:

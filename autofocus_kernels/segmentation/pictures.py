@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from . import extra  # noqa: F401
+
+# isort: split
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import ListedColormap

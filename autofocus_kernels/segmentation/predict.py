@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from . import extra  # noqa: F401
+
+# isort: split
 import numpy as np
-import torch
+from torch import nn
 from tqdm import tqdm
 
 from .dataset import Case, Sample, read_case, read_dataset
-from .files import SegmentationError, is_nifti, stem, write_nifti
+from .files import SegmentationError, make_folder, nifti_files, read_nifti, stem, write_nifti
+from .parallel import find_device
 from .pictures import write_attention, write_overlay
 from .run import Config, load_model
-from .windows import TILINGS, Windows, autofocus_layers
+from .windows import TILINGS, Windows, autofocus_layers, one_an_axis
 
 
 def predict(
@@ -30,7 +35,7 @@ def predict(
     attention: bool = False,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Segments every case of ``input`` that ``output`` does not hold yet.
+    """Segments every case of ``input`` that ``output`` does not hold yet; label files say of which model they are.
 
     Each case gives ``CASE.nii.gz`` (uint8, with the shape, affine and orientation of its image) and ``CASE.png``, and
     with ``attention`` ``attention/CASE.png`` and for every autofocus layer ``attention/CASE/LAYER_weights.nii.gz``
@@ -43,8 +48,8 @@ def predict(
             where it lists none, all.
         tiling: "published": the box around the mask, the prediction outside the mask set to 0. "gaussian": the whole
             volume. See :class:`.windows.Windows`.
-        window: voxels that the network reads at once along each axis, or one number for all; None is what it read in
-            training.
+        window: voxels that the network reads at once, ``(n,)`` for every axis or one number an axis; None is what it
+            read in training.
         device: as PyTorch names it; None is "cuda" where there is one.
         overwrite: predict cases again that ``output`` holds.
 
@@ -60,43 +65,38 @@ def predict(
         raise ValueError(f"attention: {network.name} has no autofocus layer whose attention could be written")
     if len(config.labels) > 256:
         raise ValueError(f"labels must be at most 256, to be written as uint8, got {len(config.labels)}")
-    window = config.window if window is None else window
-    if len(window) == 1:
-        window = tuple(window) * config.spatial_dims
-    windows = Windows(network, window, tiling, _device(device))
-    cases = find_cases(Path(input), config.labels)
+    window = one_an_axis("window", config.window if window is None else window, config.spatial_dims)
+    windows = Windows(network, window, tiling, find_device(device))
+    cases = find_cases(Path(input), config)
     files = {case.name: Path(output) / f"{case.name}.nii.gz" for case in cases}
     _keep_inputs(cases, files.values())
-    Path(output).mkdir(parents=True, exist_ok=True)
+    origin = f"autofocus_kernels {_fingerprint(network)} {tiling} {'x'.join(map(str, window))}"
+    done = set() if overwrite else {name for name, file in files.items() if _is_done(file, attention, origin)}
+    make_folder(output)
     for case in tqdm(cases, desc="predict", unit="case", disable=None):
-        file = files[case.name]
-        if overwrite or not _is_done(file, attention):
-            _predict_case(case, windows, config, file, attention)
+        if case.name not in done:
+            _predict_case(case, windows, config, files[case.name], attention, origin)
     return list(files.values())
 
 
-def find_cases(input: Path, labels: Sequence[str]) -> list[Case]:
+def find_cases(input: Path, config: Config) -> list[Case]:
     """The cases of a file or a folder, as :func:`predict` takes them.
 
     Raises:
-        SegmentationError: nothing there, or two files of one case.
+        SegmentationError: nothing there, two files of one case, or modalities in another order than in training.
     """
     if (input.is_dir() and (input / "dataset.json").is_file()) or input.suffix in (".json", ".csv"):
-        dataset = read_dataset(input, labels)
+        dataset = read_dataset(input, config.labels)
+        if dataset.modalities != config.modalities and sorted(dataset.modalities) == sorted(config.modalities):
+            raise SegmentationError(
+                f"{dataset.source}: modalities must be in the order of training, {', '.join(config.modalities)}, "
+                f"got {', '.join(dataset.modalities)}"
+            )
         return list(dataset.test or dataset.training + (dataset.validation or ()))
     if not input.exists():
         raise SegmentationError(f"{input}: no such file or folder")
-    paths = sorted(path for path in input.iterdir() if is_nifti(path)) if input.is_dir() else [input]
-    cases: dict[str, Case] = {}
-    for path in paths:
-        if path.name.startswith("."):
-            continue
-        if stem(path) in cases:
-            raise SegmentationError(f"{path}: {cases[stem(path)].images[0]} is the same case")
-        cases[stem(path)] = Case(stem(path), (path,))
-    if not cases:
-        raise SegmentationError(f"{input}: holds neither a dataset.json nor a NIfTI file (.nii or .nii.gz)")
-    return list(cases.values())
+    files = nifti_files(input) if input.is_dir() else {stem(input): input}
+    return [Case(name, (file,)) for name, file in files.items()]
 
 
 def _keep_inputs(cases: Sequence[Case], files: Iterable[Path]) -> None:
@@ -114,52 +114,49 @@ def _attention_picture(labels: Path) -> Path:
     return labels.parent / "attention" / f"{stem(labels)}.png"
 
 
-def _is_done(labels: Path, attention: bool) -> bool:
-    return labels.exists() and (not attention or _attention_picture(labels).exists())
+def _fingerprint(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-def _device(name: str | None) -> torch.device:
+def _is_done(labels: Path, attention: bool, origin: str) -> bool:
     """
     Raises:
-        ValueError: there is no such device.
+        SegmentationError: the file is there, but of another origin.
     """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch without CUDA
-        raise ValueError(
-            f"device must be one that PyTorch has here, got {name!r}: {str(error).splitlines()[0]}"
-        ) from error
-    return device
+    if not labels.exists():
+        return False
+    if read_nifti(labels).header["descrip"].item().decode(errors="replace") != origin:
+        raise SegmentationError(
+            f"{labels}: is there already, and not of this model, tiling and window: choose another folder for the "
+            "output, or overwrite"
+        )
+    return not attention or _attention_picture(labels).exists()
 
 
-def _predict_case(case: Case, windows: Windows, config: Config, file: Path, attention: bool) -> None:
+def _predict_case(case: Case, windows: Windows, config: Config, file: Path, attention: bool, origin: str) -> None:
     sample = read_case(case, len(config.modalities), config.spatial_dims)
-    masked = windows.tiling == "published"
-    box = _bounding_box(sample.mask) if masked else tuple(slice(0, size) for size in sample.mask.shape)
     try:
-        prediction = windows(torch.from_numpy(sample.image), box, attention)
+        labels, box, weights_of = windows.segment(sample.image, sample.mask, attention)
     except MemoryError as error:
         raise SegmentationError(f"{case.images[0]}: {error}, and there is nothing smaller to try") from error
-    labels = np.zeros(sample.mask.shape, np.uint8)
-    labels[box] = prediction.logits.argmax(0).numpy()
-    if masked:
-        labels *= sample.mask
-
+    labels = labels.astype(np.uint8)
     image = np.where(sample.mask, sample.image[0], sample.image[0].min())
     if attention:
-        maps = {name: weights.numpy() for name, weights in prediction.attention.items()}
+        maps = {name: weights.numpy() for name, weights in weights_of.items()}
         layers = autofocus_layers(windows.network)
         rates = {name: [max(rate) for rate in layers[name].dilations] for name in maps}
         folder = file.parent / "attention" / case.name
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name, weights in maps.items():
             _write_attention_files(folder, name, weights, rates[name], box, sample)
         write_attention(_attention_picture(file), image[box], labels[box], sample.affine, maps, rates)
     write_overlay(_picture(file), image, labels, sample.affine, dict(enumerate(config.labels)))
-    write_nifti(file, labels, sample.affine, sample.header)
+    header = sample.header.copy()
+    header["descrip"] = origin
+    write_nifti(file, labels, sample.affine, header)
 
 
 def _write_attention_files(
@@ -173,15 +170,6 @@ def _write_attention_files(
     dilation = np.zeros(shape, np.int16)
     dilation[box] = np.array(rates)[weights.argmax(0)]
     write_nifti(folder / f"{layer}_dilation.nii.gz", dilation, sample.affine, sample.header)
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Around all true voxels, of which there is one at least."""
-    box = []
-    for axis in range(mask.ndim):
-        (inside,) = np.nonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
-        box.append(slice(int(inside[0]), int(inside[-1]) + 1))
-    return tuple(box)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

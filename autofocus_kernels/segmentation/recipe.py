@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -42,9 +43,9 @@ class Recipe:
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field} must be a whole number above 0, got {value!r}")
-        if self.learning_rate <= 0 or self.weight_decay < 0:
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.weight_decay < math.inf:
             raise ValueError(
-                "learning_rate must be above 0 and weight_decay at least 0, "
+                "learning_rate must be a number above 0 and weight_decay one of at least 0, "
                 f"got {self.learning_rate} and {self.weight_decay}"
             )
 

@@ -68,9 +68,14 @@ def read_config(run: Path) -> Config:
         content = {name: _tuples(value) for name, value in content.items()}
         if content.get("recipe") is not None:
             content["recipe"] = Recipe(**content["recipe"])
-        return Config(**content)
+        config = Config(**content)
     except (TypeError, ValueError) as error:
         raise SegmentationError(f"{path}: {error}") from error
+    for name, kind in (("modalities", str), ("labels", str), ("window", int)):
+        values = getattr(config, name)
+        if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
+            raise SegmentationError(f"{path}: {name} must be a list of {kind.__name__}, got {values!r}")
+    return config
 
 
 def _tuples(value: Any) -> Any:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import io
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import extra  # noqa: F401
+
+# isort: split
 import numpy as np
 import torch
 from monai.metrics import DiceHelper
@@ -21,11 +22,11 @@ from tqdm import tqdm
 from .. import networks
 from .crops import Crops
 from .dataset import Case, Dataset, read_case, read_dataset
-from .files import SegmentationError, read_checkpoint, write_checkpoint, write_text
+from .files import SegmentationError, make_folder, read_checkpoint, write_checkpoint, write_csv
 from .parallel import Place, gather, mean_over_processes, parallel, processes
 from .recipe import PUBLISHED, RECIPES, Recipe, make_loss, make_optimiser, make_scheduler
 from .run import Config, build_network, load_weights, require_same, write_config
-from .windows import Windows
+from .windows import Windows, one_an_axis, out_of_memory
 
 
 def train(
@@ -60,7 +61,7 @@ def train(
         arch, widths, dilations, padding: as in :func:`autofocus_kernels.networks.build`.
         branch_norm: False for one batch norm after the sum of an autofocus layer, instead of one a branch.
         iterations: None for ``recipe.epochs`` rounds through the cases.
-        window: voxels that the network reads at once, one number or one an axis; None is 75.
+        window: voxels that the network reads at once, ``(n,)`` for every axis or one number an axis; None is 75.
         validate_every: iterations between validations, at each of which the run is saved; None for 40 in all, but
             not more than one a round through the cases.
         device: as PyTorch names it; None is a GPU where there is one.
@@ -75,7 +76,12 @@ def train(
     Raises:
         SegmentationError: a file that is no good, or a run of another config; the message names it.
         ValueError, TypeError: an argument of the wrong form; the message names it.
+        MemoryError: a batch is too large.
     """
+    counts = (("iterations", iterations, 1), ("validate_every", validate_every, 1), ("seed", seed, 0))
+    for name, value, least in (*counts, ("cache", cache, 0), ("workers", workers, 0)):
+        if value is not None and not least <= value < 2**63:
+            raise ValueError(f"{name} must be at least {least} and below 2^63, got {value}")
     dataset = read_dataset(data, labels)
     training, validation = _split(dataset, seed)
     spatial_dims = dataset.spatial_dims()
@@ -83,15 +89,12 @@ def train(
     iterations = round_length * recipe.epochs if iterations is None else iterations
     if validate_every is None:
         validate_every = max(round_length, math.ceil(iterations / 40))
-    for name, value in (("iterations", iterations), ("validate_every", validate_every)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     config = Config(
         arch,
         spatial_dims,
         dataset.modalities,
         dataset.labels,
-        _window(window, spatial_dims),
+        (75,) * spatial_dims if window is None else one_an_axis("window", window, spatial_dims),
         None if widths is None else tuple(widths),
         tuple(d if isinstance(d, int) else tuple(d) for d in dilations),
         padding,
@@ -112,6 +115,8 @@ def train(
 
 def _split(dataset: Dataset, seed: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
     """Cases to train on, and cases to validate on."""
+    if not dataset.training:
+        raise SegmentationError(f"{dataset.source}: must list at least one case for training")
     if dataset.validation is not None:
         return dataset.training, dataset.validation
     count = len(dataset.training)
@@ -120,14 +125,6 @@ def _split(dataset: Dataset, seed: int) -> tuple[tuple[Case, ...], tuple[Case, .
     held_out = set(np.random.default_rng(seed).permutation(count)[: max(1, count // 5)].tolist())
     cases = list(enumerate(dataset.training))
     return tuple(c for i, c in cases if i not in held_out), tuple(c for i, c in cases if i in held_out)
-
-
-def _window(window: Sequence[int] | None, spatial_dims: int) -> tuple[int, ...]:
-    sizes = (75,) if window is None else tuple(window)
-    sizes = sizes * spatial_dims if len(sizes) == 1 else sizes
-    if len(sizes) != spatial_dims:
-        raise ValueError(f"window must be one size, or {spatial_dims}, got {list(sizes)}")
-    return sizes
 
 
 class _Training:
@@ -168,7 +165,7 @@ class _Training:
         for case in validation:
             self._read(case)  # before training, rather than after the first round, an error
         if place.rank == 0:
-            _make_folder(run)
+            make_folder(run)
             write_config(run, config)
         self.wrapped = parallel(self.network, place)
 
@@ -196,7 +193,7 @@ class _Training:
         losses = []
         try:
             for input, label in loader:
-                losses.append(self._step(input.to(self.place.device), label.to(self.place.device)))
+                losses.append(self._step(input, label))
                 bar.update()
                 bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
                 if self.done % config.validate_every == 0 or self.done == config.iterations:
@@ -221,16 +218,27 @@ class _Training:
     def _step(self, input: torch.Tensor, label: torch.Tensor) -> float:
         self.wrapped.train()
         self.optimiser.zero_grad()
-        with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.config.recipe.amp):
-            logits = self.wrapped(input)
-        loss = self.loss(logits.to(input.dtype), label)
-        if not torch.isfinite(loss):
-            raise SegmentationError(f"{self.run}: the loss is {loss.item()} in iteration {self.done + 1}")
-        loss.backward()
+        try:
+            loss = self._loss(input.to(self.place.device), label.to(self.place.device))
+            if not torch.isfinite(loss):
+                raise SegmentationError(f"{self.run}: the loss is {loss.item()} in iteration {self.done + 1}")
+            loss.backward()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise MemoryError(
+                f"out of memory on {self.place.device} with {len(input)} windows of {list(self.config.window)} voxels "
+                "in a process: a smaller batch_size or window needs less"
+            ) from error
         self.optimiser.step()
         self.scheduler.step()
         self.done += 1
         return loss.item()
+
+    def _loss(self, input: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.config.recipe.amp):
+            logits = self.wrapped(input)
+        return self.loss(logits.to(input.dtype), label)
 
     def _validate(self, loss: float) -> None:
         """Adds a row to the history."""
@@ -253,12 +261,8 @@ class _Training:
 
     def _dice(self, case: Case) -> list[float]:
         """Of every label but the background; NaN where a case has none of it."""
-        image, label, mask, *_ = self._read(case)
-        where = np.nonzero(mask)
-        box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in where)
-        predicted = torch.zeros(label.shape, dtype=torch.int64)
-        predicted[box] = self.windows(torch.from_numpy(image), box).logits.argmax(0)
-        predicted *= torch.from_numpy(mask)
+        sample = self._read(case)
+        predicted = self.windows.segment(sample.image, sample.mask).labels
         dice = DiceHelper(
             include_background=False,
             apply_argmax=False,
@@ -266,7 +270,8 @@ class _Training:
             reduction="none",
             num_classes=len(self.config.labels),
         )
-        return dice(predicted[None, None], torch.from_numpy(label.astype(np.int64))[None, None])[0].tolist()
+        maps = (torch.from_numpy(labels.astype(np.int64))[None, None] for labels in (predicted, sample.label))
+        return dice(*maps)[0].tolist()
 
     def _save(self) -> None:
         """last.pt at last: killed before it is there, the run repeats the round and writes the others again, alike."""
@@ -274,11 +279,7 @@ class _Training:
         weights = self.network.state_dict()
         if not any(row["dice"] <= other["dice"] for other in earlier):
             write_checkpoint(self.run / "best.pt", {"model": weights, "iteration": self.done, "dice": row["dice"]})
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.history)
-        write_text(self.run / "log.csv", text.getvalue())
+        write_csv(self.run / "log.csv", self.history)
         write_checkpoint(
             self.run / "last.pt",
             {
@@ -297,13 +298,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
-def _make_folder(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SegmentationError(f"{run}: cannot be made: {error.strerror}") from error
-
-
 def _report(tensorboard: SummaryWriter, row: dict[str, float]) -> None:
     for name, value in row.items():
         if name != "iteration":
@@ -312,7 +306,10 @@ def _report(tensorboard: SummaryWriter, row: dict[str, float]) -> None:
 
 
 def _dilation(text: str) -> int | tuple[int, ...]:
-    numbers = tuple(int(number) for number in text.split(","))
+    try:
+        numbers = tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers as 6 or 6,6,2, got {text!r}") from None
     return numbers[0] if len(numbers) == 1 else numbers
 
 

@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from ..modules import AUTOFOCUS
 
 TILINGS = ("published", "gaussian")
 
+_LARGEST = 2**31 - 1  # voxels of a window; what counts more is no window but a mistake
+
 _log = logging.getLogger(__name__)
 
 
@@ -34,6 +37,14 @@ class Prediction(NamedTuple):
     """Of a box of the volume: logits ``[classes, *B]``, and by layer its attention ``[K, *B]``, float32 on the CPU."""
 
     logits: Tensor
+    attention: dict[str, Tensor]
+
+
+class Segmentation(NamedTuple):
+    """Of a volume: labels ``[*S]``, int16; the box that was predicted; and of that, by layer, the attention."""
+
+    labels: np.ndarray
+    box: tuple[slice, ...]
     attention: dict[str, Tensor]
 
 
@@ -51,7 +62,7 @@ class Windows:
         device: where the network runs.
 
     Raises:
-        ValueError: the window is too small, or the tiling none of :data:`TILINGS`.
+        ValueError: the window is too small or too large, or the tiling none of :data:`TILINGS`.
     """
 
     def __init__(self, network: nn.Module, window: Sequence[int], tiling: str, device: torch.device) -> None:
@@ -62,6 +73,8 @@ class Windows:
                 f"window must be {len(network.crop)} sizes above {list(network.crop)}, which {network.name} takes "
                 f"away, got {list(window)}"
             )
+        if math.prod(window) > _LARGEST:
+            raise ValueError(f"window must hold at most {_LARGEST} voxels, got {list(window)}")
         self.network = network.eval()
         self.tiling = tiling
         tile = tuple(size - crop for size, crop in zip(window, network.crop))
@@ -69,6 +82,21 @@ class Windows:
         self.attempts = [(device, size) for size in dict.fromkeys(tiles)]
         if device.type != "cpu":
             self.attempts.append((torch.device("cpu"), tile))
+
+    def segment(self, image: np.ndarray, mask: np.ndarray, attention: bool = False) -> Segmentation:
+        """A volume ``[C, *S]``: published, the box around the mask ``[*S]``, label 0 outside it; gaussian, all of it.
+
+        Raises:
+            MemoryError: even the last attempt found too little.
+        """
+        masked = self.tiling == "published"
+        box = _bounding_box(mask) if masked else tuple(slice(0, size) for size in mask.shape)
+        prediction = self(torch.from_numpy(image), box, attention)
+        labels = np.zeros(mask.shape, np.int16)
+        labels[box] = prediction.logits.argmax(0).numpy()
+        if masked:
+            labels *= mask
+        return Segmentation(labels, box, prediction.attention)
 
     def __call__(self, image: Tensor, box: tuple[slice, ...], attention: bool = False) -> Prediction:
         """
@@ -85,7 +113,7 @@ class Windows:
                 self.network.to(device)  # not in inference mode, whose tensors could be trained no more
                 return self._run(image, box, attention, device, tile)
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
             # Here, and not above, where the exception holds on to the tensors of the failed attempt.
             failed = f"out of memory on {device} with windows of {self._window(tile)} voxels"
@@ -131,8 +159,28 @@ class Windows:
         return Prediction(logits, dict(zip(layers, maps)))
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Around all true voxels, of which there is one at least."""
+    box = []
+    for axis in range(mask.ndim):
+        (inside,) = np.nonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        box.append(slice(int(inside[0]), int(inside[-1]) + 1))
+    return tuple(box)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def one_an_axis(name: str, sizes: Sequence[int], spatial_dims: int) -> tuple[int, ...]:
+    """``sizes``, of which one stands for all axes.
+
+    Raises:
+        ValueError: there are neither one nor ``spatial_dims`` of them; the message names them ``name``.
+    """
+    if len(sizes) not in (1, spatial_dims):
+        raise ValueError(f"{name} must be one size, or {spatial_dims}, got {list(sizes)}")
+    return tuple(sizes) * (spatial_dims // len(sizes))
 
 
 def _halved(tile: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,0 +1,68 @@
+"""The command line: what is wrong ends in one line and 2, and the extra is named where a package is missing."""
+
+import importlib
+import shlex
+import sys
+
+import pytest
+import segmentation_fixtures  # noqa: F401  (skips without the extra)
+
+from autofocus_kernels import segmentation
+from autofocus_kernels.segmentation import __main__ as command
+
+
+def fails_in_one_line(capsys, words):
+    assert command.main(words) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1 and not output.out
+    return output.err
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("polish", "argument COMMAND: invalid choice: 'polish'"),
+        ("phantom", "the following arguments are required: OUT"),
+        ("phantom out --dims 4", "argument --dims: invalid choice"),
+        ("phantom out --dims 2 --size 4 4", "size must be 2 numbers of at least 8"),
+        ("phantom file --dims 2 --cases 1", "file/imagesTr: cannot be made: Not a directory"),
+        ("train", "the following arguments are required: --data, --out"),
+        ("train --data none --out run", "none: cannot be read as JSON: No such file"),
+        ("train --data none --out run --dilations 2,x", "must be whole numbers as 6 or 6,6,2, got '2,x'"),
+        ("train --data none --out run --seed -1", "seed must be at least 0"),
+        ("train --data none --out run --epochs 2 --iterations 3", "not allowed with argument"),
+        ("predict --model none", "the following arguments are required: --input, --output"),
+        ("predict --model none --input none --output out", "none: cannot be read as a checkpoint: No such file"),
+        ("predict --model none --input none --output out --tiling roman", "argument --tiling: invalid choice"),
+        ("evaluate --pred none --truth none --out", "argument --out: expected one argument"),
+        ("evaluate --pred none --truth none --out scores.csv", "none: must be a folder of NIfTI files"),
+        ("evaluate --pred none --truth none --out scores.csv --regions core=x", "regions must be name=1,3"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(tmp_path, monkeypatch, capsys, line, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert message in fails_in_one_line(capsys, shlex.split(line))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", [*command.COMMANDS, "files", "dataset", "crops", "pictures", "run"])
+def test_a_missing_package_names_the_extra(monkeypatch, capsys, name):
+    monkeypatch.setitem(sys.modules, "monai", None)  # as where it is not installed
+    for module in [module for module in sys.modules if module.startswith(f"{segmentation.__name__}.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delattr(segmentation, "extra")
+    with pytest.raises(ImportError, match=r"segmentation needs monai: pip install 'autofocus-kernels\[segmentation\]'"):
+        importlib.import_module(f"{segmentation.__name__}.{name}")
+    if name in command.COMMANDS:
+        assert "'autofocus-kernels[segmentation]'" in fails_in_one_line(capsys, [name, "--help"])
+
+
+def test_help_without_a_command_needs_no_package(monkeypatch, capsys):
+    monkeypatch.setattr(command.importlib, "import_module", lambda *_: pytest.fail("imported"))
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(help in shown for help in command.COMMANDS.values())
