@@ -17,6 +17,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from segmentation_fixtures import SMALL, in_process, kill_before_file, phantom_2d, phantom_3d  # noqa: F401
 
 from autofocus_kernels import networks
@@ -211,29 +212,22 @@ def test_another_config_is_refused(finished, phantom_2d):  # noqa: F811
     assert (finished[0] / "config.json").read_bytes() == before
 
 
-def as_rank(rank, world, port, data, run, options):
-    """As torchrun would start it."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+def as_rank(rank, port, data, run, options):
+    """As torchrun would start it, in float64."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    train.train(data, run, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        in_float64(patch)
+        train.train(data, run, **options)
 
 
 def train_in_two(data, run, options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=as_rank, args=(rank, 2, port, data, run, options)) for rank in (0, 1)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        for process in ranks:
-            process.start()
-    for process in ranks:
-        process.join(60)
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()  # one that hangs would keep the tests from ending
-    assert codes == [0, 0]
+    # Forks of a process that has imported all and started no thread.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["autofocus_kernels.segmentation.train"])
+    mp.start_processes(as_rank, args=(port, data, run, options), nprocs=2, start_method="forkserver")
 
 
 @pytest.mark.parametrize("branch_norm", [True, False])
@@ -242,9 +236,7 @@ def test_two_processes_equal_one(phantom_2d, tmp_path, monkeypatch, branch_norm)
 
     In float64, since RMSprop makes whole steps of the rounding of gradients that are zero.
     """
-    for module in (crops, train):
-        monkeypatch.setattr(module, "read_case", in_float64)
-    monkeypatch.setattr(train, "build_network", lambda config: build_network(config).double())
+    in_float64(monkeypatch)
     options = SMALL | {"iterations": 3, "branch_norm": branch_norm}
     train.train(phantom_2d, tmp_path / "one", **options)
     train_in_two(phantom_2d, tmp_path / "two", options)
@@ -254,9 +246,14 @@ def test_two_processes_equal_one(phantom_2d, tmp_path, monkeypatch, branch_norm)
     assert two["history"][0]["loss"] == pytest.approx(one["history"][0]["loss"], rel=1e-9)
 
 
-def in_float64(*arguments):
-    sample = read_case(*arguments)
-    return sample._replace(image=sample.image.astype(np.float64))
+def in_float64(patch):
+    def read_in_float64(*arguments):
+        sample = read_case(*arguments)
+        return sample._replace(image=sample.image.astype(np.float64))
+
+    for module in (crops, train):
+        patch.setattr(module, "read_case", read_in_float64)
+    patch.setattr(train, "build_network", lambda config: build_network(config).double())
 
 
 def test_processes_share_a_batch_evenly(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
