@@ -182,35 +182,50 @@ def write_table(path: Path, rows: list[dict]) -> None:
 
 
 def draw(summary: list[dict], structures: list[str]) -> plt.Figure:
-    """Dice against the network, and by the size of the structure, for each site."""
+    """Dice against the number of autofocus layers, and by structure, for each site."""
     colours = {"small": "#e3b341", "medium": "#3b9eea", "large": "#d1495b", "bright": "#6cbf6c"}
-    figure, axes = plt.subplots(len(SITES), 2, figsize=(13, 8), layout="constrained", width_ratios=(1, 1.5))
-    for row, site in zip(axes, SITES):
-        own = [entry for entry in summary if entry["site"] == site]
-        names = [entry["network"] for entry in own]
-        place = range(len(own))
-        shade = ["#2a6fbb" if "AFN" in name else "#9a9a9a" for name in names]
-        row[0].bar(
-            place, [entry["dice"] for entry in own], yerr=[entry["std"] for entry in own], color=shade, capsize=3
-        )
-        where = "the site it was trained on" if site == "A" else "another site"
-        row[0].set_title(f"Mean Dice of all structures, {where}", loc="left", fontsize=11)
+    figure, axes = plt.subplots(len(SITES), 2, figsize=(13, 8), layout="constrained", width_ratios=(1, 1.6))
+    for (left, right), site in zip(axes, SITES):
+        own = {entry["network"]: entry for entry in summary if entry["site"] == site}
+        draw_by_layers(left, own)
+        where = "the site of the training" if site == "A" else "another site"
+        left.set_title(f"Dice, mean of all structures: {where}", loc="left", fontsize=11)
         width = 0.8 / len(structures)
         for i, name in enumerate(structures):
-            at = [p + (i - (len(structures) - 1) / 2) * width for p in place]
-            row[1].bar(at, [entry[name] for entry in own], width, color=colours.get(name), label=name)
-        row[1].set_title("By structure: small, medium and large differ in size alone", loc="left", fontsize=11)
-        for axis in row:
-            axis.set_xticks(place, names, fontsize=8)
-            axis.set_ylim(0, 1)
+            at = [place + (i - (len(structures) - 1) / 2) * width for place in range(len(own))]
+            right.bar(at, [entry[name] for entry in own.values()], width, color=colours.get(name), label=name)
+        right.set_title("By structure: small, medium and large differ in size alone", loc="left", fontsize=11)
+        right.set_xticks(range(len(own)), own, fontsize=9)
+        right.set_ylim(0, 1)
+        for axis in (left, right):
             axis.spines[["top", "right"]].set_visible(False)
-    axes[0][1].legend(ncols=len(structures), fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(0, 0.99))
+    axes[0][0].legend(fontsize=9, frameon=False)
+    figure.legend(*axes[0][1].get_legend_handles_labels(), loc="outside lower right", ncols=len(structures), fontsize=9)
     seeds = min(entry["seeds"] for entry in summary)
     figure.suptitle(
-        f"The paper's networks on the 2D phantom; bars are means over {seeds} seeds, whiskers their standard deviation",
+        f"The paper's networks on the 2D phantom: means over {seeds} seeds, whiskers and bands are standard deviations",
         fontsize=12,
     )
     return figure
+
+
+def draw_by_layers(axis, own: dict[str, dict]) -> None:
+    """A line from Basic to AFN-6, a point for the norm after the sum, and a level with its band for each ASPP."""
+    layers = {"Basic": 0, **{f"AFN-{n}": n for n in range(1, 7)}}
+    line = [(layers[name], entry["dice"], entry["std"]) for name, entry in own.items() if name in layers]
+    x, dice, std = zip(*line)
+    axis.errorbar(x, dice, std, marker="o", capsize=3, color="#2a6fbb", label="Basic (0), AFN-1 to AFN-6")
+    for name, entry in own.items():
+        if name.endswith(SUM):
+            at = layers[name.removesuffix(SUM)] + 0.15
+            axis.errorbar([at], entry["dice"], entry["std"], marker="s", capsize=3, color="#7a3e9d", label=name)
+    for name, colour in (("ASPP-c", "#9a9a9a"), ("ASPP-s", "#d9b44a")):
+        if name in own:
+            level, band = own[name]["dice"], own[name]["std"]
+            axis.axhline(level, color=colour, linestyle="--", label=name)
+            axis.axhspan(level - band, level + band, color=colour, alpha=0.2, linewidth=0)
+    axis.set_xticks(sorted(x))
+    axis.set_xlabel("autofocus layers", fontsize=9)
 
 
 if __name__ == "__main__":
