@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -291,7 +292,7 @@ def test_weight_norm_by_hooks_is_refused(norm):
         ({"initial_attention": 0}, ValueError, r"initial_attention must be above 0 and at most 1, got 0"),
         ({"initial_attention": "one"}, TypeError, r"initial_attention must be a number, got 'one'"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),  # of a function: the same in every process of a run
 )
 def test_bad_argument_of_convert(arguments, kind, message):
     with pytest.raises(kind, match=message):
