@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ def preferred(function: str, call: Call, arguments: tuple) -> tuple[str, ...]:
     except KeyError:
         pass
     if dtype in CUDA_FIRST.get(torch.cuda.get_device_capability(device), ()):
-        cuda = backend_named("cuda")
+        cuda: Any = backend_named("cuda")  # the only one with is_fast
         if cuda.refusal(call) is None and cuda.is_fast(function, call, arguments):
             names = ("cuda", *(name for name in names if name != "cuda"))
     if len(_preferred) >= _MOST_PREFERRED:
