@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import self_check
-from .backends.interface import Backend, CannotRun
+from .backends.interface import Backend, CannotRun, compute
 from .call import Call
 
 logger = logging.getLogger("autofocus_kernels")
@@ -67,7 +67,7 @@ def run(function: str, call: Call, *arguments) -> None:
             reason = self_check.refusal(name, backend, function, call, arguments)
         if reason is None:
             try:
-                return getattr(backend, function)(call, *arguments)
+                return compute(backend, function, call, arguments)
             except CannotRun as error:
                 reason = str(error)
         if forced is not None:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from . import tolerance
-from .backends.interface import Backend, CannotRun, Gradients
+from .backends.interface import Backend, CannotRun, Gradients, compute
 from .backends.reference import backend as reference
 from .call import Call
 from .geometry import Geometry
@@ -416,7 +416,7 @@ def _run(backend: Backend, variant: Variant, call: Call, read: dict[str, Tensor]
         filled[0].copy_(read["branches"])
         read = {**read, "branches": filled[0]}
     gradients = (Gradients(*filled),) if function == "backward" else filled
-    getattr(backend, function)(call, *read.values(), *gradients)
+    compute(backend, function, call, (*read.values(), *gradients))
     results = {name: tensor for name, tensor in zip(_FILLED[function], filled) if tensor is not None}
     if function == "branch_norm_backward":
         del results["branches"]  # memory to work in: what is left there is no result

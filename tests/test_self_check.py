@@ -382,10 +382,11 @@ def test_a_small_problem_that_cannot_run_says_nothing_about_the_call(plant, said
     assert "0 right, 0 wrong, 1 not checked" in ak.show_config()
 
 
-def test_out_of_memory_is_not_held_against_a_kernel(plant, said):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])  # of torch, and of a compiled library
+def test_out_of_memory_is_not_held_against_a_kernel(plant, said, kind):
     def fail(function, filled):
         planted.wrong = None
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise kind("out of memory: torch gives no 8 bytes of scratch memory")
 
     planted = plant(Planted(fail))
     call()

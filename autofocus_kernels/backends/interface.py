@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..call import Call
@@ -11,6 +12,19 @@ from ..call import Call
 
 class CannotRun(RuntimeError):
     """The call is beyond this backend on this device, as turned out only while it ran; the message is the reason."""
+
+
+def compute(backend: Backend, function: str, call: Call, arguments: tuple) -> None:
+    """``backend.function(call, *arguments)``; memory that runs out is a torch.OutOfMemoryError, whoever asked for it.
+
+    A compiled library knows only RuntimeError, since torch's stable ABI hands on no other.
+    """
+    try:
+        getattr(backend, function)(call, *arguments)
+    except RuntimeError as error:
+        if type(error) is RuntimeError and "out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
 
 
 class Gradients(NamedTuple):

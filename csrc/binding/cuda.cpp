@@ -30,7 +30,7 @@ Tensor memory(const Tensor& input, int64_t bytes) {
   STD_TORCH_CHECK(aoti_torch_get_device_type(input.get(), &device_type) == AOTI_TORCH_SUCCESS &&
                       aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(), device_type,
                                                input.get_device_index(), &handle) == AOTI_TORCH_SUCCESS,
-                  "torch gives no ", bytes, " bytes of scratch memory");
+                  "out of memory: torch gives no ", bytes, " bytes of scratch memory");
   return Tensor(handle);
 }
 
