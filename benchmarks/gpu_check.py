@@ -17,6 +17,7 @@ hangs.
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import os
 import shutil
@@ -36,6 +37,7 @@ TABLE = BENCHMARKS / "gpu_table.py"
 sys.path.insert(0, str(ROOT))
 
 import cross_build
+import gpu_table
 import torch
 from contenders import DTYPES
 
@@ -357,10 +359,6 @@ def run_stages(session: Session, device: str, options: argparse.Namespace) -> No
 
 
 def write_summary(session: Session) -> None:
-    import csv
-
-    import gpu_table
-
     found = session.folder / "table.csv"
     lines = ["", "times as fast as the best naive layout, on the device (peak memory over the naive layer's)"]
     if found.exists():

@@ -49,17 +49,7 @@ COLUMNS = (
     "peak_bytes",  # on a GPU, beyond parameters and input
     "error",
     "plain_error",  # of logits and gradients against float64 on a small segment
-    "device",
-    "cpu",
-    "threads",
-    "torch",
-    "cuda",
-    "cudnn",
-    "onednn",
-    "triton",
-    "python",
-    "commit",
-    "source",
+    *harness.ENVIRONMENT,
     "command",
 )
 CHECK_SIZE = 35  # voxels a side

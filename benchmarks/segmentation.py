@@ -11,8 +11,6 @@ segmentation-summary.csv and segmentation.png.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import statistics
 import sys
 import time
@@ -30,7 +28,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from autofocus_kernels.segmentation.evaluate import evaluate
-from autofocus_kernels.segmentation.files import read_json, write_json, write_text
+from autofocus_kernels.segmentation.files import read_json, write_csv, write_json
 from autofocus_kernels.segmentation.phantom import make_phantom
 from autofocus_kernels.segmentation.predict import predict
 from autofocus_kernels.segmentation.recipe import RECIPES, Recipe, make_loss, make_optimiser
@@ -121,7 +119,7 @@ def report(work: Path, out: Path, todo: list[tuple[str, int]], recipe: Recipe) -
     summary = summarise(rows, times(work, list(dict.fromkeys(v for v, _ in todo)), recipe))
     environment = harness.environment("cpu")
     for name, table in (("segmentation.csv", rows), ("segmentation-summary.csv", summary)):
-        write_table(out / name, [{**row, **environment} for row in table])
+        write_csv(out / name, [{**rounded(row), **environment} for row in table])
     draw(summary, names).savefig(out / "segmentation.png", dpi=110)
     for row in summary:
         print("  ".join(f"{value:>9.3f}" if isinstance(value, float) else f"{value:>9}" for value in row.values()))
@@ -173,12 +171,8 @@ def times(work: Path, variants: list[str], recipe: Recipe) -> dict[str, dict]:
     return costs
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_text(path, text.getvalue())
+def rounded(row: dict) -> dict:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
 
 
 def draw(summary: list[dict], structures: list[str]) -> plt.Figure:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules import AUTOFOCUS
+from ..modules import AutofocusConvNd
 
 TILINGS = ("published", "gaussian")
 
@@ -223,4 +223,4 @@ def _recorded_attention(layers: dict[str, nn.Module]) -> Iterator[dict[str, Tens
 def autofocus_layers(network: nn.Module) -> dict[str, nn.Module]:
     """Name -> layer, in the order of the forward."""
     modules = network.named_modules()
-    return {name: module for name, module in modules if isinstance(module, tuple(AUTOFOCUS.values()))}
+    return {name: module for name, module in modules if isinstance(module, AutofocusConvNd)}
