@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.library import opcheck
 
-from autofocus_kernels import AutofocusConv2d, AutofocusConv3d, norm_ops, testing
+from autofocus_kernels import AutofocusConv2d, AutofocusConv3d, testing
 from autofocus_kernels.branch_norm import normed_autofocus_conv
 from autofocus_kernels.call import Call
+from autofocus_kernels.ops import branch_norm as branch_norm_ops
 from autofocus_kernels.testing import Case, relative_error
 
 CASES = (
@@ -488,7 +489,7 @@ def test_gradgradcheck(backend):
     norms = make_norms(case)
 
     def function(input, weight, attention, norm_weight, norm_bias):
-        output, _ = norm_ops.apply(
+        output, _ = branch_norm_ops.apply(
             Call(input, weight, attention, None, None, None, case.geometry, backend),
             None,
             norm_weight,
