@@ -1,15 +1,15 @@
-"""The networks against tests/plain_networks.py with the same weights, in float64."""
+"""The networks against benchmarks/plain_networks.py with the same weights, in float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_networks import PlainNetwork
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import autofocus_kernels
 from autofocus_kernels import AutofocusConv3d, networks
 from autofocus_kernels.testing import relative_error
+from benchmarks.plain_networks import PlainNetwork
 
 PARAMETERS = {
     "Basic": 315_725,
