@@ -8,6 +8,10 @@ namespace autofocus {
 // Storage dtypes. Arithmetic is in float, or in double for kFloat64.
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+inline int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // A tensor of five axes [n, c, z, y, x] (or its first two), strides in elements. Null where absent. One that holds such a
 // tensor for each branch has a branch stride k.
 struct TensorView {

@@ -667,6 +667,34 @@ def test_offsets_beyond_32_bits_between_branches(device):
 
 
 @pytest.mark.parametrize(
+    "mode, forward, backward",
+    [
+        ("plain", 2, 5),  # pack and forward; pack, three gradients, the weight's partial sums
+        ("branch", 2, 8),  # the weight's pass for each of three branches, and the sums of the scale
+    ],
+)
+def test_a_pass_packs_once_into_one_piece_of_memory(library, device, mode, forward, backward):
+    case = Case("packing", (5, 4, 9), channels=9, out_channels=3, dilations=(1, 2, 6), mode=mode)
+    tensors = make_tensors(case, torch.float16)
+    call = call_of(case, tensors)
+    allocations = ctypes.c_int.in_dll(library, "autofocus_emulation_allocations")
+
+    def cost(function, *arguments):
+        device()  # counts anew
+        before = allocations.value
+        function(*arguments)
+        return library.autofocus_emulation_launches(None), allocations.value - before
+
+    like = [tensors.input, tensors.weight, tensors.attention, tensors.branch_scale]
+    gradients = Gradients(*[None if tensor is None else torch.empty_like(tensor) for tensor in like])
+    assert cost(cuda.forward, call, torch.empty_like(tensors.grad_output)) == (forward, 1)
+    assert cost(cuda.backward, call, tensors.grad_output, gradients) == (backward, 1)
+    branches = tensors.grad_output.new_empty((3, *tensors.grad_output.shape))
+    alone = call._replace(bias=None, branch_scale=None, branch_shift=None)
+    assert cost(cuda.branch_statistics, alone, branches, None, None) == (1 + 3, 1)
+
+
+@pytest.mark.parametrize(
     "change, words",
     [
         ({"branches": torch.zeros(2, 1, 3, 4, 5)}, "branches must have six axes, got 5"),

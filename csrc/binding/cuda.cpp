@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "../cuda/kernels.h"
 #include "operators.h"
@@ -93,21 +94,29 @@ class Ones {
   Tensor one_;
 };
 
-// Every gradient that is not null, each by the tier that takes it. Each has scratch memory of its own, which the next one uses
-// again.
+bool any(const Gradients& gradients) {
+  return gradients.input.data != nullptr || gradients.attention.data != nullptr || gradients.weight.data != nullptr ||
+         gradients.scale != nullptr;
+}
+
+// Every gradient that is not null, each by the tier that takes it.
 void run_backward(const Tensor& input, Inputs in, TensorView grad_output, Gradients gradients) {
   take_samples_as_planes(in.g, {&in.input, &in.attention, &grad_output, &gradients.input, &gradients.attention});
   const auto fast = [&](Pass pass) { return takes_fast(pass, in.g, in.dtype); };
-  const TensorView grad_scale = {gradients.scale, in.g.O, 1, {}};
-  if (gradients.input.data != nullptr)
-    (fast(Pass::kGradInput) ? fast_grad_input : simple_grad_input)(in, grad_output, gradients.input,
-                                                                   Launches(input).context());
-  if (gradients.attention.data != nullptr)
-    (fast(Pass::kGradAttention) ? fast_grad_attention : simple_grad_attention)(in, grad_output, gradients.attention,
-                                                                               Launches(input).context());
+  Gradients taken{};
+  if (gradients.input.data != nullptr && fast(Pass::kGradInput)) std::swap(taken.input, gradients.input);
+  if (gradients.attention.data != nullptr && fast(Pass::kGradAttention)) std::swap(taken.attention, gradients.attention);
+  if ((gradients.weight.data != nullptr || gradients.scale != nullptr) && fast(Pass::kGradWeight)) {
+    std::swap(taken.weight, gradients.weight);
+    std::swap(taken.scale, gradients.scale);
+  }
+  if (any(taken)) fast_backward(in, grad_output, taken, Launches(input).context());
+  if (!any(gradients)) return;
+  const Launches launches(input);
+  if (gradients.input.data != nullptr) simple_grad_input(in, grad_output, gradients.input, launches.context());
+  if (gradients.attention.data != nullptr) simple_grad_attention(in, grad_output, gradients.attention, launches.context());
   if (gradients.weight.data != nullptr || gradients.scale != nullptr)
-    (fast(Pass::kGradWeight) ? fast_grad_weight : simple_grad_weight)(in, grad_output, gradients.weight, grad_scale,
-                                                                      Launches(input).context());
+    simple_grad_weight(in, grad_output, gradients.weight, {gradients.scale, in.g.O, 1, {}}, launches.context());
 }
 
 struct Cuda {
@@ -138,17 +147,16 @@ struct Cuda {
     in.attention = ones.view();
     TensorView written = branches;
     take_samples_as_planes(in.g, {&in.input, &written});
-    const int64_t element_size = input.element_size();
-    for (int64_t k = 0; k < in.g.K; ++k) {
-      Inputs one = in;
-      one.g = branch_problem(in.g, k);
-      TensorView branch = written;
-      branch.data = static_cast<char*>(written.data) + k * written.k * element_size;
-      const Launches launches(input);  // one for each, so that scratch memory is used again
-      if (takes_fast(Pass::kForward, in.g, in.dtype) || takes_fast(Pass::kForward, one.g, in.dtype))
-        fast_branch(in, k, branch, launches.context());
-      else
-        simple_forward(one, branch, launches.context());
+    if (takes_fast(Pass::kForward, in.g, in.dtype)) {
+      fast_branches(in, written, Launches(input).context());
+    } else {
+      // A large dilation alone leaves lattices smaller than a tile, but lattices it may have.
+      for (int64_t k = 0; k < in.g.K; ++k) {
+        Inputs one = in;
+        one.g = branch_problem(in.g, k);
+        (takes_fast(Pass::kForward, one.g, in.dtype) ? fast_forward : simple_forward)(
+            one, branch_view(written, k, in.dtype), Launches(input).context());
+      }
     }
     if (mean != nullptr) branch_moments({call.g, call.dtype, branches, {}, {}}, mean, var, Launches(input).context());
   }

@@ -84,6 +84,13 @@ __device__ inline void load_matrices(uint32_t (&d)[4], uint32_t row) {
                  : "memory");
 }
 
+// The transpose of an 8x8 matrix of 16-bit elements, of which a lane has elements 2 (lane % 4) and the next of row lane / 4.
+__device__ inline uint32_t transposed(uint32_t pair) {
+  uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
 // Warpgroup MMA is Hopper's alone. Machine code made for sm_90a has it, and nothing else does: not sm_90, not what a driver
 // compiles from PTX.
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL)

@@ -28,6 +28,13 @@ enum class Pass { kForward, kGradInput, kGradAttention, kGradWeight };
 // Gradients of input and weight also take one gradient for each branch, grad_output [K, N, O, *S_out]
 // (docs/branch_norm.md); then the attention must be ones and there may be no scale.
 
+// Branch k of a tensor for each branch.
+inline TensorView branch_view(TensorView branches, int64_t k, DType dtype) {
+  branches.data = static_cast<char*>(branches.data) + k * branches.k * element_size(dtype);
+  branches.k = 0;
+  return branches;
+}
+
 // The problem of branch k alone.
 inline Problem branch_problem(Problem g, int64_t k) {
   g.K = 1;
@@ -49,15 +56,10 @@ void simple_grad_weight(const Inputs& in, const TensorView& grad_output, const T
 // else the reason.
 const char* fast_refusal(Pass pass, const Problem& g, DType dtype);
 void fast_forward(const Inputs& in, const TensorView& output, const Context& context);
-// Branch k alone, without attention: in.attention must be ones. Takes what fast_refusal lets pass for all branches or
-// for branch_problem(k).
-void fast_branch(const Inputs& in, int64_t k, const TensorView& branch, const Context& context);
-void fast_grad_input(const Inputs& in, const TensorView& grad_output, const TensorView& grad_input,
-                     const Context& context);
-void fast_grad_attention(const Inputs& in, const TensorView& grad_output, const TensorView& grad_attention,
-                         const Context& context);
-void fast_grad_weight(const Inputs& in, const TensorView& grad_output, const TensorView& grad_weight,
-                      const TensorView& grad_scale, const Context& context);
+// Every branch alone, into its part of `branches` [K, N, O, *S_out], without attention: in.attention must be ones.
+void fast_branches(const Inputs& in, const TensorView& branches, const Context& context);
+// The gradients that are not null, of passes that fast_refusal lets pass.
+void fast_backward(const Inputs& in, const TensorView& grad_output, const Gradients& gradients, const Context& context);
 
 // Batch-normalised branches that exist in memory (autofocus_kernels/backends/interface.py).
 void branch_moments(const BranchTensors& in, void* mean, void* var, const Context& context);

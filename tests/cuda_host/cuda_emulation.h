@@ -168,6 +168,24 @@ void load_matrices(uint32_t (&d)[4], uint32_t row) {
       &operands);
 }
 
+inline uint32_t transposed(uint32_t pair) {
+  struct Operands {
+    uint32_t pair, result;
+  } operands{pair, 0};
+  emulation::warp_instruction(
+      [](void* const* lanes) {
+        const auto element = [&](int row, int column) {
+          return static_cast<const Operands*>(lanes[4 * row + column / 2])->pair >> (16 * (column % 2)) & 0xffff;
+        };
+        for (int lane = 0; lane < 32; ++lane) {
+          const int row = lane / 4, column = lane % 4 * 2;
+          static_cast<Operands*>(lanes[lane])->result = element(column, row) | element(column + 1, row) << 16;
+        }
+      },
+      &operands);
+  return operands.result;
+}
+
 #define AUTOFOCUS_WARPGROUP_MMA
 bool has_warpgroup_mma();
 inline void fence_shared_operands() { emulation::fence_shared_operands(); }

@@ -22,13 +22,13 @@ std::string show(const char* what, const Index3& p, int tz, int tap, int k) {
 bool same(const Index3& a, const Index3& b) { return a.z == b.z && a.y == b.y && a.x == b.x; }
 
 // The position of every packed point; false if two points share a place or one has none.
-bool positions_of_packed(const Lattice& lattice, std::vector<Index3>& position) {
-  const int64_t points = packed_points(lattice);
+bool positions_of_packed(const Int3& class_size, const Int3& step, std::vector<Index3>& position) {
+  const int64_t points = int64_t(class_size.z) * class_size.y * class_size.x * step.z * step.y * step.x;
   std::vector<bool> taken(points, false);
   position.resize(points);
   for (int64_t i = 0; i < points; ++i) {
     int64_t packed = -1;
-    const Index3 p = unpacked_position(lattice, i, packed);
+    const Index3 p = unpacked_position(class_size, step, i, packed);
     if (packed < 0 || packed >= points || taken[packed]) return false;
     taken[packed] = true;
     position[packed] = p;
@@ -44,7 +44,8 @@ std::string check_lattice(const Problem& g, bool adjoint, int tile_z, bool recyc
   set_tile(lattice, tile_z, recycle);
 
   std::vector<Index3> position, target_position_of;
-  if (!positions_of_packed(lattice, position) || !positions_of_packed(packing_of_target(lattice), target_position_of))
+  if (!positions_of_packed(lattice.points, lattice.step, position) ||
+      !positions_of_packed(lattice.target_points, lattice.step, target_position_of))
     return "packing is no permutation";
 
   std::vector<int> covered(volume(lattice.target), 0);

@@ -12,21 +12,20 @@ namespace autofocus::cuda {
 
 template <typename T>
 struct BranchesArguments {
-  const unsigned char* points;  // packed input, [N, chunks, points]
-  const unsigned char* weight;  // pack_weight
+  const unsigned char* points;  // Operands::input
+  const unsigned char* weight;  // Operands::weight
   int chunks;
   int64_t outputs;
-  const unsigned char* targets;  // packed attention, or packed grad_output [N, output chunks, target points]
+  const unsigned char* targets;  // Operands::attention, or grad_output
   Strided<const T> scale, shift;
   Strided<T> result;
 };
 
-// Packs input and weight; `targets` is the packed tensor of the target's points.
 template <typename T>
-BranchesArguments<T> branches_arguments(const Plan& plan, const Inputs& in, const unsigned char* targets,
-                                        const TensorView& result, const Context& context) {
-  return {pack_points(plan.lattice, in.input, in.g.C, kPointBytes, context),
-          pack_weight(in, Direction::kForward, plan.tiles, context),
+BranchesArguments<T> branches_arguments(const Inputs& in, const Operands& operands, const unsigned char* targets,
+                                        const TensorView& result) {
+  return {operands.input(),
+          operands.weight(),
           num_chunks(in.g.C),
           in.g.O,
           targets,

@@ -85,12 +85,11 @@ class WeightedSum {
 
 namespace {
 
-void forward(const char* name, const Plan& plan, const Inputs& in, const TensorView& output, const Context& context) {
-  const unsigned char* gates =
-      pack_points(packing_of_target(plan.lattice), in.attention, plan.lattice.K, kGateBytes, context);
+void launch_forward(const char* name, const Plan& plan, const Inputs& in, const Operands& operands,
+                    const TensorView& output, const Context& context) {
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
-    const BranchesArguments<T> args = branches_arguments<T>(plan, in, gates, output, context);
+    const auto args = branches_arguments<T>(in, operands, operands.attention(), output);
     for_tiles(plan.tiles, [&](auto tiles) {
       launch(name, &branches_kernel<T, tiles(), WeightedSum<T, tiles()>>, grid_of(plan, ceil_div(in.g.O, 8 * tiles())),
              plan.threads, plan.shared_bytes, context.stream, plan.lattice, args);
@@ -98,19 +97,27 @@ void forward(const char* name, const Plan& plan, const Inputs& in, const TensorV
   });
 }
 
+Operands packed(const Plan& plan, const Inputs& in, const Context& context) {
+  Operands operands(in, plan.lattice.step);
+  operands.want_input();
+  operands.want_attention();
+  operands.want_weight(plan.tiles);
+  operands.pack(context);
+  return operands;
+}
+
 }  // namespace
 
 void fast_forward(const Inputs& in, const TensorView& output, const Context& context) {
-  forward("fast_forward", plan_of(Pass::kForward, in), in, output, context);
+  const Plan plan = plan_of(Pass::kForward, in);
+  launch_forward("fast_forward", plan, in, packed(plan, in, context), output, context);
 }
 
-void fast_branch(const Inputs& in, int64_t k, const TensorView& branch, const Context& context) {
-  Inputs one = in;
-  one.g = branch_problem(in.g, k);
-  // A large dilation alone leaves lattices smaller than a tile.
-  const bool together = fast_refusal(Pass::kForward, in.g, in.dtype) == nullptr;
-  forward("fast_branch", together ? plan_of_branch(Pass::kForward, in, k) : plan_of(Pass::kForward, one), one, branch,
-          context);
+void fast_branches(const Inputs& in, const TensorView& branches, const Context& context) {
+  const Operands operands = packed(plan_of(Pass::kForward, in), in, context);
+  for (int64_t k = 0; k < in.g.K; ++k)
+    launch_forward("fast_branch", plan_of_branch(Pass::kForward, in, k), in, operands, branch_view(branches, k, in.dtype),
+                   context);
 }
 
 }  // namespace autofocus::cuda

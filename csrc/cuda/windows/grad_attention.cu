@@ -1,5 +1,6 @@
 // Gradient of the attention: da_k = sum_o G_o (scale_k y_k + shift_k) (docs/math.md, section 3), the forward's branches once
 // more, each multiplied by G where it lies in registers.
+#include "backward.h"
 #include "branches.h"
 
 namespace autofocus::cuda {
@@ -106,13 +107,11 @@ class DotWithGrad {
   float total_[kLatticeBranches];           // of point lane % 4
 };
 
-void fast_grad_attention(const Inputs& in, const TensorView& grad_output, const TensorView& grad_attention,
-                         const Context& context) {
-  const Plan plan = plan_of(Pass::kGradAttention, in);
-  const unsigned char* grads = pack_points(packing_of_target(plan.lattice), grad_output, in.g.O, kPointBytes, context);
+void launch_grad_attention(const Plan& plan, const Inputs& in, const Operands& operands,
+                           const TensorView& grad_attention, const Context& context) {
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
-    const BranchesArguments<T> args = branches_arguments<T>(plan, in, grads, grad_attention, context);
+    const auto args = branches_arguments<T>(in, operands, operands.grad_output(), grad_attention);
     for_tiles(plan.tiles, [&](auto tiles) {
       launch("fast_grad_attention", &branches_kernel<T, tiles(), DotWithGrad<T, tiles()>>, grid_of(plan, 1), plan.threads,
              plan.shared_bytes, context.stream, plan.lattice, args);

@@ -1,18 +1,20 @@
 // Gradient of the input: the windows run backwards, one sum for all branches (docs/math.md, section 3). A branch's source is
-// a_k G, formed while it is written to shared memory, so that G is in memory but once; with a branch scale, and where the caller
-// has the gradient of every branch, it is in memory K times already and copied as it is.
+// a_k G, formed while it is written to shared memory, so that G is in memory but once; a branch scale is in the weight, one for
+// each branch. Where the caller has the gradient of every branch it is copied as it is.
 //
 // Chunks are those of the output channels, branch by branch within: chunk c is that of branch c % K.
+#include "backward.h"
 #include "tile.h"
 
 namespace autofocus::cuda {
 
 template <typename T>
 struct AdjointArguments {
-  const unsigned char* points;  // packed grad_output, [N, chunks, points]; unless gated [N, K, chunks, points]
-  const unsigned char* gates;   // packed attention, [N, points]
-  const unsigned char* weight;  // pack_weight
+  const unsigned char* points;  // Operands::grad_output, of each branch unless gated
+  const unsigned char* gates;   // Operands::attention
+  const unsigned char* weight;  // Operands::adjoint_weight
   int chunks;
+  bool scaled;  // a weight for each branch
   int64_t targets;
   Strided<T> target;
 };
@@ -30,7 +32,6 @@ struct CopyBranches {
 // Points of G times the attention of one branch, rounded once.
 template <typename T, int kAtOnce>  // kAtOnce: loads under way
 struct WriteGated {
-
   const AdjointArguments<T>& args;
 
   __device__ void operator()(const Lattice& g, const Tile& tile, const Int3& reach, int chunk, int first, int last) const {
@@ -77,7 +78,8 @@ template <typename T, int kTiles, bool kGated>
 __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice g, AdjointArguments<T> args) {
   const Share share;
   const int64_t target0 = int64_t(blockIdx.y) * (8 * kTiles);
-  const unsigned char* weight = args.weight + int64_t(blockIdx.y) * args.chunks * chunk_weight_bytes(kTiles);
+  const int weights = args.scaled ? g.K : 1;  // of a chunk
+  const unsigned char* weight = args.weight + int64_t(blockIdx.y) * args.chunks * weights * chunk_weight_bytes(kTiles);
   const auto stage = [&] {
     if constexpr (kGated)
       return WriteGated<T, kTiles <= 5 ? 4 : 2>{args};  // as many as leave registers
@@ -112,8 +114,9 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice g, Adjo
       pipeline.ahead(tz);  // behind the products: it takes a processor's time where points are not just copied
       wait_for_products<0>(sum);
       pipeline.leave(tz, [&] {
-        // Another chunk of channels has another weight; all branches of one share it.
-        if (next % g.K == 0) copy_slabs<kTiles>(slabs, weight, next / g.K, tz < 0 ? 0 : 1, tz < 0 ? 1 : 3);
+        // Another chunk of channels has another weight; without a scale all branches of one share it.
+        if (args.scaled || next % g.K == 0)
+          copy_slabs<kTiles>(slabs, weight, next * weights / g.K, tz < 0 ? 0 : 1, tz < 0 ? 1 : 3);
       });
     }
     if (pipeline.last_chunk())
@@ -122,24 +125,17 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice g, Adjo
   }
 }
 
-void fast_grad_input(const Inputs& in, const TensorView& grad_output, const TensorView& grad_input,
-                     const Context& context) {
+void launch_grad_input(const Plan& plan, const Inputs& in, bool by_branch, const Operands& operands,
+                       const TensorView& grad_input, const Context& context) {
   const Problem& g = in.g;
-  const bool by_branch = grad_output.k != 0, scaled = in.scale.data != nullptr, gated = !by_branch && !scaled;
-  const Plan plan = plan_of(Pass::kGradInput, in);
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
-    const AdjointArguments<T> args{
-        scaled ? pack_scaled_grads(plan.lattice, in, grad_output, context)
-               : pack_points(plan.lattice, grad_output, g.O, kPointBytes, context),
-        gated ? pack_points(plan.lattice, in.attention, g.K, kGateBytes, context) : nullptr,
-        pack_weight(in, Direction::kAdjoint, plan.tiles, context),
-        num_chunks(g.O),
-        g.C,
-        Strided<T>(grad_input)};
+    const AdjointArguments<T> args{operands.grad_output(), operands.attention(), operands.adjoint_weight(),
+                                   num_chunks(g.O),        in.scale.data != nullptr, g.C,
+                                   Strided<T>(grad_input)};
     for_tiles(plan.tiles, [&](auto tiles) {
       launch(by_branch ? "fast_branch_grad_input" : "fast_grad_input",
-             gated ? &adjoint_kernel<T, tiles(), true> : &adjoint_kernel<T, tiles(), false>,
+             by_branch ? &adjoint_kernel<T, tiles(), false> : &adjoint_kernel<T, tiles(), true>,
              grid_of(plan, ceil_div(g.C, 8 * tiles())), plan.threads, plan.shared_bytes, context.stream, plan.lattice, args);
     });
   });

@@ -4,7 +4,7 @@
 // next to each other; operand a is a_k G in registers, once for the three rows of taps of a plane. A block keeps to eight
 // input and 64 output channels and holds all 27 taps' sums in registers while it goes through its tiles; weight_sum.h adds
 // the sums of all blocks. With a branch scale, or a G for each branch, the sums are kept apart by branch, one launch each.
-#include "../weight_sum.h"
+#include "backward.h"
 #include "tile.h"
 
 namespace autofocus::cuda {
@@ -12,45 +12,18 @@ namespace autofocus::cuda {
 constexpr int kGradWeightGroups = 2;               // warpgroups, each with half of a tile's planes
 constexpr int kGradWeightThreads = kGradWeightGroups * kGroupThreads;
 constexpr int kPlaneSteps = kTileY / 2;            // products of a plane: two rows of eight points each
-constexpr int kBlockTiles = 4;                     // of 16 output channels, one a warp
-constexpr int kPackThreads = 256;
+constexpr int kBlockOutputs = 64;                  // 16 a warp
 
 struct GradWeightArguments {
-  const unsigned char* points;  // packed input, [N, chunks, points]
-  const unsigned char* gates;   // packed attention of the targets
-  const uint4* grads;           // packed grad_output, [tiles, steps, output tiles, lane]
-  int chunks, output_tiles;
-  float* partial;  // [outputs rounded up to 16, chunks * 8, taps], for each split of each block
+  const unsigned char *points, *gates, *grads;  // Operands::input, attention and grad_output
+  int chunks, output_chunks;
+  int branch;           // of the gates, the lattice's first
+  int grad_branches;    // of grad_output: 1, or K and `branch` is meant
+  float* partial;       // [outputs rounded up to 16, chunks * 8, taps], for each split of each block
   int64_t split_size;
+  int64_t outputs;
   Index3 kernel;
 };
-
-// grad_output as operand a, one thread a lane: rows are output channels, columns the 16 points of a step, zero outside.
-__global__ __launch_bounds__(kPackThreads) void pack_grad_output(Lattice g, Strided<const uint16_t> grad_output,
-                                                                int64_t outputs, int output_tiles, int64_t items,
-                                                                uint4* packed) {
-  const int64_t index = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
-  if (index >= items) return;
-  int64_t rest = index;
-  const int lane = int(rest % 32);
-  rest /= 32;
-  const int64_t output = rest % output_tiles * 16 + lane / 4;
-  rest /= output_tiles;
-  const int steps = g.tile_z * kPlaneSteps;
-  const int step = int(rest % steps);
-  const Tile tile = tile_at(g, rest / steps);
-  uint32_t words[4];
-  for (int i = 0; i < 4; ++i) {
-    const int64_t o = output + 8 * (i % 2);
-    uint32_t pair = 0;
-    for (int e = 0; e < 2; ++e) {
-      const Index3 p = target_position(g, tile, step / kPlaneSteps, step % kPlaneSteps * 2 + i / 2, lane % 4 * 2 + e);
-      if (o < outputs && inside(p, g.target)) pair |= uint32_t(*grad_output.at(tile.n, o, p)) << (16 * e);
-    }
-    words[i] = pair;
-  }
-  packed[index] = {words[0], words[1], words[2], words[3]};
-}
 
 // One chunk of a pipeline's tiles, whichever tile it is.
 struct CopyChunk {
@@ -62,11 +35,33 @@ struct CopyChunk {
   }
 };
 
-// Grid (blocks, chunks of input channels, blocks of 64 output channels).
+// grad_output of one plane of a tile as operand a, a product each: rows are this warp's 16 output channels, columns the 16
+// points of a step, zeros outside. A row of eight packed points is an 8x8 matrix with the channels as columns.
+__device__ inline void load_grads(const Lattice& g, const Tile& tile, const GradWeightArguments& args, int warp_chunk,
+                                  int z, uint32_t (&grads)[kPlaneSteps][4]) {
+  const int lane = threadIdx.x % 32;
+  const int k = args.grad_branches == 1 ? 0 : args.branch;
+  const int64_t points = packed_target_points(g);
+  const int64_t chunk = (tile.n * args.grad_branches + k) * args.output_chunks + warp_chunk;
+#pragma unroll
+  for (int step = 0; step < kPlaneSteps; ++step)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int y = 2 * step + i / 2, x = lane / 4;
+      uint32_t pair = 0;
+      if (warp_chunk + i % 2 < args.output_chunks && inside(target_position(g, tile, z, y, x), g.target)) {
+        const int64_t point = (chunk + i % 2) * points + packed_target(g, tile, z, y, x);
+        pair = *reinterpret_cast<const uint32_t*>(args.grads + point * kPointBytes + lane % 4 * 4);
+      }
+      grads[step][i] = transposed(pair);
+    }
+}
+
+// Grid (blocks, chunks of input channels, blocks of kBlockOutputs output channels).
 template <typename T>
 __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Lattice g, GradWeightArguments args) {
   const int group = threadIdx.x / kGroupThreads, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const int output_tile = int(blockIdx.z) * kBlockTiles + warp;
+  const int output0 = int(blockIdx.z) * kBlockOutputs + 16 * warp;
   const int group_planes = g.tile_z / kGradWeightGroups;
 
   float sum[3][3][1][3][4];  // [tz, ty], then by tx
@@ -92,13 +87,8 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
       pipeline.ahead(tz - 1);
 #pragma unroll 1
       for (int z = group * group_planes; z < (reads(g, tz - 1) ? (group + 1) * group_planes : 0); ++z) {
-        uint4 grad[kPlaneSteps] = {};
-        if (output_tile < args.output_tiles) {
-          const int64_t step0 = (int64_t(pipeline.tile_number()) * g.tile_z + z) * kPlaneSteps;
-#pragma unroll
-          for (int step = 0; step < kPlaneSteps; ++step)
-            grad[step] = args.grads[((step0 + step) * args.output_tiles + output_tile) * 32 + lane];
-        }
+        uint32_t grads[kPlaneSteps][4];
+        load_grads(g, pipeline.tile(), args, output0 / kChunk, z, grads);
 #pragma unroll
         for (int k = 0; k < kLatticeBranches; ++k) {
           if (k >= g.K) break;
@@ -106,13 +96,11 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
 #pragma unroll
           for (int step = 0; step < kPlaneSteps; ++step) {
             const unsigned char* gate =
-                gates + (k * tile_points + (z * kTileY + 2 * step) * kTileX + lane % 4 * 2) * int(sizeof(uint16_t));
+                gates + ((args.branch + k) * tile_points + (z * kTileY + 2 * step) * kTileX + lane % 4 * 2) * int(sizeof(uint16_t));
             const uint32_t rows[2] = {*reinterpret_cast<const uint32_t*>(gate),
                                       *reinterpret_cast<const uint32_t*>(gate + kTileX * sizeof(uint16_t))};
-            a[step][0] = multiply(grad[step].x, rows[0], T{});
-            a[step][1] = multiply(grad[step].y, rows[0], T{});
-            a[step][2] = multiply(grad[step].z, rows[1], T{});
-            a[step][3] = multiply(grad[step].w, rows[1], T{});
+#pragma unroll
+            for (int i = 0; i < 4; ++i) a[step][i] = multiply(grads[step][i], rows[i / 2], T{});
           }
           const uint32_t plane = plane_of(g, z, tz - 1, k);
           begin_products();
@@ -132,7 +120,7 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
     }
   }
 
-  if (output_tile >= args.output_tiles) return;
+  if (output0 >= args.outputs) return;
   const int64_t inputs = int64_t(args.chunks) * kChunk;
   float* partial = args.partial + (int64_t(blockIdx.x) * kGradWeightGroups + group) * args.split_size;
 #pragma unroll
@@ -146,52 +134,37 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
           // On an axis of one tap those beside it are nobody's.
           const Index3 t = {args.kernel.z / 2 + tz - 1, args.kernel.y / 2 + ty - 1, args.kernel.x / 2 + tx - 1};
           if (!inside(t, args.kernel)) continue;
-          const int64_t o = int64_t(output_tile) * 16 + lane / 4 + i / 2 * 8;
+          const int64_t o = output0 + lane / 4 + i / 2 * 8;
           const int64_t c = int64_t(blockIdx.y) * kChunk + lane % 4 * 2 + i % 2;
           partial[(o * inputs + c) * volume(args.kernel) + ravel(t, args.kernel)] = sum[tz][ty][0][tx][i];
         }
 }
 
-void fast_grad_weight(const Inputs& in, const TensorView& grad_output, const TensorView& grad_weight,
-                      const TensorView& grad_scale, const Context& context) {
-  const Problem& g = in.g;
-  const Plan plan = plan_of(Pass::kGradWeight, in);
+WeightPartials weight_partials_of(const Plan& plan, const Problem& g, bool by_branch) {
   const int chunks = num_chunks(g.C);
-  const int output_tiles = static_cast<int>(ceil_div(g.O, 16));
-  const int64_t output_blocks = ceil_div(output_tiles, kBlockTiles), tiles = num_tiles(plan.lattice);
-  const int64_t items = tiles * (plan.lattice.tile_z * kPlaneSteps) * output_tiles * 32;
-  uint4* grads = static_cast<uint4*>(context.scratch(items * int64_t(sizeof(uint4))));
-  const unsigned char* points = pack_points(plan.lattice, in.input, g.C, kPointBytes, context);
-
-  const bool by_branch = in.scale.data != nullptr || grad_output.k != 0;
+  const int64_t output_blocks = ceil_div(g.O, kBlockOutputs), tiles = num_tiles(plan.lattice);
   const int64_t wanted = ceil_div(plan.blocks, chunks * output_blocks), blocks = wanted < tiles ? wanted : tiles;
-  const WeightPartials sums{nullptr, blocks * kGradWeightGroups, by_branch ? g.K : 1, output_tiles * 16,
-                            int64_t(chunks) * kChunk};
+  return {nullptr, blocks * kGradWeightGroups, by_branch ? g.K : 1, ceil_div(g.O, 16) * 16, int64_t(chunks) * kChunk};
+}
+
+void launch_grad_weight(const Plan& plan, const Inputs& in, const TensorView& grad_output, const Operands& operands,
+                        const WeightPartials& sums, float* partial, const Context& context) {
+  const Problem& g = in.g;
+  const dim3 grid(static_cast<unsigned int>(sums.splits / kGradWeightGroups),
+                  static_cast<unsigned int>(num_chunks(g.C)),
+                  static_cast<unsigned int>(ceil_div(g.O, kBlockOutputs)));
+  const int chunks = num_chunks(g.O), grads = grad_output.k == 0 ? 1 : int(g.K);
   const int64_t branch_size = sums.outputs * sums.inputs * num_taps(g);
-  float* partial = static_cast<float*>(context.scratch(sums.splits * sums.branches * branch_size * int64_t(sizeof(float))));
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
-    for (int64_t k = 0; k < sums.branches; ++k) {
-      const Plan own = by_branch ? plan_of_branch(Pass::kGradWeight, in, k) : plan;
-      TensorView attention = in.attention;
-      if (by_branch) attention.data = static_cast<T*>(attention.data) + k * attention.c;
-      const unsigned char* gates =
-          pack_points(packing_of_target(own.lattice), attention, own.lattice.K, kGateBytes, context);
-      Strided<const uint16_t> grad(grad_output);
-      grad.data += k * grad.k;
-      if (k == 0 || grad.k != 0)
-        launch("pack_grad_output", &pack_grad_output, dim3(static_cast<unsigned int>(ceil_div(items, kPackThreads))),
-               kPackThreads, 0, context.stream, plan.lattice, grad, g.O, output_tiles, items, grads);
-      launch("fast_weight_partial", &grad_weight_kernel<T>,
-             dim3(static_cast<unsigned int>(blocks), static_cast<unsigned int>(chunks),
-                  static_cast<unsigned int>(output_blocks)),
-             kGradWeightThreads, own.shared_bytes, context.stream, own.lattice,
-             GradWeightArguments{points, gates, grads, chunks, output_tiles, partial + k * branch_size,
-                                 sums.branches * branch_size, g.kernel});
+    for (int k = 0; k < sums.branches; ++k) {
+      const Plan own = sums.branches == 1 ? plan : plan_of_branch(Pass::kGradWeight, in, k);
+      launch("fast_weight_partial", &grad_weight_kernel<T>, grid, kGradWeightThreads, own.shared_bytes, context.stream,
+             own.lattice,
+             GradWeightArguments{operands.input(), operands.attention(), operands.grad_output(), num_chunks(g.C), chunks, k,
+                                 grads, partial + k * branch_size, sums.branches * branch_size, g.O, g.kernel});
     }
   });
-  sum_weight_partials(in, {partial, sums.splits, sums.branches, sums.outputs, sums.inputs}, grad_weight, grad_scale,
-                      context);
 }
 
 }  // namespace autofocus::cuda

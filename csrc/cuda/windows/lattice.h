@@ -105,7 +105,7 @@ AUTOFOCUS_HD inline Index3 target_position(const Lattice& g, const Tile& tile, i
           int64_t(g.step.x) * (tile.target_first.x + x) + tile.target_class.x};
 }
 
-// Number of that point when the target is packed too (packing_of_target); the position must lie inside.
+// Number of that point among the packed points of the target; the position must lie inside.
 AUTOFOCUS_HD inline int64_t packed_target(const Lattice& g, const Tile& tile, int z, int y, int x) {
   const Int3 &c = tile.target_class, &l = tile.target_first, &n = g.target_points;
   const int64_t in_class = (int64_t(c.z) * g.step.y + c.y) * g.step.x + c.x;
@@ -134,11 +134,11 @@ AUTOFOCUS_HD inline int64_t packed_index(const Lattice& g, const Tile& tile, int
 
 // Source position of packed point number `index`, counted with the position fastest and the class per axis inside it,
 // so that neighbouring threads of the packing kernel read neighbouring memory. `packed` is where it goes.
-AUTOFOCUS_HD inline Index3 unpacked_position(const Lattice& g, int64_t index, int64_t& packed) {
-  const Index3 size = {int64_t(g.points.z) * g.step.z, int64_t(g.points.y) * g.step.y, int64_t(g.points.x) * g.step.x};
+AUTOFOCUS_HD inline Index3 unpacked_position(const Int3& points, const Int3& step, int64_t index, int64_t& packed) {
+  const Index3 size = {int64_t(points.z) * step.z, int64_t(points.y) * step.y, int64_t(points.x) * step.x};
   const Index3 p = unravel(index, size);
-  const int64_t in_class = ((p.z % g.step.z) * g.step.y + p.y % g.step.y) * g.step.x + p.x % g.step.x;
-  packed = ((in_class * g.points.z + p.z / g.step.z) * g.points.y + p.y / g.step.y) * g.points.x + p.x / g.step.x;
+  const int64_t in_class = ((p.z % step.z) * step.y + p.y % step.y) * step.x + p.x % step.x;
+  packed = ((in_class * points.z + p.z / step.z) * points.y + p.y / step.y) * points.x + p.x / step.x;
   return p;
 }
 
@@ -171,6 +171,10 @@ inline StepAndReach step_and_reach(const Problem& g, int64_t Index3::*axis) {
     largest = g.dilation[k].*axis > largest ? g.dilation[k].*axis : largest;
   }
   return {int(step), int(largest / step)};
+}
+
+inline Int3 common_step(const Problem& g) {
+  return {step_and_reach(g, &Index3::z).step, step_and_reach(g, &Index3::y).step, step_and_reach(g, &Index3::x).step};
 }
 
 // Why a problem has no lattice form, or null.
@@ -208,8 +212,7 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
   lattice.source = forward ? g.input : g.output;
   lattice.target = forward ? g.output : g.input;
   lattice.origin = forward ? g.origin : Index3{-g.origin.z, -g.origin.y, -g.origin.x};
-  lattice.step = {step_and_reach(g, &Index3::z).step, step_and_reach(g, &Index3::y).step,
-                  step_and_reach(g, &Index3::x).step};
+  lattice.step = common_step(g);
   for (int k = 0; k < lattice.K; ++k) {
     const Index3& r = g.dilation[first_branch + k];
     Int3 &rate = lattice.rate[k], &reach = lattice.reach;
@@ -226,13 +229,6 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
   lattice.points = lattice_points(lattice.source, lattice.step);
   lattice.target_points = lattice_points(lattice.target, lattice.step);
   return lattice;
-}
-
-// The lattice as pack_points takes it to pack the target instead of the source.
-inline Lattice packing_of_target(Lattice g) {
-  g.source = g.target;
-  g.points = g.target_points;
-  return g;
 }
 
 inline void set_tile(Lattice& g, int tile_z, bool recycle) {

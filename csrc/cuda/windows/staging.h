@@ -84,7 +84,6 @@ class Pipeline {
   __device__ bool last_chunk() const { return chunk_ + 1 == chunks_; }
   __device__ int next_chunk() const { return last_chunk() ? 0 : chunk_ + 1; }
   __device__ const Tile& tile() const { return shared_tile(parity_); }
-  __device__ int tile_number() const { return tile_; }
   // Where shared memory behind the pipeline's own begins.
   __device__ int behind() const { return tiles_at_ + 2 * int(sizeof(Tile)); }
 

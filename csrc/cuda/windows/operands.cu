@@ -1,0 +1,173 @@
+// Packing: a thread a packed point, and a block of threads for one operand of the call.
+#include "operands.h"
+
+namespace autofocus::cuda {
+
+namespace {
+
+constexpr int kPackThreads = 256;
+constexpr int64_t kAlignment = 256;  // of every operand, as torch's allocator gives it to the first
+
+// Volumes as points of kCount channels; blocks of threads is 0 where the call has none.
+struct PackPoints {
+  unsigned int blocks;
+  Strided<const uint16_t> source;
+  int64_t N, branches, channels, chunks;
+  Int3 step, points;
+  Index3 size;
+  void* packed;
+};
+
+struct PackWeight {
+  unsigned int blocks;
+  bool adjoint;
+  int64_t sources, targets, chunks, branches, items;
+  int block_targets;
+  uint4* packed;
+};
+
+template <typename T>
+struct Packing {
+  PackPoints input, grad_output, attention;
+  PackWeight weight, adjoint_weight;
+  Strided<const T> weight_values, scale;
+  Index3 kernel;
+};
+
+template <int kCount>
+__device__ inline void pack_points(const PackPoints& job, unsigned int block) {
+  const int64_t points = int64_t(job.points.z) * job.points.y * job.points.x;
+  const int64_t all = points * job.step.z * job.step.y * job.step.x;
+  const int64_t index = int64_t(block) * kPackThreads + threadIdx.x;
+  if (index >= job.N * job.branches * job.chunks * all) return;
+  const int64_t plane = index / all, first = plane % job.chunks * kCount;
+  const int64_t k = plane / job.chunks % job.branches, n = plane / job.chunks / job.branches;
+  int64_t place;
+  const Index3 p = unpacked_position(job.points, job.step, index % all, place);
+  const bool valid = inside(p, job.size);
+  const uint16_t* from = job.source.at(n, first, p) + k * job.source.k;
+  uint32_t words[kCount / 2];
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    words[i] = 0;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int64_t channel = 2 * i + j;
+      if (valid && first + channel < job.channels) words[i] |= uint32_t(from[channel * job.source.c]) << (16 * j);
+    }
+  }
+  // One store of 8 or 16 bytes.
+  if constexpr (kCount == 8)
+    static_cast<uint4*>(job.packed)[plane * all + place] = {words[0], words[1], words[2], words[3]};
+  else
+    static_cast<uint2*>(job.packed)[plane * all + place] = {words[0], words[1]};
+}
+
+template <typename T>
+__device__ inline void pack_weight(const PackWeight& job, const Packing<T>& packing, unsigned int block) {
+  const int64_t index = int64_t(block) * kPackThreads + threadIdx.x;
+  if (index >= job.items) return;
+  int64_t rest = index;
+  const int in_block = int(rest % job.block_targets);
+  rest /= job.block_targets;
+  const int in_slab = int(rest % kSlabTaps);
+  rest /= kSlabTaps;
+  const int tz = int(rest % 3);
+  rest /= 3;
+  const int64_t k = rest % job.branches;
+  rest /= job.branches;
+  const int64_t source = rest % job.chunks * kChunk, target = rest / job.chunks * job.block_targets + in_block;
+  // On an axis of one tap those beside it are zero.
+  const Index3& kernel = packing.kernel;
+  const int sign = job.adjoint ? -1 : 1;
+  const Index3 t = {kernel.z / 2 + sign * (tz - 1), kernel.y / 2 + sign * (in_slab / 3 - 1),
+                    kernel.x / 2 + sign * (in_slab % 3 - 1)};
+  const bool there = target < job.targets && in_slab < kPlaneTaps && inside(t, kernel);
+  float values[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    const int64_t o = job.adjoint ? source + i : target, c = job.adjoint ? target : source + i;
+    values[i] = there && source + i < job.sources ? to_float(*packing.weight_values.at(o, c, t)) : 0.0f;
+    if (job.adjoint && packing.scale.data != nullptr && source + i < job.sources)
+      values[i] *= branch_value(packing.scale, k, o);
+  }
+  job.packed[index] = {pack(values[0], values[1], T{}), pack(values[2], values[3], T{}), pack(values[4], values[5], T{}),
+                       pack(values[6], values[7], T{})};
+}
+
+// Whether this block belongs to a job; if not, its number among those of the jobs that follow.
+template <typename Job>
+__device__ inline bool takes(const Job& job, unsigned int& block) {
+  if (block < job.blocks) return true;
+  block -= job.blocks;
+  return false;
+}
+
+template <typename T>
+__global__ __launch_bounds__(kPackThreads) void pack_kernel(Packing<T> packing) {
+  unsigned int block = blockIdx.x;
+  if (takes(packing.input, block)) return pack_points<kChunk>(packing.input, block);
+  if (takes(packing.grad_output, block)) return pack_points<kChunk>(packing.grad_output, block);
+  if (takes(packing.attention, block)) return pack_points<kLatticeBranches>(packing.attention, block);
+  if (takes(packing.weight, block)) return pack_weight(packing.weight, packing, block);
+  pack_weight(packing.adjoint_weight, packing, block);
+}
+
+}  // namespace
+
+void Operands::pack(const Context& context) {
+  const Problem& g = in_.g;
+  int64_t bytes = 0, blocks = 0;
+  const auto place = [&](int64_t size) {
+    const int64_t at = bytes;
+    bytes += ceil_div(size, kAlignment) * kAlignment;
+    return at;
+  };
+  const auto blocks_of = [&](int64_t items) {
+    const int64_t count = ceil_div(items, kPackThreads);
+    blocks += count;
+    return static_cast<unsigned int>(count);
+  };
+  const auto volume = [&](const TensorView& source, int64_t channels, int count, const Index3& size, int64_t& at) {
+    const int64_t branches = source.k == 0 ? 1 : g.K, chunks = ceil_div(channels, count);
+    const Int3 points = lattice_points(size, step_);
+    const int64_t items = g.N * branches * chunks * step_.z * step_.y * step_.x * points.z * points.y * points.x;
+    at = place(items * count * int64_t(sizeof(uint16_t)));
+    return PackPoints{blocks_of(items), Strided<const uint16_t>(source), g.N,  branches, channels, chunks,
+                      step_,            points,                          size, nullptr};
+  };
+  const auto weight = [&](bool adjoint, int tiles, int64_t& at) {
+    const int64_t sources = adjoint ? g.O : g.C, targets = adjoint ? g.C : g.O;
+    const int64_t chunks = num_chunks(sources), branches = adjoint && in_.scale.data != nullptr ? g.K : 1;
+    const int64_t items =
+        ceil_div(targets, 8 * tiles) * chunks * branches * (chunk_weight_bytes(tiles) / kPointBytes);
+    at = place(items * kPointBytes);
+    return PackWeight{blocks_of(items), adjoint, sources, targets, chunks, branches, items, 8 * tiles, nullptr};
+  };
+  for_16_bit(in_.dtype, [&](auto element) {
+    using T = decltype(element);
+    const PackPoints no_points{0, Strided<const uint16_t>(TensorView{}), 0, 0, 0, 0, {}, {}, {}, nullptr};
+    const PackWeight no_weight{0, false, 0, 0, 0, 0, 0, 1, nullptr};
+    Packing<T> packing{no_points, no_points, no_points, no_weight, no_weight, Strided<const T>(in_.weight),
+                       Strided<const T>(in_.scale), g.kernel};
+    if (wants_input_) packing.input = volume(in_.input, g.C, kChunk, g.input, input_at_);
+    if (grad_output_.data != nullptr)
+      packing.grad_output = volume(grad_output_, g.O, kChunk, g.output, grad_output_at_);
+    if (wants_attention_)
+      packing.attention =
+          volume(in_.attention, g.K, kLatticeBranches, g.output, attention_at_);
+    if (weight_tiles_ > 0) packing.weight = weight(false, weight_tiles_, weight_at_);
+    if (adjoint_tiles_ > 0) packing.adjoint_weight = weight(true, adjoint_tiles_, adjoint_at_);
+    scratch_at_ = place(scratch_bytes_);
+
+    memory_ = static_cast<unsigned char*>(context.scratch(bytes));
+    packing.input.packed = at(input_at_);
+    packing.grad_output.packed = at(grad_output_at_);
+    packing.attention.packed = at(attention_at_);
+    packing.weight.packed = reinterpret_cast<uint4*>(at(weight_at_));
+    packing.adjoint_weight.packed = reinterpret_cast<uint4*>(at(adjoint_at_));
+    launch("pack", &pack_kernel<T>, dim3(static_cast<unsigned int>(blocks)), kPackThreads, 0, context.stream, packing);
+  });
+}
+
+}  // namespace autofocus::cuda
