@@ -1,5 +1,6 @@
 """What every test file shares: the backends that can run here, and deterministic examples."""
 
+import gc
 import os
 
 # For what the tests start: several processes share the cores. Before torch is imported, which reads it.
@@ -13,6 +14,12 @@ from autofocus_kernels.dispatch import backend_named
 
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 settings.load_profile("tests")
+
+
+def pytest_collection_finish():
+    """What is there by now stays: torch.compile and the benchmarks collect garbage again and again, a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -483,7 +483,7 @@ def test_a_third_derivative(backend):
 
 def test_gradgradcheck(backend):
     """Numerically, with each argument independent of the others."""
-    case = Case("tiny", (3, 4), dilations=(1, 2), channels=2, out_channels=2, batch=2)
+    case = Case("tiny", (3,), dilations=(1, 2), channels=2, out_channels=2, batch=2)
     tensors = testing.make_tensors(case, torch.float64, requires_grad=True)
     norms = make_norms(case)
 
@@ -545,28 +545,47 @@ def operator_arguments(case, save_branches, backend):
     )
 
 
+# Which gradients are wanted: of input, weight, attention and the norms' weight and bias.
+MASKS = ([True] * 5, [False, True, False, True, True])
+
+
 @each_choice
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_opcheck(backend, save_branches, layout):
     case = Case("opcheck", (4, 5), channels=2, out_channels=3, dilations=(1, 2), batch=2, layout=layout)
     tensors, vectors, settings = operator_arguments(case, save_branches, backend)
-    opcheck(torch.ops.autofocus.branch_norm.default, (*tensors[:4], *vectors, *settings))
+    quick = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(torch.ops.autofocus.branch_norm.default, (*tensors[:4], *vectors, *settings), test_utils=quick)
     with torch.no_grad():
         _, *saved = torch.ops.autofocus.branch_norm(*tensors[:4], *vectors, *settings)
     if save_branches:
         assert saved[-1].shape == (2, 2, 3, 4, 5)  # [K, N, O, *S_out], each branch laid out like the output
         assert all(branch.is_contiguous(memory_format=case.memory_format) for branch in saved[-1])
-    for mask in ([True] * 5, [False, True, False, True, True]):
+    for mask in MASKS:
         arguments = (tensors.grad_output, *tensors[:3], *vectors, *saved, *settings, mask)
-        # Its gradient is that of plain convolutions' gradients, which PyTorch cannot trace with symbolic sizes.
-        static = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-        opcheck(torch.ops.autofocus.branch_norm_backward.default, arguments, test_utils=static)
-        arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
-        opcheck(torch.ops.autofocus.branch_norm_backward.default, tuple(arguments))
+        opcheck(torch.ops.autofocus.branch_norm_backward.default, arguments, test_utils=quick)
 
 
 @each_choice
-@pytest.mark.parametrize("training", [True, False], ids=["batch", "running"])
+def test_opcheck_of_tracing(save_branches):
+    """Slow, and the same for all backends and layouts, whose fakes test_opcheck checks."""
+    case = Case("opcheck", (4, 5), channels=2, out_channels=3, dilations=(1, 2), batch=2)
+    tensors, vectors, settings = operator_arguments(case, save_branches, "cpu")
+    dynamic = ("test_aot_dispatch_dynamic",)
+    opcheck(torch.ops.autofocus.branch_norm.default, (*tensors[:4], *vectors, *settings), test_utils=dynamic)
+    with torch.no_grad():
+        _, *saved = torch.ops.autofocus.branch_norm(*tensors[:4], *vectors, *settings)
+    arguments = (tensors.grad_output, *tensors[:3], *vectors, *saved, *settings)
+    # The gradient of backward is that of plain convolutions' gradients, which PyTorch cannot trace with symbolic sizes.
+    static = ("test_aot_dispatch_static",)
+    opcheck(torch.ops.autofocus.branch_norm_backward.default, (*arguments, MASKS[0]), test_utils=static)
+    detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    for mask in MASKS:
+        opcheck(torch.ops.autofocus.branch_norm_backward.default, (*detached, mask), test_utils=dynamic)
+
+
+# No branch is kept with running statistics.
+@pytest.mark.parametrize("training, save_branches", [(True, False), (True, True), (False, False)])
 def test_compiled_steps(backend, training, save_branches):
     """One graph for forward and backward, running statistics included, and no recompile."""
     torch.compiler.reset()
