@@ -23,12 +23,10 @@ import memory
 import torch
 import torch.nn.functional as F
 from contenders import DTYPES, LAYOUTS, clock, interleave, precision
+from plain_networks import BLOCKS, PlainNetwork
 from torch import nn
 
 from autofocus_kernels import networks, testing
-
-sys.path.insert(0, str(harness.ROOT / "tests"))
-from plain_networks import BLOCKS, PlainNetwork
 
 PLAIN, OURS, SAVE_NONE, SAVE_ALL = "plain", "ours", "ours, save_branches=False", "ours, save_branches=True"
 PASSES = ("inference", "training")

@@ -216,6 +216,6 @@ def test_every_case_on_a_lesser_cpu(isa):
 def test_every_case_in_guarded_memory(tmp_path):
     """No kernel uses memory it has not written, or reads or writes past the end of scratch or tensors."""
     library = tmp_path / "guarded_memory.so"
-    source = Path(__file__).with_name("guarded_memory.c")
+    source = Path(__file__).parent / "helpers" / "guarded_memory.c"
     subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
     assert run_each_case(LD_PRELOAD=str(library)) == torch.ops.autofocus_cpu.isa()

@@ -1,4 +1,4 @@
-"""The networks against tests/plain_networks.py with the same weights, in float64."""
+"""The networks against benchmarks/plain_networks.py with the same weights, in float64."""
 
 import pytest
 import torch
