@@ -21,14 +21,14 @@ BUILT := build/.built-$(subst /,-,$(PYTHON))-$(AUTOFOCUS_BUILD)
 .PHONY: demo test bench compat clean
 
 demo: $(BUILT)
-	$(PYTHON) benchmarks/demo.py
+	$(PYTHON) -m examples.demo
 
 # Two files of tests at a time, where pytest-xdist is installed.
 test: $(BUILT)
 	$(PYTHON) -m pytest tests $$($(PYTHON) -c "import xdist; print('-n 2 --dist loadfile')" 2>/dev/null)
 
 bench: $(BUILT)
-	$(PYTHON) benchmarks/run.py
+	$(PYTHON) -m benchmarks.run
 
 compat:
 	python3 .ci/compat.py

@@ -6,9 +6,9 @@ from .config import show_config
 from .conv_op import ConvOp1d, ConvOp2d, ConvOp3d
 from .convert import convert, revert
 from .dispatch import available_backends
-from .export import decompositions
 from .functional import autofocus_conv
 from .modules import AutofocusConv1d, AutofocusConv2d, AutofocusConv3d, ScaleAttention
+from .ops.decompositions import decompositions
 from .version import __version__ as __version__
 
 __all__ = [

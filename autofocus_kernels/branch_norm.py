@@ -2,7 +2,7 @@
 
 The modules hold parameters, running statistics and mode; their own forward is never called. By running statistics
 each is a scale and a shift, so the layer is one call in branch mode; by batch statistics it is the operator of
-norm_ops.py (docs/branch_norm.md).
+ops/branch_norm.py (docs/branch_norm.md).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import norm_ops, ops
 from .call import Call
 from .functional import prepare
+from .ops import branch_norm as ops
+from .ops import derivatives
 
 # A sequence or ModuleList of _BatchNorm, whose statistics and parameters are Optional by type but there where read.
 Norms = Any
@@ -100,11 +101,11 @@ def _by_running_statistics(call: Call, bias: Tensor | None, norms: Norms) -> Ten
     norm_weight, norm_bias = _affine(norms, call.input)
     mean = torch.stack([norm.running_mean for norm in norms]).to(norm_weight.dtype)
     var = torch.stack([norm.running_var for norm in norms]).to(norm_weight.dtype)
-    _, scale, shift = norm_ops.fold(norm_weight, norm_bias, mean, var, [norm.eps for norm in norms])
+    _, scale, shift = ops.fold(norm_weight, norm_bias, mean, var, [norm.eps for norm in norms])
     if bias is not None:
         shift = torch.cat([shift[:1] + scale[:1] * bias, shift[1:]])
     dtype = call.input.dtype
-    return ops.apply(call._replace(branch_scale=scale.to(dtype), branch_shift=shift.to(dtype)))
+    return derivatives.apply(call._replace(branch_scale=scale.to(dtype), branch_shift=shift.to(dtype)))
 
 
 def _by_batch_statistics(call: Call, bias: Tensor | None, norms: Norms, save_branches: bool) -> Tensor:
@@ -115,7 +116,7 @@ def _by_batch_statistics(call: Call, bias: Tensor | None, norms: Norms, save_bra
             "branch_norm needs more than one value per channel to normalise by batch statistics, "
             f"got an output of shape {[attention.shape[0], call.weight.shape[0], *attention.shape[2:]]}"
         )
-    output, statistics = norm_ops.apply(
+    output, statistics = ops.apply(
         call,
         bias,
         *_affine(norms, call.input),
@@ -153,7 +154,7 @@ def _process_group(norms: Norms) -> str | None:
 
 
 @torch.no_grad()
-def _update_running_statistics(norms: Norms, statistics: norm_ops.Statistics | None, bias: Tensor | None) -> None:
+def _update_running_statistics(norms: Norms, statistics: ops.Statistics | None, bias: Tensor | None) -> None:
     """As ``nn.BatchNormNd`` does; an empty batch (None) is counted and changes nothing else."""
     for k, norm in enumerate(norms):
         if not (norm.training and norm.track_running_stats):

@@ -13,7 +13,7 @@ class Call(NamedTuple):
     """Tensors of one dtype and device, of any strides, and the integers and choices that come with them.
 
     The six tensors stand in the order of the operators' schemas. A call of batch-normalised branches
-    (norm_ops.py) has the first three only.
+    (ops/branch_norm.py) has the first three only.
     """
 
     input: Tensor  # [N, C, *S]

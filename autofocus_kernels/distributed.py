@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .branch_norm import uses_batch_statistics
 from .geometry import Geometry, resolve
 from .modules import AutofocusConvNd, ScaleAttention, check_layer_input
-from .ops import memory_format_of
+from .ops.allocation import memory_format_of
 
 
 class Span(NamedTuple):

@@ -17,7 +17,7 @@ import sys
 
 import torch
 
-from . import norm_ops, ops  # noqa: F401  (they define the operators)
+from . import ops  # noqa: F401  (it defines the operators)
 
 
 def forward(input, weight, attention, *_, **__) -> int:

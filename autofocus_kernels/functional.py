@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import ops
 from .arguments import check_call
 from .call import Call
 from .dispatch import check_backend_name
+from .ops import derivatives
 
 
 def autofocus_conv(
@@ -75,7 +75,7 @@ def autofocus_conv(
             backend=backend,
         )
     call, unbatched = prepare(*tensors, dilations, stride, padding, backend)
-    output = ops.apply(call)
+    output = derivatives.apply(call)
     return output.squeeze(0) if unbatched else output
 
 

@@ -1,6 +1,6 @@
 """Compiles the CUDA library and the probes on a machine without a GPU and without a CUDA build of torch.
 
-    python benchmarks/cross_build.py [--architectures 90a ...] [--torch FOLDER]
+    python -m benchmarks.cross_build [--architectures 90a ...] [--torch FOLDER]
 
 Needs nvcc, a C++ compiler and the headers of a torch: the installed one's, or those of FOLDER, an unpacked torch
 package of another version (the library uses torch's stable ABI: those of 2.10 serve every later one). Writes

@@ -1,7 +1,7 @@
 """Everything to do on a GPU that is rented by the minute, in one command, in at most eight of them.
 
-    python benchmarks/gpu_check.py --out FOLDER            all of it
-    python benchmarks/gpu_check.py --out FOLDER --quick    probes, the cuda backend's tests and the table
+    python -m benchmarks.gpu_check --out FOLDER            all of it
+    python -m benchmarks.gpu_check --out FOLDER --quick    probes, the cuda backend's tests and the table
 
 In this order: the probes (benchmarks/probes: what the kernels take for granted of a GPU), the tests of the cuda
 backend, those of Triton's that a GPU adds something to, the table of times and memory (gpu_table.py), the paper's
@@ -31,19 +31,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ROOT / "benchmarks"
-TABLE = BENCHMARKS / "gpu_table.py"
-sys.path.insert(0, str(ROOT))
-
-import cross_build
-import gpu_table
 import torch
-from contenders import DTYPES
 
 from autofocus_kernels import autofocus_conv, show_config, testing
 from autofocus_kernels.dispatch import PREFERENCE
 
+from . import cross_build, gpu_table
+from .contenders import DTYPES
+from .provenance import ROOT
+
+TABLE = ("-m", "benchmarks.gpu_table")
 # Seconds that a stage may take; together they are what a run may take.
 LIMITS = {
     "probes": 25,
@@ -234,7 +231,7 @@ def tests(session: Session, device: str, names: list[str]) -> None:
 
 
 def table(session: Session, device: str, options: argparse.Namespace) -> None:
-    command = [sys.executable, TABLE, "--device", device, "--out", session.folder / "table.csv"]
+    command = [sys.executable, *TABLE, "--device", device, "--out", session.folder / "table.csv"]
     if device == "cpu":
         command += ["--cases", "tiny-8x12^3", "tiny-4x9^3-branch", "--dtypes", "float32", "--seconds", "0.02"]
     else:
@@ -248,7 +245,7 @@ def more_seconds(options: argparse.Namespace) -> int:
 
 
 def networks(session: Session, device: str) -> None:
-    command = [sys.executable, BENCHMARKS / "networks.py", "--device", device, "--layouts", "channels_last"]
+    command = [sys.executable, "-m", "benchmarks.networks", "--device", device, "--layouts", "channels_last"]
     command += ["--out", session.folder / "networks.csv"]
     if device == "cpu":
         command += ["--networks", "AFN-1", "--passes", "inference", "--inference-size", "31", "--seconds", "0"]
@@ -275,7 +272,7 @@ def sanitize(session: Session, device: str, names: list[str]) -> None:
         if device == "cpu" or sanitizer is None:
             session.note(tool, "not run", "no compute-sanitizer or no GPU")
             continue
-        small = [sys.executable, __file__, "--small"]
+        small = [sys.executable, "-m", "benchmarks.gpu_check", "--small"]
         options = ["--tool", tool, "--error-exitcode", SANITIZER_ERROR]
         for name in sorted(names):  # cuda first
             session.run(

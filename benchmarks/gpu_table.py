@@ -1,4 +1,4 @@
-"""The table of one GPU in two minutes: python benchmarks/gpu_table.py [--dtypes bfloat16 ...] [--profile].
+"""The table of one GPU in two minutes: python -m benchmarks.gpu_table [--dtypes bfloat16 ...] [--profile].
 
 Every case, inference and training, the naive layer against each backend: time of the device alone, wall time of a
 call, peak memory. A light check first: results against the naive layer in float32, at most twice as far off as the
@@ -19,14 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-import cases
-import harness  # first: it puts this checkout on the path
-import memory
 import torch
-from contenders import DTYPES, LAYOUTS, NAIVE, TF32_EPS, Contender, backends_of, lay_out, layer, precision, runner
 
 from autofocus_kernels import testing, tolerance
 from autofocus_kernels.testing import Case, Tensors
+
+from . import cases, memory
+from .contenders import DTYPES, LAYOUTS, NAIVE, TF32_EPS, Contender, backends_of, lay_out, layer, precision, runner
+from .provenance import ENVIRONMENT, ROOT, command_line, environment
 
 PASSES = ("inference", "training")
 # First what the figures of the README rest on.
@@ -46,7 +46,7 @@ COLUMNS = (
     "ratio",  # the best naive layout's device_ms over this one's
     "peak_bytes",  # beyond the arguments
     "peak_ratio",  # over the naive layer's in the same layout
-    *harness.ENVIRONMENT,
+    *ENVIRONMENT,
     "command",
 )
 SLEEP = 20_000_000  # cycles of the device, 10 ms: longer than the host takes to queue the calls that are timed
@@ -221,9 +221,10 @@ def warm_in_processes(chosen: list[Case], dtype: str, options: argparse.Namespac
     """A process a case: Triton compiles in one thread, and its compiler is most of the time of a first run."""
 
     def run(case: Case) -> None:
-        command = [sys.executable, __file__, "--warm", "--cases", case.name, "--dtypes", dtype]
+        command = [sys.executable, "-m", "benchmarks.gpu_table", "--warm", "--cases", case.name, "--dtypes", dtype]
         subprocess.run(
             [*command, "--device", options.device, "--backends", *options.backends, "--layouts", *options.layouts],
+            cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,  # what fails here fails again, and is said, when it is judged
         )
@@ -274,7 +275,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm", action="store_true", help="only compile")
     parser.add_argument("--out", type=Path, help="CSV; default: build/gpu-table.csv")
     options = parser.parse_args(arguments)
-    options.out = options.out or harness.ROOT / "build" / "gpu-table.csv"
+    options.out = options.out or ROOT / "build" / "gpu-table.csv"
     if options.backends is None:
         options.backends = [name for name, reason in backends_of(options.device).items() if reason is None]
     return options
@@ -294,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
             warm(case, options.dtypes[0], options)
         return 0
     began = time.monotonic()
-    where = harness.environment(options.device) | {"command": " ".join(["python", *sys.argv])}
+    where = environment(options.device) | {"command": command_line()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     bad = []
     with options.out.open("w", newline="") as file:

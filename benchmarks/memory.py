@@ -20,9 +20,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from contenders import Contender, lay_out, layer, make_tensors, precision, runner
 
 from autofocus_kernels.testing import Case
+
+from .contenders import Contender, lay_out, layer, make_tensors, precision, runner
+from .provenance import ROOT
 
 SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
@@ -69,7 +71,8 @@ def peaks_cpu(
     """Measures each (contender, pass) in one fresh process; yields as they come."""
     job = {"case": asdict(case), "dtype": dtype, "threads": threads, "wanted": wanted}
     process = subprocess.Popen(
-        [sys.executable, __file__, json.dumps(job)],
+        [sys.executable, "-m", "benchmarks.memory", json.dumps(job)],
+        cwd=ROOT,
         env={**os.environ, **SETTINGS, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         text=True,

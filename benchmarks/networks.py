@@ -1,4 +1,4 @@
-"""Times the paper's networks against their plain transcription: python benchmarks/networks.py [--device cuda].
+"""Times the paper's networks against their plain transcription: python -m benchmarks.networks [--device cuda].
 
 Per network a training step (forward, cross-entropy, backward, RMSprop) and the inference of one segment, both in both
 memory layouts, by turns. Our logits and gradients are first checked against float64, and nothing is timed if they
@@ -18,17 +18,16 @@ from statistics import median
 from typing import NamedTuple
 from unittest import mock
 
-import harness  # first: it puts this checkout on the path
-import memory
 import torch
 import torch.nn.functional as F
-from contenders import DTYPES, LAYOUTS, clock, interleave, precision
 from torch import nn
 
 from autofocus_kernels import networks, testing
 
-sys.path.insert(0, str(harness.ROOT / "tests"))
-from plain_networks import BLOCKS, PlainNetwork
+from . import memory
+from .contenders import DTYPES, LAYOUTS, clock, interleave, precision
+from .plain_networks import BLOCKS, PlainNetwork
+from .provenance import ENVIRONMENT, ROOT, command_line, environment
 
 PLAIN, OURS, SAVE_NONE, SAVE_ALL = "plain", "ours", "ours, save_branches=False", "ours, save_branches=True"
 PASSES = ("inference", "training")
@@ -49,7 +48,7 @@ COLUMNS = (
     "peak_bytes",  # on a GPU, beyond parameters and input
     "error",
     "plain_error",  # of logits and gradients against float64 on a small segment
-    *harness.ENVIRONMENT,
+    *ENVIRONMENT,
     "command",
 )
 CHECK_SIZE = 35  # voxels a side
@@ -72,7 +71,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     on_gpu = options.device == "cuda"
     options.dtypes = options.dtypes or (["float32", "tf32", "bfloat16"] if on_gpu else ["float32"])
     options.training_size = options.training_size or (75 if on_gpu else 51)
-    options.out = options.out or harness.ROOT / "build" / f"networks-{options.device}.csv"
+    options.out = options.out or ROOT / "build" / f"networks-{options.device}.csv"
     return options
 
 
@@ -238,8 +237,8 @@ def measure(name: str, pass_name: str, dtype: str, options: argparse.Namespace) 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     where = {
-        **harness.environment(options.device),
-        "command": " ".join(["benchmarks/networks.py", *(arguments or sys.argv[1:])]),
+        **environment(options.device),
+        "command": command_line(arguments),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="") as file:

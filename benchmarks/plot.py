@@ -1,16 +1,19 @@
-"""Draws a CSV of run.py: python benchmarks/plot.py build/benchmark-cpu.csv picture.png"""
+"""Draws a CSV of run.py: python -m benchmarks.plot build/benchmark-cpu.csv picture.png"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-import harness
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from contenders import COMPILED, NAIVE
+
+from .contenders import COMPILED, NAIVE
+from .measurement import best_naive
+from .rows import read
+from .tables import groups
 
 COLOURS = {NAIVE: "#9a9a9a", COMPILED: "#d9b44a", "cpu": "#2a6fbb", "triton": "#2a6fbb", "cuda": "#7a3e9d"}
 TITLES = {
@@ -24,7 +27,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 2:
         print(__doc__)
         return 2
-    rows = harness.read(Path(arguments[0]))
+    rows = read(Path(arguments[0]))
     draw(rows).savefig(arguments[1], dpi=130)
     print(arguments[1])
     return 0
@@ -36,10 +39,10 @@ def _rounded(value: float) -> str:
 
 def draw(rows: list[dict]) -> plt.Figure:
     """A row of panels per dtype: speed in each pass, then peak memory of the heaviest pass."""
-    groups = harness.groups(rows)
-    dtypes = list(dict.fromkeys(dtype for _, dtype, _ in groups))
-    passes = list(dict.fromkeys(pass_name for *_, pass_name in groups))
-    cases = {dtype: list(dict.fromkeys(c for c, d, _ in groups if d == dtype)) for dtype in dtypes}
+    found = groups(rows)
+    dtypes = list(dict.fromkeys(dtype for _, dtype, _ in found))
+    passes = list(dict.fromkeys(pass_name for *_, pass_name in found))
+    cases = {dtype: list(dict.fromkeys(c for c, d, _ in found if d == dtype)) for dtype in dtypes}
     names = [name for name in COLOURS if any(row["contender"] == name for row in rows)]
     height = [0.7 + len(cases[dtype]) * (0.3 + 0.14 * len(names)) for dtype in dtypes]
     figure, axes = plt.subplots(
@@ -53,10 +56,10 @@ def draw(rows: list[dict]) -> plt.Figure:
     )
     for line, dtype in zip(axes, dtypes):
         for axis, pass_name in zip(line, passes):
-            _speed(axis, [groups.get((case, dtype, pass_name), []) for case in cases[dtype]], names)
+            _speed(axis, [found.get((case, dtype, pass_name), []) for case in cases[dtype]], names)
             axis.set_title(f"{dtype}: {TITLES[pass_name].lower()}", fontsize=10)
         heaviest = passes[-1]
-        _memory(line[-1], [groups.get((case, dtype, heaviest), []) for case in cases[dtype]], names)
+        _memory(line[-1], [found.get((case, dtype, heaviest), []) for case in cases[dtype]], names)
         line[-1].set_title(f"{dtype}: peak memory, {heaviest}", fontsize=10)
         line[0].set_yticks(range(len(cases[dtype])), cases[dtype])
         line[0].set_ylim(len(cases[dtype]) - 0.5, -0.5)
@@ -72,11 +75,11 @@ def draw(rows: list[dict]) -> plt.Figure:
     return figure
 
 
-def _bars(axis, groups: list[list[dict]], names: list[str], value, label) -> None:
+def _bars(axis, found: list[list[dict]], names: list[str], value, label) -> None:
     """A bar per case and contender in the naive layer's faster layout; ``value(row)`` may be None."""
     width = 0.8 / len(names)
-    for y, group in enumerate(groups):
-        best = harness.best_naive(group)
+    for y, group in enumerate(found):
+        best = best_naive(group)
         for row in group:
             if best is None or row["layout"] != best["layout"]:
                 continue
@@ -92,21 +95,21 @@ def _bars(axis, groups: list[list[dict]], names: list[str], value, label) -> Non
     axis.tick_params(labelsize=8)
 
 
-def _speed(axis, groups, names) -> None:
+def _speed(axis, found, names) -> None:
     def label(row: dict) -> str:
         return f"{row['ratio']:.2f}x, {_rounded(row['min_ms'])} ms"
 
-    _bars(axis, groups, names, lambda row: row["ratio"], label)
+    _bars(axis, found, names, lambda row: row["ratio"], label)
     axis.axvline(1, color=COLOURS[NAIVE], linewidth=0.8, linestyle=":")
     axis.set_xlabel("times as fast as the naive layer", fontsize=8)
     axis.set_xlim(left=0)
 
 
-def _memory(axis, groups, names) -> None:
+def _memory(axis, found, names) -> None:
     def value(row: dict) -> float | None:
         return None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20
 
-    _bars(axis, groups, names, value, lambda row: f"{_rounded(value(row))} MiB")
+    _bars(axis, found, names, value, lambda row: f"{_rounded(value(row))} MiB")
     axis.set_xlabel("MiB beyond the layer's arguments", fontsize=8)
     axis.set_xlim(left=0)
 

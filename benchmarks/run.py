@@ -1,4 +1,4 @@
-"""Times the fused layer against the naive one: python benchmarks/run.py [--full] [--device cuda].
+"""Times the fused layer against the naive one: python -m benchmarks.run [--full] [--device cuda].
 
 Every row is first checked against float64 truth and refused if wrong; then the status is non-zero. Rows are written
 as they come; the same command continues a run that was stopped, and --anew starts over.
@@ -11,11 +11,16 @@ import sys
 import time
 from pathlib import Path
 
-import cases
-import harness  # first: it puts this checkout on the path
 import torch
-from contenders import DTYPES, PASSES, backends_of, contenders
 from tqdm import tqdm
+
+from . import cases
+from .contenders import DTYPES, PASSES, backends_of, contenders
+from .measurement import failures, measure
+from .provenance import ROOT, environment
+from .roofline import Ceilings
+from .rows import Rows, read
+from .tables import summary, table
 
 # Chosen so that two CPU cores are done in under ten minutes; --full times everything.
 DEFAULT_16_BIT = ("32x64^3", "64x48^3")
@@ -47,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if parsed.full:
         parsed.passes = list(PASSES)
     if parsed.out is None:
-        parsed.out = harness.ROOT / "build" / f"benchmark-{parsed.device}.csv"
+        parsed.out = ROOT / "build" / f"benchmark-{parsed.device}.csv"
     return parsed
 
 
@@ -86,9 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
                 return 2
     backends = [name for name in wanted if available[name] is None]
 
-    here = harness.environment(options.device)
+    here = environment(options.device)
     print("\n".join(f"{name:<8} {value}" for name, value in here.items()))
-    store = harness.Rows(options.out, here, options.anew)
+    store = Rows(options.out, here, options.anew)
     jobs = plan(options)
     todo = [
         (case, dtype, compiled, [p for p in options.passes if not store.has(case.name, dtype, p)])
@@ -98,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     if done:
         print(f"{done} of {len(todo)} are measured already in {options.out} (--anew measures them again)")
     if done < len(todo):
-        ceilings = harness.Ceilings(options.device)
+        ceilings = Ceilings(options.device)
         seconds = options.seconds or (5.0 if options.device == "cpu" else 0.5)
         # No bar in a log: a finished case prints a line there too.
         with tqdm(todo, unit="case", file=sys.stderr, dynamic_ncols=True, disable=None) as bar:
@@ -108,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if options.time_limit and time.monotonic() - began > options.time_limit:
                     bar.write("time is up: the rest is not measured")
                     break
-                measured = harness.measure(
+                measured = measure(
                     case,
                     dtype,
                     passes,
@@ -121,18 +126,18 @@ def main(arguments: list[str] | None = None) -> int:
                 )
                 for rows in measured:
                     store.add(rows)
-                    bar.write(harness.summary(rows).splitlines()[-1])
+                    bar.write(summary(rows).splitlines()[-1])
 
     names = {case.name for case, *_ in jobs}
-    rows = [row for row in harness.read(options.out) if row["case"] in names and row["pass"] in options.passes]
-    print(harness.table(rows))
+    rows = [row for row in read(options.out) if row["case"] in names and row["pass"] in options.passes]
+    print(table(rows))
     print("\nTime, times as fast as the best naive layer, share of the floor (peak memory over the naive layer's):\n")
-    print(harness.summary(rows))
+    print(summary(rows))
     print(f"\n{len(rows)} rows in {options.out}")
-    failures = harness.failures(rows)
-    for failure in failures:
+    wrong = failures(rows)
+    for failure in wrong:
         print("FAILED:", failure)
-    return 1 if failures else 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

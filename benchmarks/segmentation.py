@@ -1,6 +1,6 @@
 """The paper's comparison on the phantom: its networks and this package's variants, in site and across sites.
 
-    python benchmarks/segmentation.py          about an hour on two cores; stopped, it goes on where it was
+    python -m benchmarks.segmentation          about an hour on two cores; stopped, it goes on where it was
 
 Every network trains on site A, with the same budget, for each seed, and is tested on other cases of site A and on site
 B, whose scans differ in contrast, noise and spacing. AFN-n/sum has one batch norm after the sum of an autofocus layer
@@ -19,7 +19,6 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-import harness  # first: it puts this checkout on the path
 import matplotlib
 import torch
 from tqdm import tqdm
@@ -35,6 +34,8 @@ from autofocus_kernels.segmentation.recipe import RECIPES, Recipe, make_loss, ma
 from autofocus_kernels.segmentation.run import load_model
 from autofocus_kernels.segmentation.train import train
 
+from .provenance import ROOT, environment
+
 SUM = "/sum"
 VARIANTS = ("Basic", "ASPP-c", "ASPP-s", "AFN-1", "AFN-2", "AFN-4", "AFN-6", "AFN-6" + SUM)
 SITES = ("A", "B")
@@ -45,8 +46,8 @@ WINDOW, CASES, SIZE = 75, 80, (128, 128)
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=harness.ROOT / "build" / "segmentation", help="data and runs")
-    parser.add_argument("--out", type=Path, default=harness.ROOT / "benchmarks" / "results", help="tables and picture")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "segmentation", help="data and runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="tables and picture")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=600)
     parser.add_argument("--batch", type=int, default=8)
@@ -117,9 +118,9 @@ def report(work: Path, out: Path, todo: list[tuple[str, int]], recipe: Recipe) -
                 row = {"network": variant, "seed": seed, "site": site, "structure": name}
                 rows.append({**row, "dice": round(statistics.mean(dice), 4), "cases": len(dice)})
     summary = summarise(rows, times(work, list(dict.fromkeys(v for v, _ in todo)), recipe))
-    environment = harness.environment("cpu")
+    where = environment("cpu")
     for name, table in (("segmentation.csv", rows), ("segmentation-summary.csv", summary)):
-        write_csv(out / name, [{**rounded(row), **environment} for row in table])
+        write_csv(out / name, [{**rounded(row), **where} for row in table])
     draw(summary, names).savefig(out / "segmentation.png", dpi=110)
     for row in summary:
         print("  ".join(f"{value:>9.3f}" if isinstance(value, float) else f"{value:>9}" for value in row.values()))

@@ -13,11 +13,12 @@ import tempfile
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from memory import SETTINGS, peak_here
 
 from autofocus_kernels import AutofocusConv3d
 from autofocus_kernels.distributed import SpatiallySharded
 from autofocus_kernels.testing import saved_bytes
+
+from .memory import SETTINGS, peak_here
 
 MB = 2**20
 

@@ -4,15 +4,10 @@ run.py interleaves the contenders and is what results are quoted from; this one 
 (--benchmark-autosave, then --benchmark-compare).
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import cases
-from contenders import NAIVE, Contender, Judge, backends_of, lay_out, layer, make_tensors, runner
+from . import cases
+from .contenders import NAIVE, Contender, Judge, backends_of, lay_out, layer, make_tensors, runner
 
 DEVICE = "cpu"
 TIMED = [cases.BY_NAME[name] for name in ("32x64^3", "64x48^3", "odd-7x33x21x18")]

@@ -1,5 +1,6 @@
-"""What every test file shares: the backends that can run here, and deterministic examples."""
+"""What test files share: the backends that can run here, deterministic examples, tiny phantoms."""
 
+import gc
 import os
 
 # For what the tests start: several processes share the cores. Before torch is imported, which reads it.
@@ -11,8 +12,16 @@ from hypothesis import settings
 
 from autofocus_kernels.dispatch import backend_named
 
+pytest.register_assert_rewrite("helpers")
+
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 settings.load_profile("tests")
+
+
+def pytest_collection_finish():
+    """What is there by now stays: torch.compile and the benchmarks collect garbage again and again, a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +43,21 @@ def backend(request):
     if reason is not None:
         pytest.skip(f"backend {request.param}: {reason}")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def phantom_2d(tmp_path_factory):
+    """Six cases for training and two for tests, of 36 x 32 pixels and two modalities."""
+    make_phantom = pytest.importorskip("autofocus_kernels.segmentation.phantom", exc_type=ImportError).make_phantom
+    folder = tmp_path_factory.mktemp("phantom_2d")
+    make_phantom(folder, cases=8, seed=0, size=(36, 32), dims=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom_3d(tmp_path_factory):
+    """Three cases for training and one for tests, anisotropic."""
+    make_phantom = pytest.importorskip("autofocus_kernels.segmentation.phantom", exc_type=ImportError).make_phantom
+    folder = tmp_path_factory.mktemp("phantom_3d")
+    make_phantom(folder, cases=4, seed=0, size=(24, 26, 10), dims=3, anisotropic=True)
+    return folder

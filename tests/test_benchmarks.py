@@ -12,22 +12,25 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import cases
-import contenders
-import cross_build
-import gpu_check
-import gpu_table
-import harness
-import memory
-import networks
-import plot
-import run
-from contenders import NAIVE, Contender
-
 from autofocus_kernels import autofocus_conv, testing
+from benchmarks import (
+    cases,
+    contenders,
+    cross_build,
+    gpu_check,
+    gpu_table,
+    measurement,
+    memory,
+    networks,
+    plot,
+    roofline,
+    run,
+    tables,
+)
+from benchmarks.contenders import NAIVE, Contender
+from benchmarks.rows import COLUMNS, Rows, read
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TINY = cases.BY_NAME["tiny-8x12^3"]
 SOON = ["--seconds", "0.01", "--no-memory", "--compiled", "--dtypes", "float32"]
@@ -35,7 +38,7 @@ SOON = ["--seconds", "0.01", "--no-memory", "--compiled", "--dtypes", "float32"]
 
 @pytest.fixture(scope="module")
 def ceilings():
-    found = harness.Ceilings.__new__(harness.Ceilings)
+    found = roofline.Ceilings.__new__(roofline.Ceilings)
     found.copy, found.product = 1e10, lambda dtype: 1e10
     return found
 
@@ -43,7 +46,7 @@ def ceilings():
 def measure(case, names, ceilings, passes=("inference", "training"), **options):
     entrants = [Contender(name, layout) for name in names for layout in contenders.LAYOUTS]
     options = {"seconds": 0.01, "measure_memory": False, **options}
-    return list(harness.measure(case, "float32", passes, entrants, "cpu", ceilings, **options))
+    return list(measurement.measure(case, "float32", passes, entrants, "cpu", ceilings, **options))
 
 
 # ------------------------------------------------------------------ cases
@@ -120,14 +123,14 @@ def wrong_layer(name, where):
 
 @pytest.mark.parametrize("where", ["output", "attention", "inference", "nan"])
 def test_a_wrong_contender_gets_no_time(monkeypatch, ceilings, where):
-    monkeypatch.setattr(harness, "layer", lambda name: wrong_layer(name, where))
+    monkeypatch.setattr(measurement, "layer", lambda name: wrong_layer(name, where))
     for rows in measure(TINY, [NAIVE, "broken"], ceilings):
         statuses = {row["contender"]: row for row in rows}
         assert statuses[NAIVE]["status"] == "ok" and statuses[NAIVE]["min_ms"] > 0
         assert statuses["broken"]["status"] == "wrong" and "min_ms" not in statuses["broken"]
         assert ("attention" if where == "attention" else "output") in statuses["broken"]["note"]
-        assert len(harness.failures(rows)) == 2  # one per layout
-        assert "WRONG" in harness.table(rows) and "WRONG" in harness.summary(rows)
+        assert len(measurement.failures(rows)) == 2  # one per layout
+        assert "WRONG" in tables.table(rows) and "WRONG" in tables.summary(rows)
 
 
 def test_a_contender_that_raises_does_not_end_the_run(monkeypatch, ceilings):
@@ -137,11 +140,11 @@ def test_a_contender_that_raises_does_not_end_the_run(monkeypatch, ceilings):
 
         return contenders.layer(name) if name == NAIVE else refusing
 
-    monkeypatch.setattr(harness, "layer", layer)
+    monkeypatch.setattr(measurement, "layer", layer)
     (rows,) = measure(TINY, [NAIVE, "x", "y"], ceilings, passes=("inference",))
     assert [row["status"] for row in rows] == ["ok", "ok", "refused", "refused", "failed", "failed"]
     assert "not today" in rows[2]["note"] and "boom" in rows[4]["note"]
-    assert len(harness.failures(rows)) == 2  # a refusal is no failure
+    assert len(measurement.failures(rows)) == 2  # a refusal is no failure
 
 
 def test_the_judge_knows_every_layout_and_mode(ceilings):
@@ -158,7 +161,7 @@ def timed(contender, layout, ms, status="ok"):
 
 
 def test_ratio_is_to_the_faster_eager_layout():
-    rows = harness.with_ratios(
+    rows = measurement.with_ratios(
         [
             timed(NAIVE, "contiguous", 6.0),
             timed(NAIVE, "channels_last", 4.0),
@@ -170,7 +173,7 @@ def test_ratio_is_to_the_faster_eager_layout():
     )
     assert [row.get("ratio") for row in rows] == [4 / 6, 1, 4 / 3, 2, 4, None]
     assert rows[4]["ratio_median"] == 4
-    without = harness.with_ratios([timed("cpu", "contiguous", 1.0), timed(NAIVE, "contiguous", 1.0, "wrong")])
+    without = measurement.with_ratios([timed("cpu", "contiguous", 1.0), timed(NAIVE, "contiguous", 1.0, "wrong")])
     assert "ratio" not in without[0]
 
 
@@ -193,8 +196,8 @@ def test_csv_columns_environment_and_continuing(tmp_path, capsys):
     arguments = ["--cases", TINY.name, "--passes", "inference", *SOON, "--threads", "1", "--out", str(out)]
     assert run.main(arguments) == 0
     with out.open() as file:
-        assert next(csv.reader(file)) == list(harness.COLUMNS)
-    rows = harness.read(out)
+        assert next(csv.reader(file)) == list(COLUMNS)
+    rows = read(out)
     assert {row["contender"] for row in rows} >= {NAIVE}
     for row in rows:
         assert row["status"] == "ok" and row["min_ms"] <= row["median_ms"] and row["rounds"] >= 3
@@ -210,20 +213,20 @@ def test_csv_columns_environment_and_continuing(tmp_path, capsys):
         file.write("torn,line")
     arguments[3] = "training"
     assert run.main(arguments) == 0
-    passes = [row["pass"] for row in harness.read(out)]
+    passes = [row["pass"] for row in read(out)]
     assert passes == ["inference"] * len(rows) + ["training"] * len(rows)
-    assert all(row["saved_bytes"] for row in harness.read(out) if row["pass"] == "training")
+    assert all(row["saved_bytes"] for row in read(out) if row["pass"] == "training")
 
-    figure = plot.draw(harness.read(out))
+    figure = plot.draw(read(out))
     figure.savefig(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_rows_of_other_sources_are_measured_again(tmp_path):
-    first = harness.Rows(tmp_path / "rows.csv", {"commit": "one"})
+    first = Rows(tmp_path / "rows.csv", {"commit": "one"})
     first.add([{"case": "a", "dtype": "float32", "pass": "inference"}])
-    assert harness.Rows(tmp_path / "rows.csv", {"commit": "one"}).has("a", "float32", "inference")
-    assert not harness.Rows(tmp_path / "rows.csv", {"commit": "two"}).has("a", "float32", "inference")
+    assert Rows(tmp_path / "rows.csv", {"commit": "one"}).has("a", "float32", "inference")
+    assert not Rows(tmp_path / "rows.csv", {"commit": "two"}).has("a", "float32", "inference")
 
 
 def test_the_default_plan_covers_every_case_the_results_are_quoted_for():
@@ -252,14 +255,14 @@ def test_peak_memory_of_the_naive_layer_is_what_its_code_says():
 @pytest.mark.skipif(not memory.can_measure_cpu(), reason="the kernel does not let a process reset its peak memory")
 def test_peak_here_sees_memory_that_is_freed_again():
     code = (
-        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
-        "import harness, memory, torch\n"
+        "import torch\nfrom benchmarks import memory\n"
         "size = 2**23\n"
         "print(memory.peak_here(lambda: [torch.ones(size).sum(), torch.ones(2 * size).sum()]) / (4 * size))\n"
         "print(memory.peak_here(lambda: torch.ones(size)) / (4 * size))\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
@@ -272,11 +275,10 @@ def test_peak_here_sees_memory_that_is_freed_again():
 # ------------------------------------------------------------------ gpu_check, dry
 
 
-WRONG_TABLE = f"""
+WRONG_TABLE = """
 import sys
-sys.path.insert(0, {str(BENCHMARKS)!r})
-import gpu_table
-gpu_table.backends_of = lambda device: {{"reference": None}}
+from benchmarks import gpu_table
+gpu_table.backends_of = lambda device: {"reference": None}
 right = gpu_table.layer
 gpu_table.layer = lambda name: right(name) if name == "naive" else lambda **a: FACTOR * right(name)(**a)
 sys.exit(gpu_table.main())
@@ -287,7 +289,7 @@ sys.exit(gpu_table.main())
 def test_gpu_check_fails_if_a_result_is_wrong(monkeypatch, tmp_path, factor, status):
     script = tmp_path / "wrong_table.py"
     script.write_text(WRONG_TABLE.replace("FACTOR", str(factor)))
-    monkeypatch.setattr(gpu_check, "TABLE", script)
+    monkeypatch.setattr(gpu_check, "TABLE", (str(script),))
     monkeypatch.setattr(gpu_check, "backends", lambda device: [])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert gpu_check.main(["--cpu", "--quick", "--out", str(tmp_path)]) == status
@@ -377,7 +379,7 @@ def test_gpu_check_selects_a_few_tests_of_triton():
         gpu_check.TRITON_TESTS,
         "tests/test_gpu.py",
     ]
-    listed = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True).stdout.splitlines()
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     names = [line for line in listed if line.startswith("tests/test_gpu.py::")]
     assert 10 <= len(names) <= 30 and all("[triton" in name for name in names)
     for wanted in ("many_tiles", "tf32", "repeats", "stream", "cuda_graph", "refused", "compiled", "training_step"):

@@ -1,14 +1,9 @@
 """The demo in its quick mode: it runs, judges and writes its pictures. What it shows takes the two minutes."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-demo = pytest.importorskip("demo", reason="the demo needs the extra [segmentation]", exc_type=ImportError)
+demo = pytest.importorskip("examples.demo", reason="the demo needs the extra [segmentation]", exc_type=ImportError)
 
 
 def test_quick_demo_writes_its_pictures(tmp_path, capsys):

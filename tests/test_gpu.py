@@ -3,8 +3,8 @@
 from functools import partial
 
 import pytest
-import test_branch_norm as layers
 import torch
+from helpers import plain_norms as layers
 
 from autofocus_kernels import AutofocusConv3d, autofocus_conv, reference, self_check, testing
 from autofocus_kernels.branch_norm import normed_autofocus_conv

@@ -4,10 +4,10 @@ import io
 
 import pytest
 import torch
-from plain_networks import PlainNetwork
 from torch import nn
 
 from autofocus_kernels import networks
+from benchmarks.plain_networks import PlainNetwork
 
 NAMES = networks.NAMES
 WIDTHS = (4, 6, 6, 5)

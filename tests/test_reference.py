@@ -1,10 +1,10 @@
 """The reference against the nested-loop oracle and against plain PyTorch convolutions."""
 
 import numpy as np
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

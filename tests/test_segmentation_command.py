@@ -5,10 +5,11 @@ import shlex
 import sys
 
 import pytest
-import segmentation_fixtures  # noqa: F401  (skips without the extra)
 
 from autofocus_kernels import segmentation
 from autofocus_kernels.segmentation import __main__ as command
+
+pytest.importorskip("autofocus_kernels.segmentation.extra", exc_type=ImportError)
 
 
 def fails_in_one_line(capsys, words):

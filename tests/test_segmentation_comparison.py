@@ -1,16 +1,12 @@
 """benchmarks/segmentation.py, on a phantom of seconds."""
 
 import csv
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("monai")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import segmentation
+from benchmarks import segmentation
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from segmentation_fixtures import phantom_2d  # noqa: F401
 
 from autofocus_kernels import networks
 from autofocus_kernels.segmentation import files
@@ -118,7 +117,7 @@ def test_no_real_numbers(tmp_path, dtype):
         read_nifti(tmp_path / "image.nii")
 
 
-def test_normalised_inside_the_mask(phantom_2d):  # noqa: F811
+def test_normalised_inside_the_mask(phantom_2d):
     case = read_dataset(phantom_2d).training[0]
     sample = read_case(case, 2, 2, 5)
     inside = sample.image[:, sample.mask]
@@ -161,7 +160,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind, number", [(kind, i) for kind, changes in BAD.items() for i in range(len(changes))])
-def test_bad_cases(phantom_2d, tmp_path, kind, number):  # noqa: F811
+def test_bad_cases(phantom_2d, tmp_path, kind, number):
     good = read_dataset(phantom_2d).training[0]
     paths = {name: tmp_path / f"{name}.nii.gz" for name in ("image", "label", "mask")}
     for source, target in zip((good.images[0], good.label, good.mask), paths.values()):

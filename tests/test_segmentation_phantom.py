@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 from scipy import ndimage
-from segmentation_fixtures import phantom_2d, phantom_3d  # noqa: F401
 
 from autofocus_kernels.segmentation.dataset import read_case, read_dataset
 from autofocus_kernels.segmentation.files import SegmentationError, read_labels, read_nifti
@@ -75,7 +74,7 @@ def test_site_b_shifts_contrast_noise_and_size():
     assert area_b == pytest.approx(area_a / 1.25**2, rel=0.1)
 
 
-def test_layout(phantom_2d):  # noqa: F811
+def test_layout(phantom_2d):
     dataset = read_dataset(phantom_2d)
     assert dataset.labels == LABELS and len(dataset.modalities) == 2
     assert len(dataset.training) == 6 and len(dataset.test) == 2 and dataset.spatial_dims() == 2
@@ -88,14 +87,14 @@ def test_layout(phantom_2d):  # noqa: F811
     assert description["numTraining"] == 6 and description["modality"] == {"0": "modality 0", "1": "modality 1"}
 
 
-def test_monai_reads_it(phantom_3d):  # noqa: F811
+def test_monai_reads_it(phantom_3d):
     from monai.data import load_decathlon_datalist
 
     items = load_decathlon_datalist(str(phantom_3d / "dataset.json"), True, "training")
     assert items[0]["image"] == str(phantom_3d / "imagesTr" / "A_000.nii.gz")
 
 
-def test_anisotropic_volumes(phantom_3d):  # noqa: F811
+def test_anisotropic_volumes(phantom_3d):
     case = read_dataset(phantom_3d).training[0]
     assert read_nifti(case.images[0]).data.shape == (24, 26, 10, 2)
     assert read_labels(case.label).spacing == (1, 1, 3)
@@ -108,7 +107,7 @@ def test_one_modality_and_the_spacing_of_b(tmp_path):
     assert image.data.shape == (20, 24) and image.spacing == (1.25, 1.25)
 
 
-def test_a_data_set_is_not_overwritten(phantom_2d):  # noqa: F811
+def test_a_data_set_is_not_overwritten(phantom_2d):
     before = contents(phantom_2d)
     with pytest.raises(SegmentationError, match="is there already"):
         make_phantom(phantom_2d, cases=2, dims=2)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from segmentation_fixtures import in_process, kill_before_file, phantom_2d  # noqa: F401
+from helpers.segmentation_runs import in_process, kill_before_file
 from torch import nn
 
 from autofocus_kernels import networks
@@ -372,7 +372,7 @@ def test_inputs_are_not_overwritten(run, images):
 
 
 @pytest.mark.usefixtures("quick_pictures")
-def test_a_data_set_gives_its_test_cases(run, phantom_2d, tmp_path):  # noqa: F811
+def test_a_data_set_gives_its_test_cases(run, phantom_2d, tmp_path):
     config = dataclasses.replace(CONFIG, labels=tuple("01234"))
     write_config(run, config)
     write_checkpoint(run / "best.pt", {"model": randomise(build_network(config)).state_dict()})

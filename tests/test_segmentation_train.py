@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from segmentation_fixtures import SMALL, in_process, kill_before_file, phantom_2d, phantom_3d  # noqa: F401
+from helpers.segmentation_runs import SMALL, in_process, kill_before_file
 
 from autofocus_kernels import networks
 from autofocus_kernels.segmentation import __main__ as command_line
@@ -43,7 +43,7 @@ def rising_dice():
 
 
 @pytest.fixture(scope="module")
-def finished(phantom_2d, tmp_path_factory):  # noqa: F811
+def finished(phantom_2d, tmp_path_factory):
     """A run of two epochs that nothing interrupted, and what it returned."""
     run = tmp_path_factory.mktemp("finished") / "run"
     return run, train.train(phantom_2d, run, **SMALL)
@@ -91,7 +91,7 @@ def test_two_epochs(finished):
     assert network(torch.zeros(1, 2, 24, 24)).shape == (1, 5, 8, 8)
 
 
-def test_best_is_the_best(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
+def test_best_is_the_best(phantom_2d, tmp_path, monkeypatch):
     scores = {1: math.nan, 2: 0.2, 3: 0.4, 4: 0.4, 5: 0.3}
     monkeypatch.setattr(train._Training, "_dice", lambda self, case: [math.nan, scores[self.done], math.nan, math.nan])
     train.train(phantom_2d, tmp_path, **SMALL | {"iterations": 5, "validate_every": 1})
@@ -100,7 +100,7 @@ def test_best_is_the_best(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
     assert any(not torch.equal(best["model"][name], value) for name, value in last["model"].items())
 
 
-def test_validation_is_the_dice_of_whole_images(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
+def test_validation_is_the_dice_of_whole_images(phantom_2d, tmp_path, monkeypatch):
     monkeypatch.setattr(train._Training, "_dice", REAL_DICE)
     row = train.train(phantom_2d, tmp_path, **SMALL | {"iterations": 3})[-1]
     network, config = load_model(tmp_path)
@@ -123,7 +123,7 @@ def _box(mask):
     return slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
 
 
-def test_the_seed_decides(finished, phantom_2d, tmp_path):  # noqa: F811
+def test_the_seed_decides(finished, phantom_2d, tmp_path):
     torch.manual_seed(12)  # the global generator does not matter
     np.random.seed(12)
     state = torch.get_rng_state()
@@ -175,7 +175,7 @@ KILLS = (
 
 
 @pytest.mark.parametrize("kill, number", KILLS, ids=[f"{kill.__name__}-{number}" for kill, number in KILLS])
-def test_a_killed_run_goes_on_bit_for_bit(finished, phantom_2d, tmp_path, kill, number):  # noqa: F811
+def test_a_killed_run_goes_on_bit_for_bit(finished, phantom_2d, tmp_path, kill, number):
     run = tmp_path / "run"
     if kill is killed_at_file and number > 1 + 3 * len(finished[1]) - (
         finished[1][1]["dice"] <= finished[1][0]["dice"]
@@ -190,20 +190,20 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, phantom_2d, tmp_path, kill, 
     assert not list(run.glob(".*"))
 
 
-def test_killed_twice(finished, phantom_2d, tmp_path):  # noqa: F811
+def test_killed_twice(finished, phantom_2d, tmp_path):
     for number in (4, 5):
         assert in_process(killed_in_iteration, number, phantom_2d, tmp_path / "run") == -signal.SIGKILL
     train.train(phantom_2d, tmp_path / "run", **SMALL)
     assert_same_run(finished[0], tmp_path / "run")
 
 
-def test_a_finished_run_stays(finished, phantom_2d):  # noqa: F811
+def test_a_finished_run_stays(finished, phantom_2d):
     before = (finished[0] / "last.pt").read_bytes()
     assert_same(train.train(phantom_2d, finished[0], **SMALL), finished[1], "history")
     assert (finished[0] / "last.pt").read_bytes() == before
 
 
-def test_another_config_is_refused(finished, phantom_2d):  # noqa: F811
+def test_another_config_is_refused(finished, phantom_2d):
     before = (finished[0] / "config.json").read_bytes()
     recipe = dataclasses.replace(SMALL["recipe"], learning_rate=0.5)
     for changes, named in (({"seed": 3}, "seed is 0 there, 3 here"), ({"recipe": recipe}, "recipe.learning_rate is")):
@@ -231,7 +231,7 @@ def train_in_two(data, run, options):
 
 
 @pytest.mark.parametrize("branch_norm", [True, False])
-def test_two_processes_equal_one(phantom_2d, tmp_path, monkeypatch, branch_norm):  # noqa: F811
+def test_two_processes_equal_one(phantom_2d, tmp_path, monkeypatch, branch_norm):
     """One crop each, of which neither alone has the statistics of both.
 
     In float64, since RMSprop makes whole steps of the rounding of gradients that are zero.
@@ -256,13 +256,13 @@ def in_float64(patch):
     patch.setattr(train, "build_network", lambda config: build_network(config).double())
 
 
-def test_processes_share_a_batch_evenly(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
+def test_processes_share_a_batch_evenly(phantom_2d, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "processes", lambda _: contextlib.nullcontext(Place(0, 3, torch.device("cpu"))))
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes"):
         train.train(phantom_2d, tmp_path / "run", **SMALL)
 
 
-def test_modern_recipe_in_3d(phantom_3d, tmp_path, monkeypatch):  # noqa: F811
+def test_modern_recipe_in_3d(phantom_3d, tmp_path, monkeypatch):
     """AdamW, cosine, Dice + cross-entropy, autocast, a dilation an axis, "same" padding."""
     monkeypatch.setattr(train._Training, "_dice", REAL_DICE)
     options = SMALL | {
@@ -296,7 +296,7 @@ def make_crops(folder, window=(20, 20), crop=(8, 8), **options):
     return Crops(dataset, dataset.training, window, crop, **{"seed": 0, "flip_every_axis": False} | options)
 
 
-def test_crops_are_half_on_foreground(phantom_2d):  # noqa: F811
+def test_crops_are_half_on_foreground(phantom_2d):
     """A tile of one pixel is its centre."""
     made = make_crops(phantom_2d, (9, 9), crop=(8, 8))
     assert [made[number][1].item() > 0 for number in range(24)] == [True, False] * 12
@@ -305,7 +305,7 @@ def test_crops_are_half_on_foreground(phantom_2d):  # noqa: F811
 
 
 @pytest.mark.parametrize("flip_every_axis", [False, True])
-def test_crops_are_the_image_and_its_labels(phantom_2d, monkeypatch, flip_every_axis):  # noqa: F811
+def test_crops_are_the_image_and_its_labels(phantom_2d, monkeypatch, flip_every_axis):
     """Where the image is the label map, plus one, a window's middle is its labels; beyond the volume it is zero."""
 
     def labels_as_image(*arguments):
@@ -324,7 +324,7 @@ def test_crops_are_the_image_and_its_labels(phantom_2d, monkeypatch, flip_every_
     assert len(kinds) == 40
 
 
-def test_crops_do_not_depend_on_what_came_before(phantom_2d):  # noqa: F811
+def test_crops_do_not_depend_on_what_came_before(phantom_2d):
     first, second = make_crops(phantom_2d), make_crops(phantom_2d, cache=2)
     for number in (13, 2, 13, 7):
         for a, b in zip(first[number], second[number]):
@@ -332,7 +332,7 @@ def test_crops_do_not_depend_on_what_came_before(phantom_2d):  # noqa: F811
     assert not torch.equal(first[0][0], make_crops(phantom_2d, seed=1)[0][0])
 
 
-def test_a_round_takes_every_case_once_and_anew(phantom_2d):  # noqa: F811
+def test_a_round_takes_every_case_once_and_anew(phantom_2d):
     made = make_crops(phantom_2d)
     orders = [crops._order(0, round, len(made.cases)) for round in range(3)]
     assert all(sorted(order) == list(range(6)) for order in orders)
@@ -342,13 +342,13 @@ def test_a_round_takes_every_case_once_and_anew(phantom_2d):  # noqa: F811
     assert not torch.equal(made[one][0], made[other][0])
 
 
-def test_a_volume_smaller_than_a_tile(phantom_2d):  # noqa: F811
+def test_a_volume_smaller_than_a_tile(phantom_2d):
     window, label = make_crops(phantom_2d, window=(60, 60), crop=(8, 8))[0]
     assert window.shape == (2, 60, 60) and label.shape == (52, 52)
     assert label.sum() > 0 and window[:, :12].abs().sum() == 0
 
 
-def test_a_full_disk_loses_nothing(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
+def test_a_full_disk_loses_nothing(phantom_2d, tmp_path, monkeypatch):
     run = tmp_path / "run"
     assert in_process(killed_in_iteration, 4, phantom_2d, run) == -signal.SIGKILL
     before = {name: (run / name).read_bytes() for name in ("best.pt", "last.pt", "log.csv")}
@@ -365,7 +365,7 @@ def test_a_full_disk_loses_nothing(phantom_2d, tmp_path, monkeypatch):  # noqa: 
 
 
 @pytest.mark.parametrize("damage", ["truncated", "pickle", "another network", "no last.pt", "no config"])
-def test_bad_last_checkpoint(finished, phantom_2d, tmp_path, damage):  # noqa: F811
+def test_bad_last_checkpoint(finished, phantom_2d, tmp_path, damage):
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
     last = run / "last.pt"
@@ -393,14 +393,14 @@ class RunsCode:
         return os.mkdir, (str(self.path),)
 
 
-def test_processes_that_make_crops_change_nothing(finished, phantom_2d, tmp_path):  # noqa: F811
+def test_processes_that_make_crops_change_nothing(finished, phantom_2d, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks, as above
         train.train(phantom_2d, tmp_path, **SMALL, workers=2, cache=2)
     assert_same_run(finished[0], tmp_path)
 
 
-def test_a_label_that_a_case_has_not_is_left_out_of_its_dice(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
+def test_a_label_that_a_case_has_not_is_left_out_of_its_dice(phantom_2d, tmp_path, monkeypatch):
     data = tmp_path / "data"
     shutil.copytree(phantom_2d, data)
     for file in (data / "labelsTr").iterdir():
@@ -414,7 +414,7 @@ def test_a_label_that_a_case_has_not_is_left_out_of_its_dice(phantom_2d, tmp_pat
 
 @pytest.mark.parametrize("cache", [None, 0])
 @pytest.mark.parametrize("split", ["training", "validation"])
-def test_a_bad_case_is_found_before_training(finished, phantom_2d, tmp_path, capsys, split, cache):  # noqa: F811
+def test_a_bad_case_is_found_before_training(finished, phantom_2d, tmp_path, capsys, split, cache):
     """Not as MONAI's RuntimeError, which does not name the file."""
     data = tmp_path / "data"
     shutil.copytree(phantom_2d, data)
@@ -429,7 +429,7 @@ def test_a_bad_case_is_found_before_training(finished, phantom_2d, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
-def test_a_case_that_breaks_during_training(phantom_2d, tmp_path):  # noqa: F811
+def test_a_case_that_breaks_during_training(phantom_2d, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(phantom_2d, data)
     made = make_crops(data, cache=0)
@@ -439,7 +439,7 @@ def test_a_case_that_breaks_during_training(phantom_2d, tmp_path):  # noqa: F811
         made[0]
 
 
-def test_a_batch_too_large_for_the_memory(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
+def test_a_batch_too_large_for_the_memory(phantom_2d, tmp_path, monkeypatch):
     def full(recipe):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -448,7 +448,7 @@ def test_a_batch_too_large_for_the_memory(phantom_2d, tmp_path, monkeypatch):  #
         train.train(phantom_2d, tmp_path / "run", **SMALL)
 
 
-def test_a_loss_that_is_no_number(phantom_2d, tmp_path, monkeypatch):  # noqa: F811
+def test_a_loss_that_is_no_number(phantom_2d, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "make_loss", lambda recipe: lambda logits, label: logits.sum() * math.nan)
     with pytest.raises(SegmentationError, match="the loss is nan in iteration 1"):
         train.train(phantom_2d, tmp_path / "run", **SMALL)
@@ -472,13 +472,13 @@ def test_a_loss_that_is_no_number(phantom_2d, tmp_path, monkeypatch):  # noqa: F
         ("device", "meta"),
     ],
 )
-def test_errors_name_the_argument(phantom_2d, tmp_path, argument, value):  # noqa: F811
+def test_errors_name_the_argument(phantom_2d, tmp_path, argument, value):
     with pytest.raises(ValueError, match=f"{'name' if argument == 'arch' else argument} must "):
         train.train(phantom_2d, tmp_path / "run", **SMALL | {argument: value})
     assert not (tmp_path / "run").exists()
 
 
-def test_command_line(phantom_2d, tmp_path, capsys, finished):  # noqa: F811
+def test_command_line(phantom_2d, tmp_path, capsys, finished):
     command = ["train", "--data", phantom_2d, "--out", tmp_path / "run", "--arch", "AFN-1", "--device", "cpu"]
     command += ["--widths", 3, 3, 3, 4, "--dilations", 1, 2, 3, 4, "--window", 24, "--batch-size", 2, "--epochs", 2]
     assert command_line.main([str(word) for word in command]) == 0
@@ -495,7 +495,7 @@ def test_learning_rates_that_are_none(rate):
         dataclasses.replace(PUBLISHED, learning_rate=rate)
 
 
-def test_a_data_set_without_cases_to_train_on(phantom_2d, tmp_path):  # noqa: F811
+def test_a_data_set_without_cases_to_train_on(phantom_2d, tmp_path):
     description = files.read_json(phantom_2d / "dataset.json")
     files.write_json(tmp_path / "dataset.json", description | {"training": []})
     with pytest.raises(SegmentationError, match="dataset.json: must list at least one case for training"):

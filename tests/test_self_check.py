@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
-from test_branch_norm import evaluate as evaluate_norm
-from test_branch_norm import make_norms
+from helpers.plain_norms import evaluate as evaluate_norm
+from helpers.plain_norms import make_norms
 
 import autofocus_kernels as ak
 from autofocus_kernels import dispatch, self_check, testing

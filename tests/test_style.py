@@ -63,7 +63,7 @@ def test_types(tmp_path):
     right, wrong = tmp_path / "right.py", tmp_path / "wrong.py"
     right.write_text(USER)
     wrong.write_text(WRONG)
-    result = run("mypy", "--cache-dir", tmp_path / "cache", "autofocus_kernels", right, wrong)
+    result = run("mypy", "--cache-dir", ROOT / "build" / "mypy", "autofocus_kernels", right, wrong)
     errors = [line for line in result.stdout.splitlines() if ": error: " in line]
     assert [line for line in errors if "wrong.py" not in line] == []
     assert [int(line.split("wrong.py:")[1].split(":")[0]) for line in errors] == [4, 5, 6], result.stdout

@@ -14,10 +14,11 @@ from test_branch_norm import make_norms
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_worker import SMALL
 
-from autofocus_kernels import AutofocusConv2d, norm_ops, testing
+from autofocus_kernels import AutofocusConv2d, testing
 from autofocus_kernels.backends.triton import backend as triton_backend
 from autofocus_kernels.backends.triton.configs import Config
 from autofocus_kernels.branch_norm import normed_autofocus_conv
+from autofocus_kernels.ops.branch_norm import allocate_branches
 from autofocus_kernels.testing import Case, relative_error
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
@@ -130,7 +131,7 @@ def _same_bits(case, tensors):
     from autofocus_kernels.backends.triton import backend
 
     volumes = (tensors.input, tensors.weight, tensors.attention)
-    branches = norm_ops.allocate_branches(*volumes).normal_()
+    branches = allocate_branches(*volumes).normal_()
     vectors = torch.randn(3, case.num_branches, case.out_channels)
     call = testing.call_of(case, tensors)._replace(bias=None)
 
@@ -173,7 +174,7 @@ def interpret_memory():
     for layout in ("contiguous", "channels_last"):
         case = Case("memory", (40, 50), channels=2, out_channels=8, dilations=(1, 2, 4), batch=2, layout=layout)
         tensors = testing.make_tensors(case)
-        branches = norm_ops.allocate_branches(tensors.input, tensors.weight, tensors.attention)
+        branches = allocate_branches(tensors.input, tensors.weight, tensors.attention)
         coefs = torch.ones(3, case.num_branches, case.out_channels)
         outputs = torch.empty_like(tensors.input), torch.empty_like(tensors.weight)
         with Allocations() as new:
@@ -249,7 +250,7 @@ def compile_kernels(target, dtype, layout):
     tensors = testing.make_tensors(case, FLOAT32 if dtype in ("tf32", "float32") else getattr(torch, dtype))
     K, O = case.num_branches, channels
     vectors = torch.ones(5, K, O)
-    branches = norm_ops.allocate_branches(tensors.input, tensors.weight, tensors.attention)
+    branches = allocate_branches(tensors.input, tensors.weight, tensors.attention)
     call = testing.call_of(case, tensors)._replace(bias=None)
     one_branch = call._replace(geometry=Case("aot", case.size, dilations=(6,)).geometry)
     backend.branch_statistics(one_branch, branches[:1], vectors[0, :1], vectors[1, :1])

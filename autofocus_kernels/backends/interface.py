@@ -43,10 +43,10 @@ class Backend(Protocol):
     is to fill arrives allocated and uninitialised. A function that finds only when it runs that it cannot raises
     :class:`CannotRun`, and another backend takes the call.
 
-    The last four functions serve batch-normalised branches (norm_ops.py), whose calls have no bias, scale and shift
-    of their own. ``branches`` are the y_k ``[K, N, O, *S_out]``, each dense in the memory format of the call's input
-    and of its dtype. The vectors beside them, ``[K, O]`` and contiguous, are float64 for float64 tensors and float32
-    for all others.
+    The last four functions serve batch-normalised branches (ops/branch_norm.py), whose calls have no bias, scale and
+    shift of their own. ``branches`` are the y_k ``[K, N, O, *S_out]``, each dense in the memory format of the call's
+    input and of its dtype. The vectors beside them, ``[K, O]`` and contiguous, are float64 for float64 tensors and
+    float32 for all others.
 
     Attributes:
         checked: whether self_check.py tries each kind of call before the first one runs: for backends whose code meets
@@ -70,7 +70,7 @@ class Backend(Protocol):
     def backward(self, call: Call, grad_output: Tensor, gradients: Gradients) -> None:
         """Fills the wanted gradients, given that of the output ``[N, O, *S_out]``, and does no work for the others.
 
-        That of the attention includes the terms of bias and shift, whose own gradients ops.py computes.
+        That of the attention includes the terms of bias and shift, whose own gradients ops/conv.py computes.
         """
 
     def branch_statistics(self, call: Call, branches: Tensor, mean: Tensor | None, var: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 // Checks of what reaches an operator: whatever a direct call passes, no kernel reads outside a tensor.
 //
-// The operators of autofocus_kernels/ops.py validate for users and allocate. Everything here is in the 3D form: tensors of
+// The operators of autofocus_kernels/ops validate for users and allocate. Everything here is in the 3D form: tensors of
 // five axes, geometry lists of three ints (dilations K times three).
 #pragma once
 

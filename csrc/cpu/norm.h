@@ -1,4 +1,4 @@
-// Batch-normalised branches (docs/branch_norm.md): what autofocus_kernels/norm_ops.py asks of a backend.
+// Batch-normalised branches (docs/branch_norm.md): what autofocus_kernels/ops/branch_norm.py asks of a backend.
 //
 // Vectors are [K, O] in the accumulator's type. Sums over voxels are taken per lattice or per slice of rows, in an order
 // that does not depend on the number of threads.

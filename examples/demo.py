@@ -1,6 +1,6 @@
 """The autofocus layer on a real 3D image, in about two minutes: is it right, how fast is it, what does it do?
 
-    python benchmarks/demo.py          writes demo/attention.png and demo/speed.png
+    python -m benchmarks.demo          writes demo/attention.png and demo/speed.png
 
 1. Runs the layer on the image through every backend that this machine has and checks output and gradients against
    the reference in float64.
@@ -15,7 +15,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import harness  # first: it puts this checkout on the path
 import matplotlib
 import nibabel
 import numpy as np
@@ -26,18 +25,22 @@ from tqdm import tqdm
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from cases import DILATIONS
-from contenders import NAIVE, backends_of, contenders
 
 from autofocus_kernels import AutofocusConv3d
 from autofocus_kernels.testing import Case, Tensors
+from benchmarks.cases import DILATIONS
+from benchmarks.contenders import NAIVE, backends_of, contenders
+from benchmarks.measurement import failures, measure
+from benchmarks.provenance import ROOT, environment
+from benchmarks.roofline import Ceilings
+from benchmarks.tables import groups, table
 
 SEED = 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=harness.ROOT / "demo", help="folder for the pictures")
+    parser.add_argument("--out", type=Path, default=ROOT / "demo", help="folder for the pictures")
     parser.add_argument("--quick", action="store_true", help="a few seconds: tiny, and too short to learn anything")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -46,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     print("1 and 2. Right, and how fast?")
     rows = race(image, device, options.quick)
-    print(harness.table(rows))
+    print(table(rows))
 
     print("\n3. What does it do? One layer learns to fill holes in the image.")
     size = Sizes(zoom=1, crop=20, steps=3) if options.quick else Sizes(zoom=3, crop=48, steps=250)
@@ -60,10 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
     for name, figure in pictures.items():
         figure.savefig(options.out / name, dpi=110)
         print(f"picture: {options.out / name}")
-    failures = harness.failures(rows)
-    for failure in failures:
+    wrong = failures(rows)
+    for failure in wrong:
         print("FAILED:", failure)
-    return 1 if failures else 0
+    return 1 if wrong else 0
 
 
 def read_image() -> Tensor:
@@ -94,7 +97,7 @@ def middle(image: Tensor, edge: int) -> Tensor:
 
 
 def race(image: Tensor, device: str, quick: bool) -> list[dict]:
-    """Rows of harness.measure for a layer of 32 channels (8 if quick) on features of the image."""
+    """Rows of measure for a layer of 32 channels (8 if quick) on features of the image."""
     torch.manual_seed(SEED)
     channels = 8 if quick else 32
     features = middle(enlarge(image, 1 if quick else 2), 48).to(device)
@@ -121,26 +124,26 @@ def race(image: Tensor, device: str, quick: bool) -> list[dict]:
     rows = []
     passes = ("inference", "training")
     with tqdm(total=len(passes), unit="pass", file=sys.stderr, dynamic_ncols=True, disable=None) as bar:
-        measured = harness.measure(
+        measured = measure(
             case,
             "float32",
             passes,
             contenders(backends, compiled=False),
             device,
-            harness.Ceilings(device),
+            Ceilings(device),
             seconds=0.05 if quick else 2.0,
             measure_memory=not quick,
             say=bar.set_postfix_str,
             tensors=tensors,
         )
         for group in measured:
-            rows += [{**row, **harness.environment(device)} for row in group]
+            rows += [{**row, **environment(device)} for row in group]
             bar.update()
     return rows
 
 
 def draw_speed(rows: list[dict]) -> plt.Figure:
-    groups = {pass_name: group for (_, _, pass_name), group in harness.groups(rows).items()}
+    by_pass = {pass_name: group for (_, _, pass_name), group in groups(rows).items()}
     panels = [
         ("inference", "min_ms", 1, "Forward, milliseconds"),
         ("training", "min_ms", 1, "Forward and backward, milliseconds"),
@@ -149,7 +152,7 @@ def draw_speed(rows: list[dict]) -> plt.Figure:
     ]
     figure, axes = plt.subplots(2, 2, figsize=(11, 5.6), layout="constrained")
     for axis, (pass_name, column, unit, title) in zip(axes.flat, panels):
-        shown = [row for row in groups[pass_name] if row.get(column) is not None]
+        shown = [row for row in by_pass[pass_name] if row.get(column) is not None]
         values = [row[column] / unit for row in shown]
         labels = [f"{row['contender']}, {row['layout'].replace('_', ' ')}" for row in shown]
         bars = axis.barh(

@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import dispatch, ops, reference
-from .call import Call, from_operator, operator_settings
+from .. import dispatch, reference
+from ..call import Call, from_operator, operator_settings
+from .allocation import allocate_gradients, allocate_output, memory_format_of
+from .recording import traced, transforms_active
 
 _PRIMALS = "Tensor input, Tensor weight, Tensor attention"
 _AFFINE = "Tensor norm_weight, Tensor norm_bias"
@@ -76,7 +78,7 @@ def apply(
     Raises:
         RuntimeError: functorch transforms, forward-mode AD, double backward or ONNX with a ``group``.
     """
-    if torch.onnx.is_in_onnx_export() if ops.traced() else ops.transforms_active():
+    if torch.onnx.is_in_onnx_export() if traced() else transforms_active():
         if group is not None:
             raise RuntimeError(
                 "branch_norm that shares statistics between processes supports reverse mode only, not functorch "
@@ -126,7 +128,7 @@ def allocate_branches(input: Tensor, weight: Tensor, attention: Tensor) -> Tenso
         (K * N, weight.shape[0], *size),
         dtype=input.dtype,
         device=input.device,
-        memory_format=ops.memory_format_of(input),
+        memory_format=memory_format_of(input),
     )
     return branches.unflatten(0, (K, N))
 
@@ -150,7 +152,7 @@ def fold(norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor, eps:
 def _branch_norm(input, weight, attention, bias, norm_weight, norm_bias, *settings):
     settings = NormSettings(*settings)
     call = settings.call(input, weight, attention)
-    output = ops.allocate_output(input, weight, attention)
+    output = allocate_output(input, weight, attention)
     branches = allocate_branches(input, weight, attention)
     mean, var = torch.zeros_like(norm_weight), torch.zeros_like(norm_weight)
     if output.numel() > 0:
@@ -168,7 +170,7 @@ def _branch_norm(input, weight, attention, bias, norm_weight, norm_bias, *settin
 def _branch_norm_fake(input, weight, attention, bias, norm_weight, norm_bias, *settings):
     save_branches = NormSettings(*settings).save_branches
     return (
-        ops.allocate_output(input, weight, attention),
+        allocate_output(input, weight, attention),
         torch.empty_like(norm_weight),
         torch.empty_like(norm_weight),
         norm_weight.new_empty(()),
@@ -243,8 +245,8 @@ def _branch_norm_backward(
 
 
 def _allocate_gradients(primals, output_mask) -> list[Tensor]:
-    """As in ops.py, but those of the two vectors are always there: they cost nothing."""
-    return ops.allocate_gradients(primals, (*output_mask[:3], True, True))
+    """Those of the two vectors are always there: they cost nothing."""
+    return allocate_gradients(primals, (*output_mask[:3], True, True))
 
 
 @torch.library.register_fake("autofocus::branch_norm_backward")

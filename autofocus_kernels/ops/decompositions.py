@@ -1,6 +1,7 @@
 """The operator written out in plain PyTorch, for programs of torch.export and runtimes that know no custom operators.
 
-torch.onnx.export of a module needs none of this: while it looks, the layers are plain PyTorch (ops.py, norm_ops.py).
+torch.onnx.export of a module needs none of this: while it looks, the layers are plain PyTorch
+(derivatives.py, branch_norm.py).
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from . import reference
-from .call import from_operator
+from .. import reference
+from ..call import from_operator
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:

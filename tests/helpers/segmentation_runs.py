@@ -1,4 +1,4 @@
-"""What the tests of segmentation share: tiny phantoms, and a training of seconds."""
+"""What the tests of segmentation share: a training of seconds, and processes that are killed."""
 
 import dataclasses
 import multiprocessing
@@ -9,7 +9,6 @@ import warnings
 import pytest
 
 pytest.importorskip("autofocus_kernels.segmentation.extra", exc_type=ImportError)
-from autofocus_kernels.segmentation.phantom import make_phantom
 from autofocus_kernels.segmentation.recipe import PUBLISHED
 
 # Of six cases for training five are trained on: two epochs are six iterations, with a validation after three each.
@@ -47,19 +46,3 @@ def kill_before_file(number):
         replace(source, target)
 
     os.replace = counted
-
-
-@pytest.fixture(scope="session")
-def phantom_2d(tmp_path_factory):
-    """Six cases for training and two for tests, of 36 x 32 pixels and two modalities."""
-    folder = tmp_path_factory.mktemp("phantom_2d")
-    make_phantom(folder, cases=8, seed=0, size=(36, 32), dims=2)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def phantom_3d(tmp_path_factory):
-    """Three cases for training and one for tests, anisotropic."""
-    folder = tmp_path_factory.mktemp("phantom_3d")
-    make_phantom(folder, cases=4, seed=0, size=(24, 26, 10), dims=3, anisotropic=True)
-    return folder

@@ -1,0 +1,58 @@
+"""The terms of the convolution and of its gradients that hold no convolution: those of bias and branch shift."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .allocation import memory_format_of
+
+
+def constant_term(attention, bias, branch_shift, like: Tensor) -> Tensor:
+    """``sum_k a_k h_k`` with ``h_k`` the bias or the branch shift; zeros if there is neither."""
+    if branch_shift is not None:
+        return torch.einsum("nk...,ko->no...", attention, branch_shift)
+    if bias is not None:
+        return torch.einsum("n...,o->no...", attention.sum(1), bias)
+    return torch.zeros_like(like)
+
+
+def constant_term_grad(grad_output, attention, bias, branch_shift) -> Tensor:
+    """The gradient of :func:`constant_term` for attention: ``<h_k, G(p)>``."""
+    if branch_shift is not None:
+        return torch.einsum("no...,ko->nk...", grad_output, branch_shift)
+    return torch.einsum("no...,o->n...", grad_output, bias).unsqueeze(1).expand_as(attention)
+
+
+def attention_weighted_sums(attention: Tensor, grad_output: Tensor) -> Tensor:
+    """Parts, along the first axis, of ``sum_p a_k(p) G(p)`` ``[K, O]``: matrix products of grad_output as it lies.
+
+    They are float32 for 16-bit tensors, where parts of either sign may be much larger than their sum.
+    """
+    if memory_format_of(grad_output) is torch.contiguous_format:
+        # With K columns and not K rows: on a CPU a third of the time.
+        product = _product(torch.bmm, grad_output.flatten(2), attention.flatten(2).transpose(1, 2))
+        return product.transpose(1, 2)
+    rows_a, rows_g = (tensor.movedim(1, -1).flatten(0, -2) for tensor in (attention, grad_output))
+    return _product(torch.mm, rows_a.t(), rows_g)[None]
+
+
+def _product(multiply, a: Tensor, b: Tensor) -> Tensor:
+    """``multiply(a, b)``, torch.mm or torch.bmm; in float32 for 16-bit tensors."""
+    if a.element_size() > 2:
+        return multiply(a, b)
+    if a.is_cuda and torch.version.hip is None:  # ROCm refuses it
+        return multiply(a, b, out_dtype=torch.float32)
+    # In pieces of the long axis, whose float32 copies stay in cache.
+    pieces = zip(a.split(_PIECE, -1), b.split(_PIECE, -2))
+    return sum(multiply(piece_a.float(), piece_b.float()) for piece_a, piece_b in pieces)
+
+
+_PIECE = 2**14
+
+
+def sum_into(gradient: Tensor, parts: Tensor, axes) -> None:
+    if gradient.dtype == parts.dtype:
+        torch.sum(parts, axes, out=gradient)
+    else:  # `out` of another dtype would round the parts
+        gradient.copy_(parts.sum(axes))
