@@ -55,7 +55,7 @@ std::string check_lattice(const Problem& g, bool adjoint, int tile_z, bool recyc
     if (tile.n != index / tiles_of_sample) return "a tile belongs to the wrong sample";
     if (tile.n > 0) continue;
     std::vector<int64_t> held(int64_t(lattice.ring) * plane_size(lattice), kNothing);
-    const int last_part = tile_z + lattice.reach.z;
+    const int last_part = tile_z + lattice.halo.z;
     const auto stage = [&](int first, int last) {
       for (int plane = first; plane < last; ++plane)
         for (int row = 0; row < rows(lattice); ++row)
@@ -71,7 +71,7 @@ std::string check_lattice(const Problem& g, bool adjoint, int tile_z, bool recyc
     for (int tz = -1; tz <= 1; ++tz) {
       if (tz == 0 && recycle) stage(last_part, planes(lattice));  // while tz = 0 still reads
       if (tz == 0 && !recycle)
-        for (int64_t i = 0; i < int64_t(lattice.reach.z) * plane_size(lattice); ++i) held[i] = kNothing;  // the next chunk's
+        for (int64_t i = 0; i < int64_t(lattice.halo.z) * plane_size(lattice); ++i) held[i] = kNothing;  // the next chunk's
       for (int z = 0; z < tile_z; ++z)
         for (int y = 0; y < kTileY; ++y)
           for (int x = 0; x < kTileX; ++x) {

@@ -36,10 +36,10 @@ BranchesArguments<T> branches_arguments(const Inputs& in, const Operands& operan
 
 // The branch scale or shift of a block of output channels as [branch, channel], if there is one.
 template <int kTiles, typename T>
-__device__ inline void copy_vectors(const Lattice& g, const Strided<const T>& matrix, int64_t output0, int64_t outputs,
+__device__ inline void copy_vectors(const Lattice& lattice, const Strided<const T>& matrix, int64_t output0, int64_t outputs,
                                     float* shared) {
   if (matrix.data == nullptr) return;
-  for (int i = threadIdx.x; i < g.K * (8 * kTiles); i += int(blockDim.x)) {
+  for (int i = threadIdx.x; i < lattice.K * (8 * kTiles); i += int(blockDim.x)) {
     const int64_t channel = output0 + i % (8 * kTiles);
     shared[i] = channel < outputs ? branch_value(matrix, i / (8 * kTiles), channel) : 0.0f;
   }
@@ -47,16 +47,16 @@ __device__ inline void copy_vectors(const Lattice& g, const Strided<const T>& ma
 
 // Grid (blocks, blocks of 8 kTiles output channels), or (blocks) if the epilogue takes those in turn.
 template <typename T, int kTiles, typename Epilogue>
-__global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice g, BranchesArguments<T> args) {
+__global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattice, BranchesArguments<T> args) {
   // Products under way at once, one a plane: as many as leave registers.
   constexpr int kTogether = kTiles <= 2 ? kGroupPlanes : 1;
   const Share share;
   const int turns = Epilogue::kInTurn ? int(ceil_div(args.outputs, 8 * kTiles)) : 1;
   const unsigned char* weight = args.weight + int64_t(blockIdx.y) * args.chunks * chunk_weight_bytes(kTiles);
   const CopyPoints stage{args.points, args.chunks};
-  Pipeline<Readers::kAll, CopyPoints> pipeline(g, args.chunks * turns, stage);
+  Pipeline<Readers::kAll, CopyPoints> pipeline(lattice, args.chunks * turns, stage);
   const int slabs = pipeline.behind();
-  Epilogue epilogue(g, args, share, slabs + chunk_weight_bytes(kTiles));
+  Epilogue epilogue(lattice, args, share, slabs + chunk_weight_bytes(kTiles));
 
   for (pipeline.start([&] { copy_slabs<kTiles>(slabs, weight, 0, 0, 3); }); pipeline.running(); pipeline.advance()) {
     if (pipeline.chunk() % args.chunks == 0) epilogue.begin(pipeline.tile(), pipeline.chunk() / args.chunks);
@@ -68,19 +68,19 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice g, Bra
       if (tz < 0 && pipeline.chunk() % args.chunks == 0) epilogue.begin_shared();
       const uint32_t slab = shared_units(shared_memory() + slabs + (tz + 1) * kSlabBytes<kTiles>);
 #pragma unroll 1
-      for (int k = 0; k < (reads(g, tz) ? g.K : 0); ++k) {
+      for (int k = 0; k < (reads(lattice, tz) ? lattice.K : 0); ++k) {
 #pragma unroll
         for (int m0 = 0; m0 < kGroupPlanes; m0 += kTogether) {
           uint32_t plane[kTogether];
 #pragma unroll
-          for (int m = 0; m < kTogether; ++m) plane[m] = plane_of(g, share.z0 + m0 + m, tz, k);
+          for (int m = 0; m < kTogether; ++m) plane[m] = plane_of(lattice, share.z0 + m0 + m, tz, k);
           float y[kTogether][kTiles][4];
           begin_products();
 #pragma unroll kUnrolledProducts
           for (int tap = 0; tap < kPlaneTaps; tap += 2) {
             Operand a[kTogether];
 #pragma unroll
-            for (int m = 0; m < kTogether; ++m) a[m] = two_taps(g, plane[m], tap, k);
+            for (int m = 0; m < kTogether; ++m) a[m] = two_taps(lattice, plane[m], tap, k);
             window_product<T>(y, a, {slab + tap * (8 * kTiles), 8 * kTiles, 8}, tap > 0);
           }
           commit_products();

@@ -9,17 +9,17 @@ class WeightedSum {
   static constexpr bool kInTurn = false;
 
   // In shared memory: the attention of the tile's points, and branch scale and shift.
-  __device__ WeightedSum(const Lattice& g, const BranchesArguments<T>& args, const Share& share, int shared)
-      : g_(g), args_(args), share_(share), gates_at_(shared) {
-    copy_vectors<kTiles>(g, args.scale, output0(), args.outputs, scales());
-    copy_vectors<kTiles>(g, args.shift, output0(), args.outputs, shifts());
+  __device__ WeightedSum(const Lattice& lattice, const BranchesArguments<T>& args, const Share& share, int shared)
+      : lattice_(lattice), args_(args), share_(share), gates_at_(shared) {
+    copy_vectors<kTiles>(lattice, args.scale, output0(), args.outputs, scales());
+    copy_vectors<kTiles>(lattice, args.shift, output0(), args.outputs, shifts());
   }
 
   __device__ void begin(const Tile& tile, int) {
     clear(sum_);
-    for (int i = threadIdx.x; i < g_.tile_z * kTileY * kTileX; i += int(blockDim.x))
+    for (int i = threadIdx.x; i < lattice_.tile_z * kTileY * kTileX; i += int(blockDim.x))
       *reinterpret_cast<uint2*>(gates() + i * kGateBytes) =
-          packed_attention(g_, tile, args_.targets, {i / (kTileY * kTileX), i / kTileX % kTileY, i % kTileX});
+          packed_attention(lattice_, tile, args_.targets, {i / (kTileY * kTileX), i / kTileX % kTileY, i % kTileX});
   }
   __device__ void begin_shared() {}
 
@@ -48,9 +48,9 @@ class WeightedSum {
   }
 
   __device__ void end(const Tile& tile) {
-    store_targets(g_, tile, args_.result, args_.outputs, output0(), share_, sum_, [&](const Int3& point) {
+    store_targets(lattice_, tile, args_.result, args_.outputs, output0(), share_, sum_, [&](const Int3& point) {
       // Not from shared memory: a faster warp may be writing the next tile's.
-      const uint2 packed = packed_attention(g_, tile, args_.targets, point);
+      const uint2 packed = packed_attention(lattice_, tile, args_.targets, point);
       const float2 low = unpack(packed.x, T{}), high = unpack(packed.y, T{});
       return [=](int channel) {
         const float a[kLatticeBranches] = {low.x, low.y, high.x, high.y};
@@ -58,7 +58,7 @@ class WeightedSum {
         if (args_.shift.data != nullptr)
 #pragma unroll
           for (int k = 0; k < kLatticeBranches; ++k) {
-            if (k >= g_.K) break;
+            if (k >= lattice_.K) break;
             const float2 shift = *reinterpret_cast<const float2*>(shifts() + k * (8 * kTiles) + channel);
             sum.x += a[k] * shift.x;
             sum.y += a[k] * shift.y;
@@ -72,11 +72,11 @@ class WeightedSum {
   __device__ int64_t output0() const { return int64_t(blockIdx.y) * (8 * kTiles); }
   __device__ unsigned char* gates() const { return shared_memory() + gates_at_; }
   __device__ float* scales() const {
-    return reinterpret_cast<float*>(gates() + g_.tile_z * (kTileY * kTileX) * kGateBytes);
+    return reinterpret_cast<float*>(gates() + lattice_.tile_z * (kTileY * kTileX) * kGateBytes);
   }
   __device__ float* shifts() const { return scales() + kLatticeBranches * 8 * kTiles; }
 
-  const Lattice& g_;
+  const Lattice& lattice_;
   const BranchesArguments<T>& args_;
   const Share& share_;
   int gates_at_;

@@ -12,22 +12,22 @@ class DotWithGrad {
   static constexpr bool kInTurn = true;
 
   // In shared memory: branch scale and shift of the block's output channels.
-  __device__ DotWithGrad(const Lattice& g, const BranchesArguments<T>& args, const Share& share, int shared)
-      : g_(g), args_(args), share_(share), scales_at_(shared) {}
+  __device__ DotWithGrad(const Lattice& lattice, const BranchesArguments<T>& args, const Share& share, int shared)
+      : lattice_(lattice), args_(args), share_(share), scales_at_(shared) {}
 
   __device__ void begin(const Tile& tile, int turn) {
     if (turn == 0)
       for (float& total : total_) total = 0.0f;
     const int64_t output0 = int64_t(turn) * (8 * kTiles);
-    copy_vectors<kTiles>(g_, args_.scale, output0, args_.outputs, scales());
-    copy_vectors<kTiles>(g_, args_.shift, output0, args_.outputs, shifts());
+    copy_vectors<kTiles>(lattice_, args_.scale, output0, args_.outputs, scales());
+    copy_vectors<kTiles>(lattice_, args_.shift, output0, args_.outputs, shifts());
     const int chunks = int(ceil_div(args_.outputs, kChunk)), first = turn * kTiles;
-    const int64_t points = packed_target_points(g_);
+    const int64_t points = packed_target_points(lattice_);
 #pragma unroll
     for (int r = 0; r < kPointsPerLane; ++r) {
       const Int3 at = share_.point(r);
-      const bool there = inside(target_position(g_, tile, at.z, at.y, at.x), g_.target);
-      const int64_t point = (tile.n * chunks + first) * points + (there ? packed_target(g_, tile, at.z, at.y, at.x) : 0);
+      const bool there = inside(target_position(lattice_, tile, at.z, at.y, at.x), lattice_.target);
+      const int64_t point = (tile.n * chunks + first) * points + (there ? packed_target(lattice_, tile, at.z, at.y, at.x) : 0);
       const unsigned char* from = args_.targets + point * kPointBytes + share_.channels * 2;
 #pragma unroll
       for (int i = 0; i < kTiles; ++i, from += points * kPointBytes)
@@ -39,7 +39,7 @@ class DotWithGrad {
   __device__ void begin_shared() {
     if (args_.shift.data == nullptr) return;
 #pragma unroll 1
-    for (int k = 0; k < g_.K; ++k) add<kGroupPlanes, true>(k, 0, shifts(), [](int, int, int) { return 1.0f; });
+    for (int k = 0; k < lattice_.K; ++k) add<kGroupPlanes, true>(k, 0, shifts(), [](int, int, int) { return 1.0f; });
   }
 
   template <int kTogether>
@@ -56,11 +56,11 @@ class DotWithGrad {
 #pragma unroll
     for (int r = 0; r < kPointsPerLane; ++r) {
       const Int3 at = share_.point(r);
-      const Index3 p = target_position(g_, tile, at.z, at.y, at.x);
-      if (lane % 4 != r || !inside(p, g_.target)) continue;
+      const Index3 p = target_position(lattice_, tile, at.z, at.y, at.x);
+      if (lane % 4 != r || !inside(p, lattice_.target)) continue;
 #pragma unroll
       for (int k = 0; k < kLatticeBranches; ++k)
-        if (k < g_.K) store(args_.result.at(tile.n, k, p), total_[k]);
+        if (k < lattice_.K) store(args_.result.at(tile.n, k, p), total_[k]);
     }
   }
 
@@ -99,7 +99,7 @@ class DotWithGrad {
     }
   }
 
-  const Lattice& g_;
+  const Lattice& lattice_;
   const BranchesArguments<T>& args_;
   const Share& share_;
   int scales_at_;

@@ -23,9 +23,9 @@ struct CopyBranches {
   const unsigned char* points;
   int chunks;
 
-  __device__ void operator()(const Lattice& g, const Tile& tile, const Int3& reach, int chunk, int first, int last) const {
-    const CopyPoints copy{points, g.K * chunks};
-    copy(g, tile, reach, chunk % g.K * chunks + chunk / g.K, first, last);
+  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int chunk, int first, int last) const {
+    const CopyPoints copy{points, lattice.K * chunks};
+    copy(lattice, tile, halo, chunk % lattice.K * chunks + chunk / lattice.K, first, last);
   }
 };
 
@@ -34,12 +34,12 @@ template <typename T, int kAtOnce>  // kAtOnce: loads under way
 struct WriteGated {
   const AdjointArguments<T>& args;
 
-  __device__ void operator()(const Lattice& g, const Tile& tile, const Int3& reach, int chunk, int first, int last) const {
-    const int k = chunk % g.K, source_chunk = chunk / g.K;
-    const int64_t points = packed_points(g);
+  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int chunk, int first, int last) const {
+    const int k = chunk % lattice.K, source_chunk = chunk / lattice.K;
+    const int64_t points = packed_points(lattice);
     const unsigned char* from = args.points + (tile.n * args.chunks + source_chunk) * points * kPointBytes;
     const unsigned char* gates = args.gates + tile.n * points * kGateBytes + k * 2;
-    Points walk(g, tile, reach, first, last);
+    Points walk(lattice, tile, halo, first, last);
     for (bool more = true; more;) {
       uint4 value[kAtOnce];
       uint32_t gate[kAtOnce];
@@ -75,10 +75,10 @@ struct WriteGated {
 
 // Grid (blocks, blocks of 8 kTiles input channels).
 template <typename T, int kTiles, bool kGated>
-__global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice g, AdjointArguments<T> args) {
+__global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice lattice, AdjointArguments<T> args) {
   const Share share;
   const int64_t target0 = int64_t(blockIdx.y) * (8 * kTiles);
-  const int weights = args.scaled ? g.K : 1;  // of a chunk
+  const int weights = args.scaled ? lattice.K : 1;  // of a chunk
   const unsigned char* weight = args.weight + int64_t(blockIdx.y) * args.chunks * weights * chunk_weight_bytes(kTiles);
   const auto stage = [&] {
     if constexpr (kGated)
@@ -86,27 +86,27 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice g, Adjo
     else
       return CopyBranches{args.points, args.chunks};
   }();
-  Pipeline<Readers::kOne, std::decay_t<decltype(stage)>> pipeline(g, args.chunks * g.K, stage);
+  Pipeline<Readers::kOne, std::decay_t<decltype(stage)>> pipeline(lattice, args.chunks * lattice.K, stage);
   const int slabs = pipeline.behind();
 
   float sum[kGroupPlanes][kTiles][4];
   for (pipeline.start([&] { copy_slabs<kTiles>(slabs, weight, 0, 0, 3); }); pipeline.running(); pipeline.advance()) {
     if (pipeline.chunk() == 0) clear(sum);
-    const int k = pipeline.chunk() % g.K, next = pipeline.next_chunk();
+    const int k = pipeline.chunk() % lattice.K, next = pipeline.next_chunk();
 #pragma unroll 1
     for (int tz = -1; tz <= 1; ++tz) {
       pipeline.enter(tz);
       const uint32_t slab = shared_units(shared_memory() + slabs + (tz + 1) * kSlabBytes<kTiles>);
-      if (reads(g, tz)) {
+      if (reads(lattice, tz)) {
         begin_products();
         uint32_t plane[kGroupPlanes];
 #pragma unroll
-        for (int m = 0; m < kGroupPlanes; ++m) plane[m] = plane_of(g, share.z0 + m, tz, k);
+        for (int m = 0; m < kGroupPlanes; ++m) plane[m] = plane_of(lattice, share.z0 + m, tz, k);
 #pragma unroll kUnrolledProducts
         for (int tap = 0; tap < kPlaneTaps; tap += 2) {
           Operand a[kGroupPlanes];
 #pragma unroll
-          for (int m = 0; m < kGroupPlanes; ++m) a[m] = two_taps(g, plane[m], tap, k);
+          for (int m = 0; m < kGroupPlanes; ++m) a[m] = two_taps(lattice, plane[m], tap, k);
           window_product<T>(sum, a, {slab + tap * (8 * kTiles), 8 * kTiles, 8}, true);
         }
       }
@@ -115,12 +115,12 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice g, Adjo
       wait_for_products<0>(sum);
       pipeline.leave(tz, [&] {
         // Another chunk of channels has another weight; without a scale all branches of one share it.
-        if (args.scaled || next % g.K == 0)
-          copy_slabs<kTiles>(slabs, weight, next * weights / g.K, tz < 0 ? 0 : 1, tz < 0 ? 1 : 3);
+        if (args.scaled || next % lattice.K == 0)
+          copy_slabs<kTiles>(slabs, weight, next * weights / lattice.K, tz < 0 ? 0 : 1, tz < 0 ? 1 : 3);
       });
     }
     if (pipeline.last_chunk())
-      store_targets(g, pipeline.tile(), args.target, args.targets, target0, share, sum,
+      store_targets(lattice, pipeline.tile(), args.target, args.targets, target0, share, sum,
                     [](const Int3&) { return [](int) { return float2{0.0f, 0.0f}; }; });
   }
 }

@@ -30,18 +30,18 @@ struct CopyChunk {
   const unsigned char* points;
   int chunks, chunk;
 
-  __device__ void operator()(const Lattice& g, const Tile& tile, const Int3& reach, int, int first, int last) const {
-    CopyPoints{points, chunks}(g, tile, reach, chunk, first, last);
+  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int, int first, int last) const {
+    CopyPoints{points, chunks}(lattice, tile, halo, chunk, first, last);
   }
 };
 
 // grad_output of one plane of a tile as operand a, a product each: rows are this warp's 16 output channels, columns the 16
 // points of a step, zeros outside. A row of eight packed points is an 8x8 matrix with the channels as columns.
-__device__ inline void load_grads(const Lattice& g, const Tile& tile, const GradWeightArguments& args, int warp_chunk,
+__device__ inline void load_grads(const Lattice& lattice, const Tile& tile, const GradWeightArguments& args, int warp_chunk,
                                   int z, uint32_t (&grads)[kPlaneSteps][4]) {
   const int lane = threadIdx.x % 32;
   const int k = args.grad_branches == 1 ? 0 : args.branch;
-  const int64_t points = packed_target_points(g);
+  const int64_t points = packed_target_points(lattice);
   const int64_t chunk = (tile.n * args.grad_branches + k) * args.output_chunks + warp_chunk;
 #pragma unroll
   for (int step = 0; step < kPlaneSteps; ++step)
@@ -49,8 +49,8 @@ __device__ inline void load_grads(const Lattice& g, const Tile& tile, const Grad
     for (int i = 0; i < 4; ++i) {
       const int y = 2 * step + i / 2, x = lane / 4;
       uint32_t pair = 0;
-      if (warp_chunk + i % 2 < args.output_chunks && inside(target_position(g, tile, z, y, x), g.target)) {
-        const int64_t point = (chunk + i % 2) * points + packed_target(g, tile, z, y, x);
+      if (warp_chunk + i % 2 < args.output_chunks && inside(target_position(lattice, tile, z, y, x), lattice.target)) {
+        const int64_t point = (chunk + i % 2) * points + packed_target(lattice, tile, z, y, x);
         pair = *reinterpret_cast<const uint32_t*>(args.grads + point * kPointBytes + lane % 4 * 4);
       }
       grads[step][i] = transposed(pair);
@@ -59,24 +59,24 @@ __device__ inline void load_grads(const Lattice& g, const Tile& tile, const Grad
 
 // Grid (blocks, chunks of input channels, blocks of kBlockOutputs output channels).
 template <typename T>
-__global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Lattice g, GradWeightArguments args) {
+__global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Lattice lattice, GradWeightArguments args) {
   const int group = threadIdx.x / kGroupThreads, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int output0 = int(blockIdx.z) * kBlockOutputs + 16 * warp;
-  const int group_planes = g.tile_z / kGradWeightGroups;
+  const int group_planes = lattice.tile_z / kGradWeightGroups;
 
   float sum[3][3][1][3][4];  // [tz, ty], then by tx
   for (auto& plane : sum)
     for (auto& row : plane) clear(row);
   const CopyChunk stage{args.points, args.chunks, int(blockIdx.y)};
-  Pipeline<Readers::kAll, CopyChunk> pipeline(g, 1, stage);
+  Pipeline<Readers::kAll, CopyChunk> pipeline(lattice, 1, stage);
   // The attention as [branch, point], so that two neighbours of one branch are one word.
   unsigned char* gates = shared_memory() + pipeline.behind();
-  const int tile_points = g.tile_z * kTileY * kTileX;
+  const int tile_points = lattice.tile_z * kTileY * kTileX;
 
   for (pipeline.start([] {}); pipeline.running(); pipeline.advance()) {
     for (int i = threadIdx.x; i < tile_points; i += kGradWeightThreads) {
       const Int3 point = {i / (kTileY * kTileX), i / kTileX % kTileY, i % kTileX};
-      const uint2 packed = packed_attention(g, pipeline.tile(), args.gates, point);
+      const uint2 packed = packed_attention(lattice, pipeline.tile(), args.gates, point);
 #pragma unroll
       for (int k = 0; k < kLatticeBranches; ++k)
         reinterpret_cast<uint16_t*>(gates)[k * tile_points + i] = uint16_t((k < 2 ? packed.x : packed.y) >> (16 * (k % 2)));
@@ -86,12 +86,12 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
       pipeline.enter(tz - 1);
       pipeline.ahead(tz - 1);
 #pragma unroll 1
-      for (int z = group * group_planes; z < (reads(g, tz - 1) ? (group + 1) * group_planes : 0); ++z) {
+      for (int z = group * group_planes; z < (reads(lattice, tz - 1) ? (group + 1) * group_planes : 0); ++z) {
         uint32_t grads[kPlaneSteps][4];
-        load_grads(g, pipeline.tile(), args, output0 / kChunk, z, grads);
+        load_grads(lattice, pipeline.tile(), args, output0 / kChunk, z, grads);
 #pragma unroll
         for (int k = 0; k < kLatticeBranches; ++k) {
-          if (k >= g.K) break;
+          if (k >= lattice.K) break;
           uint32_t a[kPlaneSteps][4];
 #pragma unroll
           for (int step = 0; step < kPlaneSteps; ++step) {
@@ -102,7 +102,7 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[step][i] = multiply(grads[step][i], rows[i / 2], T{});
           }
-          const uint32_t plane = plane_of(g, z, tz - 1, k);
+          const uint32_t plane = plane_of(lattice, z, tz - 1, k);
           begin_products();
 #pragma unroll
           for (int step = 0; step < kPlaneSteps; ++step)
@@ -110,7 +110,7 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
             for (int ty = 0; ty < 3; ++ty)
               window_product_over_points<T>(
                   sum[tz][ty], a[step],
-                  {plane + 2 * step * kPitch + (ty - 1) * g.rate[k].y * kPitch - g.rate[k].x, kPitch, uint32_t(g.rate[k].x)});
+                  {plane + 2 * step * kPitch + (ty - 1) * lattice.rate[k].y * kPitch - lattice.rate[k].x, kPitch, uint32_t(lattice.rate[k].x)});
           commit_products();
           wait_for_products<0>();
         }

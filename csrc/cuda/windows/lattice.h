@@ -2,7 +2,7 @@
 //
 // With stride 1 and all dilations of an axis multiples of `step`, target positions of one class modulo `step` read source
 // positions of one class only. Such a class is a lattice on which the dilations are small: rate_k = dilation_k / step. A
-// tile is tile_z x 8 x 8 target points of one class; the block of source points it reads is larger by `reach`, the
+// tile is tile_z x 8 x 8 target points of one class; the block of source points it reads is larger by `halo`, the
 // largest rate, on every side. A kernel with one tap on an axis is treated as three taps at rate zero, those beside the
 // middle with weights of zero: they read points that the others read too, in an order in which no tap lies before the last.
 // Everything here is plain integer arithmetic, tested point by point on the host.
@@ -15,8 +15,8 @@ namespace autofocus::cuda {
 constexpr int kLatticeBranches = 4;  // a thread holds the attention of every branch in registers
 constexpr int kTileY = 8;
 constexpr int kTileX = 8;  // eight points of 16 bytes side by side fill the 32 banks of shared memory once
-constexpr int kMaxReachX = 7;
-constexpr int kPitch = kTileX + 2 * kMaxReachX;  // points of a row in shared memory; a constant, so row offsets are too
+constexpr int kMaxHaloX = 7;
+constexpr int kPitch = kTileX + 2 * kMaxHaloX;  // points of a row in shared memory; a constant, so row offsets are too
 constexpr int kPlaneTaps = 9;                    // taps (ty, tx) of one tz, in this order
 
 struct Int3 {
@@ -28,7 +28,7 @@ struct Lattice {
   int K;
   Int3 step;
   Int3 rate[kLatticeBranches];  // zero from K on, and on an axis on which the kernel has one tap
-  Int3 reach;
+  Int3 halo;
   Index3 origin;          // source position under target position 0
   Index3 source, target;  // sizes
   Int3 points;            // lattice points of a source class per axis; the last may lie outside the source
@@ -49,87 +49,87 @@ struct Tile {
 AUTOFOCUS_HD inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 AUTOFOCUS_HD inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 
-AUTOFOCUS_HD inline int64_t num_classes(const Lattice& g) { return int64_t(g.step.z) * g.step.y * g.step.x; }
-AUTOFOCUS_HD inline int64_t num_tiles(const Lattice& g) {
-  return g.N * g.tiles.z * g.tiles.y * g.tiles.x * num_classes(g);
+AUTOFOCUS_HD inline int64_t num_classes(const Lattice& lattice) { return int64_t(lattice.step.z) * lattice.step.y * lattice.step.x; }
+AUTOFOCUS_HD inline int64_t num_tiles(const Lattice& lattice) {
+  return lattice.N * lattice.tiles.z * lattice.tiles.y * lattice.tiles.x * num_classes(lattice);
 }
 // Points of one source class, and of all of them: the packed source holds every class in full.
-AUTOFOCUS_HD inline int64_t class_points(const Lattice& g) { return int64_t(g.points.z) * g.points.y * g.points.x; }
-AUTOFOCUS_HD inline int64_t packed_points(const Lattice& g) { return num_classes(g) * class_points(g); }
-AUTOFOCUS_HD inline int64_t packed_target_points(const Lattice& g) {
-  return num_classes(g) * g.target_points.z * g.target_points.y * g.target_points.x;
+AUTOFOCUS_HD inline int64_t class_points(const Lattice& lattice) { return int64_t(lattice.points.z) * lattice.points.y * lattice.points.x; }
+AUTOFOCUS_HD inline int64_t packed_points(const Lattice& lattice) { return num_classes(lattice) * class_points(lattice); }
+AUTOFOCUS_HD inline int64_t packed_target_points(const Lattice& lattice) {
+  return num_classes(lattice) * lattice.target_points.z * lattice.target_points.y * lattice.target_points.x;
 }
 
 // The block of source points under a tile.
-AUTOFOCUS_HD inline int planes(const Lattice& g) { return g.tile_z + 2 * g.reach.z; }
-AUTOFOCUS_HD inline int rows(const Lattice& g) { return kTileY + 2 * g.reach.y; }
-AUTOFOCUS_HD inline int columns(const Lattice& g) { return kTileX + 2 * g.reach.x; }
-AUTOFOCUS_HD inline int plane_size(const Lattice& g) { return rows(g) * kPitch; }  // in points
+AUTOFOCUS_HD inline int planes(const Lattice& lattice) { return lattice.tile_z + 2 * lattice.halo.z; }
+AUTOFOCUS_HD inline int rows(const Lattice& lattice) { return kTileY + 2 * lattice.halo.y; }
+AUTOFOCUS_HD inline int columns(const Lattice& lattice) { return kTileX + 2 * lattice.halo.x; }
+AUTOFOCUS_HD inline int plane_size(const Lattice& lattice) { return rows(lattice) * kPitch; }  // in points
 
-// Planes in the order the taps need them: all tz = -1 and tz = 0 read lies in [0, tile_z + reach), all tz = 0 and
-// tz = +1 read in [reach, planes). So [0, reach) is free after tz = -1, and with ring = tile_z + reach the planes from
+// Planes in the order the taps need them: all tz = -1 and tz = 0 read lies in [0, tile_z + halo), all tz = 0 and
+// tz = +1 read in [halo, planes). So [0, halo) is free after tz = -1, and with ring = tile_z + halo the planes from
 // there on take its place.
-AUTOFOCUS_HD inline int slot(const Lattice& g, int plane) { return plane < g.ring ? plane : plane - g.ring; }
+AUTOFOCUS_HD inline int slot(const Lattice& lattice, int plane) { return plane < lattice.ring ? plane : plane - lattice.ring; }
 
 // Tile number `index`. Classes vary fastest: neighbouring classes read and write the same memory sectors.
-AUTOFOCUS_HD inline Tile tile_at(const Lattice& g, int64_t index) {
-  const int64_t classes = num_classes(g);
+AUTOFOCUS_HD inline Tile tile_at(const Lattice& lattice, int64_t index) {
+  const int64_t classes = num_classes(lattice);
   const int64_t in_class = index % classes;
   int64_t rest = index / classes;
   Tile tile;
-  tile.target_class.x = int(in_class % g.step.x);
-  tile.target_class.y = int(in_class / g.step.x % g.step.y);
-  tile.target_class.z = int(in_class / g.step.x / g.step.y);
-  tile.target_first.x = int(rest % g.tiles.x) * kTileX;
-  rest /= g.tiles.x;
-  tile.target_first.y = int(rest % g.tiles.y) * kTileY;
-  rest /= g.tiles.y;
-  tile.target_first.z = int(rest % g.tiles.z) * g.tile_z;
-  tile.n = rest / g.tiles.z;
+  tile.target_class.x = int(in_class % lattice.step.x);
+  tile.target_class.y = int(in_class / lattice.step.x % lattice.step.y);
+  tile.target_class.z = int(in_class / lattice.step.x / lattice.step.y);
+  tile.target_first.x = int(rest % lattice.tiles.x) * kTileX;
+  rest /= lattice.tiles.x;
+  tile.target_first.y = int(rest % lattice.tiles.y) * kTileY;
+  rest /= lattice.tiles.y;
+  tile.target_first.z = int(rest % lattice.tiles.z) * lattice.tile_z;
+  tile.n = rest / lattice.tiles.z;
   // Under target point l of class c lies source position origin + c + step l.
-  const Index3 shift = {floor_div(g.origin.z + tile.target_class.z, g.step.z),
-                        floor_div(g.origin.y + tile.target_class.y, g.step.y),
-                        floor_div(g.origin.x + tile.target_class.x, g.step.x)};
-  tile.source_class = {int(g.origin.z + tile.target_class.z - shift.z * g.step.z),
-                       int(g.origin.y + tile.target_class.y - shift.y * g.step.y),
-                       int(g.origin.x + tile.target_class.x - shift.x * g.step.x)};
-  tile.source_first = {int(tile.target_first.z + shift.z - g.reach.z), int(tile.target_first.y + shift.y - g.reach.y),
-                       int(tile.target_first.x + shift.x - g.reach.x)};
+  const Index3 shift = {floor_div(lattice.origin.z + tile.target_class.z, lattice.step.z),
+                        floor_div(lattice.origin.y + tile.target_class.y, lattice.step.y),
+                        floor_div(lattice.origin.x + tile.target_class.x, lattice.step.x)};
+  tile.source_class = {int(lattice.origin.z + tile.target_class.z - shift.z * lattice.step.z),
+                       int(lattice.origin.y + tile.target_class.y - shift.y * lattice.step.y),
+                       int(lattice.origin.x + tile.target_class.x - shift.x * lattice.step.x)};
+  tile.source_first = {int(tile.target_first.z + shift.z - lattice.halo.z), int(tile.target_first.y + shift.y - lattice.halo.y),
+                       int(tile.target_first.x + shift.x - lattice.halo.x)};
   return tile;
 }
 
 // Target position of point (z, y, x) of a tile; outside the target for the surplus points of border tiles.
-AUTOFOCUS_HD inline Index3 target_position(const Lattice& g, const Tile& tile, int z, int y, int x) {
-  return {int64_t(g.step.z) * (tile.target_first.z + z) + tile.target_class.z,
-          int64_t(g.step.y) * (tile.target_first.y + y) + tile.target_class.y,
-          int64_t(g.step.x) * (tile.target_first.x + x) + tile.target_class.x};
+AUTOFOCUS_HD inline Index3 target_position(const Lattice& lattice, const Tile& tile, int z, int y, int x) {
+  return {int64_t(lattice.step.z) * (tile.target_first.z + z) + tile.target_class.z,
+          int64_t(lattice.step.y) * (tile.target_first.y + y) + tile.target_class.y,
+          int64_t(lattice.step.x) * (tile.target_first.x + x) + tile.target_class.x};
 }
 
 // Number of that point among the packed points of the target; the position must lie inside.
-AUTOFOCUS_HD inline int64_t packed_target(const Lattice& g, const Tile& tile, int z, int y, int x) {
-  const Int3 &c = tile.target_class, &l = tile.target_first, &n = g.target_points;
-  const int64_t in_class = (int64_t(c.z) * g.step.y + c.y) * g.step.x + c.x;
+AUTOFOCUS_HD inline int64_t packed_target(const Lattice& lattice, const Tile& tile, int z, int y, int x) {
+  const Int3 &c = tile.target_class, &l = tile.target_first, &n = lattice.target_points;
+  const int64_t in_class = (int64_t(c.z) * lattice.step.y + c.y) * lattice.step.x + c.x;
   return ((in_class * n.z + l.z + z) * n.y + l.y + y) * n.x + l.x + x;
 }
 
 // Whether the source lattice has points in a plane, row or column of a block with this source_first; if not, zeros are read
 // there.
-AUTOFOCUS_HD inline bool has_plane(const Lattice& g, const Int3& first, int plane) {
-  return uint32_t(first.z + plane) < uint32_t(g.points.z);
+AUTOFOCUS_HD inline bool has_plane(const Lattice& lattice, const Int3& first, int plane) {
+  return uint32_t(first.z + plane) < uint32_t(lattice.points.z);
 }
-AUTOFOCUS_HD inline bool has_row(const Lattice& g, const Int3& first, int row) {
-  return uint32_t(first.y + row) < uint32_t(g.points.y);
+AUTOFOCUS_HD inline bool has_row(const Lattice& lattice, const Int3& first, int row) {
+  return uint32_t(first.y + row) < uint32_t(lattice.points.y);
 }
-AUTOFOCUS_HD inline bool has_column(const Lattice& g, const Int3& first, int column) {
-  return uint32_t(first.x + column) < uint32_t(g.points.x);
+AUTOFOCUS_HD inline bool has_column(const Lattice& lattice, const Int3& first, int column) {
+  return uint32_t(first.x + column) < uint32_t(lattice.points.x);
 }
 
 // The number of the point at (plane, row, column) among the packed points of one sample and channel chunk, classes
 // outermost.
-AUTOFOCUS_HD inline int64_t packed_index(const Lattice& g, const Tile& tile, int plane, int row, int column) {
-  const int64_t in_class = (int64_t(tile.source_class.z) * g.step.y + tile.source_class.y) * g.step.x + tile.source_class.x;
+AUTOFOCUS_HD inline int64_t packed_index(const Lattice& lattice, const Tile& tile, int plane, int row, int column) {
+  const int64_t in_class = (int64_t(tile.source_class.z) * lattice.step.y + tile.source_class.y) * lattice.step.x + tile.source_class.x;
   const int64_t z = tile.source_first.z + plane, y = tile.source_first.y + row, x = tile.source_first.x + column;
-  return ((in_class * g.points.z + z) * g.points.y + y) * g.points.x + x;
+  return ((in_class * lattice.points.z + z) * lattice.points.y + y) * lattice.points.x + x;
 }
 
 // Source position of packed point number `index`, counted with the position fastest and the class per axis inside it,
@@ -143,13 +143,13 @@ AUTOFOCUS_HD inline Index3 unpacked_position(const Int3& points, const Int3& ste
 }
 
 // The point of the block under point (0, y, x) of a tile through tap (0, 0, 0), in points, without its plane.
-AUTOFOCUS_HD inline int centre_point(const Lattice& g, int y, int x) {
-  return (g.reach.y + y) * kPitch + g.reach.x + x;
+AUTOFOCUS_HD inline int centre_point(const Lattice& lattice, int y, int x) {
+  return (lattice.halo.y + y) * kPitch + lattice.halo.x + x;
 }
 // The plane read by tile plane z through tap tz of branch k.
-AUTOFOCUS_HD inline int tap_plane(const Lattice& g, int z, int tz, int k) { return g.reach.z + z + tz * g.rate[k].z; }
+AUTOFOCUS_HD inline int tap_plane(const Lattice& lattice, int z, int tz, int k) { return lattice.halo.z + z + tz * lattice.rate[k].z; }
 // Whether phase tz reads anything: a kernel with one tap in z has tz = 0 only.
-AUTOFOCUS_HD inline bool reads(const Lattice& g, int tz) { return tz == 0 || g.taps_z > 1; }
+AUTOFOCUS_HD inline bool reads(const Lattice& lattice, int tz) { return tz == 0 || lattice.taps_z > 1; }
 
 // ------------------------------------------------------------------ host: from a problem to its lattices
 
@@ -159,11 +159,11 @@ inline int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common
 // gather with the origin negated and the taps counted backwards.
 enum class Direction { kForward, kAdjoint };
 
-struct StepAndReach {
-  int step, reach;
+struct StepAndHalo {
+  int step, halo;
 };
 
-inline StepAndReach step_and_reach(const Problem& g, int64_t Index3::*axis) {
+inline StepAndHalo step_and_halo(const Problem& g, int64_t Index3::*axis) {
   if (g.kernel.*axis == 1) return {1, 0};
   int64_t step = 0, largest = 0;
   for (int64_t k = 0; k < g.K; ++k) {
@@ -174,7 +174,7 @@ inline StepAndReach step_and_reach(const Problem& g, int64_t Index3::*axis) {
 }
 
 inline Int3 common_step(const Problem& g) {
-  return {step_and_reach(g, &Index3::z).step, step_and_reach(g, &Index3::y).step, step_and_reach(g, &Index3::x).step};
+  return {step_and_halo(g, &Index3::z).step, step_and_halo(g, &Index3::y).step, step_and_halo(g, &Index3::x).step};
 }
 
 // Why a problem has no lattice form, or null.
@@ -190,10 +190,10 @@ inline const char* lattice_refusal(const Problem& g) {
     for (int64_t k = 0; k < g.K; ++k)
       if (g.dilation[k].*axis >= kLimit) return "a dilation is too large for 32-bit lattice indices";
     // Classes without a single point would make the packed source far larger than the source.
-    const int step = step_and_reach(g, axis).step;
+    const int step = step_and_halo(g, axis).step;
     if (step > g.input.*axis || step > g.output.*axis) return "the dilations have a common factor larger than the volume";
   }
-  if (step_and_reach(g, &Index3::x).reach > kMaxReachX)
+  if (step_and_halo(g, &Index3::x).halo > kMaxHaloX)
     return "the dilations of the last axis reach further than 7 lattice points";
   return nullptr;
 }
@@ -215,11 +215,11 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
   lattice.step = common_step(g);
   for (int k = 0; k < lattice.K; ++k) {
     const Index3& r = g.dilation[first_branch + k];
-    Int3 &rate = lattice.rate[k], &reach = lattice.reach;
+    Int3 &rate = lattice.rate[k], &halo = lattice.halo;
     rate = {g.kernel.z == 1 ? 0 : int(r.z / lattice.step.z), g.kernel.y == 1 ? 0 : int(r.y / lattice.step.y),
             g.kernel.x == 1 ? 0 : int(r.x / lattice.step.x)};
-    reach = {rate.z > reach.z ? rate.z : reach.z, rate.y > reach.y ? rate.y : reach.y,
-             rate.x > reach.x ? rate.x : reach.x};
+    halo = {rate.z > halo.z ? rate.z : halo.z, rate.y > halo.y ? rate.y : halo.y,
+             rate.x > halo.x ? rate.x : halo.x};
     for (int tap = 0; tap < kPlaneTaps; ++tap) {
       const int ty = tap / 3 - 1, tx = g.kernel.y == 1 && ty != 0 ? ty : tap % 3 - 1;
       lattice.tap_points[tap][k] = ty * rate.y * kPitch + tx * rate.x;
@@ -231,11 +231,11 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
   return lattice;
 }
 
-inline void set_tile(Lattice& g, int tile_z, bool recycle) {
-  g.tile_z = tile_z;
-  g.tiles = {int(ceil_div(g.target_points.z, tile_z)), int(ceil_div(g.target_points.y, kTileY)),
-             int(ceil_div(g.target_points.x, kTileX))};
-  g.ring = recycle ? tile_z + g.reach.z : planes(g);
+inline void set_tile(Lattice& lattice, int tile_z, bool recycle) {
+  lattice.tile_z = tile_z;
+  lattice.tiles = {int(ceil_div(lattice.target_points.z, tile_z)), int(ceil_div(lattice.target_points.y, kTileY)),
+             int(ceil_div(lattice.target_points.x, kTileX))};
+  lattice.ring = recycle ? tile_z + lattice.halo.z : planes(lattice);
 }
 
 }  // namespace autofocus::cuda

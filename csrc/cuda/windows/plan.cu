@@ -12,8 +12,8 @@ Direction direction(Pass pass) {
 }
 
 // Behind the pipeline's own; the kernels say what for.
-int more_bytes(Pass pass, const Lattice& g, int tiles) {
-  const int gates = g.tile_z * kTileY * kTileX * kGateBytes, vectors = kLatticeBranches * 8 * tiles * int(sizeof(float));
+int more_bytes(Pass pass, const Lattice& lattice, int tiles) {
+  const int gates = lattice.tile_z * kTileY * kTileX * kGateBytes, vectors = kLatticeBranches * 8 * tiles * int(sizeof(float));
   switch (pass) {
     case Pass::kForward: return chunk_weight_bytes(tiles) + gates + 2 * vectors;
     case Pass::kGradAttention: return chunk_weight_bytes(tiles) + 2 * vectors;
@@ -22,8 +22,8 @@ int more_bytes(Pass pass, const Lattice& g, int tiles) {
   }
 }
 
-int shared_bytes(Pass pass, const Lattice& g, int tiles) {
-  return g.ring * plane_size(g) * kPointBytes + 2 * int(sizeof(Tile)) + more_bytes(pass, g, tiles);
+int shared_bytes(Pass pass, const Lattice& lattice, int tiles) {
+  return lattice.ring * plane_size(lattice) * kPointBytes + 2 * int(sizeof(Tile)) + more_bytes(pass, lattice, tiles);
 }
 
 }  // namespace

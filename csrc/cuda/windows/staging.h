@@ -15,32 +15,32 @@ constexpr int kChunk = 8;        // source channels of a packed point
 constexpr int kPointBytes = 16;  // kChunk elements of 16 bits
 constexpr int kGateBytes = 8;    // the attention of a point: kLatticeBranches elements of 16 bits
 
-// This lane's points of planes [first, last) of the block, within this reach of the tile. A warp takes a row.
+// This lane's points of planes [first, last) of the block, within a halo of the tile. A warp takes a row.
 class Points {
  public:
-  __device__ Points(const Lattice& g, const Tile& tile, const Int3& reach, int first, int last)
-      : g_(g), plane_(first), last_(last), row_(int(threadIdx.x) / 32), reach_y_(reach.y),
-        column_(g.reach.x - reach.x + int(threadIdx.x) % 32), source_first_(tile.source_first),
-        column_there_(has_column(g, source_first_, column_)), index_(packed_index(g, tile, 0, 0, column_)) {
-    if (column_ >= g.reach.x + kTileX + reach.x) plane_ = last;
+  __device__ Points(const Lattice& lattice, const Tile& tile, const Int3& halo, int first, int last)
+      : lattice_(lattice), plane_(first), last_(last), row_(int(threadIdx.x) / 32), halo_y_(halo.y),
+        column_(lattice.halo.x - halo.x + int(threadIdx.x) % 32), source_first_(tile.source_first),
+        column_there_(has_column(lattice, source_first_, column_)), index_(packed_index(lattice, tile, 0, 0, column_)) {
+    if (column_ >= lattice.halo.x + kTileX + halo.x) plane_ = last;
   }
 
   // False behind the last one; else where the point goes in shared memory, in points, whether the source has it, and its number
   // among the packed points, zero if it has not.
   __device__ bool next(int& place, int64_t& index, bool& there) {
-    for (; row_ >= kTileY + 2 * reach_y_; row_ -= kTileY + 2 * reach_y_) ++plane_;
+    for (; row_ >= kTileY + 2 * halo_y_; row_ -= kTileY + 2 * halo_y_) ++plane_;
     if (plane_ >= last_) return false;
-    const int row = g_.reach.y - reach_y_ + row_;
-    there = column_there_ && has_row(g_, source_first_, row) && has_plane(g_, source_first_, plane_);
-    index = there ? index_ + (int64_t(plane_) * g_.points.y + row) * g_.points.x : 0;
-    place = slot(g_, plane_) * plane_size(g_) + row * kPitch + column_;
+    const int row = lattice_.halo.y - halo_y_ + row_;
+    there = column_there_ && has_row(lattice_, source_first_, row) && has_plane(lattice_, source_first_, plane_);
+    index = there ? index_ + (int64_t(plane_) * lattice_.points.y + row) * lattice_.points.x : 0;
+    place = slot(lattice_, plane_) * plane_size(lattice_) + row * kPitch + column_;
     row_ += int(blockDim.x) / 32;
     return true;
   }
 
  private:
-  const Lattice& g_;
-  int plane_, last_, row_, reach_y_, column_;
+  const Lattice& lattice_;
+  int plane_, last_, row_, halo_y_, column_;
   Int3 source_first_;
   bool column_there_;
   int64_t index_;  // of plane 0, row 0
@@ -51,9 +51,9 @@ struct CopyPoints {
   const unsigned char* points;
   int chunks_held;
 
-  __device__ void operator()(const Lattice& g, const Tile& tile, const Int3& reach, int chunk, int first, int last) const {
-    const unsigned char* from = points + (tile.n * chunks_held + chunk % chunks_held) * packed_points(g) * kPointBytes;
-    Points walk(g, tile, reach, first, last);
+  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int chunk, int first, int last) const {
+    const unsigned char* from = points + (tile.n * chunks_held + chunk % chunks_held) * packed_points(lattice) * kPointBytes;
+    Points walk(lattice, tile, halo, first, last);
     int place;
     int64_t index;
     for (bool there; walk.next(place, index, there);)
@@ -68,15 +68,15 @@ enum class Readers { kAll, kOne };
 // writing that runs ahead of the products.
 //
 // Every thread calls every method: start, then for each chunk {enter, ahead, leave} for tz = -1, 0, 1 and advance. Products of
-// tz are begun between enter and ahead and waited for between ahead and leave. `stage(g, tile, reach, chunk, first, last)`
+// tz are begun between enter and ahead and waited for between ahead and leave. `stage(lattice, tile, halo, chunk, first, last)`
 // writes planes; what a kernel copies beside, it copies in the functions that start and leave take, and that is there from
 // the next chunk's enter(-1) on.
 template <Readers kReaders, typename Stage>
 class Pipeline {
  public:
-  __device__ Pipeline(const Lattice& g, int chunks, const Stage& stage)
-      : g_(g), stage_(stage), chunks_(chunks), tiles_(int(num_tiles(g))), tile_(int(blockIdx.x)), chunk_(0), parity_(0) {
-    tiles_at_ = g.ring * plane_size(g) * kPointBytes;
+  __device__ Pipeline(const Lattice& lattice, int chunks, const Stage& stage)
+      : lattice_(lattice), stage_(stage), chunks_(chunks), tiles_(int(num_tiles(lattice))), tile_(int(blockIdx.x)), chunk_(0), parity_(0) {
+    tiles_at_ = lattice.ring * plane_size(lattice) * kPointBytes;
   }
 
   __device__ bool running() const { return tile_ < tiles_; }
@@ -89,7 +89,7 @@ class Pipeline {
 
   template <typename Copies>
   __device__ void start(const Copies& copies) {
-    if (threadIdx.x == 0 && running()) shared_tile(0) = tile_at(g_, tile_);
+    if (threadIdx.x == 0 && running()) shared_tile(0) = tile_at(lattice_, tile_);
     __syncthreads();
     if (!running()) return;
     copies();
@@ -108,7 +108,7 @@ class Pipeline {
     __syncthreads();
     // Decoding a tile number takes a dozen divisions: one thread does it, once a tile, when all are done with the last.
     if (tz < 0 && chunk_ == 0 && threadIdx.x == 0 && tile_ + int(gridDim.x) < tiles_)
-      shared_tile(1 - parity_) = tile_at(g_, tile_ + int(gridDim.x));
+      shared_tile(1 - parity_) = tile_at(lattice_, tile_ + int(gridDim.x));
   }
 
   __device__ void ahead(int tz) {
@@ -150,14 +150,14 @@ class Pipeline {
   __device__ Tile& shared_tile(int parity) const {
     return *reinterpret_cast<Tile*>(shared_memory() + tiles_at_ + parity * int(sizeof(Tile)));
   }
-  __device__ bool recycles() const { return g_.ring < planes(g_); }
+  __device__ bool recycles() const { return lattice_.ring < planes(lattice_); }
 
-  __device__ Int3 reach(int chunk) const { return kReaders == Readers::kAll ? g_.reach : g_.rate[chunk % g_.K]; }
+  __device__ Int3 halo(int chunk) const { return kReaders == Readers::kAll ? lattice_.halo : lattice_.rate[chunk % lattice_.K]; }
   // Planes at the middle's beginning that tz = +1 of this chunk does not read.
   __device__ int free_planes() const {
-    int free = g_.tile_z;
-    for (int k = 0; k < g_.K; ++k)
-      if ((kReaders == Readers::kAll || k == chunk_ % g_.K) && g_.rate[k].z < free) free = g_.rate[k].z;
+    int free = lattice_.tile_z;
+    for (int k = 0; k < lattice_.K; ++k)
+      if ((kReaders == Readers::kAll || k == chunk_ % lattice_.K) && lattice_.rate[k].z < free) free = lattice_.rate[k].z;
     return free;
   }
 
@@ -166,17 +166,17 @@ class Pipeline {
     const bool next_tile = of_next && last_chunk();
     if (next_tile && tile_ + int(gridDim.x) >= tiles_) return;
     const int chunk = of_next ? next_chunk() : chunk_;
-    const Int3 own = reach(chunk);
-    const int middle = g_.reach.z, end = middle + g_.tile_z;
+    const Int3 own = halo(chunk);
+    const int middle = lattice_.halo.z, end = middle + lattice_.tile_z;
     int first = middle, last = end;
     if (part == Part::kFirst) first = middle - own.z, last = middle;
     if (part == Part::kFreeMiddle) last = middle + free_planes();
     if (part == Part::kOtherMiddle) first = middle + free_planes();
     if (part == Part::kLast) first = end, last = end + own.z;
-    stage_(g_, shared_tile(next_tile ? 1 - parity_ : parity_), own, chunk, first, last);
+    stage_(lattice_, shared_tile(next_tile ? 1 - parity_ : parity_), own, chunk, first, last);
   }
 
-  const Lattice& g_;
+  const Lattice& lattice_;
   const Stage& stage_;
   int chunks_;
   int tiles_, tile_;  // a device has no memory for 2^31 tiles

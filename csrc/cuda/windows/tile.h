@@ -22,14 +22,14 @@ struct Share {
 };
 
 // Where the points of plane z of a tile lie through tap (tz, 0, 0) of branch k, in units of 16 bytes.
-__device__ inline uint32_t plane_of(const Lattice& g, int z, int tz, int k) {
-  return shared_units(shared_memory()) + slot(g, tap_plane(g, z, tz, k)) * plane_size(g) + centre_point(g, 0, 0);
+__device__ inline uint32_t plane_of(const Lattice& lattice, int z, int tz, int k) {
+  return shared_units(shared_memory()) + slot(lattice, tap_plane(lattice, z, tz, k)) * plane_size(lattice) + centre_point(lattice, 0, 0);
 }
 
 // Two taps of eight channels as operand a. The last tap has no second one: the same points again, with weights of zero.
-__device__ inline Operand two_taps(const Lattice& g, uint32_t plane, int tap, int k) {
-  const int first = g.tap_points[tap][k];
-  return {plane + first, uint32_t(tap + 1 < kPlaneTaps ? g.tap_points[tap + 1][k] - first : 0), kPitch};
+__device__ inline Operand two_taps(const Lattice& lattice, uint32_t plane, int tap, int k) {
+  const int first = lattice.tap_points[tap][k];
+  return {plane + first, uint32_t(tap + 1 < kPlaneTaps ? lattice.tap_points[tap + 1][k] - first : 0), kPitch};
 }
 
 // Copies slabs [first, last) of the weight of a chunk.
@@ -41,24 +41,24 @@ __device__ inline void copy_slabs(int slabs, const unsigned char* weight, int ch
 }
 
 // The packed attention of target point p = (z, y, x) of a tile, one 16-bit element a branch; zeros outside the target.
-__device__ inline uint2 packed_attention(const Lattice& g, const Tile& tile, const unsigned char* gates, const Int3& p) {
-  if (!inside(target_position(g, tile, p.z, p.y, p.x), g.target)) return {0u, 0u};
-  const int64_t point = tile.n * packed_target_points(g) + packed_target(g, tile, p.z, p.y, p.x);
+__device__ inline uint2 packed_attention(const Lattice& lattice, const Tile& tile, const unsigned char* gates, const Int3& p) {
+  if (!inside(target_position(lattice, tile, p.z, p.y, p.x), lattice.target)) return {0u, 0u};
+  const int64_t point = tile.n * packed_target_points(lattice) + packed_target(lattice, tile, p.z, p.y, p.x);
   return *reinterpret_cast<const uint2*>(gates + point * kGateBytes);
 }
 
 // Stores this lane's sums of target channels from `target0` on, of which there are `targets` in all. added(p) gives, for the
 // point p of the tile, a function (channel of the block) of what is added to the first of two channels and to the second.
 template <typename T, int kTiles, typename Added>
-__device__ inline void store_targets(const Lattice& g, const Tile& tile, const Strided<T>& target, int64_t targets,
+__device__ inline void store_targets(const Lattice& lattice, const Tile& tile, const Strided<T>& target, int64_t targets,
                                      int64_t target0, const Share& share, const float (&sum)[kGroupPlanes][kTiles][4],
                                      const Added& added) {
   const int left = targets - target0 < 8 * kTiles ? int(targets - target0) : 8 * kTiles;
 #pragma unroll
   for (int r = 0; r < kPointsPerLane; ++r) {
     const Int3 point = share.point(r);
-    const Index3 p = target_position(g, tile, point.z, point.y, point.x);
-    if (!inside(p, g.target)) continue;
+    const Index3 p = target_position(lattice, tile, point.z, point.y, point.x);
+    if (!inside(p, lattice.target)) continue;
     T* to = target.at(tile.n, target0 + share.channels, p);
     const auto add = added(point);
 #pragma unroll
