@@ -1,6 +1,6 @@
-// What the probes share. A probe is a program of its own: it asks the GPU one thing that the kernels of csrc/cuda/windows
-// take for granted, through the very functions they call, and prints PASS or FAIL and numbers. Its status is the number of
-// failures.
+// What the probes share. A probe is a program of its own: it asks the GPU one thing that the kernels of
+// csrc/cuda/windows take for granted, through the very functions they call, and prints PASS or FAIL and numbers. Its
+// status is the number of failures.
 //
 // Values are small integers, so that sums of products are exact in float and right means equal.
 #pragma once
@@ -17,9 +17,9 @@ namespace probe {
 
 using namespace autofocus::cuda;
 
-constexpr int kPitch = 22;                  // points of a row, as in lattice.h
-constexpr int kReach = 7;                   // in rows and columns
-constexpr int kReachZ = 3;                  // in planes: as many as every GPU has room for
+constexpr int kPitch = 22;  // points of a row, as in lattice.h
+constexpr int kReach = 7;   // in rows and columns
+constexpr int kReachZ = 3;  // in planes: as many as every GPU has room for
 constexpr int kRows = 8 + 2 * kReach;
 constexpr int kPlanePoints = kRows * kPitch;
 constexpr int kPoints = (1 + 2 * kReachZ) * kPlanePoints;
@@ -82,7 +82,9 @@ struct Results {
   Results(const Results&) = delete;
   ~Results() { cudaFree(device); }
   void clear() { check(cudaMemset(device, 0xff, host.size() * sizeof(E)), "cudaMemset"); }
-  void fetch() { check(cudaMemcpy(host.data(), device, host.size() * sizeof(E), cudaMemcpyDeviceToHost), "the kernel"); }
+  void fetch() {
+    check(cudaMemcpy(host.data(), device, host.size() * sizeof(E), cudaMemcpyDeviceToHost), "the kernel");
+  }
 };
 
 // What main returns: the number of failures of `run`.
@@ -106,9 +108,7 @@ __device__ inline void copy_points(unsigned char* to, const uint16_t* from, int 
 }
 
 // The point under point (y, x) of the middle plane.
-__host__ __device__ inline int centre(int y, int x) {
-  return (kReachZ * kRows + kReach + y) * kPitch + kReach + x;
-}
+__host__ __device__ inline int centre(int y, int x) { return (kReachZ * kRows + kReach + y) * kPitch + kReach + x; }
 __host__ __device__ inline int shift(int z, int y, int x) { return (z * kRows + y) * kPitch + x; }
 
 }  // namespace probe

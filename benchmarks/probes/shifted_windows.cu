@@ -1,17 +1,21 @@
-// Is an 8x8 window of points, at any shift, operand a of the tensor cores' product (K-major), two taps side by side in k?
-// By warpgroup MMA and descriptors in code for sm_90a, by ldmatrix and mma.sync elsewhere: csrc/cuda/windows/product.h.
+// Is an 8x8 window of points, at any shift, operand a of the tensor cores' product (K-major), two taps side by side in
+// k? By warpgroup MMA and descriptors in code for sm_90a, by ldmatrix and mma.sync elsewhere:
+// csrc/cuda/windows/product.h.
 //
-//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o shifted_windows shifted_windows.cu && ./shifted_windows
+//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o shifted_windows shifted_windows.cu &&
+//   ./shifted_windows
 #include "probe.h"
 
 using namespace probe;
 
 constexpr int kTaps = 9, kSlabTaps = 10;  // of one plane; the last product's second tap has a weight of zero
 
-// out [64][8 kTiles] = the nine taps of plane z at this rate, by the first warpgroup; all of them repeat it to be timed.
+// out [64][8 kTiles] = the nine taps of plane z at this rate, by the first warpgroup; all of them repeat it to be
+// timed.
 template <typename T, int kTiles>
-__global__ __launch_bounds__(kGroups * 128) void multiply_windows(const uint16_t* points, const uint16_t* weight, float* out,
-                                                                  int z, int rate, int repeat, long long* cycles) {
+__global__ __launch_bounds__(kGroups * 128) void multiply_windows(const uint16_t* points, const uint16_t* weight,
+                                                                  float* out, int z, int rate, int repeat,
+                                                                  long long* cycles) {
   copy_points(shared_memory(), points, kPoints);
   copy_points(shared_memory() + kPoints * 16, weight, kSlabTaps * 8 * kTiles);
   const uint32_t window = shared_units(shared_memory()) + centre(0, 0) + shift(z, 0, 0);
@@ -35,8 +39,7 @@ __global__ __launch_bounds__(kGroups * 128) void multiply_windows(const uint16_t
   if (threadIdx.x >= 128) return;
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
   for (int tile = 0; tile < kTiles; ++tile)
-    for (int i = 0; i < 4; ++i)
-      out[(row + i / 2 * 8) * (8 * kTiles) + tile * 8 + lane % 4 * 2 + i % 2] = d[0][tile][i];
+    for (int i = 0; i < 4; ++i) out[(row + i / 2 * 8) * (8 * kTiles) + tile * 8 + lane % 4 * 2 + i % 2] = d[0][tile][i];
 }
 
 template <typename T, int kTiles>
@@ -62,8 +65,11 @@ void run(const char* name) {
           int sum = 0;
           for (int tap = 0; tap < kTaps; ++tap)
             for (int c = 0; c < kChannels; ++c)
-              sum += points.host[(centre(p / 8, p % 8) + shift(z, (tap / 3 - 1) * rate, (tap % 3 - 1) * rate)) * kChannels + c] *
-                     weight.host[(tap * kOutputs + o) * kChannels + c];
+              sum +=
+                  points
+                      .host[(centre(p / 8, p % 8) + shift(z, (tap / 3 - 1) * rate, (tap % 3 - 1) * rate)) * kChannels +
+                            c] *
+                  weight.host[(tap * kOutputs + o) * kChannels + c];
           wrong += !(out.host[p * kOutputs + o] == float(sum));
         }
     }

@@ -1,7 +1,8 @@
-// Is a window of points, at any shift, operand b with its points as what is summed over (MN-major), the three taps of a row
-// side by side? So the gradient of the weight reads them: csrc/cuda/windows/grad_weight.cu.
+// Is a window of points, at any shift, operand b with its points as what is summed over (MN-major), the three taps of a
+// row side by side? So the gradient of the weight reads them: csrc/cuda/windows/grad_weight.cu.
 //
-//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o transposed_windows transposed_windows.cu && ./transposed_windows
+//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -o transposed_windows transposed_windows.cu &&
+//   ./transposed_windows
 #include "probe.h"
 
 using namespace probe;
@@ -11,8 +12,9 @@ constexpr int kSteps = 4;                    // of 16 points, two rows: a plane
 
 // out [64][24] = sum over the points of a plane of grad [64][64 points] and the taps (z, y, -1 .. 1) at this rate.
 template <typename T>
-__global__ __launch_bounds__(kGroups * 128) void multiply_over_points(const uint16_t* points, const uint16_t* grad, float* out,
-                                                                      int z, int y, int rate, int repeat, long long* cycles) {
+__global__ __launch_bounds__(kGroups * 128) void multiply_over_points(const uint16_t* points, const uint16_t* grad,
+                                                                      float* out, int z, int y, int rate, int repeat,
+                                                                      long long* cycles) {
   copy_points(shared_memory(), points, kPoints);
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
   uint32_t a[kSteps][4];
@@ -47,8 +49,8 @@ void run(const char* name) {
   Results<float> out(kOutputs * kColumns);
   Results<long long> cycles(1);
   const auto multiply = [&](int z, int y, int rate, int repeat) {
-    launch(name, &multiply_over_points<T>, dim3(1), kGroups * 128, kShared, nullptr, points.device, grad.device, out.device,
-           z, y, rate, repeat, cycles.device);
+    launch(name, &multiply_over_points<T>, dim3(1), kGroups * 128, kShared, nullptr, points.device, grad.device,
+           out.device, z, y, rate, repeat, cycles.device);
   };
   int wrong = 0, windows = 0;
   for (int rate = 1; rate <= kReach; ++rate)
@@ -62,7 +64,8 @@ void run(const char* name) {
             int sum = 0;
             for (int p = 0; p < 64; ++p)
               sum += grad.host[o * 64 + p] *
-                     points.host[(centre(p / 8, p % 8) + shift(z, y * rate, (column / 8 - 1) * rate)) * kChannels + column % 8];
+                     points.host[(centre(p / 8, p % 8) + shift(z, y * rate, (column / 8 - 1) * rate)) * kChannels +
+                                 column % 8];
             wrong += !(out.host[o * kColumns + column] == float(sum));
           }
       }
@@ -70,8 +73,9 @@ void run(const char* name) {
   cycles.fetch();
   char numbers[160];
   std::snprintf(numbers, sizeof(numbers),
-                "%d of %d values wrong in %d windows; %.1f cycles a product of 64 outputs, 16 points, 24 columns", wrong,
-                windows * kOutputs * kColumns, windows, double(cycles.host[0]) / (kRepeat * double(kSteps) * kGroups));
+                "%d of %d values wrong in %d windows; %.1f cycles a product of 64 outputs, 16 points, 24 columns",
+                wrong, windows * kOutputs * kColumns, windows,
+                double(cycles.host[0]) / (kRepeat * double(kSteps) * kGroups));
   report(wrong == 0, name, numbers);
 }
 

@@ -1,5 +1,5 @@
-// Does ldmatrix take rows that begin at any 16 bytes, plain and transposed, and hand each lane the elements that device.h
-// says? GPUs without warpgroup MMA read their windows so.
+// Does ldmatrix take rows that begin at any 16 bytes, plain and transposed, and hand each lane the elements that
+// device.h says? GPUs without warpgroup MMA read their windows so.
 //
 //   nvcc -std=c++17 -O3 -arch=sm_80 -o unaligned_ldmatrix unaligned_ldmatrix.cu && ./unaligned_ldmatrix
 #include "probe.h"
@@ -31,7 +31,8 @@ void run(const char* name) {
       for (int lane = 0; lane < 32; ++lane)
         for (int m = 0; m < 4; ++m)
           for (int e = 0; e < 2; ++e) {
-            const int row = kTransposed ? lane % 4 * 2 + e : lane / 4, column = kTransposed ? lane / 4 : lane % 4 * 2 + e;
+            const int row = kTransposed ? lane % 4 * 2 + e : lane / 4,
+                      column = kTransposed ? lane / 4 : lane % 4 * 2 + e;
             wrong += out.host[(lane * 4 + m) * 2 + e] != values[(start + m * apart + row) * kChannels + column];
           }
     }

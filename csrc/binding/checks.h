@@ -35,8 +35,8 @@ inline DType dtype_of(const Tensor& input) {
 inline Index3 index3(const char* name, const Ints& values, size_t at, int64_t minimum, int64_t maximum) {
   STD_TORCH_CHECK(at + 3 <= values.size(), name, " must have three ints, got ", values.size());
   for (size_t i = at; i < at + 3; ++i)
-    STD_TORCH_CHECK(values[i] >= minimum && values[i] <= maximum, name, " must be at least ", minimum,
-                    " and at most ", maximum, ", got ", values[i]);
+    STD_TORCH_CHECK(values[i] >= minimum && values[i] <= maximum, name, " must be at least ", minimum, " and at most ",
+                    maximum, ", got ", values[i]);
   return {values[at], values[at + 1], values[at + 2]};
 }
 
@@ -57,7 +57,8 @@ inline void check_tensor(const char* name, const Tensor& tensor, const Tensor& i
 }
 
 inline TensorView view(const Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), {tensor.stride(2), tensor.stride(3), tensor.stride(4)}};
+  return {
+      tensor.data_ptr(), tensor.stride(0), tensor.stride(1), {tensor.stride(2), tensor.stride(3), tensor.stride(4)}};
 }
 
 // A tensor of five axes; null where there is none.
@@ -94,8 +95,11 @@ inline Ints branches_shape(const Problem& g) { return {g.K, g.N, g.O, g.output.z
 // [K, N, O, D, H, W].
 inline TensorView branches_of(const char* name, const Tensor& tensor, const Tensor& input, const Problem& g) {
   check_tensor(name, tensor, input, branches_shape(g));
-  return {tensor.data_ptr(), tensor.stride(1), tensor.stride(2),
-          {tensor.stride(3), tensor.stride(4), tensor.stride(5)}, tensor.stride(0)};
+  return {tensor.data_ptr(),
+          tensor.stride(1),
+          tensor.stride(2),
+          {tensor.stride(3), tensor.stride(4), tensor.stride(5)},
+          tensor.stride(0)};
 }
 
 // `largest` is what the kernels' arithmetic takes of any dilation, stride, origin or output size.
@@ -110,7 +114,8 @@ inline Problem problem_of(const Tensor& input, const Tensor& weight, const Ints&
   g.O = weight.size(0);
   g.K = int64_t(dilations.size()) / 3;
   STD_TORCH_CHECK(g.K >= 1 && g.K <= kMaxBranches && int64_t(dilations.size()) == 3 * g.K,
-                  "dilations must hold three ints for each of 1 to ", kMaxBranches, " branches, got ", dilations.size());
+                  "dilations must hold three ints for each of 1 to ", kMaxBranches, " branches, got ",
+                  dilations.size());
   g.kernel = {weight.size(2), weight.size(3), weight.size(4)};
   STD_TORCH_CHECK(g.kernel.z % 2 == 1 && g.kernel.y % 2 == 1 && g.kernel.x % 2 == 1,
                   "weight must have odd kernel sizes");
@@ -151,7 +156,7 @@ inline Call call_of_branches(const Tensor& input, const Tensor& weight, const Te
 }
 
 inline BranchTensors existing_branches(const Tensor& branches, const OptionalTensor& attention,
-                                  const OptionalTensor& grad_output) {
+                                       const OptionalTensor& grad_output) {
   STD_TORCH_CHECK(branches.dim() == 6, "branches must have six axes, got ", branches.dim());
   STD_TORCH_CHECK(branches.numel() > 0, "branches must not be empty");
   BranchTensors result{};

@@ -22,8 +22,8 @@ using namespace autofocus;
 using namespace autofocus::binding;
 using namespace autofocus::cuda;
 
-// Bytes on the device of `input`, by the C function: with a CPU's allocator 0.6 us where torch::stable::new_empty takes 1.8,
-// and a backward asks for ten.
+// Bytes on the device of `input`, by the C function: with a CPU's allocator 0.6 us where torch::stable::new_empty
+// takes 1.8, and a backward asks for ten.
 Tensor memory(const Tensor& input, int64_t bytes) {
   const int64_t stride = 1;
   int32_t device_type = 0;
@@ -41,9 +41,8 @@ class Launches {
  public:
   explicit Launches(const Tensor& input) : guard_(input.get_device_index()) {
     void* stream = nullptr;
-    STD_TORCH_CHECK(
-        aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
-        "torch gives no stream of CUDA device ", input.get_device_index());
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+                    "torch gives no stream of CUDA device ", input.get_device_index());
     context_ = {stream, [this, input](int64_t bytes) {
                   scratch_.push_back(memory(input, bytes));
                   return scratch_.back().data_ptr();
@@ -73,7 +72,8 @@ Inputs inputs_of(const Call& call) {
   return {call.g, call.dtype, call.input, call.weight, call.attention, {call.scale, O, 1, {}}, shift};
 }
 
-// Samples of one plane each, under a kernel with one tap in z, are the planes of one volume: so a tile has planes to work on.
+// Samples of one plane each, under a kernel with one tap in z, are the planes of one volume: so a tile has planes to
+// work on.
 void take_samples_as_planes(Problem& g, std::initializer_list<TensorView*> volumes) {
   if (g.kernel.z != 1 || g.input.z != 1 || g.output.z != 1 || g.origin.z != 0) return;
   g.input.z = g.output.z = g.N;
@@ -105,7 +105,8 @@ void run_backward(const Tensor& input, Inputs in, TensorView grad_output, Gradie
   const auto fast = [&](Pass pass) { return takes_fast(pass, in.g, in.dtype); };
   Gradients taken{};
   if (gradients.input.data != nullptr && fast(Pass::kGradInput)) std::swap(taken.input, gradients.input);
-  if (gradients.attention.data != nullptr && fast(Pass::kGradAttention)) std::swap(taken.attention, gradients.attention);
+  if (gradients.attention.data != nullptr && fast(Pass::kGradAttention))
+    std::swap(taken.attention, gradients.attention);
   if ((gradients.weight.data != nullptr || gradients.scale != nullptr) && fast(Pass::kGradWeight)) {
     std::swap(taken.weight, gradients.weight);
     std::swap(taken.scale, gradients.scale);
@@ -114,7 +115,8 @@ void run_backward(const Tensor& input, Inputs in, TensorView grad_output, Gradie
   if (!any(gradients)) return;
   const Launches launches(input);
   if (gradients.input.data != nullptr) simple_grad_input(in, grad_output, gradients.input, launches.context());
-  if (gradients.attention.data != nullptr) simple_grad_attention(in, grad_output, gradients.attention, launches.context());
+  if (gradients.attention.data != nullptr)
+    simple_grad_attention(in, grad_output, gradients.attention, launches.context());
   if (gradients.weight.data != nullptr || gradients.scale != nullptr)
     simple_grad_weight(in, grad_output, gradients.weight, {gradients.scale, in.g.O, 1, {}}, launches.context());
 }
@@ -183,7 +185,8 @@ struct Cuda {
   }
 };
 
-// Why the fast tier does not take a pass ("forward", "grad_input", "grad_attention" or "grad_weight"); empty if it does.
+// Why the fast tier does not take a pass ("forward", "grad_input", "grad_attention" or "grad_weight"); empty if it
+// does.
 std::string fast_tier_refusal(std::string pass, const Tensor& input, const Tensor& weight, Ints output_size,
                               Ints dilations, Ints stride, Ints origin) {
   Problem g = problem_of(input, weight, output_size, dilations, stride, origin, Cuda::kLargest);

@@ -1,7 +1,9 @@
-// The operators that both libraries give, torch.ops.autofocus_cpu and torch.ops.autofocus_cuda: schemas and checks once.
+// The operators that both libraries give, torch.ops.autofocus_cpu and torch.ops.autofocus_cuda: schemas and checks
+// once.
 //
 // A library is a class with the static functions that Operators calls below, on checked arguments; `input` (or the
-// branches) comes along for what only a tensor knows, as the device. Contracts: autofocus_kernels/backends/interface.py.
+// branches) comes along for what only a tensor knows, as the device. Contracts:
+// autofocus_kernels/backends/interface.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -30,8 +32,7 @@ struct Operators {
     const Call call = call_of(input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, origin,
                               Library::kLargest);
     const Problem& g = call.g;
-    STD_TORCH_CHECK(!grad_branch_scale.has_value() || branch_scale.has_value(),
-                    "grad_branch_scale needs branch_scale");
+    STD_TORCH_CHECK(!grad_branch_scale.has_value() || branch_scale.has_value(), "grad_branch_scale needs branch_scale");
     const Gradients gradients = {volume_of("grad_input", grad_input, input, input_shape(g)),
                                  volume_of("grad_weight", grad_weight, input, weight_shape(g)),
                                  volume_of("grad_attention", grad_attention, input, attention_shape(g)),
@@ -82,13 +83,12 @@ struct Operators {
     const Call call = call_of_branches(input, weight, branches, dilations, stride, origin, Library::kLargest);
     const Problem& g = call.g;
     check_tensor("branches", branches, input, branches_shape(g));
-    Library::branch_norm_backward(input, call, existing_branches(branches, attention, grad_output),
-                                  accumulator_of("a_coef", a_coef, input, g),
-                                  accumulator_of("b_coef", b_coef, input, g),
-                                  accumulator_of("c_coef", c_coef, input, g),
-                                  branches_of("grad_branches", grad_branches, input, g),
-                                  volume_of("grad_input", grad_input, input, input_shape(g)),
-                                  volume_of("grad_weight", grad_weight, input, weight_shape(g)));
+    Library::branch_norm_backward(
+        input, call, existing_branches(branches, attention, grad_output), accumulator_of("a_coef", a_coef, input, g),
+        accumulator_of("b_coef", b_coef, input, g), accumulator_of("c_coef", c_coef, input, g),
+        branches_of("grad_branches", grad_branches, input, g),
+        volume_of("grad_input", grad_input, input, input_shape(g)),
+        volume_of("grad_weight", grad_weight, input, weight_shape(g)));
   }
 };
 
@@ -103,8 +103,7 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def(
       "branch_statistics(Tensor input, Tensor weight, Tensor(a!) branches, Tensor(b!)? mean, Tensor(c!)? var, "
       "int[] dilations, int[] stride, int[] origin) -> ()");
-  m.def(
-      "branch_combine(Tensor branches, Tensor attention, Tensor scale, Tensor shift, Tensor(a!) output) -> ()");
+  m.def("branch_combine(Tensor branches, Tensor attention, Tensor scale, Tensor shift, Tensor(a!) output) -> ()");
   m.def(
       "branch_reduce(Tensor grad_output, Tensor branches, Tensor attention, Tensor mean, Tensor scale, Tensor shift, "
       "Tensor(a!)? grad_attention, Tensor(b!) grad_scale, Tensor(c!) grad_shift) -> ()");

@@ -6,9 +6,9 @@
 
 namespace autofocus::cuda {
 
-constexpr int kNormChannels = 8;  // that a thread takes: enough loads under way, few enough registers for kNormBlocks
-constexpr int kNormBlocks = 4;    // at least, a multiprocessor
-constexpr int64_t kSamples = 1024;           // positions that the first estimate of a mean is made of
+constexpr int kNormChannels = 8;    // that a thread takes: enough loads under way, few enough registers for kNormBlocks
+constexpr int kNormBlocks = 4;      // at least, a multiprocessor
+constexpr int64_t kSamples = 1024;  // positions that the first estimate of a mean is made of
 constexpr int64_t kBlockPositions = 131072;  // at most, so that no sum of floats gets long
 
 // What becomes of the two sums of a branch and channel, of w and of w (y - pivot).
@@ -17,16 +17,17 @@ enum class Totals { kEstimate, kMoments, kGradients };
 // partial [splits, K, O, 2]; grid (splits, output tiles, K). w is the gated gradient a_k G, or, without one, y - pivot.
 // Every `spacing`-th position counts. A null pivot is zero.
 template <typename T>
-__global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_sums(
-    Problem g, Strided<const T> branches, Strided<const T> attention, Strided<const T> grad_output,
-    const Accumulator<T>* pivot, int64_t count, int64_t spacing, Accumulator<T>* partial) {
+__global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_sums(Problem g, Strided<const T> branches,
+                                                                           Strided<const T> attention,
+                                                                           Strided<const T> grad_output,
+                                                                           const Accumulator<T>* pivot, int64_t count,
+                                                                           int64_t spacing, Accumulator<T>* partial) {
   using A = Accumulator<T>;
   A* sums = reinterpret_cast<A*>(shared_memory());  // [2 kNormChannels][kSimpleThreads]
   const int64_t k = blockIdx.z, o0 = int64_t(blockIdx.y) * kNormChannels, voxels = volume(g.output);
   A centre[kNormChannels], of_w[kNormChannels] = {}, of_product[kNormChannels] = {};
 #pragma unroll
-  for (int j = 0; j < kNormChannels; ++j)
-    centre[j] = pivot != nullptr && o0 + j < g.O ? pivot[k * g.O + o0 + j] : A(0);
+  for (int j = 0; j < kNormChannels; ++j) centre[j] = pivot != nullptr && o0 + j < g.O ? pivot[k * g.O + o0 + j] : A(0);
 
   const int64_t begin = count * blockIdx.x / gridDim.x, end = count * (blockIdx.x + 1) / gridDim.x;
   for (int64_t i = begin + threadIdx.x; i < end; i += kSimpleThreads) {
@@ -61,7 +62,7 @@ __global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_sums(
 // the biased variance. kGradients: the sums themselves.
 template <typename A>
 __global__ __launch_bounds__(kSimpleThreads) void branch_totals(int64_t splits, const A* partial, int64_t count,
-                                                               Totals totals, A* first, A* second) {
+                                                                Totals totals, A* first, A* second) {
   double* sums = reinterpret_cast<double*>(shared_memory());  // [2][kSimpleThreads]
   const int64_t o = blockIdx.x, k = blockIdx.y, O = gridDim.x, K = gridDim.y;
   double of_w = 0, of_product = 0;
@@ -94,8 +95,8 @@ __global__ __launch_bounds__(kSimpleThreads) void branch_totals(int64_t splits, 
 
 // Both steps, over `count` positions `spacing` apart.
 template <typename T>
-void sum_branches(const BranchTensors& in, const void* pivot, int64_t count, int64_t spacing, Totals totals, void* first,
-                  void* second, const Context& context) {
+void sum_branches(const BranchTensors& in, const void* pivot, int64_t count, int64_t spacing, Totals totals,
+                  void* first, void* second, const Context& context) {
   using A = Accumulator<T>;
   using Read = Strided<const T>;
   const Problem& g = in.g;
@@ -129,9 +130,11 @@ void branch_moments(const BranchTensors& in, void* mean, void* var, const Contex
 
 // output = sum_k a_k (scale_k y_k + shift_k); grid (positions, output tiles).
 template <typename T>
-__global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_combination(
-    Problem g, Strided<const T> branches, Strided<const T> attention, const Accumulator<T>* scale,
-    const Accumulator<T>* shift, Strided<T> output) {
+__global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_combination(Problem g, Strided<const T> branches,
+                                                                                  Strided<const T> attention,
+                                                                                  const Accumulator<T>* scale,
+                                                                                  const Accumulator<T>* shift,
+                                                                                  Strided<T> output) {
   using A = Accumulator<T>;
   const Position position = thread_position(g.N, g.output);
   if (!position.active) return;
@@ -150,8 +153,8 @@ __global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_combinatio
     if (o0 + j < g.O) store(output.at(position.n, o0 + j, position.p), sum[j]);
 }
 
-void branch_combine(const BranchTensors& in, const void* scale, const void* shift,
-                    const TensorView& output, const Context& context) {
+void branch_combine(const BranchTensors& in, const void* scale, const void* shift, const TensorView& output,
+                    const Context& context) {
   const Problem& g = in.g;
   const dim3 grid(position_blocks(g.N, g.output), static_cast<unsigned int>((g.O + kNormChannels - 1) / kNormChannels));
   for_dtype(in.dtype, [&](auto element) {
@@ -182,9 +185,8 @@ __global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_grad_atten
   store(grad_attention.at(position.n, k, position.p), sum);
 }
 
-void branch_reduce(const BranchTensors& in, const void* mean, const void* scale,
-                   const void* shift, const TensorView& grad_attention, void* grad_scale,
-                   void* grad_shift, const Context& context) {
+void branch_reduce(const BranchTensors& in, const void* mean, const void* scale, const void* shift,
+                   const TensorView& grad_attention, void* grad_scale, void* grad_shift, const Context& context) {
   const Problem& g = in.g;
   for_dtype(in.dtype, [&](auto element) {
     using T = decltype(element);
@@ -200,10 +202,12 @@ void branch_reduce(const BranchTensors& in, const void* mean, const void* scale,
 
 // dy_k = a_coef_k a_k G + b_coef_k y_k + c_coef_k, which may take the place of y_k; grid (positions, output tiles).
 template <typename T>
-__global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_gradient(
-    Problem g, Strided<const T> grad_output, Strided<const T> branches, Strided<const T> attention,
-    const Accumulator<T>* a_coef, const Accumulator<T>* b_coef, const Accumulator<T>* c_coef,
-    Strided<T> grad_branches) {
+__global__ __launch_bounds__(kSimpleThreads,
+                             kNormBlocks) void branch_gradient(Problem g, Strided<const T> grad_output,
+                                                               Strided<const T> branches, Strided<const T> attention,
+                                                               const Accumulator<T>* a_coef,
+                                                               const Accumulator<T>* b_coef,
+                                                               const Accumulator<T>* c_coef, Strided<T> grad_branches) {
   using A = Accumulator<T>;
   const Position position = thread_position(g.N, g.output);
   if (!position.active) return;
@@ -228,8 +232,8 @@ __global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_gradient(
   }
 }
 
-void branch_gradients(const BranchTensors& in, const void* a_coef, const void* b_coef,
-                      const void* c_coef, const TensorView& grad_branches, const Context& context) {
+void branch_gradients(const BranchTensors& in, const void* a_coef, const void* b_coef, const void* c_coef,
+                      const TensorView& grad_branches, const Context& context) {
   const Problem& g = in.g;
   const dim3 grid(position_blocks(g.N, g.output), static_cast<unsigned int>((g.O + kNormChannels - 1) / kNormChannels));
   for_dtype(in.dtype, [&](auto element) {

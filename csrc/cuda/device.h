@@ -67,8 +67,8 @@ __device__ inline uint32_t shared_units(const unsigned char* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at)) >> 4;
 }
 
-// Four 8x8 matrices of 16-bit elements, of which lane i gives row i % 8 of matrix i / 8. A lane gets elements 2 (lane % 4) and
-// the next of row lane / 4 of each; of column lane / 4 if kTransposed.
+// Four 8x8 matrices of 16-bit elements, of which lane i gives row i % 8 of matrix i / 8. A lane gets elements 2 (lane %
+// 4) and the next of row lane / 4 of each; of column lane / 4 if kTransposed.
 template <bool kTransposed>
 __device__ inline void load_matrices(uint32_t (&d)[4], uint32_t row) {
   const uint32_t address = row * 16;
@@ -84,31 +84,33 @@ __device__ inline void load_matrices(uint32_t (&d)[4], uint32_t row) {
                  : "memory");
 }
 
-// The transpose of an 8x8 matrix of 16-bit elements, of which a lane has elements 2 (lane % 4) and the next of row lane / 4.
+// The transpose of an 8x8 matrix of 16-bit elements, of which a lane has elements 2 (lane % 4) and the next of row lane
+// / 4.
 __device__ inline uint32_t transposed(uint32_t pair) {
   uint32_t result;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
   return result;
 }
 
-// Warpgroup MMA is Hopper's alone. Machine code made for sm_90a has it, and nothing else does: not sm_90, not what a driver
-// compiles from PTX.
+// Warpgroup MMA is Hopper's alone. Machine code made for sm_90a has it, and nothing else does: not sm_90, not what a
+// driver compiles from PTX.
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 __device__ inline void fence_shared_operands() {}
 #else
 #define AUTOFOCUS_WARPGROUP_MMA
 __device__ constexpr bool has_warpgroup_mma() { return true; }
 
-// What this thread wrote to shared memory, warpgroup MMA may read behind the next barrier; copies have to have been waited for.
+// What this thread wrote to shared memory, warpgroup MMA may read behind the next barrier; copies have to have been
+// waited for.
 __device__ inline void fence_shared_operands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-#define AUTOFOCUS_MMA(type, n, d_list, left, right, adds, ...)                                                \
-  asm volatile(                                                                                               \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, " adds ", 0;\n"                                                       \
-      "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" d_list "}, " left ", " right         \
-      ", p, 1, 1, 0, 0;\n}\n"                                                                                 \
-      : __VA_ARGS__                                                                                           \
-      : "l"(a), "l"(b), "r"(int(add)))
+#define AUTOFOCUS_MMA(type, n, d_list, left, right, adds, ...)                                                  \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " adds                                                         \
+               ", 0;\n"                                                                                         \
+               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" d_list "}, " left ", " right \
+               ", p, 1, 1, 0, 0;\n}\n"                                                                          \
+               : __VA_ARGS__                                                                                    \
+               : "l"(a), "l"(b), "r"(int(add)))
 #define AUTOFOCUS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define AUTOFOCUS_12 AUTOFOCUS_8 ", %8, %9, %10, %11"
 #define AUTOFOCUS_16 AUTOFOCUS_12 ", %12, %13, %14, %15"
@@ -120,17 +122,17 @@ __device__ inline void fence_shared_operands() { asm volatile("fence.proxy.async
 #define AUTOFOCUS_D4 AUTOFOCUS_D3, AUTOFOCUS_D(3)
 #define AUTOFOCUS_D5 AUTOFOCUS_D4, AUTOFOCUS_D(4)
 #define AUTOFOCUS_D8 AUTOFOCUS_D5, AUTOFOCUS_D(5), AUTOFOCUS_D(6), AUTOFOCUS_D(7)
-#define AUTOFOCUS_MMA_OF(type)                                                                                    \
-  if constexpr (kTiles == 2) AUTOFOCUS_MMA(type, "16", AUTOFOCUS_8, "%8", "%9", "%10", AUTOFOCUS_D2);             \
-  if constexpr (kTiles == 4) AUTOFOCUS_MMA(type, "32", AUTOFOCUS_16, "%16", "%17", "%18", AUTOFOCUS_D4);          \
-  if constexpr (kTiles == 5) AUTOFOCUS_MMA(type, "40", AUTOFOCUS_20, "%20", "%21", "%22", AUTOFOCUS_D5);          \
+#define AUTOFOCUS_MMA_OF(type)                                                                           \
+  if constexpr (kTiles == 2) AUTOFOCUS_MMA(type, "16", AUTOFOCUS_8, "%8", "%9", "%10", AUTOFOCUS_D2);    \
+  if constexpr (kTiles == 4) AUTOFOCUS_MMA(type, "32", AUTOFOCUS_16, "%16", "%17", "%18", AUTOFOCUS_D4); \
+  if constexpr (kTiles == 5) AUTOFOCUS_MMA(type, "40", AUTOFOCUS_20, "%20", "%21", "%22", AUTOFOCUS_D5); \
   if constexpr (kTiles == 8) AUTOFOCUS_MMA(type, "64", AUTOFOCUS_32, "%32", "%33", "%34", AUTOFOCUS_D8)
-#define AUTOFOCUS_MMA_OVER_POINTS(type)                                                                      \
-  asm volatile(                                                                                              \
-      "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                                             \
-      "wgmma.mma_async.sync.aligned.m64n24k16.f32." type "." type " {" AUTOFOCUS_12                          \
-      "}, {%12, %13, %14, %15}, %16, p, 1, 1, 1;\n}\n"                                                       \
-      : AUTOFOCUS_D3                                                                                         \
+#define AUTOFOCUS_MMA_OVER_POINTS(type)                                             \
+  asm volatile(                                                                     \
+      "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                    \
+      "wgmma.mma_async.sync.aligned.m64n24k16.f32." type "." type " {" AUTOFOCUS_12 \
+      "}, {%12, %13, %14, %15}, %16, p, 1, 1, 1;\n}\n"                              \
+      : AUTOFOCUS_D3                                                                \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
 // d = a b, added to d if `add`; operands as product.h encodes them.

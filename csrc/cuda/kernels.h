@@ -52,8 +52,8 @@ void simple_grad_attention(const Inputs& in, const TensorView& grad_output, cons
 void simple_grad_weight(const Inputs& in, const TensorView& grad_output, const TensorView& grad_weight,
                         const TensorView& grad_scale, const Context& context);
 
-// Fast tier (windows/): 16-bit, kernels of 1 or 3 taps an axis, stride 1. Null if it takes the pass on the current device,
-// else the reason.
+// Fast tier (windows/): 16-bit, kernels of 1 or 3 taps an axis, stride 1. Null if it takes the pass on the current
+// device, else the reason.
 const char* fast_refusal(Pass pass, const Problem& g, DType dtype);
 void fast_forward(const Inputs& in, const TensorView& output, const Context& context);
 // Every branch alone, into its part of `branches` [K, N, O, *S_out], without attention: in.attention must be ones.

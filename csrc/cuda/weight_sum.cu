@@ -1,7 +1,6 @@
 // See weight_sum.h.
-#include "weight_sum.h"
-
 #include "elements.h"
+#include "weight_sum.h"
 
 namespace autofocus::cuda {
 
@@ -11,8 +10,8 @@ template <typename A>
 __device__ inline A sum_of_splits(const WeightPartials& partials, int64_t k, int64_t o, int64_t c, int64_t tap,
                                   int64_t taps) {
   const int64_t split_size = partials.branches * partials.outputs * partials.inputs * taps;
-  const A* element = static_cast<const A*>(partials.data) +
-                     ((k * partials.outputs + o) * partials.inputs + c) * taps + tap;
+  const A* element =
+      static_cast<const A*>(partials.data) + ((k * partials.outputs + o) * partials.inputs + c) * taps + tap;
   A sum = A(0);
   for (int64_t split = 0; split < partials.splits; ++split, element += split_size) sum += *element;
   return sum;

@@ -23,7 +23,7 @@ namespace {
 DeviceLimits limits{3, 227 * 1024, 90};
 bool copies_are_late = true;
 std::map<std::string, int> launches;  // by kernel name, since the last configuration
-unsigned int order_seed = 0;  // 0: threads in order, 1: backwards, else shuffled anew at every turn
+unsigned int order_seed = 0;          // 0: threads in order, 1: backwards, else shuffled anew at every turn
 
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kGuardBytes = 4096;
@@ -170,7 +170,8 @@ class Block {
  private:
   static void enter();
 
-  // Element (row, k) of an operand as its descriptor says; over points the 8x8 blocks are transposed: a row of memory is a k.
+  // Element (row, k) of an operand as its descriptor says; over points the 8x8 blocks are transposed: a row of memory
+  // is a k.
   uint16_t element(uint64_t operand, int row, int k, bool over_points) {
     const int64_t start = operand & 0x3fff, along_k = operand >> 16 & 0x3fff, along_rows = operand >> 32 & 0x3fff;
     const int in_row = over_points ? row % 8 : k % 8, row_of_block = over_points ? k % 8 : row % 8;
@@ -297,8 +298,8 @@ void copy_async_wait(int pending) {
 
 void fence_shared_operands() { block.current().unfenced = false; }
 
-void warpgroup_mma(float* d, int tiles, const uint32_t* rows, uint64_t left, uint64_t right, bool over_points, bool adds,
-                   Decode decode) {
+void warpgroup_mma(float* d, int tiles, const uint32_t* rows, uint64_t left, uint64_t right, bool over_points,
+                   bool adds, Decode decode) {
   Product own{{d}, {rows}, 0, tiles, left, right, over_points, adds, decode};
   warp_instruction(
       [](void* const* lanes) {

@@ -1,10 +1,11 @@
-// The names of csrc/cuda/device.h on a CPU: the threads of a block run as fibers, in an order of the test's choice, from
-// one barrier or warp instruction to the next. What this cannot show: speed, registers, real memory ordering.
+// The names of csrc/cuda/device.h on a CPU: the threads of a block run as fibers, in an order of the test's choice,
+// from one barrier or warp instruction to the next. What this cannot show: speed, registers, real memory ordering.
 //
 // Strictness, so that a kernel that is right here has little room to be wrong:
 //   * shared memory starts as NaN in every block, with guard bytes behind it;
 //   * a barrier that not every thread reaches, or a warp instruction that not every lane reaches, is an error;
-//   * asynchronous copies land either at once or only when waited for: both must give the same result; warpgroup MMA reads
+//   * asynchronous copies land either at once or only when waited for: both must give the same result; warpgroup MMA
+//   reads
 //     its operands and writes its sums likewise at once or when waited for;
 //   * warpgroup MMA while what a thread copied is not fenced for it is an error.
 #pragma once
@@ -48,11 +49,11 @@ void copy_async_commit();
 void copy_async_wait(int pending);
 void fence_shared_operands();
 
-// Warpgroup MMA: a lane's `d` (kTiles x 4) of its warp's 16 of the 64 rows, which are an operand in shared memory or, if `rows`
-// is not null, an MMA fragment. Run by the warpgroup_wait that waits for it if copies are late.
+// Warpgroup MMA: a lane's `d` (kTiles x 4) of its warp's 16 of the 64 rows, which are an operand in shared memory or,
+// if `rows` is not null, an MMA fragment. Run by the warpgroup_wait that waits for it if copies are late.
 using Decode = float (*)(uint16_t bits);
-void warpgroup_mma(float* d, int tiles, const uint32_t* rows, uint64_t left, uint64_t right, bool over_points, bool adds,
-                   Decode decode);
+void warpgroup_mma(float* d, int tiles, const uint32_t* rows, uint64_t left, uint64_t right, bool over_points,
+                   bool adds, Decode decode);
 void warpgroup_commit();
 void warpgroup_wait(int pending);
 
@@ -190,7 +191,8 @@ inline uint32_t transposed(uint32_t pair) {
 bool has_warpgroup_mma();
 inline void fence_shared_operands() { emulation::fence_shared_operands(); }
 template <typename T>
-constexpr emulation::Decode decode_of = std::is_same_v<T, Half> ? emulation::half_to_float : emulation::bfloat16_to_float;
+constexpr emulation::Decode decode_of =
+    std::is_same_v<T, Half> ? emulation::half_to_float : emulation::bfloat16_to_float;
 template <typename T, int kTiles>
 void warpgroup_mma(float (&d)[kTiles][4], uint64_t left, uint64_t right, bool adds) {
   emulation::warpgroup_mma(&d[0][0], kTiles, nullptr, left, right, false, adds, decode_of<T>);

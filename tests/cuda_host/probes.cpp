@@ -36,8 +36,8 @@ bool positions_of_packed(const Int3& class_size, const Int3& step, std::vector<I
   return true;
 }
 
-// Goes through the tiles of one sample as the kernels do, with numbers instead of data, and compares every read with the
-// definition. Empty if all is right.
+// Goes through the tiles of one sample as the kernels do, with numbers instead of data, and compares every read with
+// the definition. Empty if all is right.
 std::string check_lattice(const Problem& g, bool adjoint, int tile_z, bool recycle) {
   constexpr int64_t kZero = -1, kNothing = -2;
   Lattice lattice = make_lattice(g, adjoint ? Direction::kAdjoint : Direction::kForward, 0, g.K);
@@ -71,7 +71,8 @@ std::string check_lattice(const Problem& g, bool adjoint, int tile_z, bool recyc
     for (int tz = -1; tz <= 1; ++tz) {
       if (tz == 0 && recycle) stage(last_part, planes(lattice));  // while tz = 0 still reads
       if (tz == 0 && !recycle)
-        for (int64_t i = 0; i < int64_t(lattice.halo.z) * plane_size(lattice); ++i) held[i] = kNothing;  // the next chunk's
+        for (int64_t i = 0; i < int64_t(lattice.halo.z) * plane_size(lattice); ++i)
+          held[i] = kNothing;  // the next chunk's
       for (int z = 0; z < tile_z; ++z)
         for (int y = 0; y < kTileY; ++y)
           for (int x = 0; x < kTileX; ++x) {
@@ -161,14 +162,10 @@ struct NamedKernel {
   const char* name;
   Faulty kernel;
 };
-const NamedKernel kFaulty[] = {{"unfinished_copy", unfinished_copy},
-                               {"missing_barrier", missing_barrier},
-                               {"split_barrier", split_barrier},
-                               {"write_behind", write_behind},
-                               {"misaligned_copy", misaligned_copy},
-                               {"unfenced_copy", unfenced_copy},
-                               {"operand_behind", operand_behind},
-                               {"uncommitted_product", uncommitted_product},
+const NamedKernel kFaulty[] = {{"unfinished_copy", unfinished_copy}, {"missing_barrier", missing_barrier},
+                               {"split_barrier", split_barrier},     {"write_behind", write_behind},
+                               {"misaligned_copy", misaligned_copy}, {"unfenced_copy", unfenced_copy},
+                               {"operand_behind", operand_behind},   {"uncommitted_product", uncommitted_product},
                                {"lanes_disagree", lanes_disagree}};
 
 }  // namespace
@@ -219,5 +216,4 @@ bool autofocus_probe_fault(const char* name, float* result, char* message, int s
   std::snprintf(message, size, "no such kernel");
   return false;
 }
-
 }

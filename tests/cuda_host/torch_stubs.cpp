@@ -1,5 +1,5 @@
-// The three things binding/cuda.cpp asks of a CUDA build of torch, for a build without: a device, its guard, a stream. And
-// memory that is poisoned where the tests ask for it, which torch's function of that name is not on a CPU.
+// The three things binding/cuda.cpp asks of a CUDA build of torch, for a build without: a device, its guard, a stream.
+// And memory that is poisoned where the tests ask for it, which torch's function of that name is not on a CPU.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -25,5 +25,4 @@ AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t* bytes, const int
   const auto tensor = torch::stable::empty({*bytes}, torch::headeronly::ScalarType::Byte);
   return aoti_torch_new_tensor_handle(tensor.get(), memory);
 }
-
 }

@@ -1,7 +1,7 @@
 // Blend, then project: the forward without branch scale, and, run backwards, the gradient of the input.
 //
-// One body for both (docs/math.md, sections 2 and 3): each target position gathers K source positions a tap, weighted by
-// attention, and the blended channels meet the shared weight once. Forward: targets are outputs and the attention is
+// One body for both (docs/math.md, sections 2 and 3): each target position gathers K source positions a tap, weighted
+// by attention, and the blended channels meet the shared weight once. Forward: targets are outputs and the attention is
 // theirs. Adjoint: targets are inputs, sources are the outputs that read them, and the attention is the source's.
 #pragma once
 
@@ -13,10 +13,11 @@ namespace autofocus::cuda {
 // [N, K, *S_out], target [N, O or C, *].
 // Forward adds sum_k a_k shift_k; the adjoint multiplies the sources by scale. Either may be null.
 template <typename T, bool kAdjoint>
-__global__ __launch_bounds__(kSimpleThreads, kSimpleBlocks) void simple_blend(Problem g, Strided<const T> source,
-                                                               Strided<const T> weight, Strided<const T> attention,
-                                                               Strided<const T> scale, Strided<const T> shift,
-                                                               Strided<T> target) {
+__global__ __launch_bounds__(kSimpleThreads,
+                             kSimpleBlocks) void simple_blend(Problem g, Strided<const T> source,
+                                                              Strided<const T> weight, Strided<const T> attention,
+                                                              Strided<const T> scale, Strided<const T> shift,
+                                                              Strided<T> target) {
   using A = Accumulator<T>;
   const int64_t sources = kAdjoint ? g.O : g.C, targets = kAdjoint ? g.C : g.O;
   const Position position = thread_position(g.N, kAdjoint ? g.input : g.output);

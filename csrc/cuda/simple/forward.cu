@@ -3,13 +3,14 @@
 
 namespace autofocus::cuda {
 
-// With a branch scale the branches cannot be blended first: out = sum_k a_k (scale_k y_k + shift_k), branch by branch, no
-// branch leaving the registers.
+// With a branch scale the branches cannot be blended first: out = sum_k a_k (scale_k y_k + shift_k), branch by branch,
+// no branch leaving the registers.
 template <typename T>
-__global__ __launch_bounds__(kSimpleThreads, kSimpleBlocks) void simple_branches(Problem g, Strided<const T> input,
-                                                                  Strided<const T> weight, Strided<const T> attention,
-                                                                  Strided<const T> scale, Strided<const T> shift,
-                                                                  Strided<T> output) {
+__global__ __launch_bounds__(kSimpleThreads,
+                             kSimpleBlocks) void simple_branches(Problem g, Strided<const T> input,
+                                                                 Strided<const T> weight, Strided<const T> attention,
+                                                                 Strided<const T> scale, Strided<const T> shift,
+                                                                 Strided<T> output) {
   using A = Accumulator<T>;
   const Position position = thread_position(g.N, g.output);
   const int64_t o0 = int64_t(blockIdx.y) * kTargets;

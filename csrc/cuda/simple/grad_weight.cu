@@ -8,8 +8,8 @@
 
 namespace autofocus::cuda {
 
-constexpr int kTile = 32;           // channels of a block, outputs by inputs
-constexpr int kPositions = 32;      // positions staged at a time
+constexpr int kTile = 32;            // channels of a block, outputs by inputs
+constexpr int kPositions = 32;       // positions staged at a time
 constexpr int kWeightThreads = 256;  // each sums 2x2 elements of the tile
 constexpr int kRows = kWeightThreads / kPositions;
 
@@ -71,8 +71,7 @@ __global__ __launch_bounds__(kWeightThreads) void simple_weight_partial(Problem 
   A* block = partial + (int64_t(blockIdx.y) * gridDim.z + blockIdx.z) * g.O * g.C * taps;
   for (int a = 0; a < 2; ++a)
     for (int b = 0; b < 2; ++b)
-      if (o0 + o + a < g.O && c0 + c + b < g.C)
-        block[((o0 + o + a) * g.C + c0 + c + b) * taps + tap] = sum[a][b];
+      if (o0 + o + a < g.O && c0 + c + b < g.C) block[((o0 + o + a) * g.C + c0 + c + b) * taps + tap] = sum[a][b];
 }
 
 void simple_grad_weight(const Inputs& in, const TensorView& grad_output, const TensorView& grad_weight,

@@ -1,4 +1,5 @@
-// The simple tier's common parts: one thread a position, a few channels of it in registers, weights through shared memory.
+// The simple tier's common parts: one thread a position, a few channels of it in registers, weights through shared
+// memory.
 #pragma once
 
 #include "../elements.h"
@@ -6,11 +7,13 @@
 namespace autofocus::cuda {
 
 constexpr int kSimpleThreads = 128;
-constexpr int kSimpleBlocks = 2;  // at least, a multiprocessor; asked for, ptxas takes the registers it needs and spills none
+constexpr int kSimpleBlocks =
+    2;  // at least, a multiprocessor; asked for, ptxas takes the registers it needs and spills none
 constexpr int kTargets = 16;  // channels a thread accumulates
 constexpr int kSources = 4;   // channels it gathers at a time, so that a position is computed once for all of them
 
-// One position of one sample for each thread; threads beyond the last have active = false but keep the barriers company.
+// One position of one sample for each thread; threads beyond the last have active = false but keep the barriers
+// company.
 struct Position {
   bool active;
   int64_t n;
@@ -39,7 +42,8 @@ __device__ inline const Accumulator<T>* stage_weight(const Strided<const T>& wei
   for (int i = threadIdx.x; i < kSources * kTargets; i += kSimpleThreads) {
     const int64_t source = source0 + i / kTargets, target = target0 + i % kTargets;
     const bool valid = source < sources && target < targets;
-    staged[i] = !valid ? A(0) : to_accumulator(transposed ? *weight.at(source, target, tap) : *weight.at(target, source, tap));
+    staged[i] =
+        !valid ? A(0) : to_accumulator(transposed ? *weight.at(source, target, tap) : *weight.at(target, source, tap));
   }
   __syncthreads();
   return staged;

@@ -3,7 +3,8 @@
 
 namespace autofocus::cuda {
 
-void fast_backward(const Inputs& in, const TensorView& grad_output, const Gradients& gradients, const Context& context) {
+void fast_backward(const Inputs& in, const TensorView& grad_output, const Gradients& gradients,
+                   const Context& context) {
   const bool by_branch = grad_output.k != 0, wants_input = gradients.input.data != nullptr,
              wants_attention = gradients.attention.data != nullptr,
              wants_weight = gradients.weight.data != nullptr || gradients.scale != nullptr;
@@ -26,7 +27,8 @@ void fast_backward(const Inputs& in, const TensorView& grad_output, const Gradie
     operands.want_input();
     operands.want_attention();
     sums = weight_partials_of(weight_plan, in.g, by_branch || in.scale.data != nullptr);
-    operands.want_scratch(sums.splits * sums.branches * sums.outputs * sums.inputs * num_taps(in.g) * int64_t(sizeof(float)));
+    operands.want_scratch(sums.splits * sums.branches * sums.outputs * sums.inputs * num_taps(in.g) *
+                          int64_t(sizeof(float)));
   }
   operands.pack(context);
 

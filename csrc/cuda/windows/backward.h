@@ -1,4 +1,5 @@
-// The passes of a backward, each on operands that hold what it reads: fast_backward wants and packs them for all at once.
+// The passes of a backward, each on operands that hold what it reads: fast_backward wants and packs them for all at
+// once.
 #pragma once
 
 #include "../weight_sum.h"
@@ -13,7 +14,8 @@ void launch_grad_input(const Plan& plan, const Inputs& in, bool by_branch, const
 void launch_grad_attention(const Plan& plan, const Inputs& in, const Operands& operands,
                            const TensorView& grad_attention, const Context& context);
 
-// What the weight's pass leaves for sum_weight_partials; by branch with a branch scale or a grad_output for each branch.
+// What the weight's pass leaves for sum_weight_partials; by branch with a branch scale or a grad_output for each
+// branch.
 WeightPartials weight_partials_of(const Plan& plan, const Problem& g, bool by_branch);
 // Fills them, from `partial` on.
 void launch_grad_weight(const Plan& plan, const Inputs& in, const TensorView& grad_output, const Operands& operands,

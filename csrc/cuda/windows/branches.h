@@ -1,9 +1,9 @@
 // Branches from windows: y_k of a tile, one branch after the other, each handed to an epilogue before the next.
 //
 // In shared memory a point is 16 bytes, eight channels, and eight points that are neighbours in x are what the product
-// reads as a block of rows. So the 8x8 points of a tile's plane, seen through a tap, are an operand with 64 rows that begins
-// wherever the tap says: nothing is unpacked or blended. A branch is the sum of one tz of one chunk of input channels: what
-// an epilogue makes of it must be linear in y_k.
+// reads as a block of rows. So the 8x8 points of a tile's plane, seen through a tap, are an operand with 64 rows that
+// begins wherever the tap says: nothing is unpacked or blended. A branch is the sum of one tz of one chunk of input
+// channels: what an epilogue makes of it must be linear in y_k.
 #pragma once
 
 #include "tile.h"
@@ -24,20 +24,14 @@ struct BranchesArguments {
 template <typename T>
 BranchesArguments<T> branches_arguments(const Inputs& in, const Operands& operands, const unsigned char* targets,
                                         const TensorView& result) {
-  return {operands.input(),
-          operands.weight(),
-          num_chunks(in.g.C),
-          in.g.O,
-          targets,
-          Strided<const T>(in.scale),
-          Strided<const T>(in.shift),
-          Strided<T>(result)};
+  return {operands.input(), operands.weight(),          num_chunks(in.g.C),         in.g.O,
+          targets,          Strided<const T>(in.scale), Strided<const T>(in.shift), Strided<T>(result)};
 }
 
 // The branch scale or shift of a block of output channels as [branch, channel], if there is one.
 template <int kTiles, typename T>
-__device__ inline void copy_vectors(const Lattice& lattice, const Strided<const T>& matrix, int64_t output0, int64_t outputs,
-                                    float* shared) {
+__device__ inline void copy_vectors(const Lattice& lattice, const Strided<const T>& matrix, int64_t output0,
+                                    int64_t outputs, float* shared) {
   if (matrix.data == nullptr) return;
   for (int i = threadIdx.x; i < lattice.K * (8 * kTiles); i += int(blockDim.x)) {
     const int64_t channel = output0 + i % (8 * kTiles);

@@ -1,4 +1,5 @@
-// The forward in every mode: out = sum_k a_k (scale_k y_k + shift_k), each branch scaled in registers and added to the sum.
+// The forward in every mode: out = sum_k a_k (scale_k y_k + shift_k), each branch scaled in registers and added to the
+// sum.
 #include "branches.h"
 
 namespace autofocus::cuda {
@@ -31,7 +32,8 @@ class WeightedSum {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const Int3 at = share_.point(2 * (m0 + m) + row);
-        a[row] = to_float(*reinterpret_cast<const T*>(gates() + ((at.z * kTileY + at.y) * kTileX + at.x) * kGateBytes + k * 2));
+        a[row] = to_float(
+            *reinterpret_cast<const T*>(gates() + ((at.z * kTileY + at.y) * kTileX + at.x) * kGateBytes + k * 2));
       }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -116,8 +118,8 @@ void fast_forward(const Inputs& in, const TensorView& output, const Context& con
 void fast_branches(const Inputs& in, const TensorView& branches, const Context& context) {
   const Operands operands = packed(plan_of(Pass::kForward, in), in, context);
   for (int64_t k = 0; k < in.g.K; ++k)
-    launch_forward("fast_branch", plan_of_branch(Pass::kForward, in, k), in, operands, branch_view(branches, k, in.dtype),
-                   context);
+    launch_forward("fast_branch", plan_of_branch(Pass::kForward, in, k), in, operands,
+                   branch_view(branches, k, in.dtype), context);
 }
 
 }  // namespace autofocus::cuda

@@ -1,11 +1,12 @@
-// Gradient of the attention: da_k = sum_o G_o (scale_k y_k + shift_k) (docs/math.md, section 3), the forward's branches once
-// more, each multiplied by G where it lies in registers.
+// Gradient of the attention: da_k = sum_o G_o (scale_k y_k + shift_k) (docs/math.md, section 3), the forward's branches
+// once more, each multiplied by G where it lies in registers.
 #include "backward.h"
 #include "branches.h"
 
 namespace autofocus::cuda {
 
-// Blocks of output channels go in turn: a lane adds up all of them for the one of its four points that it shares with no other.
+// Blocks of output channels go in turn: a lane adds up all of them for the one of its four points that it shares with
+// no other.
 template <typename T, int kTiles>
 class DotWithGrad {
  public:
@@ -27,7 +28,8 @@ class DotWithGrad {
     for (int r = 0; r < kPointsPerLane; ++r) {
       const Int3 at = share_.point(r);
       const bool there = inside(target_position(lattice_, tile, at.z, at.y, at.x), lattice_.target);
-      const int64_t point = (tile.n * chunks + first) * points + (there ? packed_target(lattice_, tile, at.z, at.y, at.x) : 0);
+      const int64_t point =
+          (tile.n * chunks + first) * points + (there ? packed_target(lattice_, tile, at.z, at.y, at.x) : 0);
       const unsigned char* from = args_.targets + point * kPointBytes + share_.channels * 2;
 #pragma unroll
       for (int i = 0; i < kTiles; ++i, from += points * kPointBytes)
@@ -113,8 +115,8 @@ void launch_grad_attention(const Plan& plan, const Inputs& in, const Operands& o
     using T = decltype(element);
     const auto args = branches_arguments<T>(in, operands, operands.grad_output(), grad_attention);
     for_tiles(plan.tiles, [&](auto tiles) {
-      launch("fast_grad_attention", &branches_kernel<T, tiles(), DotWithGrad<T, tiles()>>, grid_of(plan, 1), plan.threads,
-             plan.shared_bytes, context.stream, plan.lattice, args);
+      launch("fast_grad_attention", &branches_kernel<T, tiles(), DotWithGrad<T, tiles()>>, grid_of(plan, 1),
+             plan.threads, plan.shared_bytes, context.stream, plan.lattice, args);
     });
   });
 }

@@ -1,6 +1,6 @@
-// Gradient of the input: the windows run backwards, one sum for all branches (docs/math.md, section 3). A branch's source is
-// a_k G, formed while it is written to shared memory, so that G is in memory but once; a branch scale is in the weight, one for
-// each branch. Where the caller has the gradient of every branch it is copied as it is.
+// Gradient of the input: the windows run backwards, one sum for all branches (docs/math.md, section 3). A branch's
+// source is a_k G, formed while it is written to shared memory, so that G is in memory but once; a branch scale is in
+// the weight, one for each branch. Where the caller has the gradient of every branch it is copied as it is.
 //
 // Chunks are those of the output channels, branch by branch within: chunk c is that of branch c % K.
 #include "backward.h"
@@ -23,7 +23,8 @@ struct CopyBranches {
   const unsigned char* points;
   int chunks;
 
-  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int chunk, int first, int last) const {
+  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int chunk, int first,
+                             int last) const {
     const CopyPoints copy{points, lattice.K * chunks};
     copy(lattice, tile, halo, chunk % lattice.K * chunks + chunk / lattice.K, first, last);
   }
@@ -34,7 +35,8 @@ template <typename T, int kAtOnce>  // kAtOnce: loads under way
 struct WriteGated {
   const AdjointArguments<T>& args;
 
-  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int chunk, int first, int last) const {
+  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int chunk, int first,
+                             int last) const {
     const int k = chunk % lattice.K, source_chunk = chunk / lattice.K;
     const int64_t points = packed_points(lattice);
     const unsigned char* from = args.points + (tile.n * args.chunks + source_chunk) * points * kPointBytes;
@@ -130,13 +132,14 @@ void launch_grad_input(const Plan& plan, const Inputs& in, bool by_branch, const
   const Problem& g = in.g;
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
-    const AdjointArguments<T> args{operands.grad_output(), operands.attention(), operands.adjoint_weight(),
+    const AdjointArguments<T> args{operands.grad_output(), operands.attention(),     operands.adjoint_weight(),
                                    num_chunks(g.O),        in.scale.data != nullptr, g.C,
                                    Strided<T>(grad_input)};
     for_tiles(plan.tiles, [&](auto tiles) {
       launch(by_branch ? "fast_branch_grad_input" : "fast_grad_input",
              by_branch ? &adjoint_kernel<T, tiles(), false> : &adjoint_kernel<T, tiles(), true>,
-             grid_of(plan, ceil_div(g.C, 8 * tiles())), plan.threads, plan.shared_bytes, context.stream, plan.lattice, args);
+             grid_of(plan, ceil_div(g.C, 8 * tiles())), plan.threads, plan.shared_bytes, context.stream, plan.lattice,
+             args);
     });
   });
 }

@@ -1,25 +1,26 @@
 // Gradient of the weight: dW_t = sum_k sum_p (a_k G)(p) x(p + r_k t)^T (docs/math.md, section 3).
 //
-// Here positions are what is summed over: operand b is the same windows, read the other way round, the three taps of a row
-// next to each other; operand a is a_k G in registers, once for the three rows of taps of a plane. A block keeps to eight
-// input and 64 output channels and holds all 27 taps' sums in registers while it goes through its tiles; weight_sum.h adds
-// the sums of all blocks. With a branch scale, or a G for each branch, the sums are kept apart by branch, one launch each.
+// Here positions are what is summed over: operand b is the same windows, read the other way round, the three taps of a
+// row next to each other; operand a is a_k G in registers, once for the three rows of taps of a plane. A block keeps to
+// eight input and 64 output channels and holds all 27 taps' sums in registers while it goes through its tiles;
+// weight_sum.h adds the sums of all blocks. With a branch scale, or a G for each branch, the sums are kept apart by
+// branch, one launch each.
 #include "backward.h"
 #include "tile.h"
 
 namespace autofocus::cuda {
 
-constexpr int kGradWeightGroups = 2;               // warpgroups, each with half of a tile's planes
+constexpr int kGradWeightGroups = 2;  // warpgroups, each with half of a tile's planes
 constexpr int kGradWeightThreads = kGradWeightGroups * kGroupThreads;
-constexpr int kPlaneSteps = kTileY / 2;            // products of a plane: two rows of eight points each
-constexpr int kBlockOutputs = 64;                  // 16 a warp
+constexpr int kPlaneSteps = kTileY / 2;  // products of a plane: two rows of eight points each
+constexpr int kBlockOutputs = 64;        // 16 a warp
 
 struct GradWeightArguments {
   const unsigned char *points, *gates, *grads;  // Operands::input, attention and grad_output
   int chunks, output_chunks;
-  int branch;           // of the gates, the lattice's first
-  int grad_branches;    // of grad_output: 1, or K and `branch` is meant
-  float* partial;       // [outputs rounded up to 16, chunks * 8, taps], for each split of each block
+  int branch;         // of the gates, the lattice's first
+  int grad_branches;  // of grad_output: 1, or K and `branch` is meant
+  float* partial;     // [outputs rounded up to 16, chunks * 8, taps], for each split of each block
   int64_t split_size;
   int64_t outputs;
   Index3 kernel;
@@ -30,15 +31,16 @@ struct CopyChunk {
   const unsigned char* points;
   int chunks, chunk;
 
-  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int, int first, int last) const {
+  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int, int first,
+                             int last) const {
     CopyPoints{points, chunks}(lattice, tile, halo, chunk, first, last);
   }
 };
 
-// grad_output of one plane of a tile as operand a, a product each: rows are this warp's 16 output channels, columns the 16
-// points of a step, zeros outside. A row of eight packed points is an 8x8 matrix with the channels as columns.
-__device__ inline void load_grads(const Lattice& lattice, const Tile& tile, const GradWeightArguments& args, int warp_chunk,
-                                  int z, uint32_t (&grads)[kPlaneSteps][4]) {
+// grad_output of one plane of a tile as operand a, a product each: rows are this warp's 16 output channels, columns the
+// 16 points of a step, zeros outside. A row of eight packed points is an 8x8 matrix with the channels as columns.
+__device__ inline void load_grads(const Lattice& lattice, const Tile& tile, const GradWeightArguments& args,
+                                  int warp_chunk, int z, uint32_t (&grads)[kPlaneSteps][4]) {
   const int lane = threadIdx.x % 32;
   const int k = args.grad_branches == 1 ? 0 : args.branch;
   const int64_t points = packed_target_points(lattice);
@@ -79,7 +81,8 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
       const uint2 packed = packed_attention(lattice, pipeline.tile(), args.gates, point);
 #pragma unroll
       for (int k = 0; k < kLatticeBranches; ++k)
-        reinterpret_cast<uint16_t*>(gates)[k * tile_points + i] = uint16_t((k < 2 ? packed.x : packed.y) >> (16 * (k % 2)));
+        reinterpret_cast<uint16_t*>(gates)[k * tile_points + i] =
+            uint16_t((k < 2 ? packed.x : packed.y) >> (16 * (k % 2)));
     }
 #pragma unroll
     for (int tz = 0; tz < 3; ++tz) {
@@ -96,7 +99,8 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
 #pragma unroll
           for (int step = 0; step < kPlaneSteps; ++step) {
             const unsigned char* gate =
-                gates + ((args.branch + k) * tile_points + (z * kTileY + 2 * step) * kTileX + lane % 4 * 2) * int(sizeof(uint16_t));
+                gates + ((args.branch + k) * tile_points + (z * kTileY + 2 * step) * kTileX + lane % 4 * 2) *
+                            int(sizeof(uint16_t));
             const uint32_t rows[2] = {*reinterpret_cast<const uint32_t*>(gate),
                                       *reinterpret_cast<const uint32_t*>(gate + kTileX * sizeof(uint16_t))};
 #pragma unroll
@@ -110,7 +114,8 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
             for (int ty = 0; ty < 3; ++ty)
               window_product_over_points<T>(
                   sum[tz][ty], a[step],
-                  {plane + 2 * step * kPitch + (ty - 1) * lattice.rate[k].y * kPitch - lattice.rate[k].x, kPitch, uint32_t(lattice.rate[k].x)});
+                  {plane + 2 * step * kPitch + (ty - 1) * lattice.rate[k].y * kPitch - lattice.rate[k].x, kPitch,
+                   uint32_t(lattice.rate[k].x)});
           commit_products();
           wait_for_products<0>();
         }
@@ -151,18 +156,18 @@ void launch_grad_weight(const Plan& plan, const Inputs& in, const TensorView& gr
                         const WeightPartials& sums, float* partial, const Context& context) {
   const Problem& g = in.g;
   const dim3 grid(static_cast<unsigned int>(sums.splits / kGradWeightGroups),
-                  static_cast<unsigned int>(num_chunks(g.C)),
-                  static_cast<unsigned int>(ceil_div(g.O, kBlockOutputs)));
+                  static_cast<unsigned int>(num_chunks(g.C)), static_cast<unsigned int>(ceil_div(g.O, kBlockOutputs)));
   const int chunks = num_chunks(g.O), grads = grad_output.k == 0 ? 1 : int(g.K);
   const int64_t branch_size = sums.outputs * sums.inputs * num_taps(g);
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
     for (int k = 0; k < sums.branches; ++k) {
       const Plan own = sums.branches == 1 ? plan : plan_of_branch(Pass::kGradWeight, in, k);
-      launch("fast_weight_partial", &grad_weight_kernel<T>, grid, kGradWeightThreads, own.shared_bytes, context.stream,
-             own.lattice,
-             GradWeightArguments{operands.input(), operands.attention(), operands.grad_output(), num_chunks(g.C), chunks, k,
-                                 grads, partial + k * branch_size, sums.branches * branch_size, g.O, g.kernel});
+      launch(
+          "fast_weight_partial", &grad_weight_kernel<T>, grid, kGradWeightThreads, own.shared_bytes, context.stream,
+          own.lattice,
+          GradWeightArguments{operands.input(), operands.attention(), operands.grad_output(), num_chunks(g.C), chunks,
+                              k, grads, partial + k * branch_size, sums.branches * branch_size, g.O, g.kernel});
     }
   });
 }

@@ -1,11 +1,11 @@
 // The gather on sub-lattices: which points a tile loads and where each tap lands in it (docs/cuda.md).
 //
-// With stride 1 and all dilations of an axis multiples of `step`, target positions of one class modulo `step` read source
-// positions of one class only. Such a class is a lattice on which the dilations are small: rate_k = dilation_k / step. A
-// tile is tile_z x 8 x 8 target points of one class; the block of source points it reads is larger by `halo`, the
-// largest rate, on every side. A kernel with one tap on an axis is treated as three taps at rate zero, those beside the
-// middle with weights of zero: they read points that the others read too, in an order in which no tap lies before the last.
-// Everything here is plain integer arithmetic, tested point by point on the host.
+// With stride 1 and all dilations of an axis multiples of `step`, target positions of one class modulo `step` read
+// source positions of one class only. Such a class is a lattice on which the dilations are small: rate_k = dilation_k /
+// step. A tile is tile_z x 8 x 8 target points of one class; the block of source points it reads is larger by `halo`,
+// the largest rate, on every side. A kernel with one tap on an axis is treated as three taps at rate zero, those beside
+// the middle with weights of zero: they read points that the others read too, in an order in which no tap lies before
+// the last. Everything here is plain integer arithmetic, tested point by point on the host.
 #pragma once
 
 #include "../../geometry.h"
@@ -17,7 +17,7 @@ constexpr int kTileY = 8;
 constexpr int kTileX = 8;  // eight points of 16 bytes side by side fill the 32 banks of shared memory once
 constexpr int kMaxHaloX = 7;
 constexpr int kPitch = kTileX + 2 * kMaxHaloX;  // points of a row in shared memory; a constant, so row offsets are too
-constexpr int kPlaneTaps = 9;                    // taps (ty, tx) of one tz, in this order
+constexpr int kPlaneTaps = 9;                   // taps (ty, tx) of one tz, in this order
 
 struct Int3 {
   int z, y, x;
@@ -36,8 +36,8 @@ struct Lattice {
   Int3 tiles;             // tiles of a target class per axis; the last ones may lie outside the target
   int taps_z;
   int tile_z;
-  int ring;                                       // planes of points held in shared memory
-  int tap_points[kPlaneTaps][kLatticeBranches];   // where tap (ty, tx) of branch k lies in its plane, ascending
+  int ring;                                      // planes of points held in shared memory
+  int tap_points[kPlaneTaps][kLatticeBranches];  // where tap (ty, tx) of branch k lies in its plane, ascending
 };
 
 // One tile: its target class and first target point, and the source class and point at plane 0, row 0, column 0.
@@ -49,13 +49,19 @@ struct Tile {
 AUTOFOCUS_HD inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 AUTOFOCUS_HD inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 
-AUTOFOCUS_HD inline int64_t num_classes(const Lattice& lattice) { return int64_t(lattice.step.z) * lattice.step.y * lattice.step.x; }
+AUTOFOCUS_HD inline int64_t num_classes(const Lattice& lattice) {
+  return int64_t(lattice.step.z) * lattice.step.y * lattice.step.x;
+}
 AUTOFOCUS_HD inline int64_t num_tiles(const Lattice& lattice) {
   return lattice.N * lattice.tiles.z * lattice.tiles.y * lattice.tiles.x * num_classes(lattice);
 }
 // Points of one source class, and of all of them: the packed source holds every class in full.
-AUTOFOCUS_HD inline int64_t class_points(const Lattice& lattice) { return int64_t(lattice.points.z) * lattice.points.y * lattice.points.x; }
-AUTOFOCUS_HD inline int64_t packed_points(const Lattice& lattice) { return num_classes(lattice) * class_points(lattice); }
+AUTOFOCUS_HD inline int64_t class_points(const Lattice& lattice) {
+  return int64_t(lattice.points.z) * lattice.points.y * lattice.points.x;
+}
+AUTOFOCUS_HD inline int64_t packed_points(const Lattice& lattice) {
+  return num_classes(lattice) * class_points(lattice);
+}
 AUTOFOCUS_HD inline int64_t packed_target_points(const Lattice& lattice) {
   return num_classes(lattice) * lattice.target_points.z * lattice.target_points.y * lattice.target_points.x;
 }
@@ -69,7 +75,9 @@ AUTOFOCUS_HD inline int plane_size(const Lattice& lattice) { return rows(lattice
 // Planes in the order the taps need them: all tz = -1 and tz = 0 read lies in [0, tile_z + halo), all tz = 0 and
 // tz = +1 read in [halo, planes). So [0, halo) is free after tz = -1, and with ring = tile_z + halo the planes from
 // there on take its place.
-AUTOFOCUS_HD inline int slot(const Lattice& lattice, int plane) { return plane < lattice.ring ? plane : plane - lattice.ring; }
+AUTOFOCUS_HD inline int slot(const Lattice& lattice, int plane) {
+  return plane < lattice.ring ? plane : plane - lattice.ring;
+}
 
 // Tile number `index`. Classes vary fastest: neighbouring classes read and write the same memory sectors.
 AUTOFOCUS_HD inline Tile tile_at(const Lattice& lattice, int64_t index) {
@@ -93,7 +101,8 @@ AUTOFOCUS_HD inline Tile tile_at(const Lattice& lattice, int64_t index) {
   tile.source_class = {int(lattice.origin.z + tile.target_class.z - shift.z * lattice.step.z),
                        int(lattice.origin.y + tile.target_class.y - shift.y * lattice.step.y),
                        int(lattice.origin.x + tile.target_class.x - shift.x * lattice.step.x)};
-  tile.source_first = {int(tile.target_first.z + shift.z - lattice.halo.z), int(tile.target_first.y + shift.y - lattice.halo.y),
+  tile.source_first = {int(tile.target_first.z + shift.z - lattice.halo.z),
+                       int(tile.target_first.y + shift.y - lattice.halo.y),
                        int(tile.target_first.x + shift.x - lattice.halo.x)};
   return tile;
 }
@@ -112,8 +121,8 @@ AUTOFOCUS_HD inline int64_t packed_target(const Lattice& lattice, const Tile& ti
   return ((in_class * n.z + l.z + z) * n.y + l.y + y) * n.x + l.x + x;
 }
 
-// Whether the source lattice has points in a plane, row or column of a block with this source_first; if not, zeros are read
-// there.
+// Whether the source lattice has points in a plane, row or column of a block with this source_first; if not, zeros are
+// read there.
 AUTOFOCUS_HD inline bool has_plane(const Lattice& lattice, const Int3& first, int plane) {
   return uint32_t(first.z + plane) < uint32_t(lattice.points.z);
 }
@@ -127,7 +136,8 @@ AUTOFOCUS_HD inline bool has_column(const Lattice& lattice, const Int3& first, i
 // The number of the point at (plane, row, column) among the packed points of one sample and channel chunk, classes
 // outermost.
 AUTOFOCUS_HD inline int64_t packed_index(const Lattice& lattice, const Tile& tile, int plane, int row, int column) {
-  const int64_t in_class = (int64_t(tile.source_class.z) * lattice.step.y + tile.source_class.y) * lattice.step.x + tile.source_class.x;
+  const int64_t in_class =
+      (int64_t(tile.source_class.z) * lattice.step.y + tile.source_class.y) * lattice.step.x + tile.source_class.x;
   const int64_t z = tile.source_first.z + plane, y = tile.source_first.y + row, x = tile.source_first.x + column;
   return ((in_class * lattice.points.z + z) * lattice.points.y + y) * lattice.points.x + x;
 }
@@ -147,7 +157,9 @@ AUTOFOCUS_HD inline int centre_point(const Lattice& lattice, int y, int x) {
   return (lattice.halo.y + y) * kPitch + lattice.halo.x + x;
 }
 // The plane read by tile plane z through tap tz of branch k.
-AUTOFOCUS_HD inline int tap_plane(const Lattice& lattice, int z, int tz, int k) { return lattice.halo.z + z + tz * lattice.rate[k].z; }
+AUTOFOCUS_HD inline int tap_plane(const Lattice& lattice, int z, int tz, int k) {
+  return lattice.halo.z + z + tz * lattice.rate[k].z;
+}
 // Whether phase tz reads anything: a kernel with one tap in z has tz = 0 only.
 AUTOFOCUS_HD inline bool reads(const Lattice& lattice, int tz) { return tz == 0 || lattice.taps_z > 1; }
 
@@ -155,15 +167,15 @@ AUTOFOCUS_HD inline bool reads(const Lattice& lattice, int tz) { return tz == 0 
 
 inline int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
 
-// Which way the gather goes: outputs from inputs (forward), or inputs from outputs (its adjoint). The adjoint is the same
-// gather with the origin negated and the taps counted backwards.
+// Which way the gather goes: outputs from inputs (forward), or inputs from outputs (its adjoint). The adjoint is the
+// same gather with the origin negated and the taps counted backwards.
 enum class Direction { kForward, kAdjoint };
 
 struct StepAndHalo {
   int step, halo;
 };
 
-inline StepAndHalo step_and_halo(const Problem& g, int64_t Index3::*axis) {
+inline StepAndHalo step_and_halo(const Problem& g, int64_t Index3::* axis) {
   if (g.kernel.*axis == 1) return {1, 0};
   int64_t step = 0, largest = 0;
   for (int64_t k = 0; k < g.K; ++k) {
@@ -179,19 +191,20 @@ inline Int3 common_step(const Problem& g) {
 
 // Why a problem has no lattice form, or null.
 inline const char* lattice_refusal(const Problem& g) {
-  for (int64_t Index3::*axis : {&Index3::z, &Index3::y, &Index3::x})
+  for (int64_t Index3::* axis : {&Index3::z, &Index3::y, &Index3::x})
     if (g.kernel.*axis != 1 && g.kernel.*axis != 3) return "the kernel has other than 1 or 3 taps on an axis";
   if (g.stride.z != 1 || g.stride.y != 1 || g.stride.x != 1) return "the stride is not 1";
   if (g.K > kLatticeBranches) return "there are more than 4 branches";
   constexpr int64_t kLimit = int64_t(1) << 28;  // positions and their sums fit an int
-  for (int64_t Index3::*axis : {&Index3::z, &Index3::y, &Index3::x}) {
+  for (int64_t Index3::* axis : {&Index3::z, &Index3::y, &Index3::x}) {
     if (g.input.*axis >= kLimit || g.output.*axis >= kLimit || g.origin.*axis >= kLimit || g.origin.*axis <= -kLimit)
       return "an axis or its padding is too long for 32-bit lattice indices";
     for (int64_t k = 0; k < g.K; ++k)
       if (g.dilation[k].*axis >= kLimit) return "a dilation is too large for 32-bit lattice indices";
     // Classes without a single point would make the packed source far larger than the source.
     const int step = step_and_halo(g, axis).step;
-    if (step > g.input.*axis || step > g.output.*axis) return "the dilations have a common factor larger than the volume";
+    if (step > g.input.*axis || step > g.output.*axis)
+      return "the dilations have a common factor larger than the volume";
   }
   if (step_and_halo(g, &Index3::x).halo > kMaxHaloX)
     return "the dilations of the last axis reach further than 7 lattice points";
@@ -202,8 +215,8 @@ inline Int3 lattice_points(const Index3& size, const Int3& step) {
   return {int(ceil_div(size.z, step.z)), int(ceil_div(size.y, step.y)), int(ceil_div(size.x, step.x))};
 }
 
-// The lattices of a problem that lattice_refusal lets pass; tile_z and what follows from it are set by set_tile. The step
-// is the branches' common one; the gather is that of `branches` of them from `first_branch` on.
+// The lattices of a problem that lattice_refusal lets pass; tile_z and what follows from it are set by set_tile. The
+// step is the branches' common one; the gather is that of `branches` of them from `first_branch` on.
 inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first_branch, int64_t branches) {
   const bool forward = direction == Direction::kForward;
   Lattice lattice{};
@@ -218,8 +231,7 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
     Int3 &rate = lattice.rate[k], &halo = lattice.halo;
     rate = {g.kernel.z == 1 ? 0 : int(r.z / lattice.step.z), g.kernel.y == 1 ? 0 : int(r.y / lattice.step.y),
             g.kernel.x == 1 ? 0 : int(r.x / lattice.step.x)};
-    halo = {rate.z > halo.z ? rate.z : halo.z, rate.y > halo.y ? rate.y : halo.y,
-             rate.x > halo.x ? rate.x : halo.x};
+    halo = {rate.z > halo.z ? rate.z : halo.z, rate.y > halo.y ? rate.y : halo.y, rate.x > halo.x ? rate.x : halo.x};
     for (int tap = 0; tap < kPlaneTaps; ++tap) {
       const int ty = tap / 3 - 1, tx = g.kernel.y == 1 && ty != 0 ? ty : tap % 3 - 1;
       lattice.tap_points[tap][k] = ty * rate.y * kPitch + tx * rate.x;
@@ -234,7 +246,7 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
 inline void set_tile(Lattice& lattice, int tile_z, bool recycle) {
   lattice.tile_z = tile_z;
   lattice.tiles = {int(ceil_div(lattice.target_points.z, tile_z)), int(ceil_div(lattice.target_points.y, kTileY)),
-             int(ceil_div(lattice.target_points.x, kTileX))};
+                   int(ceil_div(lattice.target_points.x, kTileX))};
   lattice.ring = recycle ? tile_z + lattice.halo.z : planes(lattice);
 }
 

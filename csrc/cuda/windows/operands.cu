@@ -91,8 +91,8 @@ __device__ inline void pack_weight(const PackWeight& job, const Packing<T>& pack
     if (job.adjoint && packing.scale.data != nullptr && source + i < job.sources)
       values[i] *= branch_value(packing.scale, k, o);
   }
-  job.packed[index] = {pack(values[0], values[1], T{}), pack(values[2], values[3], T{}), pack(values[4], values[5], T{}),
-                       pack(values[6], values[7], T{})};
+  job.packed[index] = {pack(values[0], values[1], T{}), pack(values[2], values[3], T{}),
+                       pack(values[4], values[5], T{}), pack(values[6], values[7], T{})};
 }
 
 // Whether this block belongs to a job; if not, its number among those of the jobs that follow.
@@ -133,14 +133,14 @@ void Operands::pack(const Context& context) {
     const Int3 points = lattice_points(size, step_);
     const int64_t items = g.N * branches * chunks * step_.z * step_.y * step_.x * points.z * points.y * points.x;
     at = place(items * count * int64_t(sizeof(uint16_t)));
-    return PackPoints{blocks_of(items), Strided<const uint16_t>(source), g.N,  branches, channels, chunks,
-                      step_,            points,                          size, nullptr};
+    return PackPoints{
+        blocks_of(items), Strided<const uint16_t>(source), g.N, branches, channels, chunks, step_, points, size,
+        nullptr};
   };
   const auto weight = [&](bool adjoint, int tiles, int64_t& at) {
     const int64_t sources = adjoint ? g.O : g.C, targets = adjoint ? g.C : g.O;
     const int64_t chunks = num_chunks(sources), branches = adjoint && in_.scale.data != nullptr ? g.K : 1;
-    const int64_t items =
-        ceil_div(targets, 8 * tiles) * chunks * branches * (chunk_weight_bytes(tiles) / kPointBytes);
+    const int64_t items = ceil_div(targets, 8 * tiles) * chunks * branches * (chunk_weight_bytes(tiles) / kPointBytes);
     at = place(items * kPointBytes);
     return PackWeight{blocks_of(items), adjoint, sources, targets, chunks, branches, items, 8 * tiles, nullptr};
   };
@@ -148,14 +148,18 @@ void Operands::pack(const Context& context) {
     using T = decltype(element);
     const PackPoints no_points{0, Strided<const uint16_t>(TensorView{}), 0, 0, 0, 0, {}, {}, {}, nullptr};
     const PackWeight no_weight{0, false, 0, 0, 0, 0, 0, 1, nullptr};
-    Packing<T> packing{no_points, no_points, no_points, no_weight, no_weight, Strided<const T>(in_.weight),
-                       Strided<const T>(in_.scale), g.kernel};
+    Packing<T> packing{no_points,
+                       no_points,
+                       no_points,
+                       no_weight,
+                       no_weight,
+                       Strided<const T>(in_.weight),
+                       Strided<const T>(in_.scale),
+                       g.kernel};
     if (wants_input_) packing.input = volume(in_.input, g.C, kChunk, g.input, input_at_);
     if (grad_output_.data != nullptr)
       packing.grad_output = volume(grad_output_, g.O, kChunk, g.output, grad_output_at_);
-    if (wants_attention_)
-      packing.attention =
-          volume(in_.attention, g.K, kLatticeBranches, g.output, attention_at_);
+    if (wants_attention_) packing.attention = volume(in_.attention, g.K, kLatticeBranches, g.output, attention_at_);
     if (weight_tiles_ > 0) packing.weight = weight(false, weight_tiles_, weight_at_);
     if (adjoint_tiles_ > 0) packing.adjoint_weight = weight(true, adjoint_tiles_, adjoint_at_);
     scratch_at_ = place(scratch_bytes_);

@@ -1,7 +1,9 @@
-// What the windows' passes read, packed: one launch and one piece of memory for all that the passes of a call have in common.
+// What the windows' passes read, packed: one launch and one piece of memory for all that the passes of a call have in
+// common.
 //
-// A packed point is `kChunk` channels side by side; the points of a sub-lattice lie next to each other. Source and target of
-// the gather are packed alike, so the forward's target, read by the passes of the backward, is grad_input's source.
+// A packed point is `kChunk` channels side by side; the points of a sub-lattice lie next to each other. Source and
+// target of the gather are packed alike, so the forward's target, read by the passes of the backward, is grad_input's
+// source.
 #pragma once
 
 #include "staging.h"
@@ -28,7 +30,8 @@ class Operands {
   void want_attention() { wants_attention_ = true; }
   // [N, O, *S_out], or with a branch stride one for each branch.
   void want_grad_output(const TensorView& grad_output) { grad_output_ = grad_output; }
-  // Operand b of the forward's branches, `tiles` wide; of grad_input, with the branch scale multiplied in and rounded once.
+  // Operand b of the forward's branches, `tiles` wide; of grad_input, with the branch scale multiplied in and rounded
+  // once.
   void want_weight(int tiles) { weight_tiles_ = tiles; }
   void want_adjoint_weight(int tiles) { adjoint_tiles_ = tiles; }
   // Memory beside them.
@@ -44,7 +47,8 @@ class Operands {
   const unsigned char* attention() const { return at(attention_at_); }
   // [blocks of 8 tiles output channels, chunks, tz, kSlabTaps, 8 tiles] points of eight input channels
   const unsigned char* weight() const { return at(weight_at_); }
-  // The same with the channels exchanged and the taps counted backwards; with a branch scale [blocks, chunks, K, tz, ...]
+  // The same with the channels exchanged and the taps counted backwards; with a branch scale [blocks, chunks, K, tz,
+  // ...]
   const unsigned char* adjoint_weight() const { return at(adjoint_at_); }
   void* scratch() const { return at(scratch_at_); }
 

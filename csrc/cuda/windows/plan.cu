@@ -7,13 +7,12 @@ namespace {
 
 constexpr int kWidths[] = {8, 5, 4, 2};  // tiles of eight target channels, as for_tiles has them
 
-Direction direction(Pass pass) {
-  return pass == Pass::kGradInput ? Direction::kAdjoint : Direction::kForward;
-}
+Direction direction(Pass pass) { return pass == Pass::kGradInput ? Direction::kAdjoint : Direction::kForward; }
 
 // Behind the pipeline's own; the kernels say what for.
 int more_bytes(Pass pass, const Lattice& lattice, int tiles) {
-  const int gates = lattice.tile_z * kTileY * kTileX * kGateBytes, vectors = kLatticeBranches * 8 * tiles * int(sizeof(float));
+  const int gates = lattice.tile_z * kTileY * kTileX * kGateBytes,
+            vectors = kLatticeBranches * 8 * tiles * int(sizeof(float));
   switch (pass) {
     case Pass::kForward: return chunk_weight_bytes(tiles) + gates + 2 * vectors;
     case Pass::kGradAttention: return chunk_weight_bytes(tiles) + 2 * vectors;
@@ -37,8 +36,8 @@ const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan) {
   // Blocks of channels, all alike. Without warpgroup MMA, whose operands are in no register, more than 40 cost spills.
   const int64_t targets = direction(pass) == Direction::kForward ? g.O : g.C, most = limits.capability == 90 ? 64 : 40;
   const int64_t wanted = ceil_div(ceil_div(targets, ceil_div(targets, most)), 8);
-  // The larger the tile, the fewer points are loaded per target; a slot for every plane overlaps more of the writing; the
-  // more channels at once, the fewer times a tile is gone through.
+  // The larger the tile, the fewer points are loaded per target; a slot for every plane overlaps more of the writing;
+  // the more channels at once, the fewer times a tile is gone through.
   for (const int tile_z : {8, 4}) {
     // Half of it would be empty.
     if (tile_z == 8 && lattice.target_points.z <= 4) continue;

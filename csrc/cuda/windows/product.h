@@ -1,24 +1,25 @@
-// The product of windows: d[64 x 8 kTiles] += a[64 x 16] b[16 x 8 kTiles] over the four warps of a warpgroup, by warpgroup MMA
-// on Hopper, by ldmatrix and mma.sync elsewhere. A lane of warp w has d[tile][i] = row 16 w + lane / 4 + 8 (i / 2), column
-// 8 tile + lane % 4 * 2 + i % 2, on either.
+// The product of windows: d[64 x 8 kTiles] += a[64 x 16] b[16 x 8 kTiles] over the four warps of a warpgroup, by
+// warpgroup MMA on Hopper, by ldmatrix and mma.sync elsewhere. A lane of warp w has d[tile][i] = row 16 w + lane / 4 +
+// 8 (i / 2), column 8 tile + lane % 4 * 2 + i % 2, on either.
 //
-// It may run on behind the call: between begin_products and wait_for_products d, and operands in registers, belong to it.
+// It may run on behind the call: between begin_products and wait_for_products d, and operands in registers, belong to
+// it.
 #pragma once
 
 #include "../device.h"
 
 namespace autofocus::cuda {
 
-// Products whose operands a loop may prepare together: warpgroup MMA wants them behind each other, without it more than one
-// costs registers.
+// Products whose operands a loop may prepare together: warpgroup MMA wants them behind each other, without it more than
+// one costs registers.
 #if defined(AUTOFOCUS_WARPGROUP_MMA)
 constexpr int kUnrolledProducts = 5;
 #else
 constexpr int kUnrolledProducts = 1;
 #endif
 
-// Blocks of eight rows of 16 bytes, a row eight elements, in shared memory. In units of 16 bytes: `start` is where the first
-// block lies, anywhere; the next eight of k are `along_k` away, the next eight of the other axis `along_rows`.
+// Blocks of eight rows of 16 bytes, a row eight elements, in shared memory. In units of 16 bytes: `start` is where the
+// first block lies, anywhere; the next eight of k are `along_k` away, the next eight of the other axis `along_rows`.
 struct Operand {
   uint32_t start, along_k, along_rows;
 };
@@ -27,8 +28,8 @@ __device__ inline uint64_t encoded(const Operand& operand) {
   return uint64_t(operand.along_rows) << 32 | (operand.along_k << 16 | operand.start);
 }
 
-// Four 8x8 blocks a call: those of row blocks `block`, and of the next one if `pair`, at either eight of k. In the order of
-// a fragment of operand b, two row blocks behind each other.
+// Four 8x8 blocks a call: those of row blocks `block`, and of the next one if `pair`, at either eight of k. In the
+// order of a fragment of operand b, two row blocks behind each other.
 template <bool kTransposed>
 __device__ inline void load_blocks(uint32_t (&fragments)[4], const Operand& operand, int block, bool pair) {
   const int lane = threadIdx.x % 32, matrix = lane / 8;

@@ -1,9 +1,10 @@
 // The block of points under a tile, kept in shared memory while it is multiplied: which part is written when.
 //
-// A chunk has three phases, tz = -1, 0, +1, and its planes three parts. The first part is read by tz = -1 only, the last
-// by tz = +1 only; the middle lies under the tile. With a slot for every plane the last part is written during the chunk's own
-// tz = -1, the next chunk's first part during tz = 0 and what tz = +1 leaves of the middle during tz = +1, so that only the
-// rest of the middle is waited for. With a smaller ring the last part takes the slots of the first (docs/cuda.md draws it).
+// A chunk has three phases, tz = -1, 0, +1, and its planes three parts. The first part is read by tz = -1 only, the
+// last by tz = +1 only; the middle lies under the tile. With a slot for every plane the last part is written during the
+// chunk's own tz = -1, the next chunk's first part during tz = 0 and what tz = +1 leaves of the middle during tz = +1,
+// so that only the rest of the middle is waited for. With a smaller ring the last part takes the slots of the first
+// (docs/cuda.md draws it).
 #pragma once
 
 #include "../elements.h"
@@ -19,14 +20,20 @@ constexpr int kGateBytes = 8;    // the attention of a point: kLatticeBranches e
 class Points {
  public:
   __device__ Points(const Lattice& lattice, const Tile& tile, const Int3& halo, int first, int last)
-      : lattice_(lattice), plane_(first), last_(last), row_(int(threadIdx.x) / 32), halo_y_(halo.y),
-        column_(lattice.halo.x - halo.x + int(threadIdx.x) % 32), source_first_(tile.source_first),
-        column_there_(has_column(lattice, source_first_, column_)), index_(packed_index(lattice, tile, 0, 0, column_)) {
+      : lattice_(lattice),
+        plane_(first),
+        last_(last),
+        row_(int(threadIdx.x) / 32),
+        halo_y_(halo.y),
+        column_(lattice.halo.x - halo.x + int(threadIdx.x) % 32),
+        source_first_(tile.source_first),
+        column_there_(has_column(lattice, source_first_, column_)),
+        index_(packed_index(lattice, tile, 0, 0, column_)) {
     if (column_ >= lattice.halo.x + kTileX + halo.x) plane_ = last;
   }
 
-  // False behind the last one; else where the point goes in shared memory, in points, whether the source has it, and its number
-  // among the packed points, zero if it has not.
+  // False behind the last one; else where the point goes in shared memory, in points, whether the source has it, and
+  // its number among the packed points, zero if it has not.
   __device__ bool next(int& place, int64_t& index, bool& there) {
     for (; row_ >= kTileY + 2 * halo_y_; row_ -= kTileY + 2 * halo_y_) ++plane_;
     if (plane_ >= last_) return false;
@@ -46,13 +53,16 @@ class Points {
   int64_t index_;  // of plane 0, row 0
 };
 
-// Copies points as they are: chunk c of `points` [N, chunks_held, packed points], beginning again after the last one held.
+// Copies points as they are: chunk c of `points` [N, chunks_held, packed points], beginning again after the last one
+// held.
 struct CopyPoints {
   const unsigned char* points;
   int chunks_held;
 
-  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int chunk, int first, int last) const {
-    const unsigned char* from = points + (tile.n * chunks_held + chunk % chunks_held) * packed_points(lattice) * kPointBytes;
+  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int chunk, int first,
+                             int last) const {
+    const unsigned char* from =
+        points + (tile.n * chunks_held + chunk % chunks_held) * packed_points(lattice) * kPointBytes;
     Points walk(lattice, tile, halo, first, last);
     int place;
     int64_t index;
@@ -67,15 +77,21 @@ enum class Readers { kAll, kOne };
 // What a block works through, tiles number blockIdx.x, blockIdx.x + gridDim.x, ... and in each `chunks` chunks, and the
 // writing that runs ahead of the products.
 //
-// Every thread calls every method: start, then for each chunk {enter, ahead, leave} for tz = -1, 0, 1 and advance. Products of
-// tz are begun between enter and ahead and waited for between ahead and leave. `stage(lattice, tile, halo, chunk, first, last)`
-// writes planes; what a kernel copies beside, it copies in the functions that start and leave take, and that is there from
-// the next chunk's enter(-1) on.
+// Every thread calls every method: start, then for each chunk {enter, ahead, leave} for tz = -1, 0, 1 and advance.
+// Products of tz are begun between enter and ahead and waited for between ahead and leave. `stage(lattice, tile, halo,
+// chunk, first, last)` writes planes; what a kernel copies beside, it copies in the functions that start and leave
+// take, and that is there from the next chunk's enter(-1) on.
 template <Readers kReaders, typename Stage>
 class Pipeline {
  public:
   __device__ Pipeline(const Lattice& lattice, int chunks, const Stage& stage)
-      : lattice_(lattice), stage_(stage), chunks_(chunks), tiles_(int(num_tiles(lattice))), tile_(int(blockIdx.x)), chunk_(0), parity_(0) {
+      : lattice_(lattice),
+        stage_(stage),
+        chunks_(chunks),
+        tiles_(int(num_tiles(lattice))),
+        tile_(int(blockIdx.x)),
+        chunk_(0),
+        parity_(0) {
     tiles_at_ = lattice.ring * plane_size(lattice) * kPointBytes;
   }
 
@@ -152,12 +168,15 @@ class Pipeline {
   }
   __device__ bool recycles() const { return lattice_.ring < planes(lattice_); }
 
-  __device__ Int3 halo(int chunk) const { return kReaders == Readers::kAll ? lattice_.halo : lattice_.rate[chunk % lattice_.K]; }
+  __device__ Int3 halo(int chunk) const {
+    return kReaders == Readers::kAll ? lattice_.halo : lattice_.rate[chunk % lattice_.K];
+  }
   // Planes at the middle's beginning that tz = +1 of this chunk does not read.
   __device__ int free_planes() const {
     int free = lattice_.tile_z;
     for (int k = 0; k < lattice_.K; ++k)
-      if ((kReaders == Readers::kAll || k == chunk_ % lattice_.K) && lattice_.rate[k].z < free) free = lattice_.rate[k].z;
+      if ((kReaders == Readers::kAll || k == chunk_ % lattice_.K) && lattice_.rate[k].z < free)
+        free = lattice_.rate[k].z;
     return free;
   }
 

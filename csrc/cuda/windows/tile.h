@@ -1,4 +1,5 @@
-// A tile as the kernels of the windows see it: a lane's share of it, its windows, and what lies under its points elsewhere.
+// A tile as the kernels of the windows see it: a lane's share of it, its windows, and what lies under its points
+// elsewhere.
 #pragma once
 
 #include "plan.h"
@@ -23,7 +24,8 @@ struct Share {
 
 // Where the points of plane z of a tile lie through tap (tz, 0, 0) of branch k, in units of 16 bytes.
 __device__ inline uint32_t plane_of(const Lattice& lattice, int z, int tz, int k) {
-  return shared_units(shared_memory()) + slot(lattice, tap_plane(lattice, z, tz, k)) * plane_size(lattice) + centre_point(lattice, 0, 0);
+  return shared_units(shared_memory()) + slot(lattice, tap_plane(lattice, z, tz, k)) * plane_size(lattice) +
+         centre_point(lattice, 0, 0);
 }
 
 // Two taps of eight channels as operand a. The last tap has no second one: the same points again, with weights of zero.
@@ -36,23 +38,26 @@ __device__ inline Operand two_taps(const Lattice& lattice, uint32_t plane, int t
 template <int kTiles>
 __device__ inline void copy_slabs(int slabs, const unsigned char* weight, int chunk, int first, int last) {
   const unsigned char* from = weight + int64_t(chunk) * chunk_weight_bytes(kTiles);
-  for (int at = first * kSlabBytes<kTiles> + int(threadIdx.x) * 16; at < last * kSlabBytes<kTiles>; at += int(blockDim.x) * 16)
+  for (int at = first * kSlabBytes<kTiles> + int(threadIdx.x) * 16; at < last * kSlabBytes<kTiles>;
+       at += int(blockDim.x) * 16)
     copy_async<16>(shared_memory() + slabs + at, from + at, true);
 }
 
 // The packed attention of target point p = (z, y, x) of a tile, one 16-bit element a branch; zeros outside the target.
-__device__ inline uint2 packed_attention(const Lattice& lattice, const Tile& tile, const unsigned char* gates, const Int3& p) {
+__device__ inline uint2 packed_attention(const Lattice& lattice, const Tile& tile, const unsigned char* gates,
+                                         const Int3& p) {
   if (!inside(target_position(lattice, tile, p.z, p.y, p.x), lattice.target)) return {0u, 0u};
   const int64_t point = tile.n * packed_target_points(lattice) + packed_target(lattice, tile, p.z, p.y, p.x);
   return *reinterpret_cast<const uint2*>(gates + point * kGateBytes);
 }
 
-// Stores this lane's sums of target channels from `target0` on, of which there are `targets` in all. added(p) gives, for the
-// point p of the tile, a function (channel of the block) of what is added to the first of two channels and to the second.
+// Stores this lane's sums of target channels from `target0` on, of which there are `targets` in all. added(p) gives,
+// for the point p of the tile, a function (channel of the block) of what is added to the first of two channels and to
+// the second.
 template <typename T, int kTiles, typename Added>
-__device__ inline void store_targets(const Lattice& lattice, const Tile& tile, const Strided<T>& target, int64_t targets,
-                                     int64_t target0, const Share& share, const float (&sum)[kGroupPlanes][kTiles][4],
-                                     const Added& added) {
+__device__ inline void store_targets(const Lattice& lattice, const Tile& tile, const Strided<T>& target,
+                                     int64_t targets, int64_t target0, const Share& share,
+                                     const float (&sum)[kGroupPlanes][kTiles][4], const Added& added) {
   const int left = targets - target0 < 8 * kTiles ? int(targets - target0) : 8 * kTiles;
 #pragma unroll
   for (int r = 0; r < kPointsPerLane; ++r) {
