@@ -1,5 +1,7 @@
 """ruff and mypy as pyproject.toml configures them, the types that a user's checker sees, the map of the files."""
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+CPP = (".c", ".cpp", ".cu", ".h")
+PRIVATE = re.compile(r"_(?!_|fields|replace|asdict)")  # those three are the public names of a NamedTuple
 
 USER = """
 import torch
@@ -55,6 +59,34 @@ def test_ruff(command):
     pytest.importorskip("ruff")
     result = run("ruff", *command, "--no-cache")
     assert result.returncode == 0, result.stdout
+
+
+def test_clang_format():
+    formatter = pytest.importorskip("clang_format")
+    folders = ("csrc", "tests/cuda_host", "tests/helpers", "benchmarks/probes")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in CPP]
+    command = [formatter.get_executable("clang-format"), "--dry-run", "--Werror", *sources]
+    result = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert sources and result.returncode == 0, result.stdout
+
+
+def test_private_names_stay_in_their_file():
+    found = []
+    for path in (ROOT / "autofocus_kernels").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        imported = {}  # of this package: name in this file -> name there
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.level:
+                imported |= {alias.asname or alias.name: alias.name for alias in node.names}
+        used = [name for name in imported.values() if PRIVATE.match(name)]
+        used += [
+            node.attr
+            for node in nodes
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+            if node.value.id in imported and PRIVATE.match(node.attr)
+        ]
+        found += [f"{path.relative_to(ROOT)}: {name}" for name in used]
+    assert found == []
 
 
 def test_types(tmp_path):
