@@ -4,6 +4,9 @@ float32, float64: a sum of n terms of random sign, each rounded, is off by about
 by one and by less when blocked. A factor 4 is left for luck and for sums with cancellation; eps itself is added for
 each of the few roundings outside the sum (blend, scale, shift, the final store).
 float16, bfloat16: twice the error of the reference in the same dtype, plus one rounding of the result, eps / 2.
+TF32: the same, and at least eps. cuDNN chooses by shape whether it uses TF32 at all; where it does not, the reference
+says nothing about operands cut to eleven bits. Each is off by up to eps, by 0.4 eps in the mean square, a product by
+0.6 eps.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 from .call import Call
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+TF32_EPS = 2.0**-10
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
@@ -49,6 +53,11 @@ def of_sum(terms: int, dtype: torch.dtype) -> float:
 def of_rounding(same_precision: float, eps: float) -> float:
     """The same in a precision ``eps`` below float32, in which the reference is off by ``same_precision``."""
     return 2 * same_precision + eps / 2
+
+
+def of_tf32(same_precision: float) -> float:
+    """As :func:`of_rounding`, for float32 tensors where torch may use TF32."""
+    return max(of_rounding(same_precision, TF32_EPS), TF32_EPS)
 
 
 def terms(call: Call) -> dict[str, int]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from autofocus_kernels import autofocus_conv, reference, testing
+from autofocus_kernels import autofocus_conv, reference, testing, tolerance
 from autofocus_kernels.dispatch import PREFERENCE, backend_named
 from autofocus_kernels.testing import Case, Tensors
 
@@ -26,7 +26,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-TF32_EPS = 2.0**-10
 # inference: forward under no_grad; forward: forward recorded for backward; training: forward and backward to input,
 # weight, attention and bias (or scale and shift).
 PASSES = ("inference", "forward", "training")
@@ -127,10 +126,9 @@ class Judge:
         with torch.backends.cudnn.flags(enabled=False):
             self.expected = testing.truth(case, tensors)
         if dtype == "tf32":
-            # The rule of the 16-bit types: twice the error of plain PyTorch, plus a rounding.
             same = testing.evaluate(reference.autofocus_conv, case, tensors)
             self.limits = {
-                name: 2 * testing.relative_error(same[name], exact) + TF32_EPS / 2
+                name: tolerance.of_tf32(testing.relative_error(same[name], exact))
                 for name, exact in self.expected.items()
             }
         else:

@@ -25,7 +25,7 @@ from autofocus_kernels import testing, tolerance
 from autofocus_kernels.testing import Case, Tensors
 
 from . import cases, memory
-from .contenders import DTYPES, LAYOUTS, NAIVE, TF32_EPS, Contender, backends_of, lay_out, layer, precision, runner
+from .contenders import DTYPES, LAYOUTS, NAIVE, Contender, backends_of, lay_out, layer, precision, runner
 from .provenance import ENVIRONMENT, ROOT, command_line, environment
 
 PASSES = ("inference", "training")
@@ -83,8 +83,10 @@ def limits(case: Case, dtype: str, tensors: Tensors) -> tuple[dict[str, torch.Te
         terms = tolerance.terms(testing.call_of(case, tensors))
         return expected, {name: 2 * tolerance.of_sum(terms[name], torch.float32) for name in expected}
     same = testing.evaluate(layer(NAIVE), case, tensors)
-    eps = TF32_EPS if dtype == "tf32" else torch.finfo(DTYPES[dtype]).eps
     errors = {name: testing.relative_error(same[name], value) for name, value in expected.items()}
+    if dtype == "tf32":
+        return expected, {name: tolerance.of_tf32(error) for name, error in errors.items()}
+    eps = torch.finfo(DTYPES[dtype]).eps
     return expected, {name: tolerance.of_rounding(error, eps) for name, error in errors.items()}
 
 

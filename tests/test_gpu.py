@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import plain_norms as layers
 
-from autofocus_kernels import AutofocusConv3d, autofocus_conv, reference, self_check, testing
+from autofocus_kernels import AutofocusConv3d, autofocus_conv, reference, self_check, testing, tolerance
 from autofocus_kernels.branch_norm import normed_autofocus_conv
 from autofocus_kernels.dispatch import PREFERENCE, backend_named
 from autofocus_kernels.testing import Case
@@ -14,7 +14,6 @@ from autofocus_kernels.testing import Case
 DEVICE = "cuda"
 BACKENDS = [name for name in PREFERENCE[DEVICE] if name != "reference"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-TF32_EPS = 2.0**-10
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -82,7 +81,7 @@ def test_tf32_is_within_twice_the_error_of_pytorch(backend, case):
     expected = testing.truth(case, tensors)
     same_precision = testing.evaluate(reference.autofocus_conv, case, tensors)
     for name, result in results_of(backend, case, tensors).items():
-        allowed = 2 * testing.relative_error(same_precision[name], expected[name]) + TF32_EPS / 2
+        allowed = tolerance.of_tf32(testing.relative_error(same_precision[name], expected[name]))
         assert testing.relative_error(result, expected[name]) <= allowed, name
 
 

@@ -1,6 +1,7 @@
 """Batch-normalised branches written out, a convolution and an ``nn.BatchNormNd`` per branch, and their judges."""
 
 import copy
+import re
 
 import torch
 import torch.nn.functional as F
@@ -124,12 +125,21 @@ def compare(function, case, tensors, norms):
 
 
 def check_rounding(case, backend, dtype, save_branches, training=True, device="cpu"):
-    """Twice the error of the plain layer in the same dtype, plus a rounding; parameters of norms stay float32."""
+    """Twice the error of the plain layer in the same dtype, plus a rounding; parameters of norms stay float32.
+
+    A parameter of one channel has a gradient of one number, whose error may be next to nothing by luck: those of all
+    branches are held against the plain layer's worst.
+    """
     tensors = testing.make_tensors(case, dtype, device)
     norms = make_norms(case, torch.float32, device).train(training)
     exact = testing.Tensors(*(t if t is None else t.double() for t in tensors))
     truth = evaluate(plain, case, exact, copy.deepcopy(norms).double())
     results, same_dtype = run_both(case, tensors, norms, backend, save_branches=save_branches)
+    worst = {}
+    for name, value in truth.items():
+        if value.is_floating_point():
+            of_all = re.sub(r"\d+", "", name)
+            worst[of_all] = max(worst.get(of_all, 0.0), relative_error(same_dtype[name], value))
     for name, value in truth.items():
         if name == "gradient of bias" and training:
             assert not results[name].any()
@@ -139,7 +149,7 @@ def check_rounding(case, backend, dtype, save_branches, training=True, device="c
             continue
         # By running statistics scale and shift, and so their gradients, pass through the dtype of the tensors.
         eps = torch.finfo(same_dtype[name].dtype if training and "gradient" in name else dtype).eps
-        limit = 2 * relative_error(same_dtype[name], value) + eps
+        limit = 2 * worst[re.sub(r"\d+", "", name)] + eps
         error = relative_error(results[name], value)
         assert error <= limit, f"{name}: relative error {error:.1e}, allowed {limit:.1e}"
         assert results[name].dtype == same_dtype[name].dtype
