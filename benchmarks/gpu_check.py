@@ -52,7 +52,7 @@ LIMITS = {
     "memcheck": 25,
     "racecheck": 25,
 }
-MORE_DTYPE, PROFILE = 120, 60  # seconds that the table takes longer where they are asked for
+MORE_DTYPE, PROFILE = 120, 150  # seconds that the table takes longer where they are asked for
 # Triton's compiler is what its tests take; so few configurations, each used by several tests. What the interpreter on a
 # CPU shows as well is left out. Names of tests and cases as pytest's -k reads them.
 TRITON_TESTS = (

@@ -26,9 +26,9 @@ from autofocus_kernels.testing import Case, Tensors
 
 from . import cases, memory
 from .contenders import DTYPES, LAYOUTS, NAIVE, Contender, backends_of, lay_out, layer, precision, runner
+from .profiling import PASSES, by_counter, by_kernel
 from .provenance import ENVIRONMENT, ROOT, command_line, environment
 
-PASSES = ("inference", "training")
 # First what the figures of the README rest on.
 ORDER = ("32x64^3", "afn6-2", "64x48^3", "afn6-2-branch", "2d-4x64x128^2", "32x128^3", "64x96^3")
 COLUMNS = (
@@ -235,30 +235,6 @@ def warm_in_processes(chosen: list[Case], dtype: str, options: argparse.Namespac
         list(pool.map(run, chosen))
 
 
-# ------------------------------------------------------------------ which kernels
-
-
-def profile(case: Case, dtype: str, options: argparse.Namespace) -> str:
-    """Time on the device by kernel, of one inference and one training call of each backend."""
-    activity = torch.profiler.ProfilerActivity.CUDA if options.device == "cuda" else torch.profiler.ProfilerActivity.CPU
-    said = []
-    with precision(dtype, search=False):
-        given = make_tensors(case, dtype, options.device)
-        for name in options.backends:
-            laid_out = lay_out(given, case, options.layouts[0])
-            for pass_name in PASSES:
-                call = runner(pass_name, layer(name), case, laid_out)
-                call()
-                with torch.profiler.profile(activities=[activity]) as found:
-                    call()
-                    if options.device == "cuda":
-                        torch.cuda.synchronize()
-                sort = "self_device_time_total" if options.device == "cuda" else "self_cpu_time_total"
-                table = found.key_averages().table(sort_by=sort, row_limit=12, max_name_column_width=60)
-                said.append(f"\n{case.name}, {dtype}, {pass_name}, {name}\n{table}")
-    return "\n".join(said)
-
-
 # ------------------------------------------------------------------ the command
 
 
@@ -273,7 +249,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=0.2, help="timed calls per contender and pass")
     parser.add_argument("--time-limit", type=float, help="begin no new case after this many seconds")
-    parser.add_argument("--profile", action="store_true", help="also which kernels the first case's calls run")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also which kernels the first case's calls run, and what ncu counts in them",
+    )
     parser.add_argument("--warm", action="store_true", help="only compile")
     parser.add_argument("--out", type=Path, help="CSV; default: build/gpu-table.csv")
     options = parser.parse_args(arguments)
@@ -287,6 +267,14 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
     if options.cases:
         return [cases.BY_NAME[name] for name in options.cases]
     return sorted(cases.GPU_CASES, key=lambda case: ORDER.index(case.name) if case.name in ORDER else len(ORDER))
+
+
+def profile(case: Case, dtype: str, options: argparse.Namespace) -> None:
+    for text in by_kernel(case, dtype, options.device, options.backends, options.layouts[0]):
+        print(text, flush=True)
+    if options.device == "cuda":
+        for name in options.backends:
+            print(by_counter(case, dtype, name, options.layouts[0]), flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -317,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
                     print(*lines(rows), sep="\n", flush=True)
                     bad += [row for row in rows if row["status"] in ("wrong", "failed") and row["contender"] != NAIVE]
             if options.profile:
-                print(profile(chosen[0], dtype, options), flush=True)
+                profile(chosen[0], dtype, options)
     return 1 if bad else 0
 
 

@@ -23,6 +23,7 @@ from benchmarks import (
     memory,
     networks,
     plot,
+    profiling,
     roofline,
     run,
     tables,
@@ -401,6 +402,34 @@ def test_the_gpu_table_profiles(capsys, tmp_path):
     command = ["--device", "cpu", "--cases", "tiny-2d-3x20x17", "--dtypes", "float32", "--seconds", "0", "--profile"]
     assert gpu_table.main([*command, "--backends", "reference", "--out", str(tmp_path / "table.csv")]) == 0
     assert "tiny-2d-3x20x17, float32, training, reference" in capsys.readouterr().out
+
+
+PEAK = ".avg.pct_of_peak_sustained_active"
+STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
+NCU_TABLE = [
+    ["ID", "Kernel Name", "gpu__time_duration.sum", "launch__registers_per_thread", f"smsp__issue_active{PEAK}"]
+    + [f"sm__inst_executed_pipe_tensor{PEAK}", f"sm__pipe_tensor_cycles_active{PEAK}"]
+    + [STALLED.format("barrier"), STALLED.format("wait")],
+    ["", "", "ns", "register/thread", "%", "%", "%", "", ""],
+    ["0", "void pack_kernel<half>(Packing)", "12,345", "44", "61.5", "n/a", "0", "0.25", "1.5"],
+    ["1", "branches_kernel", "0.25e6", "128", "30", "12.5", "37", "3.25", "1"],
+]
+
+
+def test_counters_of_nsight_compute(monkeypatch, tmp_path):
+    ncu = tmp_path / "ncu"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    asked = (TINY, "bfloat16", "cuda", "channels_last")
+    assert profiling.by_counter(*asked).endswith("there is no ncu")
+    rows = [",".join(f'"{value}"' for value in row) for row in NCU_TABLE]
+    (tmp_path / "printed").write_text("\n".join(['==PROF== Profiling "pack_kernel": 11 passes', *rows, ""]))
+    ncu.write_text(f'#!/bin/sh\nwhile read -r line; do echo "$line"; done < {tmp_path}/printed\n')
+    ncu.chmod(0o755)
+    pack, branches = profiling.by_counter(*asked).splitlines()[-2:]
+    assert pack.split("(Packing)")[1].split() == ["12.3", "61.5", "0.0", "44.0", "wait", "1.5,", "barrier", "0.2"]
+    assert branches.split() == ["branches_kernel", "250.0", "30.0", "37.0", "128.0", "barrier", "3.2,", "wait", "1.0"]
+    ncu.write_text("#!/bin/sh\necho ==ERROR== ERR_NVGPUCTRPERM: no permission\n")
+    assert "ERR_NVGPUCTRPERM" in profiling.by_counter(*asked)
 
 
 # ------------------------------------------------------------------ cross-building
