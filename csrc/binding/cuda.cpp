@@ -155,7 +155,7 @@ struct Cuda {
       // A large dilation alone leaves lattices smaller than a tile, but lattices it may have.
       for (int64_t k = 0; k < in.g.K; ++k) {
         Inputs one = in;
-        one.g = branch_problem(in.g, k);
+        one.g = branches_problem(in.g, k, 1);
         (takes_fast(Pass::kForward, one.g, in.dtype) ? fast_forward : simple_forward)(
             one, branch_view(written, k, in.dtype), Launches(input).context());
       }

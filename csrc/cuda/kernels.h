@@ -28,17 +28,23 @@ enum class Pass { kForward, kGradInput, kGradAttention, kGradWeight };
 // Gradients of input and weight also take one gradient for each branch, grad_output [K, N, O, *S_out]
 // (docs/branch_norm.md); then the attention must be ones and there may be no scale.
 
-// Branch k of a tensor for each branch.
-inline TensorView branch_view(TensorView branches, int64_t k, DType dtype) {
-  branches.data = static_cast<char*>(branches.data) + k * branches.k * element_size(dtype);
-  branches.k = 0;
-  return branches;
+// The tensor that begins some elements further on; one that is absent stays so.
+inline TensorView advanced(TensorView tensor, int64_t elements, DType dtype) {
+  if (tensor.data != nullptr) tensor.data = static_cast<char*>(tensor.data) + elements * element_size(dtype);
+  return tensor;
 }
 
-// The problem of branch k alone.
-inline Problem branch_problem(Problem g, int64_t k) {
-  g.K = 1;
-  g.dilation[0] = g.dilation[k];
+// Branch k of a tensor for each branch.
+inline TensorView branch_view(const TensorView& branches, int64_t k, DType dtype) {
+  TensorView view = advanced(branches, k * branches.k, dtype);
+  view.k = 0;
+  return view;
+}
+
+// The problem of some of the branches alone.
+inline Problem branches_problem(Problem g, int64_t first, int64_t count) {
+  g.K = count;
+  for (int64_t k = 0; k < count; ++k) g.dilation[k] = g.dilation[first + k];
   return g;
 }
 

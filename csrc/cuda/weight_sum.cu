@@ -20,7 +20,7 @@ __device__ inline A sum_of_splits(const WeightPartials& partials, int64_t k, int
 // One thread an element of the weight.
 template <typename T>
 __global__ __launch_bounds__(kSumThreads) void weight_sum(Problem g, WeightPartials partials, Strided<const T> scale,
-                                                          Strided<T> grad_weight) {
+                                                          Strided<T> grad_weight, bool adds) {
   using A = Accumulator<T>;
   const int64_t taps = num_taps(g);
   const int64_t element = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
@@ -31,7 +31,8 @@ __global__ __launch_bounds__(kSumThreads) void weight_sum(Problem g, WeightParti
     const A sum = sum_of_splits<A>(partials, k, o, c, tap, taps);
     total += scale.data == nullptr ? sum : branch_value(scale, k, o) * sum;
   }
-  store(grad_weight.at(o, c, unravel(tap, g.kernel)), total);
+  T* to = grad_weight.at(o, c, unravel(tap, g.kernel));
+  store(to, adds ? to_accumulator(*to) + total : total);
 }
 
 // One block an element [k, o] of the scale.
@@ -51,7 +52,7 @@ __global__ __launch_bounds__(kSumThreads) void scale_sum(Problem g, WeightPartia
 }
 
 void sum_weight_partials(const Inputs& in, const WeightPartials& partials, const TensorView& grad_weight,
-                         const TensorView& grad_scale, const Context& context) {
+                         const TensorView& grad_scale, bool adds, const Context& context) {
   const Problem& g = in.g;
   const int64_t elements = g.O * g.C * num_taps(g);
   for_dtype(in.dtype, [&](auto element) {
@@ -59,7 +60,7 @@ void sum_weight_partials(const Inputs& in, const WeightPartials& partials, const
     using Read = Strided<const T>;
     if (grad_weight.data != nullptr)
       launch("weight_sum", &weight_sum<T>, dim3(static_cast<unsigned int>((elements + kSumThreads - 1) / kSumThreads)),
-             kSumThreads, 0, context.stream, g, partials, Read(in.scale), Strided<T>(grad_weight));
+             kSumThreads, 0, context.stream, g, partials, Read(in.scale), Strided<T>(grad_weight), adds);
     if (grad_scale.data != nullptr)
       launch("scale_sum", &scale_sum<T>, dim3(static_cast<unsigned int>(g.O), static_cast<unsigned int>(g.K)),
              kSumThreads, kSumThreads * int(sizeof(Accumulator<T>)), context.stream, g, partials, Read(in.weight),

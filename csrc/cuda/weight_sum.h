@@ -16,8 +16,8 @@ struct WeightPartials {
   int64_t splits, branches, outputs, inputs;
 };
 
-// Either gradient may be null. With a scale there must be K branches, else one or K.
+// Either gradient may be null. With a scale there must be K branches, else one or K. Adds to grad_weight if `adds`.
 void sum_weight_partials(const Inputs& in, const WeightPartials& partials, const TensorView& grad_weight,
-                         const TensorView& grad_scale, const Context& context);
+                         const TensorView& grad_scale, bool adds, const Context& context);
 
 }  // namespace autofocus::cuda

@@ -95,7 +95,7 @@ void simple_grad_weight(const Inputs& in, const TensorView& grad_output, const T
            2 * kPositions * kTile * int(sizeof(A)), context.stream, g, Read(grad_output), Read(in.input),
            Read(in.attention), static_cast<A*>(partial));
   });
-  sum_weight_partials(in, {partial, splits, branches, g.O, g.C}, grad_weight, grad_scale, context);
+  sum_weight_partials(in, {partial, splits, branches, g.O, g.C}, grad_weight, grad_scale, false, context);
 }
 
 }  // namespace autofocus::cuda

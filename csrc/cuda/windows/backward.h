@@ -7,9 +7,9 @@
 
 namespace autofocus::cuda {
 
-// With `by_branch` grad_output is one for each branch; else it wants the attention too.
+// With `by_branch` grad_output is one for each branch; else it wants the attention too. Adds to grad_input if `adds`.
 void launch_grad_input(const Plan& plan, const Inputs& in, bool by_branch, const Operands& operands,
-                       const TensorView& grad_input, const Context& context);
+                       const TensorView& grad_input, bool adds, const Context& context);
 
 void launch_grad_attention(const Plan& plan, const Inputs& in, const Operands& operands,
                            const TensorView& grad_attention, const Context& context);

@@ -19,11 +19,12 @@ struct BranchesArguments {
   const unsigned char* targets;  // Operands::attention, or grad_output
   Strided<const T> scale, shift;
   Strided<T> result;
+  bool adds;  // to the result, or replaces it
 };
 
 template <typename T>
 BranchesArguments<T> branches_arguments(const Inputs& in, const Operands& operands, const unsigned char* targets,
-                                        const TensorView& result) {
+                                        const TensorView& result, bool adds = false) {
   return {operands.input(), operands.weight(),          num_chunks(in.g.C),         in.g.O,
           targets,          Strided<const T>(in.scale), Strided<const T>(in.shift), Strided<T>(result)};
 }

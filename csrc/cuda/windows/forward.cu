@@ -50,24 +50,25 @@ class WeightedSum {
   }
 
   __device__ void end(const Tile& tile) {
-    store_targets(lattice_, tile, args_.result, args_.outputs, output0(), share_, sum_, [&](const Int3& point) {
-      // Not from shared memory: a faster warp may be writing the next tile's.
-      const uint2 packed = packed_attention(lattice_, tile, args_.targets, point);
-      const float2 low = unpack(packed.x, T{}), high = unpack(packed.y, T{});
-      return [=](int channel) {
-        const float a[kLatticeBranches] = {low.x, low.y, high.x, high.y};
-        float2 sum = {0.0f, 0.0f};
-        if (args_.shift.data != nullptr)
+    store_targets(lattice_, tile, args_.result, args_.outputs, output0(), args_.adds, share_, sum_,
+                  [&](const Int3& point) {
+                    // Not from shared memory: a faster warp may be writing the next tile's.
+                    const uint2 packed = packed_attention(lattice_, tile, args_.targets, point);
+                    const float2 low = unpack(packed.x, T{}), high = unpack(packed.y, T{});
+                    return [=](int channel) {
+                      const float a[kLatticeBranches] = {low.x, low.y, high.x, high.y};
+                      float2 sum = {0.0f, 0.0f};
+                      if (args_.shift.data != nullptr)
 #pragma unroll
-          for (int k = 0; k < kLatticeBranches; ++k) {
-            if (k >= lattice_.K) break;
-            const float2 shift = *reinterpret_cast<const float2*>(shifts() + k * (8 * kTiles) + channel);
-            sum.x += a[k] * shift.x;
-            sum.y += a[k] * shift.y;
-          }
-        return sum;
-      };
-    });
+                        for (int k = 0; k < kLatticeBranches; ++k) {
+                          if (k >= lattice_.K) break;
+                          const float2 shift = *reinterpret_cast<const float2*>(shifts() + k * (8 * kTiles) + channel);
+                          sum.x += a[k] * shift.x;
+                          sum.y += a[k] * shift.y;
+                        }
+                      return sum;
+                    };
+                  });
   }
 
  private:
@@ -88,10 +89,10 @@ class WeightedSum {
 namespace {
 
 void launch_forward(const char* name, const Plan& plan, const Inputs& in, const Operands& operands,
-                    const TensorView& output, const Context& context) {
+                    const TensorView& output, bool adds, const Context& context) {
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto args = branches_arguments<T>(in, operands, operands.attention(), output);
+    const auto args = branches_arguments<T>(in, operands, operands.attention(), output, adds);
     for_tiles(plan.tiles, [&](auto tiles) {
       launch(name, &branches_kernel<T, tiles(), WeightedSum<T, tiles()>>, grid_of(plan, ceil_div(in.g.O, 8 * tiles())),
              plan.threads, plan.shared_bytes, context.stream, plan.lattice, args);
@@ -111,15 +112,21 @@ Operands packed(const Plan& plan, const Inputs& in, const Context& context) {
 }  // namespace
 
 void fast_forward(const Inputs& in, const TensorView& output, const Context& context) {
-  const Plan plan = plan_of(Pass::kForward, in);
-  launch_forward("fast_forward", plan, in, packed(plan, in, context), output, context);
+  for (int64_t first = 0; first < in.g.K; first += kLatticeBranches) {
+    const Inputs slice = slice_of(in, first);
+    const Plan plan = plan_of(Pass::kForward, slice);
+    launch_forward("fast_forward", plan, slice, packed(plan, slice, context), output, first > 0, context);
+  }
 }
 
 void fast_branches(const Inputs& in, const TensorView& branches, const Context& context) {
-  const Operands operands = packed(plan_of(Pass::kForward, in), in, context);
-  for (int64_t k = 0; k < in.g.K; ++k)
-    launch_forward("fast_branch", plan_of_branch(Pass::kForward, in, k), in, operands,
-                   branch_view(branches, k, in.dtype), context);
+  for (int64_t first = 0; first < in.g.K; first += kLatticeBranches) {
+    const Inputs slice = slice_of(in, first);
+    const Operands operands = packed(plan_of(Pass::kForward, slice), slice, context);
+    for (int64_t k = 0; k < slice.g.K; ++k)
+      launch_forward("fast_branch", plan_of_branch(Pass::kForward, slice, k), slice, operands,
+                     branch_view(branches, first + k, in.dtype), false, context);
+  }
 }
 
 }  // namespace autofocus::cuda

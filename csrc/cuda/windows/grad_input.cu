@@ -17,6 +17,7 @@ struct AdjointArguments {
   bool scaled;  // a weight for each branch
   int64_t targets;
   Strided<T> target;
+  bool adds;  // to the target, or replaces it
 };
 
 struct CopyBranches {
@@ -122,19 +123,20 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice lattice
       });
     }
     if (pipeline.last_chunk())
-      store_targets(lattice, pipeline.tile(), args.target, args.targets, target0, share, sum,
+      store_targets(lattice, pipeline.tile(), args.target, args.targets, target0, args.adds, share, sum,
                     [](const Int3&) { return [](int) { return float2{0.0f, 0.0f}; }; });
   }
 }
 
 void launch_grad_input(const Plan& plan, const Inputs& in, bool by_branch, const Operands& operands,
-                       const TensorView& grad_input, const Context& context) {
+                       const TensorView& grad_input, bool adds, const Context& context) {
   const Problem& g = in.g;
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
-    const AdjointArguments<T> args{operands.grad_output(), operands.attention(),     operands.adjoint_weight(),
-                                   num_chunks(g.O),        in.scale.data != nullptr, g.C,
-                                   Strided<T>(grad_input)};
+    const AdjointArguments<T> args{operands.grad_output(),    operands.attention(),
+                                   operands.adjoint_weight(), num_chunks(g.O),
+                                   in.scale.data != nullptr,  g.C,
+                                   Strided<T>(grad_input),    adds};
     for_tiles(plan.tiles, [&](auto tiles) {
       launch(by_branch ? "fast_branch_grad_input" : "fast_grad_input",
              by_branch ? &adjoint_kernel<T, tiles(), false> : &adjoint_kernel<T, tiles(), true>,

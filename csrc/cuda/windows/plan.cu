@@ -61,9 +61,29 @@ const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan) {
   return "the dilations reach too far for a tile to fit in the GPU's shared memory";
 }
 
+namespace {
+
+Problem problem_of_slice(const Problem& g, int64_t first) {
+  return branches_problem(g, first, g.K - first < kLatticeBranches ? g.K - first : kLatticeBranches);
+}
+
+}  // namespace
+
+Inputs slice_of(const Inputs& in, int64_t first) {
+  Inputs slice = in;
+  slice.g = problem_of_slice(in.g, first);
+  slice.attention = advanced(in.attention, first * in.attention.c, in.dtype);
+  slice.scale = advanced(in.scale, first * in.scale.n, in.dtype);
+  slice.shift = advanced(in.shift, first * in.shift.n, in.dtype);
+  return slice;
+}
+
 const char* fast_refusal(Pass pass, const Problem& g, DType dtype) {
-  Plan plan;
-  return make_plan(pass, g, dtype, plan);
+  for (int64_t first = 0; first < g.K; first += kLatticeBranches) {
+    Plan plan;
+    if (const char* refusal = make_plan(pass, problem_of_slice(g, first), dtype, plan)) return refusal;
+  }
+  return nullptr;
 }
 
 Plan plan_of(Pass pass, const Inputs& in) {

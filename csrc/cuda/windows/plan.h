@@ -27,6 +27,10 @@ Plan plan_of(Pass pass, const Inputs& in);
 // That of one branch alone, in the classes and tiles of all: operands packed for one serve the other.
 Plan plan_of_branch(Pass pass, const Inputs& in, int64_t k);
 
+// A pass takes kLatticeBranches branches at once: these are the ones from `first` on, as a problem of their own, with
+// lattices and operands of their own. What sums over branches is added up in the result, rounded once for each slice.
+Inputs slice_of(const Inputs& in, int64_t first);
+
 // Grid (blocks, blocks of target channels) that fills the device once, no block without a tile.
 inline dim3 grid_of(const Plan& plan, int64_t target_blocks) {
   const int64_t tiles = num_tiles(plan.lattice), wanted = ceil_div(plan.blocks, target_blocks);

@@ -51,14 +51,15 @@ __device__ inline uint2 packed_attention(const Lattice& lattice, const Tile& til
   return *reinterpret_cast<const uint2*>(gates + point * kGateBytes);
 }
 
-// Stores this lane's sums of target channels from `target0` on, of which there are `targets` in all. added(p) gives,
-// for the point p of the tile, a function (channel of the block) of what is added to the first of two channels and to
-// the second.
+// Stores this lane's sums of target channels from `target0` on, of which there are `targets` in all, or if `adds` adds
+// them to what is there. added(p) gives, for the point p of the tile, a function (channel of the block) of what is
+// added to the first of two channels and to the second.
 template <typename T, int kTiles, typename Added>
 __device__ inline void store_targets(const Lattice& lattice, const Tile& tile, const Strided<T>& target,
-                                     int64_t targets, int64_t target0, const Share& share,
+                                     int64_t targets, int64_t target0, bool adds, const Share& share,
                                      const float (&sum)[kGroupPlanes][kTiles][4], const Added& added) {
   const int left = targets - target0 < 8 * kTiles ? int(targets - target0) : 8 * kTiles;
+  const auto put = [&](T* to, float value) { store(to, adds ? to_float(*to) + value : value); };
 #pragma unroll
   for (int r = 0; r < kPointsPerLane; ++r) {
     const Int3 point = share.point(r);
@@ -70,8 +71,8 @@ __device__ inline void store_targets(const Lattice& lattice, const Tile& tile, c
     for (int i = 0; i < kTiles; ++i, to += 8 * target.c) {
       const int channel = i * 8 + share.channels;
       const float2 more = add(channel);
-      if (channel < left) store(to, sum[r / 2][i][r % 2 * 2] + more.x);
-      if (channel + 1 < left) store(to + target.c, sum[r / 2][i][r % 2 * 2 + 1] + more.y);
+      if (channel < left) put(to, sum[r / 2][i][r % 2 * 2] + more.x);
+      if (channel + 1 < left) put(to + target.c, sum[r / 2][i][r % 2 * 2 + 1] + more.y);
     }
   }
 }
