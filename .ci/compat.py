@@ -29,7 +29,7 @@ CPU_LIBRARY = Path("autofocus_kernels", "_cpu.abi3.so")
 CUDA_LIBRARY = Path("autofocus_kernels", "_cuda.abi3.so")
 RECORD = Path("autofocus_kernels", "_build.json")
 KEPT = (".venv", "build")  # of a copy, what the next run uses again
-WITHOUT_TORCH = "--ignore=tests/test_cuda_compile.py"  # the kernels' machine code; `make test` looks at it once for all
+WITHOUT_TORCH = "--ignore=tests/test_cuda_compile.py"  # the kernels' machine code; seen to once for all
 OF_A_FOREIGN_LIBRARY = ("tests/test_environment.py", "tests/test_native.py", "tests/test_autograd.py")
 
 failures = []
@@ -139,6 +139,10 @@ def main(versions):
             build_cuda_library(tree, version, kernels)
         if (tree / CPU_LIBRARY).exists():
             built.append(version)
+    if NVCC and built:
+        python = WORK / built[0] / ".venv" / "bin" / "python"
+        command = [python, "-m", "pytest", "-q", "-m", "release", "tests/test_cuda_compile.py"]
+        step("machine code of every architecture", WORK / "machine-code.log", command)
     for builder, user in itertools.product(built, repeat=2):
         run_foreign_library(builder, user)
     print("Failed: " + "; ".join(failures) if failures else "All went well.")
