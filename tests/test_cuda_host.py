@@ -305,6 +305,10 @@ FAST_CASES = tuple(
     Case("three_tiles_in_x", (9, 10, 18), channels=4, out_channels=3, dilations=(1, 2)),
     Case("papers_rates_branch", (2, 3, 17), channels=9, out_channels=5, dilations=(2, 6, 10, 14), mode="branch"),
     Case("rates_apart", (10, 9, 24), dilations=((1, 2, 6), (3, 4, 21))),
+    # Slices of four branches, each on lattices of its own.
+    Case("five_branches", (5, 6, 9), channels=3, out_channels=9, dilations=(2, 4, 6, 8, 3)),
+    Case("six_branches", (6, 5), channels=9, dilations=(1, 2, 3, 4, 5, 5), mode="branch", layout="channels_last"),
+    Case("nine_branches", (19,), batch=2, dilations=(1, 2, 3, 4, 5, 6, 7, 7, 14), layout="sliced"),
 )
 
 
@@ -463,8 +467,9 @@ def test_training_step_with_branch_norm_in_float64(device, no_reference, case):
         (H100, torch.bfloat16, True, Case("channels", (3, 4, 5), 35, 4, dilations=(1, 2), layout="channels_last")),
         (A100, torch.bfloat16, False, Case("valid", (9, 8, 6), 3, 4, batch=2, padding="valid", dilations=(1, 2, 3))),
         (RTX_5090, torch.float16, True, Case("rates", (4, 3, 6), 3, 9, dilations=(2, 6, 10, 14), layout="sliced")),
+        (H100, torch.float16, True, Case("six", (4, 3, 6), 3, 9, dilations=(1, 2, 3, 4, 5, 6))),
     ],
-    ids=["tiles", "channels", "valid", "papers_rates"],
+    ids=["tiles", "channels", "valid", "papers_rates", "six_branches"],
 )
 def test_training_step_with_branch_norm_in_16_bits(library, device, no_reference, gpu, dtype, save_branches, case):
     device(gpu)
@@ -481,7 +486,7 @@ def test_training_step_with_branch_norm_in_16_bits(library, device, no_reference
         )
     }
     branches = case.num_branches
-    assert list(launches.values()) == [branches * (1 if save_branches else 2), 1, branches, 0, 0, 0], launches
+    assert list(launches.values()) == [branches * (1 if save_branches else 2), -(-branches // 4), branches, 0, 0, 0], launches
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
@@ -732,7 +737,7 @@ def test_fast_tier_says_why_not(device):
         ({}, torch.float32, "dtype"),
         ({"kernel_size": (3, 3, 5)}, torch.float16, "kernel"),
         ({"stride": 2, "padding": 1}, torch.float16, "stride"),
-        ({"dilations": (1, 2, 3, 4, 5)}, torch.float16, "more than 4 branches"),
+        ({"dilations": (1, 2, 3, 4, 8, 1)}, torch.float16, "further than 7 lattice points"),  # the second slice
         ({"dilations": (1, 8)}, torch.float16, "further than 7 lattice points"),
         ({"dilations": (9, 18)}, torch.float16, "larger than the volume"),
         ({"dilations": ((1, 1, 1), (60, 60, 1))}, torch.float16, "shared memory"),

@@ -24,9 +24,9 @@ struct BranchesArguments {
 
 template <typename T>
 BranchesArguments<T> branches_arguments(const Inputs& in, const Operands& operands, const unsigned char* targets,
-                                        const TensorView& result, bool adds = false) {
-  return {operands.input(), operands.weight(),          num_chunks(in.g.C),         in.g.O,
-          targets,          Strided<const T>(in.scale), Strided<const T>(in.shift), Strided<T>(result)};
+                                        const TensorView& result, bool adds) {
+  return {operands.input(),           operands.weight(),          num_chunks(in.g.C), in.g.O, targets,
+          Strided<const T>(in.scale), Strided<const T>(in.shift), Strided<T>(result), adds};
 }
 
 // The branch scale or shift of a block of output channels as [branch, channel], if there is one.

@@ -113,7 +113,7 @@ void launch_grad_attention(const Plan& plan, const Inputs& in, const Operands& o
                            const TensorView& grad_attention, const Context& context) {
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto args = branches_arguments<T>(in, operands, operands.grad_output(), grad_attention);
+    const auto args = branches_arguments<T>(in, operands, operands.grad_output(), grad_attention, false);
     for_tiles(plan.tiles, [&](auto tiles) {
       launch("fast_grad_attention", &branches_kernel<T, tiles(), DotWithGrad<T, tiles()>>, grid_of(plan, 1),
              plan.threads, plan.shared_bytes, context.stream, plan.lattice, args);
