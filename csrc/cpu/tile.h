@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "lattice.h"
+#include "../geometry.h"
 
 namespace autofocus {
 
@@ -12,6 +12,8 @@ namespace autofocus {
 // the same x.
 struct Segment {
   int64_t z, y, x, count, offset, part;
+
+  Index3 first() const { return {z, y, x}; }
 };
 
 // Cuts a volume into tiles of at most `voxels`: several rows each, or parts of a row where rows are long.
@@ -107,7 +109,7 @@ inline TapRow find_tap_row(const Problem& g, const Segment& segment, const Index
   TapRow row;
   row.inside = 0;
   for (int64_t k = 0; k < g.K; ++k) {
-    const Index3 q = input_position(g, {segment.z, segment.y, segment.x}, k, {offset.z, offset.y, 0});
+    const Index3 q = input_position(g, segment.first(), k, {offset.z, offset.y, 0});
     row.at[k] = q.z * strides.z + q.y * strides.y + q.x * strides.x;
     if (q.z >= 0 && q.z < g.input.z && q.y >= 0 && q.y < g.input.y) row.inside |= BranchSet(1) << k;
   }

@@ -46,9 +46,6 @@ struct Tile {
   Int3 target_class, target_first, source_class, source_first;
 };
 
-AUTOFOCUS_HD inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-AUTOFOCUS_HD inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
-
 AUTOFOCUS_HD inline int64_t num_classes(const Lattice& g) { return int64_t(g.step.z) * g.step.y * g.step.x; }
 AUTOFOCUS_HD inline int64_t num_tiles(const Lattice& g) {
   return g.N * g.tiles.z * g.tiles.y * g.tiles.x * num_classes(g);
@@ -86,15 +83,12 @@ AUTOFOCUS_HD inline Tile tile_at(const Lattice& g, int64_t index) {
   rest /= g.tiles.y;
   tile.target_first.z = int(rest % g.tiles.z) * g.tile_z;
   tile.n = rest / g.tiles.z;
-  // Under target point l of class c lies source position origin + c + step l.
-  const Index3 shift = {floor_div(g.origin.z + tile.target_class.z, g.step.z),
-                        floor_div(g.origin.y + tile.target_class.y, g.step.y),
-                        floor_div(g.origin.x + tile.target_class.x, g.step.x)};
-  tile.source_class = {int(g.origin.z + tile.target_class.z - shift.z * g.step.z),
-                       int(g.origin.y + tile.target_class.y - shift.y * g.step.y),
-                       int(g.origin.x + tile.target_class.x - shift.x * g.step.x)};
-  tile.source_first = {int(tile.target_first.z + shift.z - g.reach.z), int(tile.target_first.y + shift.y - g.reach.y),
-                       int(tile.target_first.x + shift.x - g.reach.x)};
+  const InputLattice z = input_lattice(g.origin.z, tile.target_class.z, g.step.z);
+  const InputLattice y = input_lattice(g.origin.y, tile.target_class.y, g.step.y);
+  const InputLattice x = input_lattice(g.origin.x, tile.target_class.x, g.step.x);
+  tile.source_class = {int(z.phase), int(y.phase), int(x.phase)};
+  tile.source_first = {int(tile.target_first.z + z.point - g.reach.z), int(tile.target_first.y + y.point - g.reach.y),
+                       int(tile.target_first.x + x.point - g.reach.x)};
   return tile;
 }
 
@@ -153,8 +147,6 @@ AUTOFOCUS_HD inline bool reads(const Lattice& g, int tz) { return tz == 0 || g.t
 
 // ------------------------------------------------------------------ host: from a problem to its lattices
 
-inline int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
-
 // Which way the gather goes: outputs from inputs (forward), or inputs from outputs (its adjoint). The adjoint is the same
 // gather with the origin negated and the taps counted backwards.
 enum class Direction { kForward, kAdjoint };
@@ -165,11 +157,9 @@ struct StepAndReach {
 
 inline StepAndReach step_and_reach(const Problem& g, int64_t Index3::*axis) {
   if (g.kernel.*axis == 1) return {1, 0};
-  int64_t step = 0, largest = 0;
-  for (int64_t k = 0; k < g.K; ++k) {
-    step = common_divisor(step, g.dilation[k].*axis);
-    largest = g.dilation[k].*axis > largest ? g.dilation[k].*axis : largest;
-  }
+  const int64_t step = common_dilation(g, axis);
+  int64_t largest = 0;
+  for (int64_t k = 0; k < g.K; ++k) largest = g.dilation[k].*axis > largest ? g.dilation[k].*axis : largest;
   return {int(step), int(largest / step)};
 }
 
