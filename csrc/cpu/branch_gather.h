@@ -1,5 +1,5 @@
-// Gradients of input and weight from those of the branches: with dy_k the gradient of y_k, v_t(q) = sum_k dy_k(p) over the
-// outputs that read q, dx = sum_t W_t^T v_t and dW_t = sum_q v_t(q) x(q)^T (docs/math.md, section 6).
+// Gradients of input and weight from those of the branches: with dy_k the gradient of y_k, v_t(q) = sum_k dy_k(p) over
+// the outputs that read q, dx = sum_t W_t^T v_t and dW_t = sum_q v_t(q) x(q)^T (docs/math.md, section 6).
 #pragma once
 
 #include <algorithm>
@@ -83,8 +83,8 @@ class BranchGather {
       });
   }
 
-  // Adds a block's part of dx and dW, tile by tile of input points. A voxel adds a zero for a tap that nothing reads, which
-  // must not meet NaN or Inf: where there are any, each voxel goes through its own taps only.
+  // Adds a block's part of dx and dW, tile by tile of input points. A voxel adds a zero for a tap that nothing reads,
+  // which must not meet NaN or Inf: where there are any, each voxel goes through its own taps only.
   void gather(const BranchBlock<A>& block, A* sum, Workspace& w) const {
     const Problem& sub = block.lattice.problem;
     const TileGrid grid(sub.input, plan_.voxels);

@@ -2,6 +2,7 @@
 // (docs/math.md, section 6).
 #pragma once
 
+#include <algorithm>
 #include <optional>
 
 #include "branch_gather.h"
@@ -94,7 +95,8 @@ class BranchBackward {
   // Groups of channels follow each other in one thread, and so do their additions to da.
   void add_attention(const BranchBlock<A>& block, int64_t k, const Index3& first, const A* row) const {
     const Lattice& lattice = block.lattice;
-    A* to = grad_attention_ + (lattice.sample * g_.K + k) * volume(g_.output) + ravel(lattice.output_at(first), g_.output);
+    A* to = grad_attention_ + (lattice.sample * g_.K + k) * volume(g_.output) +
+            ravel(lattice.output_at(first), g_.output);
     for (int64_t p = 0; p < lattice.problem.output.x; ++p, to += lattice.step.x)
       *to = (block.group == 0 ? A(0) : *to) + row[p];
   }

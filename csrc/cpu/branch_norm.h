@@ -1,7 +1,7 @@
 // Batch-normalised branches (docs/branch_norm.md): what autofocus_kernels/norm_ops.py asks of a backend.
 //
-// Vectors are [K, O] in the accumulator's type. Sums over voxels are taken per lattice or per slice of rows, in an order
-// that does not depend on the number of threads.
+// Vectors are [K, O] in the accumulator's type. Sums over voxels are taken per lattice or per slice of rows, in an
+// order that does not depend on the number of threads.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// One row of voxels of one branch: a_k (s_k y_k + h_k) and its gradients, for branch mode and for batch-normalised branches.
+// One row of voxels of one branch: a_k (s_k y_k + h_k) and its gradients, for branch mode and for batch-normalised
+// branches.
 #pragma once
 
 #include "simd.h"
@@ -26,14 +27,14 @@ void add_branch(const BranchRow<A>& row, bool first, A* sum) {
     }
 }
 
-// da_k(p) = sum_o G (s_k y_k + h_k), and over the row ds_k += a_k G (y_k - mean_k) and dh_k += a_k G. Gradients that are
-// not wanted are null.
+// What is wanted of a row; the rest is null.
 template <typename A>
 struct BranchRowGradients {
   A* attention;  // [x]
   A *scale, *shift;
 };
 
+// da_k(p) = sum_o G (s_k y_k + h_k), and over the row ds_k += a_k G (y_k - mean_k) and dh_k += a_k G.
 template <typename A>
 void differentiate_branch(const BranchRow<A>& row, const A* grad_output, const A* mean,
                           const BranchRowGradients<A>& gradients) {

@@ -1,6 +1,8 @@
-// The branches of a call, project first: Z_t = W_t x, one GEMM for all branches, then y_k(p) = sum_t Z_t(q_k(p)), additions
-// only (docs/math.md, section 6).
+// The branches of a call, project first: Z_t = W_t x, one GEMM for all branches, then y_k(p) = sum_t Z_t(q_k(p)),
+// additions only (docs/math.md, section 6).
 #pragma once
+
+#include <algorithm>
 
 #include "branch_tile.h"
 #include "gemm.h"

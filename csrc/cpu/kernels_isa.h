@@ -1,5 +1,5 @@
-// Everything that is compiled once per instruction set, and its entries: what the binding hands down, typed. Included by
-// kernels_<isa>.cpp behind its target pragma.
+// Everything that is compiled once per instruction set, and its entries: what the binding hands down, typed. Included
+// by kernels_<isa>.cpp behind its target pragma.
 #pragma once
 
 #include "branch_mode.h"

@@ -1,7 +1,7 @@
 // The op as independent problems on lattices (docs/math.md, section 5), and the walk over them.
 //
-// Each lattice is packed, computed and written on its own, so the packed copy is a fraction of the volume and scatters of
-// different lattices never meet.
+// Each lattice is packed, computed and written on its own, so the packed copy is a fraction of the volume and scatters
+// of different lattices never meet.
 #pragma once
 
 #include <algorithm>

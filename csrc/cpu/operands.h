@@ -58,8 +58,8 @@ T* weight_at(const Problem& g, const View<T>& weight, int64_t o, int64_t c, int6
 }
 
 // The weight as the projection of a row of taps reads it, with the taps of the row side by side as columns:
-// [group][tap row][row][tap x][width]. Rows are what is summed over, C of the forward and O of its transpose; columns are
-// the other, in groups of `width`.
+// [group][tap row][row][tap x][width]. Rows are what is summed over, C of the forward and O of its transpose; columns
+// are the other, in groups of `width`.
 template <typename A, typename T>
 Scratch<A> pack_tap_columns(const Problem& g, const View<const T>& weight, bool transpose, int64_t width) {
   const int64_t rows = transpose ? g.O : g.C, columns = transpose ? g.C : g.O;
@@ -70,7 +70,8 @@ Scratch<A> pack_tap_columns(const Problem& g, const View<const T>& weight, bool 
     for (int64_t tap_row = 0; tap_row < g.kernel.z * g.kernel.y; ++tap_row)
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t x = 0; x < g.kernel.x; ++x, to += width) {
-          const T* from = transpose ? weight_at(g, weight, row, first, tap_row, x) : weight_at(g, weight, first, row, tap_row, x);
+          const T* from = transpose ? weight_at(g, weight, row, first, tap_row, x)
+                                    : weight_at(g, weight, first, row, tap_row, x);
           pack_row(Row<const T>{from, 0, column_step}, 1, std::min(width, columns - first), to, width);
         }
   return packed;

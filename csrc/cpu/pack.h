@@ -59,7 +59,8 @@ inline __attribute__((always_inline)) typename Vec<A>::Native load_strided(const
 }
 
 template <typename A, typename T>
-inline __attribute__((always_inline)) void store_strided(typename Vec<A>::Native value, T* to, int64_t step, int64_t count) {
+inline __attribute__((always_inline)) void store_strided(typename Vec<A>::Native value, T* to, int64_t step,
+                                                         int64_t count) {
   if constexpr (std::is_same_v<T, A>)
     if (step == 1 && count == Vec<A>::kLanes) return Vec<A>::store(to, value);
   A lanes[Vec<A>::kLanes];
@@ -76,8 +77,8 @@ inline __attribute__((always_inline)) int64_t whole_vectors(const From* from, in
   return i;
 }
 
-// `count` voxels of a tensor to rows of `width` channels; those past `channels` are zeroed, so that whole vectors can be
-// read.
+// `count` voxels of a tensor to rows of `width` channels; those past `channels` are zeroed, so that whole vectors can
+// be read.
 template <typename T, typename A>
 void pack_row(const Row<const T>& row, int64_t count, int64_t channels, A* to, int64_t width) {
   constexpr int64_t n = Vec<A>::kLanes;

@@ -1,15 +1,15 @@
-// Partial sums (split-K) added in a fixed order: how many there are depends on the problem alone, so gradients are bitwise
-// the same for any number of threads.
+// Partial sums (split-K) added in a fixed order: how many there are depends on the problem alone, so gradients are
+// bitwise the same for any number of threads.
 #pragma once
 
+#include "arguments.h"
 #include "element.h"
-#include "view.h"
 
 namespace autofocus {
 namespace AUTOFOCUS_ISA {
 
-// grad_weight from `partials` sums. first(tap, o, c) is where the first of them has an element; the others have it `size`
-// further on each.
+// grad_weight from `partials` sums. first(tap, o, c) is where the first of them has an element; each of the others has
+// it `size` further on.
 template <typename A, typename T, typename First>
 void reduce_weight(const Problem& g, ParallelFor parallel, int64_t partials, int64_t size, const View<T>& grad_weight,
                    const First& first) {

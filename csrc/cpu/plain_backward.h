@@ -30,8 +30,8 @@ struct PlainBackwardPlan {
   explicit PlainBackwardPlan(const Problem& g)
       // The x axis is cut too: smaller lattices keep x and dx of a job in the cache and give more jobs.
       : lattices(g, {lattice_step(g, &Index3::z, 8), lattice_step(g, &Index3::y, 8), lattice_step(g, &Index3::x, 16)}) {
-    // Channels are shared out evenly among groups of 128 bytes a voxel, or three vectors, or of 64 bytes where there are
-    // few lattices to share out.
+    // Channels are shared out evenly among groups of 128 bytes a voxel, or three vectors, or of 64 bytes where there
+    // are few lattices to share out.
     const int64_t all = vectors<A>(g.C);
     const int64_t few = 64 / AUTOFOCUS_VECTOR_BYTES;
     const int64_t most = std::min<int64_t>(lattices.count() < 16 ? few : all == 3 ? 3 : 2 * few, kMaxTapVectors);
@@ -237,7 +237,8 @@ class PlainBackward {
                       even(count), true);
       }
     for_each_tap_columns<A>(g_.kernel.x, plan_.group_width, job.channels, [&](int64_t first, int64_t rows) {
-      gemm<A>({w.blended + first, 1, tap_columns_, w.grad_output, out_width_, to + first * out_width_, out_width_, count},
+      gemm<A>({w.blended + first, 1, tap_columns_, w.grad_output, out_width_, to + first * out_width_, out_width_,
+               count},
               rows, g_.O, true);
     });
   }

@@ -1,8 +1,8 @@
 // Where the blend of the plain forward reads the input of a lattice: packed, or in place.
 //
-// Channels-last rows of the right type are read where they are. The last vector of a voxel reads `spill` elements more than
-// it has, which no sum uses. Past the end of the tensor there may be none to read, so its last row is copied; the other
-// rows end early enough if rows are that far apart.
+// Channels-last rows of the right type are read where they are. The last vector of a voxel reads `spill` elements more
+// than it has, which no sum uses. Past the end of the tensor there may be none to read, so its last row is copied; the
+// other rows end early enough if rows are that far apart.
 #pragma once
 
 #include <type_traits>

@@ -1,4 +1,5 @@
-// One tap of the plain-mode backward: dot, blend and scatter in one pass over a run of voxels (docs/math.md, section 3).
+// One tap of the plain-mode backward: dot, blend and scatter in one pass over a run of voxels (docs/math.md,
+// section 3).
 #pragma once
 
 #include <algorithm>
@@ -12,8 +13,8 @@ namespace AUTOFOCUS_ISA {
 // Gradients, one bit each.
 enum Wanted { kInput = 1, kWeight = 2, kAttention = 4 };
 
-// The rows that a run of voxels meets in one tap. projected, blended, input and grad_input hold `width` vectors a voxel;
-// slot i is branch[i], which reads input and grad_input `offset[i]` further on.
+// The rows that a run of voxels meets in one tap. projected, blended, input and grad_input hold `width` vectors a
+// voxel; slot i is branch[i], which reads input and grad_input `offset[i]` further on.
 template <typename A>
 struct TapPass {
   const A* projected;

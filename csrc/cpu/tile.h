@@ -8,8 +8,8 @@
 
 namespace autofocus {
 
-// `count` neighbouring voxels of one row; they are rows `offset ...` of the tile's buffers. Segments of one `part` cover
-// the same x.
+// `count` neighbouring voxels of one row; they are rows `offset ...` of the tile's buffers. Segments of one `part`
+// cover the same x.
 struct Segment {
   int64_t z, y, x, count, offset, part;
 
