@@ -8,12 +8,10 @@ namespace autofocus {
 // Storage dtypes. Arithmetic is in float, or in double for kFloat64.
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-inline int64_t element_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
+inline int64_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
-// A tensor of five axes [n, c, z, y, x] (or its first two), strides in elements. Null where absent. One that holds such a
-// tensor for each branch has a branch stride k.
+// A tensor of five axes [n, c, z, y, x] (or its first two), strides in elements. Null where absent. One that holds such
+// a tensor for each branch has a branch stride k.
 struct TensorView {
   void* data;
   int64_t n, c;
@@ -21,8 +19,8 @@ struct TensorView {
   int64_t k = 0;
 };
 
-// The tensors that every pass reads. Vectors are contiguous, bias [O], scale and shift [K, O], null where absent: s_k and
-// h_k of docs/math.md, section 1.
+// The tensors that every pass reads. Vectors are contiguous, bias [O], scale and shift [K, O], null where absent: s_k
+// and h_k of docs/math.md, section 1.
 struct Call {
   Problem g;
   DType dtype;
@@ -36,8 +34,8 @@ struct Gradients {
   void* scale;  // [K, O]
 };
 
-// What exists of a call between the passes of batch-normalised branches (docs/branch_norm.md): of the problem N, O, K and
-// the output size, and the tensors of that size. Vectors beside it are contiguous [K, O] of the accumulator's type.
+// What exists of a call between the passes of batch-normalised branches (docs/branch_norm.md): of the problem N, O, K
+// and the output size, and the tensors of that size. Vectors beside it are contiguous [K, O] of the accumulator's type.
 struct BranchTensors {
   Problem g;
   DType dtype;

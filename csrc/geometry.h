@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <numeric>
 
 #if defined(__CUDACC__)
 #define AUTOFOCUS_HD __host__ __device__
@@ -32,13 +33,15 @@ AUTOFOCUS_HD inline Index3 unravel(int64_t linear, const Index3& size) {
   return {rows / size.y, rows % size.y, x};
 }
 
-AUTOFOCUS_HD inline int64_t ravel(const Index3& p, const Index3& size) {
-  return (p.z * size.y + p.y) * size.x + p.x;
-}
+AUTOFOCUS_HD inline int64_t ravel(const Index3& p, const Index3& size) { return (p.z * size.y + p.y) * size.x + p.x; }
 
 AUTOFOCUS_HD inline bool inside(const Index3& p, const Index3& size) {
   return p.z >= 0 && p.z < size.z && p.y >= 0 && p.y < size.y && p.x >= 0 && p.x < size.x;
 }
+
+// Quotients of integers of any sign by a positive one, rounded down and up.
+AUTOFOCUS_HD inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+AUTOFOCUS_HD inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
 struct Problem {
   int64_t N, C, O, K;
@@ -61,8 +64,7 @@ AUTOFOCUS_HD inline Index3 tap_offset(const Problem& g, int64_t tap) {
 // Input position read by output position p through `offset` (= tap_offset) in branch k; may lie outside the input.
 AUTOFOCUS_HD inline Index3 input_position(const Problem& g, const Index3& p, int64_t k, const Index3& offset) {
   const Index3& r = g.dilation[k];
-  return {g.origin.z + g.stride.z * p.z + r.z * offset.z,
-          g.origin.y + g.stride.y * p.y + r.y * offset.y,
+  return {g.origin.z + g.stride.z * p.z + r.z * offset.z, g.origin.y + g.stride.y * p.y + r.y * offset.y,
           g.origin.x + g.stride.x * p.x + r.x * offset.x};
 }
 
@@ -78,6 +80,25 @@ AUTOFOCUS_HD inline bool output_position(const Problem& g, const Index3& q, int6
   if (z % g.stride.z != 0 || y % g.stride.y != 0 || x % g.stride.x != 0) return false;
   p = {z / g.stride.z, y / g.stride.y, x / g.stride.x};
   return inside(p, g.output);
+}
+
+// Lattices (docs/math.md, section 5), axis by axis. With stride 1 and every dilation a multiple of `step`, outputs
+// phase + step p' read inputs phase' + step q' only, and output point p' = 0 lies over input point q' = point.
+struct InputLattice {
+  int64_t phase, point;
+};
+
+AUTOFOCUS_HD inline InputLattice input_lattice(int64_t origin, int64_t output_phase, int64_t step) {
+  const int64_t position = origin + output_phase;
+  const int64_t point = floor_div(position, step);
+  return {position - step * point, point};
+}
+
+// The largest step that all dilations of an axis are multiples of.
+inline int64_t common_dilation(const Problem& g, int64_t Index3::* axis) {
+  int64_t common = 0;
+  for (int64_t k = 0; k < g.K; ++k) common = std::gcd(common, g.dilation[k].*axis);
+  return common;
 }
 
 }  // namespace autofocus

@@ -35,81 +35,38 @@ const Kernels& kernels() {
 
 std::string isa() { return kernels().name; }
 
-View<const void> read(const TensorView& tensor) { return {tensor.data, tensor.n, tensor.c, tensor.s}; }
-View<void> write(const TensorView& tensor) { return {tensor.data, tensor.n, tensor.c, tensor.s}; }
-
-NormArguments<void, void> norm_arguments(const BranchTensors& in) {
-  NormArguments<void, void> args{};
-  args.g = in.g;
-  args.branches = {write(in.branches), in.branches.k};
-  args.attention = read(in.attention);
-  args.grad_output = read(in.grad_output);
-  args.parallel = parallel;
-  return args;
-}
-
 struct Cpu {
   static constexpr int64_t kLargest = int64_t(1) << 48;  // LARGEST of autofocus_kernels/geometry.py
 
   static void check_device(const Tensor& input) { STD_TORCH_CHECK(input.is_cpu(), "input must be a CPU tensor"); }
 
   static void forward(const Tensor&, const Call& call, const TensorView& output) {
-    kernels().forward(call.dtype, {call.g, read(call.input), read(call.weight), read(call.attention), call.bias,
-                                   call.scale, call.shift, write(output), parallel});
+    kernels().forward(call, output, parallel);
   }
 
   static void backward(const Tensor&, const Call& call, const TensorView& grad_output, const Gradients& gradients) {
-    kernels().backward(call.dtype, {call.g, read(grad_output), read(call.input), read(call.weight),
-                                    read(call.attention), call.bias, call.scale, call.shift, write(gradients.input),
-                                    write(gradients.weight), write(gradients.attention), gradients.scale, parallel});
+    kernels().backward(call, grad_output, gradients, parallel);
   }
 
   static void branch_statistics(const Tensor&, const Call& call, const TensorView& branches, void* mean, void* var) {
-    NormArguments<void, void> args{};
-    args.g = call.g;
-    args.input = read(call.input);
-    args.weight = read(call.weight);
-    args.branches = {write(branches), branches.k};
-    args.mean = mean;
-    args.var = var;
-    args.parallel = parallel;
-    kernels().branch_statistics(call.dtype, args);
+    kernels().branch_statistics(call, branches, mean, var, parallel);
   }
 
-  static void branch_combine(const Tensor&, const BranchTensors& in, void* scale, void* shift, const TensorView& output) {
-    NormArguments<void, void> args = norm_arguments(in);
-    args.scale = scale;
-    args.shift = shift;
-    args.output = write(output);
-    kernels().branch_combine(in.dtype, args);
+  static void branch_combine(const Tensor&, const BranchTensors& in, void* scale, void* shift,
+                             const TensorView& output) {
+    kernels().branch_combine(in, scale, shift, output, parallel);
   }
 
   static void branch_reduce(const Tensor&, const BranchTensors& in, void* mean, void* scale, void* shift,
                             const TensorView& grad_attention, void* grad_scale, void* grad_shift) {
-    NormArguments<void, void> args = norm_arguments(in);
-    args.mean = mean;
-    args.scale = scale;
-    args.shift = shift;
-    args.grad_attention = write(grad_attention);
-    args.grad_scale = grad_scale;
-    args.grad_shift = grad_shift;
-    kernels().branch_reduce(in.dtype, args);
+    kernels().branch_reduce(in, mean, scale, shift, grad_attention, grad_scale, grad_shift, parallel);
   }
 
   // dy_k exists one lattice and channel group at a time: the memory offered for all of it stays unused.
   static void branch_norm_backward(const Tensor&, const Call& call, const BranchTensors& in, void* a_coef, void* b_coef,
                                    void* c_coef, const TensorView&, const TensorView& grad_input,
                                    const TensorView& grad_weight) {
-    NormArguments<void, void> args = norm_arguments(in);
-    args.g = call.g;
-    args.input = read(call.input);
-    args.weight = read(call.weight);
-    args.scale = a_coef;
-    args.slope = b_coef;
-    args.shift = c_coef;
-    args.grad_input = write(grad_input);
-    args.grad_weight = write(grad_weight);
-    kernels().branch_norm_backward(call.dtype, args);
+    kernels().branch_norm_backward(call, in, a_coef, b_coef, c_coef, grad_input, grad_weight, parallel);
   }
 };
 

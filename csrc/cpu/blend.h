@@ -1,8 +1,9 @@
 // u(p) = sum_k a_k(p) x(q_k(p)): the "blend" of docs/math.md section 2, for one run of one tap.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
-#include "tile.h"
 
 namespace autofocus {
 namespace AUTOFOCUS_ISA {
@@ -34,14 +35,15 @@ void blend_branches(const A* const* attentions, const A* const* sources, int64_t
   }
 }
 
-// Blends `active` branches, at most four at a time so that their attention stays in registers. Rows of `to` are written in
-// whole vectors; with no active branch they are zeroed.
+// Blends `active` branches, at most four at a time so that their attention stays in registers. Rows of `to` are written
+// in whole vectors; with no active branch they are zeroed.
 template <typename A>
-void blend(int active, const A* const* attention, const A* const* source, int64_t source_step, A* to,
-           int64_t to_step, int64_t count, int64_t width) {
+void blend(int active, const A* const* attention, const A* const* source, int64_t source_step, A* to, int64_t to_step,
+           int64_t count, int64_t width) {
   if (active == 0) {
     for (int64_t p = 0; p < count; ++p)
-      for (int64_t v = 0; v < width; ++v) Vec<A>::store(to + p * to_step + v * Vec<A>::kLanes, typename Vec<A>::Native{});
+      for (int64_t v = 0; v < width; ++v)
+        Vec<A>::store(to + p * to_step + v * Vec<A>::kLanes, typename Vec<A>::Native{});
     return;
   }
   for (int done = 0; done < active; done += 4) {
@@ -49,10 +51,10 @@ void blend(int active, const A* const* attention, const A* const* source, int64_
     const A* const* s = source + done;
     const bool add = done > 0;
     switch (std::min(active - done, 4)) {
-#define AUTOFOCUS_CASE(N)                                                                  \
-  case N:                                                                                  \
-    add ? blend_branches<A, N, true>(c, s, source_step, to, to_step, count, width)         \
-        : blend_branches<A, N, false>(c, s, source_step, to, to_step, count, width);       \
+#define AUTOFOCUS_CASE(N)                                                            \
+  case N:                                                                            \
+    add ? blend_branches<A, N, true>(c, s, source_step, to, to_step, count, width)   \
+        : blend_branches<A, N, false>(c, s, source_step, to, to_step, count, width); \
     break;
       AUTOFOCUS_CASE(1)
       AUTOFOCUS_CASE(2)

@@ -1,7 +1,7 @@
 // The bfloat16 GEMM that torch carries (oneDNN's brgemm): AMX where the CPU has it, AVX512_BF16 where it has that.
 //
-// torch exports it but promises nothing about it, so it is looked up weakly and checked once before it is trusted; without
-// it, bfloat16 tensors are computed in float32.
+// torch exports it but promises nothing about it, so it is looked up weakly and checked once before it is trusted;
+// without it, bfloat16 tensors are computed in float32.
 #pragma once
 
 #include <cstdint>

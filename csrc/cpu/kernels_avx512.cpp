@@ -6,7 +6,7 @@
 #include <functional>
 #include <memory>
 #include <new>
-#include <numeric>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -15,12 +15,15 @@
 #include "brgemm.h"
 #include "kernels.h"
 #include "lattice.h"
+#include "scratch.h"
 #include "tile.h"
+#include "view.h"
 
 #if defined(__x86_64__)
 // Only what follows is compiled for these instructions: shared inline functions above must run on every CPU.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")

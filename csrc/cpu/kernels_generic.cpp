@@ -6,7 +6,7 @@
 #include <functional>
 #include <memory>
 #include <new>
-#include <numeric>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -15,7 +15,9 @@
 #include "brgemm.h"
 #include "kernels.h"
 #include "lattice.h"
+#include "scratch.h"
 #include "tile.h"
+#include "view.h"
 
 #define AUTOFOCUS_ISA generic
 #define AUTOFOCUS_VECTOR_BYTES 16

@@ -1,84 +1,122 @@
-// Everything that is compiled once per instruction set; included by kernels_<isa>.cpp behind its target pragma.
+// Everything that is compiled once per instruction set, and its entries: what the binding hands down, typed. Included
+// by kernels_<isa>.cpp behind its target pragma.
 #pragma once
 
-#include "backward.h"
-#include "branch.h"
-#include "forward.h"
+#include "branch_mode.h"
+#include "branch_norm.h"
 #include "kernels.h"
-#include "norm.h"
+#include "plain_backward.h"
+#include "plain_forward.h"
 
 namespace autofocus {
 namespace AUTOFOCUS_ISA {
 
-template <typename T>
-View<T> cast(const View<void>& v) { return {static_cast<T*>(v.data), v.n, v.c, v.s}; }
-template <typename T>
-View<const T> cast(const View<const void>& v) { return {static_cast<const T*>(v.data), v.n, v.c, v.s}; }
+// What a tensor holds, and what its sums have.
+template <typename Element, typename Accumulator>
+struct Types {
+  using T = Element;
+  using A = Accumulator;
+};
 
-template <typename T, typename A>
-void run_forward(const ForwardArguments<void>& a) {
-  const ForwardArguments<T> args{a.g, cast<T>(a.input), cast<T>(a.weight), cast<T>(a.attention), static_cast<const T*>(a.bias),
-                 static_cast<const T*>(a.scale), static_cast<const T*>(a.shift), cast<T>(a.output), a.parallel};
-  if (args.scale || args.shift)
-    branch_forward<T, A>(args);
-  else
-    forward<T, A>(args);
-}
-
-template <typename T, typename A>
-void run_backward(const BackwardArguments<void>& a) {
-  const BackwardArguments<T> args{a.g, cast<T>(a.grad_output), cast<T>(a.input), cast<T>(a.weight), cast<T>(a.attention),
-                  static_cast<const T*>(a.bias), static_cast<const T*>(a.scale), static_cast<const T*>(a.shift),
-                  cast<T>(a.grad_input), cast<T>(a.grad_weight), cast<T>(a.grad_attention),
-                  static_cast<T*>(a.grad_scale), a.parallel};
-  if (args.scale || args.shift)
-    branch_backward<T, A>(args);
-  else
-    backward<T, A>(args);
-}
-
-void forward_of(DType dtype, const ForwardArguments<void>& a) {
+template <typename Run>
+void with_types(DType dtype, const Run& run) {
   switch (dtype) {
-    case DType::kFloat32: return run_forward<float, float>(a);
-    case DType::kFloat64: return run_forward<double, double>(a);
-    case DType::kBFloat16: return run_forward<BFloat16, float>(a);
-    case DType::kFloat16: return run_forward<Half, float>(a);
+    case DType::kFloat32: return run(Types<float, float>());
+    case DType::kFloat64: return run(Types<double, double>());
+    case DType::kBFloat16: return run(Types<BFloat16, float>());
+    case DType::kFloat16: return run(Types<Half, float>());
   }
 }
 
-void backward_of(DType dtype, const BackwardArguments<void>& a) {
-  switch (dtype) {
-    case DType::kFloat32: return run_backward<float, float>(a);
-    case DType::kFloat64: return run_backward<double, double>(a);
-    case DType::kBFloat16: return run_backward<BFloat16, float>(a);
-    case DType::kFloat16: return run_backward<Half, float>(a);
-  }
+template <typename T>
+View<T> view(const TensorView& v) {
+  return {static_cast<T*>(v.data), v.n, v.c, v.s};
+}
+template <typename T>
+T* vector(void* data) {
+  return static_cast<T*>(data);
 }
 
-template <typename T, typename A>
-NormArguments<T, A> cast(const NormArguments<void, void>& a) {
-  const auto vector = [](const void* data) { return static_cast<const A*>(data); };
-  const auto result = [](void* data) { return static_cast<A*>(data); };
-  return {a.g, cast<T>(a.grad_output), cast<T>(a.input), cast<T>(a.weight), cast<T>(a.attention),
-          {cast<T>(a.branches.first), a.branches.k}, vector(a.scale), vector(a.slope), vector(a.shift), result(a.mean),
-          result(a.var), result(a.grad_scale), result(a.grad_shift), cast<T>(a.output), cast<T>(a.grad_input),
-          cast<T>(a.grad_weight), cast<T>(a.grad_attention), a.parallel};
+template <typename T>
+Convolution<T> convolution(const Call& call, ParallelFor parallel) {
+  return {call.g, view<const T>(call.input), view<const T>(call.weight), parallel};
+}
+template <typename T>
+ExistingBranches<T> existing(const BranchTensors& in, ParallelFor parallel) {
+  return {in.g,
+          {view<const T>(in.branches), in.branches.k},
+          view<const T>(in.attention),
+          view<const T>(in.grad_output),
+          parallel};
 }
 
-#define AUTOFOCUS_NORM(function)                                                         \
-  void function##_of(DType dtype, const NormArguments<void, void>& a) {                  \
-    switch (dtype) {                                                                     \
-      case DType::kFloat32: return function<float, float>(cast<float, float>(a));        \
-      case DType::kFloat64: return function<double, double>(cast<double, double>(a));    \
-      case DType::kBFloat16: return function<BFloat16, float>(cast<BFloat16, float>(a)); \
-      case DType::kFloat16: return function<Half, float>(cast<Half, float>(a));          \
-    }                                                                                    \
-  }
-AUTOFOCUS_NORM(branch_statistics)
-AUTOFOCUS_NORM(branch_combine)
-AUTOFOCUS_NORM(branch_reduce)
-AUTOFOCUS_NORM(branch_norm_backward)
-#undef AUTOFOCUS_NORM
+void forward_of(const Call& call, const TensorView& output, ParallelFor parallel) {
+  with_types(call.dtype, [&](auto types) {
+    using T = typename decltype(types)::T;
+    using A = typename decltype(types)::A;
+    const ForwardArguments<T> args{convolution<T>(call, parallel), view<const T>(call.attention),
+                                   vector<const T>(call.bias),     vector<const T>(call.scale),
+                                   vector<const T>(call.shift),    view<T>(output)};
+    if (args.scale || args.shift)
+      branch_forward<T, A>(args);
+    else
+      PlainForward<T, A>(args).run();
+  });
+}
+
+void backward_of(const Call& call, const TensorView& grad_output, const Gradients& gradients, ParallelFor parallel) {
+  with_types(call.dtype, [&](auto types) {
+    using T = typename decltype(types)::T;
+    using A = typename decltype(types)::A;
+    const BackwardArguments<T> args{convolution<T>(call, parallel), view<const T>(grad_output),
+                                    view<const T>(call.attention),  vector<const T>(call.bias),
+                                    vector<const T>(call.scale),    vector<const T>(call.shift),
+                                    view<T>(gradients.input),       view<T>(gradients.weight),
+                                    view<T>(gradients.attention),   vector<T>(gradients.scale)};
+    if (args.scale || args.shift)
+      BranchBackward<T, A>(args).run();
+    else
+      PlainBackward<T, A>(args).run();
+  });
+}
+
+void branch_statistics_of(const Call& call, const TensorView& branches, void* mean, void* var, ParallelFor parallel) {
+  with_types(call.dtype, [&](auto types) {
+    using T = typename decltype(types)::T;
+    using A = typename decltype(types)::A;
+    branch_statistics<T, A>(convolution<T>(call, parallel), {view<T>(branches), branches.k}, vector<A>(mean),
+                            vector<A>(var));
+  });
+}
+
+void branch_combine_of(const BranchTensors& in, void* scale, void* shift, const TensorView& output,
+                       ParallelFor parallel) {
+  with_types(in.dtype, [&](auto types) {
+    using T = typename decltype(types)::T;
+    using A = typename decltype(types)::A;
+    branch_combine<T, A>(existing<T>(in, parallel), vector<A>(scale), vector<A>(shift), view<T>(output));
+  });
+}
+
+void branch_reduce_of(const BranchTensors& in, void* mean, void* scale, void* shift, const TensorView& grad_attention,
+                      void* grad_scale, void* grad_shift, ParallelFor parallel) {
+  with_types(in.dtype, [&](auto types) {
+    using T = typename decltype(types)::T;
+    using A = typename decltype(types)::A;
+    branch_reduce<T, A>(existing<T>(in, parallel), vector<A>(mean), vector<A>(scale), vector<A>(shift),
+                        view<T>(grad_attention), vector<A>(grad_scale), vector<A>(grad_shift));
+  });
+}
+
+void branch_norm_backward_of(const Call& call, const BranchTensors& in, void* a_coef, void* b_coef, void* c_coef,
+                             const TensorView& grad_input, const TensorView& grad_weight, ParallelFor parallel) {
+  with_types(call.dtype, [&](auto types) {
+    using T = typename decltype(types)::T;
+    using A = typename decltype(types)::A;
+    branch_norm_backward<T, A>(convolution<T>(call, parallel), existing<T>(in, parallel), vector<A>(a_coef),
+                               vector<A>(b_coef), vector<A>(c_coef), view<T>(grad_input), view<T>(grad_weight));
+  });
+}
 
 }  // namespace AUTOFOCUS_ISA
 }  // namespace autofocus

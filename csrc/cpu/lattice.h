@@ -1,68 +1,88 @@
-// The op as independent problems on sub-lattices (docs/math.md, section 5).
+// The op as independent problems on lattices (docs/math.md, section 5), and the walk over them.
 //
-// When every dilation of an axis is a multiple of f, outputs p = first + f p' read only inputs q = first' + f q': the
-// problem falls apart into f smaller ones with dilations r / f. Each is packed, computed and written on its own, so the
-// packed copy is a fraction of the volume and scatters of different lattices never meet.
+// Each lattice is packed, computed and written on its own, so the packed copy is a fraction of the volume and scatters
+// of different lattices never meet.
 #pragma once
 
 #include <algorithm>
-#include <numeric>
 
-#include "../geometry.h"
+#include "view.h"
 
 namespace autofocus {
 
-// Views one tensor's elements: 3D strides, in elements, of [N, C, D, H, W].
-template <typename T>
-struct View {
-  T* data;
-  int64_t n, c;
-  Index3 s;
-};
-
+// One lattice of one sample.
 struct Lattice {
-  Problem problem;     // over lattice points
+  Problem problem;  // over lattice points
+  int64_t sample;
   Index3 first_output;  // output position of lattice output 0
   Index3 first_input;   // input position of lattice input 0
   Index3 step;          // distance of lattice neighbours
+
+  Index3 output_at(const Index3& p) const {
+    return {first_output.z + step.z * p.z, first_output.y + step.y * p.y, first_output.x + step.x * p.x};
+  }
+  Index3 input_at(const Index3& q) const {
+    return {first_input.z + step.z * q.z, first_input.y + step.y * q.y, first_input.x + step.x * q.x};
+  }
+  // From lattice point p (or q) on, in a tensor of the output's (or the input's) size.
+  template <typename T>
+  Row<T> output_row(const View<T>& view, int64_t channel, const Index3& p) const {
+    return view.row(sample, channel, output_at(p), step.x);
+  }
+  template <typename T>
+  Row<T> input_row(const View<T>& view, int64_t channel, const Index3& q) const {
+    return view.row(sample, channel, input_at(q), step.x);
+  }
 };
 
-inline int64_t axis_factor(const Problem& g, int64_t Index3::*axis, int64_t extent_at_least) {
-  if (g.stride.*axis != 1) return 1;
-  if (g.kernel.*axis == 1) return 1;
-  int64_t common = 0;
-  for (int64_t k = 0; k < g.K; ++k) common = std::gcd(common, g.dilation[k].*axis);
-  // The largest divisor that leaves enough points: lattices of a few would be all overhead. Counted down from the
-  // size, not from the divisor, which may be huge.
-  int64_t factor = std::max<int64_t>(1, std::min(common, g.output.*axis / extent_at_least));
-  while (common % factor != 0) --factor;
-  return factor;
+// The largest step of an axis that leaves enough points: lattices of a few would be all overhead.
+inline int64_t lattice_step(const Problem& g, int64_t Index3::* axis, int64_t points_at_least) {
+  if (g.stride.*axis != 1 || g.kernel.*axis == 1) return 1;
+  const int64_t common = common_dilation(g, axis);
+  // A divisor of `common`, counted down from the size, not from the divisor, which may be huge.
+  int64_t step = std::max<int64_t>(1, std::min(common, g.output.*axis / points_at_least));
+  while (common % step != 0) --step;
+  return step;
 }
 
-inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+// The lattices of all samples: how every kernel cuts a problem first, by the problem alone.
+class Lattices {
+ public:
+  Lattices(const Problem& g, const Index3& step) : g_(g), step_(step) {}
 
-inline void restrict_axis(Lattice& lattice, int64_t Index3::*axis, int64_t phase) {
-  Problem& g = lattice.problem;
-  const int64_t step = lattice.step.*axis;
-  const int64_t origin = g.origin.*axis + phase;
-  lattice.first_output.*axis = phase;
-  g.origin.*axis = floor_div(origin, step);
-  lattice.first_input.*axis = origin - step * (g.origin.*axis);
-  g.output.*axis = std::max<int64_t>(0, ceil_div(g.output.*axis - phase, step));
-  g.input.*axis = std::max<int64_t>(0, ceil_div(g.input.*axis - lattice.first_input.*axis, step));
-  for (int64_t k = 0; k < g.K; ++k)
-    if (g.kernel.*axis > 1) g.dilation[k].*axis /= step;
-}
+  int64_t count() const { return g_.N * volume(step_); }
+  // Of the largest lattice.
+  int64_t input_points() const { return largest(g_.input); }
+  int64_t output_points() const { return largest(g_.output); }
 
-// The lattice number `index` of volume(step).
-inline Lattice lattice_at(const Problem& g, const Index3& step, int64_t index) {
-  Lattice lattice{g, {}, {}, step};
-  const Index3 phase = unravel(index, step);
-  restrict_axis(lattice, &Index3::z, phase.z);
-  restrict_axis(lattice, &Index3::y, phase.y);
-  restrict_axis(lattice, &Index3::x, phase.x);
-  return lattice;
-}
+  Lattice at(int64_t index) const {
+    Lattice lattice{g_, index / volume(step_), {}, {}, step_};
+    const Index3 phase = unravel(index % volume(step_), step_);
+    restrict_axis(lattice, &Index3::z, phase.z);
+    restrict_axis(lattice, &Index3::y, phase.y);
+    restrict_axis(lattice, &Index3::x, phase.x);
+    return lattice;
+  }
+
+ private:
+  int64_t largest(const Index3& size) const {
+    return ceil_div(size.z, step_.z) * ceil_div(size.y, step_.y) * ceil_div(size.x, step_.x);
+  }
+
+  static void restrict_axis(Lattice& lattice, int64_t Index3::* axis, int64_t phase) {
+    Problem& g = lattice.problem;
+    const int64_t step = lattice.step.*axis;
+    const InputLattice inputs = input_lattice(g.origin.*axis, phase, step);
+    lattice.first_output.*axis = phase;
+    lattice.first_input.*axis = inputs.phase;
+    g.origin.*axis = inputs.point;
+    g.output.*axis = std::max<int64_t>(0, ceil_div(g.output.*axis - phase, step));
+    g.input.*axis = std::max<int64_t>(0, ceil_div(g.input.*axis - inputs.phase, step));
+    for (int64_t k = 0; k < g.K; ++k) g.dilation[k].*axis /= step;
+  }
+
+  const Problem g_;
+  const Index3 step_;
+};
 
 }  // namespace autofocus

@@ -3,57 +3,15 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 #include <utility>
 
-#include "lattice.h"
+#include "element.h"
 #include "simd.h"
+#include "view.h"
 
 namespace autofocus {
 namespace AUTOFOCUS_ISA {
-
-struct BFloat16 { uint16_t bits; };
-struct Half { uint16_t bits; };
-
-inline uint32_t float_bits(float value) { uint32_t bits; std::memcpy(&bits, &value, 4); return bits; }
-inline float bits_float(uint32_t bits) { float value; std::memcpy(&value, &bits, 4); return value; }
-
-inline float to_accumulator(float value) { return value; }
-inline double to_accumulator(double value) { return value; }
-inline float to_accumulator(BFloat16 value) { return bits_float(uint32_t(value.bits) << 16); }
-inline float to_accumulator(Half value) {
-  // Shift exponent and mantissa into place and rescale; numbers with the largest exponent are Inf or NaN.
-  const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
-  const uint32_t rest = uint32_t(value.bits & 0x7fffu) << 13;
-  const float scaled = bits_float(rest) * bits_float(0x77800000u);  // 2^112
-  const uint32_t special = rest >= 0x0f800000u ? 0x7f800000u : 0u;
-  return bits_float(sign | float_bits(scaled) | special);
-}
-
-inline void from_accumulator(float value, float& to) { to = value; }
-inline void from_accumulator(double value, double& to) { to = value; }
-inline void from_accumulator(float value, BFloat16& to) {
-  const uint32_t bits = float_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  to.bits = uint16_t(value != value ? 0x7fc0u : rounded);
-}
-inline void from_accumulator(float value, Half& to) {
-  const uint32_t bits = float_bits(value);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  uint32_t result;
-  if (magnitude > 0x7f800000u) {
-    result = 0x7e00u;
-  } else if (magnitude >= 0x477ff000u) {  // 65520 and more round to infinity
-    result = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // subnormal: let the addition of 0.5 do the rounding
-    result = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
-  } else {
-    result = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  }
-  to.bits = uint16_t(sign | result);
-}
 
 // Transposes a block of kLanes vectors in registers: in round s, rows i and i + s swap their off-diagonal blocks.
 template <typename A, int s, int... lane>
@@ -87,7 +45,7 @@ inline __attribute__((always_inline)) typename Vec<A>::Native every_other(typena
 
 // One vector of elements `step` apart, of which the first `count` exist.
 template <typename T, typename A>
-inline __attribute__((always_inline)) typename Vec<A>::Native gather(const T* from, int64_t step, int64_t count) {
+inline __attribute__((always_inline)) typename Vec<A>::Native load_strided(const T* from, int64_t step, int64_t count) {
   constexpr int64_t n = Vec<A>::kLanes;
   if constexpr (std::is_same_v<T, A>) {
     if (step == 1 && count == n) return Vec<A>::load(from);
@@ -101,7 +59,8 @@ inline __attribute__((always_inline)) typename Vec<A>::Native gather(const T* fr
 }
 
 template <typename A, typename T>
-inline __attribute__((always_inline)) void scatter(typename Vec<A>::Native value, T* to, int64_t step, int64_t count) {
+inline __attribute__((always_inline)) void store_strided(typename Vec<A>::Native value, T* to, int64_t step,
+                                                         int64_t count) {
   if constexpr (std::is_same_v<T, A>)
     if (step == 1 && count == Vec<A>::kLanes) return Vec<A>::store(to, value);
   A lanes[Vec<A>::kLanes];
@@ -118,11 +77,13 @@ inline __attribute__((always_inline)) int64_t whole_vectors(const From* from, in
   return i;
 }
 
-// `count` voxels from `from` (voxel distance x, channel distance c) to rows of `width` channels; those past `channels`
-// are zeroed, so that whole vectors can be read.
+// `count` voxels of a tensor to rows of `width` channels; those past `channels` are zeroed, so that whole vectors can
+// be read.
 template <typename T, typename A>
-void pack_row(const T* from, int64_t x, int64_t c, int64_t count, int64_t channels, A* to, int64_t width) {
+void pack_row(const Row<const T>& row, int64_t count, int64_t channels, A* to, int64_t width) {
   constexpr int64_t n = Vec<A>::kLanes;
+  const T* from = row.data;
+  const int64_t x = row.x, c = row.c;
   if (c == 1) {
     for (int64_t i = 0; i < count; ++i, from += x, to += width) {
       int64_t j = whole_vectors(from, channels, to);
@@ -143,7 +104,7 @@ void pack_row(const T* from, int64_t x, int64_t c, int64_t count, int64_t channe
       typename Vec<A>::Native rows[n];
       const int64_t voxels = std::min(n, count - i);
       for (int64_t lane = 0; lane < n; ++lane)
-        rows[lane] = j + lane < channels ? gather<T, A>(from + i * x + (j + lane) * c, x, voxels)
+        rows[lane] = j + lane < channels ? load_strided<T, A>(from + i * x + (j + lane) * c, x, voxels)
                                          : typename Vec<A>::Native{};
       transpose<A>(rows);
       for (int64_t lane = 0; lane < voxels; ++lane) Vec<A>::store(to + (i + lane) * width + j, rows[lane]);
@@ -152,8 +113,10 @@ void pack_row(const T* from, int64_t x, int64_t c, int64_t count, int64_t channe
 
 // The way back. Rows of `from` hold whole vectors.
 template <typename A, typename T>
-void unpack_row(const A* from, int64_t width, int64_t count, int64_t channels, T* to, int64_t x, int64_t c) {
+void unpack_row(const A* from, int64_t width, int64_t count, int64_t channels, const Row<T>& row) {
   constexpr int64_t n = Vec<A>::kLanes;
+  T* to = row.data;
+  const int64_t x = row.x, c = row.c;
   if (c == 1) {
     for (int64_t i = 0; i < count; ++i, from += width, to += x) {
       int64_t j = whole_vectors(from, channels, to);
@@ -169,16 +132,8 @@ void unpack_row(const A* from, int64_t width, int64_t count, int64_t channels, T
         rows[lane] = lane < voxels ? Vec<A>::load(from + (i + lane) * width + j) : typename Vec<A>::Native{};
       transpose<A>(rows);
       for (int64_t lane = 0; lane < std::min(n, channels - j); ++lane)
-        scatter<A>(rows[lane], to + i * x + (j + lane) * c, x, voxels);
+        store_strided<A>(rows[lane], to + i * x + (j + lane) * c, x, voxels);
     }
-}
-
-// The element at lattice position (z, y, x) of a tensor, for lattice position 0 at `first`.
-template <typename T>
-T* lattice_row(const View<T>& view, int64_t n, int64_t channel, const Index3& first, const Index3& step, int64_t z,
-               int64_t y, int64_t x) {
-  return view.data + n * view.n + channel * view.c + (first.z + step.z * z) * view.s.z +
-         (first.y + step.y * y) * view.s.y + (first.x + step.x * x) * view.s.x;
 }
 
 }  // namespace AUTOFOCUS_ISA

@@ -4,14 +4,16 @@
 #include <algorithm>
 #include <vector>
 
-#include "lattice.h"
+#include "../geometry.h"
 
 namespace autofocus {
 
-// `count` neighbouring voxels of one row; they are rows `offset ...` of the tile's buffers. Segments of one `part` cover
-// the same x.
+// `count` neighbouring voxels of one row; they are rows `offset ...` of the tile's buffers. Segments of one `part`
+// cover the same x.
 struct Segment {
   int64_t z, y, x, count, offset, part;
+
+  Index3 first() const { return {z, y, x}; }
 };
 
 // Cuts a volume into tiles of at most `voxels`: several rows each, or parts of a row where rows are long.
@@ -63,8 +65,8 @@ class RunTable {
   RunTable(const Problem& g, const TileGrid& grid) : taps_(g.kernel.x), runs_(grid.parts() * g.kernel.x) {
     for (int64_t part = 0; part < grid.parts(); ++part)
       for (int64_t tap = 0; tap < taps_; ++tap)
-        runs_[part * taps_ + tap] = find(g, grid.begin(part), grid.begin(part + 1) - grid.begin(part),
-                                         tap - g.kernel.x / 2);
+        runs_[part * taps_ + tap] =
+            find(g, grid.begin(part), grid.begin(part + 1) - grid.begin(part), tap - g.kernel.x / 2);
   }
 
   const std::vector<Run>& at(int64_t part, int64_t tap) const { return runs_[part * taps_ + tap]; }
@@ -107,7 +109,7 @@ inline TapRow find_tap_row(const Problem& g, const Segment& segment, const Index
   TapRow row;
   row.inside = 0;
   for (int64_t k = 0; k < g.K; ++k) {
-    const Index3 q = input_position(g, {segment.z, segment.y, segment.x}, k, {offset.z, offset.y, 0});
+    const Index3 q = input_position(g, segment.first(), k, {offset.z, offset.y, 0});
     row.at[k] = q.z * strides.z + q.y * strides.y + q.x * strides.x;
     if (q.z >= 0 && q.z < g.input.z && q.y >= 0 && q.y < g.input.y) row.inside |= BranchSet(1) << k;
   }

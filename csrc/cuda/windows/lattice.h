@@ -46,9 +46,6 @@ struct Tile {
   Int3 target_class, target_first, source_class, source_first;
 };
 
-AUTOFOCUS_HD inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-AUTOFOCUS_HD inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
-
 AUTOFOCUS_HD inline int64_t num_classes(const Lattice& lattice) {
   return int64_t(lattice.step.z) * lattice.step.y * lattice.step.x;
 }
@@ -94,16 +91,13 @@ AUTOFOCUS_HD inline Tile tile_at(const Lattice& lattice, int64_t index) {
   rest /= lattice.tiles.y;
   tile.target_first.z = int(rest % lattice.tiles.z) * lattice.tile_z;
   tile.n = rest / lattice.tiles.z;
-  // Under target point l of class c lies source position origin + c + step l.
-  const Index3 shift = {floor_div(lattice.origin.z + tile.target_class.z, lattice.step.z),
-                        floor_div(lattice.origin.y + tile.target_class.y, lattice.step.y),
-                        floor_div(lattice.origin.x + tile.target_class.x, lattice.step.x)};
-  tile.source_class = {int(lattice.origin.z + tile.target_class.z - shift.z * lattice.step.z),
-                       int(lattice.origin.y + tile.target_class.y - shift.y * lattice.step.y),
-                       int(lattice.origin.x + tile.target_class.x - shift.x * lattice.step.x)};
-  tile.source_first = {int(tile.target_first.z + shift.z - lattice.halo.z),
-                       int(tile.target_first.y + shift.y - lattice.halo.y),
-                       int(tile.target_first.x + shift.x - lattice.halo.x)};
+  const InputLattice z = input_lattice(lattice.origin.z, tile.target_class.z, lattice.step.z);
+  const InputLattice y = input_lattice(lattice.origin.y, tile.target_class.y, lattice.step.y);
+  const InputLattice x = input_lattice(lattice.origin.x, tile.target_class.x, lattice.step.x);
+  tile.source_class = {int(z.phase), int(y.phase), int(x.phase)};
+  tile.source_first = {int(tile.target_first.z + z.point - lattice.halo.z),
+                       int(tile.target_first.y + y.point - lattice.halo.y),
+                       int(tile.target_first.x + x.point - lattice.halo.x)};
   return tile;
 }
 
@@ -165,8 +159,6 @@ AUTOFOCUS_HD inline bool reads(const Lattice& lattice, int tz) { return tz == 0 
 
 // ------------------------------------------------------------------ host: from a problem to its lattices
 
-inline int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
-
 // Which way the gather goes: outputs from inputs (forward), or inputs from outputs (its adjoint). The adjoint is the
 // same gather with the origin negated and the taps counted backwards.
 enum class Direction { kForward, kAdjoint };
@@ -177,11 +169,9 @@ struct StepAndHalo {
 
 inline StepAndHalo step_and_halo(const Problem& g, int64_t Index3::* axis) {
   if (g.kernel.*axis == 1) return {1, 0};
-  int64_t step = 0, largest = 0;
-  for (int64_t k = 0; k < g.K; ++k) {
-    step = common_divisor(step, g.dilation[k].*axis);
-    largest = g.dilation[k].*axis > largest ? g.dilation[k].*axis : largest;
-  }
+  const int64_t step = common_dilation(g, axis);
+  int64_t largest = 0;
+  for (int64_t k = 0; k < g.K; ++k) largest = g.dilation[k].*axis > largest ? g.dilation[k].*axis : largest;
   return {int(step), int(largest / step)};
 }
 

@@ -1,0 +1,189 @@
+// Gradients of input and weight from those of the branches: with dy_k the gradient of y_k, v_t(q) = sum_k dy_k(p) over
+// the outputs that read q, dx = sum_t W_t^T v_t and dW_t = sum_q v_t(q) x(q)^T (docs/math.md, section 6).
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "branch_tile.h"
+#include "branches.h"
+#include "gemm.h"
+#include "operands.h"
+#include "partial_sums.h"
+
+namespace autofocus {
+namespace AUTOFOCUS_ISA {
+
+// Of whole vectors: 0 times anything else is no zero.
+template <typename A>
+bool all_finite(const A* values, int64_t count) {
+  typename Vec<A>::Native sum = {};
+  for (int64_t i = 0; i < count; i += Vec<A>::kLanes) sum += Vec<A>::load(values + i) * typename Vec<A>::Native{};
+  return Vec<A>::sum(sum) == 0;
+}
+
+template <typename T, typename A>
+class BranchGather {
+ public:
+  // Gradients that are not wanted have null data.
+  BranchGather(const Convolution<T>& conv, const BranchPlan<A>& plan, const View<T>& grad_input,
+               const View<T>& grad_weight)
+      : conv_(conv),
+        g_(conv.g),
+        plan_(plan),
+        grad_input_(grad_input),
+        grad_weight_(grad_weight),
+        weight_size_(num_taps(g_) * plan.groups * plan.width * g_.C),
+        partials_(std::clamp<int64_t>((int64_t(1) << 23) / weight_size_, 1, plan.lattices.count())),
+        weight_(grad_input.data ? transposed_weight() : Scratch<A>(0)),
+        finite_weight_(!grad_input.data ||
+                       all_finite<A>(weight_, plan.groups * num_taps(g_) * plan.width * plan.in_width)),
+        sums_(grad_weight.data ? partials_ * weight_size_ : 0) {}
+
+  // produce(block, tile, lattice index) fills a block with dy_k; the tile is memory for it to use.
+  template <typename Produce>
+  void run(const Produce& produce) const {
+    conv_.parallel(partials_, [&](int64_t begin, int64_t end) {
+      Workspace w(*this);
+      for (int64_t partial = begin; partial < end; ++partial) {
+        A* sum = sums_ + partial * weight_size_;
+        if (grad_weight_.data) std::fill(sum, sum + weight_size_, A(0));
+        for (int64_t index = partial; index < plan_.lattices.count(); index += partials_)
+          run_lattice(index, produce, sum, w);
+      }
+    });
+    if (grad_weight_.data) reduce_grad_weight();
+  }
+
+ private:
+  struct Workspace {
+    explicit Workspace(const BranchGather& b)
+        : tile(b.plan_),
+          values(b.plan_.block_size),
+          dx(b.grad_input_.data ? b.plan_.lattices.input_points() * b.plan_.in_width : 0),
+          is_read(b.plan_.voxels * b.g_.kernel.x) {}
+    BranchTile<A> tile;
+    Scratch<A> values, dx;
+    std::vector<char> is_read;  // [voxel of the tile][tap x]
+  };
+
+  template <typename Produce>
+  void run_lattice(int64_t index, const Produce& produce, A* sum, Workspace& w) const {
+    const Lattice lattice = plan_.lattices.at(index);
+    const Index3& size = lattice.problem.input;
+    if (grad_input_.data) std::fill(w.dx.get(), w.dx + volume(size) * plan_.in_width, A(0));
+    for (int64_t group = 0; group < plan_.groups; ++group) {
+      const BranchBlock<A> block(plan_, lattice, group, w.values);
+      produce(block, w.tile, index);
+      if (grad_input_.data || grad_weight_.data) gather(block, sum, w);
+    }
+    if (grad_input_.data)
+      for_each_row(size, [&](int64_t z, int64_t y) {
+        unpack_row(w.dx + ravel({z, y, 0}, size) * plan_.in_width, plan_.in_width, size.x, g_.C,
+                   lattice.input_row(grad_input_, 0, {z, y, 0}));
+      });
+  }
+
+  // Adds a block's part of dx and dW, tile by tile of input points. A voxel adds a zero for a tap that nothing reads,
+  // which must not meet NaN or Inf: where there are any, each voxel goes through its own taps only.
+  void gather(const BranchBlock<A>& block, A* sum, Workspace& w) const {
+    const Problem& sub = block.lattice.problem;
+    const TileGrid grid(sub.input, plan_.voxels);
+    for (int64_t index = 0; index < grid.count(); ++index) {
+      const int64_t voxels = grid.at(index, w.tile.segments);
+      if (grad_weight_.data) w.tile.load(block.lattice, conv_.input);
+      const bool finite = finite_weight_ && (!grad_weight_.data || all_finite<A>(w.tile.x, voxels * plan_.in_width));
+      for (int64_t row = 0; row < plan_.tap_rows; ++row) {
+        const TilePart part = w.tile.part_read(sub, tap_offset(sub, row * sub.kernel.x));
+        if (part.begin == part.end) continue;
+        gather_row(block, row, part, !finite, w);
+        const int64_t tap_row = block.group * plan_.tap_rows + row;
+        if (grad_input_.data) add_input(block, tap_row, part, finite, w);
+        if (grad_weight_.data) add_weight(block, tap_row, part, finite, sum, w);
+      }
+    }
+  }
+
+  // v_t(q) for the taps of one row: columns[q][tap x][width].
+  void gather_row(const BranchBlock<A>& block, int64_t row, const TilePart& part, bool mark, Workspace& w) const {
+    const Problem& sub = block.lattice.problem;
+    A* columns = w.tile.columns;
+    std::fill(columns + part.begin * plan_.tap_columns, columns + part.end * plan_.tap_columns, A(0));
+    if (mark) std::fill(w.is_read.begin(), w.is_read.end(), false);
+    for (int64_t x = 0; x < sub.kernel.x; ++x)
+      w.tile.for_each_reader(
+          block, tap_offset(sub, row * sub.kernel.x + x), [&](int64_t at, const A* from, int64_t count) {
+            if (mark)
+              for (int64_t p = 0; p < count; ++p) w.is_read[(at + p * sub.stride.x) * sub.kernel.x + x] = true;
+            add_rows<A>(plan_.width, from, plan_.width, columns + at * plan_.tap_columns + x * plan_.width,
+                        sub.stride.x * plan_.tap_columns, count);
+          });
+  }
+
+  // dx(q) += sum_t W_t^T v_t(q)
+  void add_input(const BranchBlock<A>& block, int64_t tap_row, const TilePart& part, bool finite, Workspace& w) const {
+    A* to = w.dx + ravel(w.tile.segments.front().first(), block.lattice.problem.input) * plan_.in_width;
+    for_each_product(block, part, finite, w, [&](int64_t voxel, int64_t voxels, int64_t first, int64_t columns) {
+      gemm<A>({w.tile.columns + voxel * plan_.tap_columns + first, plan_.tap_columns, 1,
+               weight_ + (tap_row * plan_.tap_columns + first) * plan_.in_width, plan_.in_width,
+               to + voxel * plan_.in_width, plan_.in_width, columns},
+              voxels, g_.C, true);
+    });
+  }
+
+  // dW_t += sum_q x(q) v_t(q)^T: [group][tap row][C][tap x][width]
+  void add_weight(const BranchBlock<A>& block, int64_t tap_row, const TilePart& part, bool finite, A* sum,
+                  Workspace& w) const {
+    for_each_product(block, part, finite, w, [&](int64_t voxel, int64_t voxels, int64_t first, int64_t columns) {
+      gemm<A>({w.tile.x + voxel * plan_.in_width, 1, plan_.in_width, w.tile.columns + voxel * plan_.tap_columns + first,
+               plan_.tap_columns, sum + tap_row * g_.C * plan_.tap_columns + first, plan_.tap_columns, voxels},
+              g_.C, columns, true);
+    });
+  }
+
+  // Calls visit(first voxel, voxels, first column, columns) for the products of a row of taps.
+  template <typename Visit>
+  void for_each_product(const BranchBlock<A>& block, const TilePart& part, bool finite, const Workspace& w,
+                        const Visit& visit) const {
+    if (finite)
+      return for_each_tap_columns<A>(g_.kernel.x, plan_.width, block.channels, [&](int64_t first, int64_t columns) {
+        visit(part.begin, part.end - part.begin, first, columns);
+      });
+    for (int64_t voxel = part.begin; voxel < part.end; ++voxel)
+      for (int64_t x = 0; x < g_.kernel.x; ++x)
+        if (w.is_read[voxel * g_.kernel.x + x]) visit(voxel, 1, x * plan_.width, block.channels);
+  }
+
+  // [group][tap row][tap x][width][C padded]
+  Scratch<A> transposed_weight() const {
+    Scratch<A> packed(plan_.groups * num_taps(g_) * plan_.width * plan_.in_width);
+    A* to = packed;
+    for (int64_t group = 0; group < plan_.groups; ++group)
+      for (int64_t row = 0; row < plan_.tap_rows; ++row)
+        for (int64_t x = 0; x < g_.kernel.x; ++x)
+          for (int64_t o = group * plan_.width; o < (group + 1) * plan_.width; ++o, to += plan_.in_width)
+            pack_row(Row<const T>{weight_at(g_, conv_.weight, std::min(o, g_.O - 1), 0, row, x), 0, conv_.weight.c}, 1,
+                     o < g_.O ? g_.C : 0, to, plan_.in_width);
+    return packed;
+  }
+
+  void reduce_grad_weight() const {
+    const auto first = [&](int64_t tap, int64_t o, int64_t c) {
+      const int64_t row = (o / plan_.width * plan_.tap_rows + tap / g_.kernel.x) * g_.C + c;
+      return sums_ + (row * g_.kernel.x + tap % g_.kernel.x) * plan_.width + o % plan_.width;
+    };
+    reduce_weight<A>(g_, conv_.parallel, partials_, weight_size_, grad_weight_, first);
+  }
+
+  const Convolution<T>& conv_;
+  const Problem& g_;
+  const BranchPlan<A>& plan_;
+  const View<T> grad_input_, grad_weight_;
+  const int64_t weight_size_, partials_;
+  const Scratch<A> weight_;
+  const bool finite_weight_;
+  const Scratch<A> sums_;
+};
+
+}  // namespace AUTOFOCUS_ISA
+}  // namespace autofocus

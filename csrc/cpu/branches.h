@@ -1,0 +1,77 @@
+// The branches of a call, project first: Z_t = W_t x, one GEMM for all branches, then y_k(p) = sum_t Z_t(q_k(p)),
+// additions only (docs/math.md, section 6).
+#pragma once
+
+#include <algorithm>
+
+#include "branch_tile.h"
+#include "gemm.h"
+#include "operands.h"
+
+namespace autofocus {
+namespace AUTOFOCUS_ISA {
+
+template <typename T, typename A>
+class Branches {
+ public:
+  Branches(const Convolution<T>& conv, const BranchPlan<A>& plan)
+      : conv_(conv), plan_(plan), weight_(pack_tap_columns<A>(conv.g, conv.weight, false, plan.width)) {}
+
+  // Computes every block and calls consume(block, lattice index) in the thread that computed it.
+  template <typename Consume>
+  void for_each_block(const Consume& consume) const {
+    conv_.parallel(plan_.lattices.count() * plan_.groups, [&](int64_t begin, int64_t end) {
+      const Scratch<A> values(plan_.block_size);
+      BranchTile<A> tile(plan_);
+      for (int64_t job = begin; job < end; ++job) {
+        const Lattice lattice = plan_.lattices.at(job / plan_.groups);
+        const BranchBlock<A> block(plan_, lattice, job % plan_.groups, values);
+        compute(block, tile);
+        consume(block, job / plan_.groups);
+      }
+    });
+  }
+
+  // y_k of a block, tile by tile of input points.
+  void compute(const BranchBlock<A>& block, BranchTile<A>& tile) const {
+    const Problem& sub = block.lattice.problem;
+    std::fill(block.values, block.branch(sub.K), A(0));
+    const TileGrid grid(sub.input, plan_.voxels);
+    for (int64_t index = 0; index < grid.count(); ++index) {
+      grid.at(index, tile.segments);
+      tile.load(block.lattice, conv_.input);
+      for (int64_t row = 0; row < plan_.tap_rows; ++row) {
+        const TilePart part = tile.part_read(sub, tap_offset(sub, row * sub.kernel.x));
+        if (part.begin == part.end) continue;
+        project(block, row, part, tile);
+        for (int64_t x = 0; x < sub.kernel.x; ++x)
+          tile.for_each_reader(block, tap_offset(sub, row * sub.kernel.x + x), [&](int64_t from, A* to, int64_t count) {
+            add_rows<A>(plan_.width, tile.columns + from * plan_.tap_columns + x * plan_.width,
+                        sub.stride.x * plan_.tap_columns, to, plan_.width, count);
+          });
+      }
+    }
+  }
+
+ private:
+  // Z_t(q) for the taps of one row.
+  void project(const BranchBlock<A>& block, int64_t tap_row, const TilePart& part, const BranchTile<A>& tile) const {
+    const Problem& g = conv_.g;
+    A* columns = tile.columns + part.begin * plan_.tap_columns;
+    const A* weight = weight_ + (block.group * plan_.tap_rows + tap_row) * g.C * plan_.tap_columns;
+    const int64_t voxels = part.end - part.begin;
+    clear_missing(columns, voxels * plan_.tap_columns, plan_.width, block.channels);
+    for_each_tap_columns<A>(g.kernel.x, plan_.width, block.channels, [&](int64_t first, int64_t count) {
+      gemm<A>({tile.x + part.begin * plan_.in_width, plan_.in_width, 1, weight + first, plan_.tap_columns,
+               columns + first, plan_.tap_columns, g.C},
+              voxels, count, false);
+    });
+  }
+
+  const Convolution<T>& conv_;
+  const BranchPlan<A>& plan_;
+  const Scratch<A> weight_;
+};
+
+}  // namespace AUTOFOCUS_ISA
+}  // namespace autofocus
