@@ -73,10 +73,10 @@ def _interpreted():
 
 def interpret(case, dtype, config):
     """Forward and every gradient against truth; gradients wanted alone, and again, are the same bits."""
-    from autofocus_kernels.backends.triton import backend, fitting, launch
+    from autofocus_kernels.backends.triton import backend, launch
 
     launch.configurations = lambda *key: (config,)
-    fitting.forget()
+    launch.forget()
     testing.check("triton", case, dtype)
     if dtype != torch.float32 or case.spatial_dims != 1:
         return
@@ -188,7 +188,7 @@ def compile_for(target, dtype, *modules):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from autofocus_kernels.backends.triton import fitting, launch
+    from autofocus_kernels.backends.triton import launch
 
     amd = target.startswith("gfx")
     torch.version.hip = "offline" if amd else None
@@ -200,7 +200,13 @@ def compile_for(target, dtype, *modules):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.runtime.JITFunction):
                 kernel.device_caches.clear()
-    fitting.forget()
+    launch.forget()
+
+
+def compiled_for(work):
+    """What a launch would run."""
+    plan = work.plan
+    return plan.kernel.warmup(*work.tensors, *plan.numbers, grid=plan.grid, **plan.constants)
 
 
 def compile_kernels(target, dtype, mode, channels, out_channels, layout):
@@ -211,8 +217,7 @@ def compile_kernels(target, dtype, mode, channels, out_channels, layout):
     figures = []
 
     def submit(work):
-        compiled = work.kernel.warmup(*work.arguments, grid=work.grid, **work.constants)
-        figures.append({"kernel": work.kernel.__name__, **_figures(compiled, target)})
+        figures.append({"kernel": work.plan.kernel.__name__, **_figures(compiled_for(work), target)})
 
     launch.submit = submit
     case = Case(
