@@ -1,6 +1,7 @@
 """What the Triton launcher decides, checked in the interpreter's process: triton_worker.py runs each function here."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 
@@ -96,12 +97,12 @@ def a_configuration_that_does_not_fit_gives_way():
 
 def one_that_fitted_may_stop_fitting():
     """A class of problems holds layouts and 64-bit offsets that need more registers."""
-    refused = []
+    refused, larger = [], dataclasses.replace(CASE, name="larger", size=(4, 5))
     with candidates(BIG, SMALL, refused=refused) as launched:
         forward()
         refused.append(BIG)
-        forward()
-        forward()
+        forward(larger)
+        forward(larger)
     assert launched == [64, 64, 64, 16, 16], launched  # chosen; refused, and tried once more, then the next
 
 

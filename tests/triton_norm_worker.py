@@ -30,9 +30,6 @@ KERNELS = {
     "grad_branches_kernel",
     "grad_input_weight_kernel",
 }
-# Launched by some of them besides; triton_worker.py compiles these.
-PACKING = {"pack_kernel", "repack_kernel", "add_parts_kernel"}
-
 # Few, large programs, for the interpreter's time goes by program.
 LARGE = Config(rows=1024, block_c=64, block_o=64, num_warps=4, registers=255)
 
@@ -120,7 +117,7 @@ def interpret(case, dtype, save_branches):
     fused = partial(normed_autofocus_conv, save_branches=save_branches, backend="triton")
     results = test_branch_norm.compare(fused, case, tensors, norms)
     assert results["output"].is_contiguous(memory_format=case.memory_format)
-    assert set(grids) - PACKING == KERNELS
+    assert set(grids) - triton_worker.PACKING == KERNELS
     if many:
         assert all(min(grids[name]) > 1 for name in KERNELS - {"forward_kernel", "grad_input_weight_kernel"}), grids
     if case is _SMALL:
@@ -218,9 +215,9 @@ def interpret_layer():
 # ------------------------------------------------------------------ ahead of time: (target, dtype, layout)
 
 COMPILED = [
-    *((target, "bfloat16", "channels_last") for target in triton_worker.SHARED_LIMIT),
     ("sm_80", "tf32", "channels_last"),
     ("sm_90", "bfloat16", "contiguous"),
+    ("sm_100", "bfloat16", "channels_last"),
     ("gfx942", "float32", "channels_last"),
 ]
 
@@ -239,7 +236,7 @@ def compile_kernels(target, dtype, layout):
     def submit(work):
         name = work.plan.kernel.__name__
         # The same kernel is launched for each branch.
-        if name not in figures and name not in PACKING:
+        if name not in figures and name not in triton_worker.PACKING:
             figures[name] = triton_worker._figures(triton_worker.compiled_for(work), target)
 
     launch.submit = submit

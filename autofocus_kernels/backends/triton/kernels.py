@@ -619,8 +619,8 @@ def project(
                     if missed & bits == 0:
                         corner = corner_of(dilation, tap, start, origin, G)
                         mask = outside & bits == 0
-                        rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
-                        x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C).to(DOT)
+                        source = input + offset_between(home, corner, input_stride, ALIGN, ROW)
+                        x = load_rows(source, input_rows, mask, c, 1, READ, BLOCK_C).to(DOT)
                         w = tl.load(weight_tile(weight, tap, c, o, C_PADDED, O_PADDED, G)).to(DOT)
                         y = tl.dot(x, w, y, input_precision=PRECISION)
     return y
