@@ -486,7 +486,9 @@ def test_training_step_with_branch_norm_in_16_bits(library, device, no_reference
         )
     }
     branches = case.num_branches
-    assert list(launches.values()) == [branches * (1 if save_branches else 2), -(-branches // 4), branches, 0, 0, 0], launches
+    assert list(launches.values()) == [branches * (1 if save_branches else 2), -(-branches // 4), branches, 0, 0, 0], (
+        launches
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)

@@ -1,6 +1,7 @@
 """What the Triton launcher decides, checked in the interpreter's process: triton_worker.py runs each function here."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 
@@ -9,7 +10,7 @@ from triton.runtime.errors import OutOfResources
 
 from autofocus_kernels import autofocus_conv, dispatch, self_check, testing
 from autofocus_kernels.backends.interface import Gradients
-from autofocus_kernels.backends.triton import backend, fitting, launch
+from autofocus_kernels.backends.triton import backend, launch
 from autofocus_kernels.backends.triton.configs import Config
 from autofocus_kernels.testing import Case, call_of
 
@@ -49,14 +50,14 @@ def logged():
 @contextlib.contextmanager
 def candidates(*configs, refused=()):
     """The launcher has these configurations, and the device refuses some; yields the rows of those launched."""
-    fitting.forget()
+    launch.forget()
     dispatch.log_refusal.cache_clear()
     launched, submit = [], launch.submit
 
     def submit_or_refuse(work):
-        if work.kernel is launch.kernels.pack_kernel:
+        if "G" not in work.plan.constants:  # it packs or adds up
             return submit(work)
-        launched.append(work.constants["G"].rows)
+        launched.append(work.plan.constants["G"].rows)
         if launched[-1] in [config.rows for config in refused]:
             raise OutOfResources(300000, 232448, "shared memory")
         submit(work)
@@ -96,12 +97,12 @@ def a_configuration_that_does_not_fit_gives_way():
 
 def one_that_fitted_may_stop_fitting():
     """A class of problems holds layouts and 64-bit offsets that need more registers."""
-    refused = []
+    refused, larger = [], dataclasses.replace(CASE, name="larger", size=(4, 5))
     with candidates(BIG, SMALL, refused=refused) as launched:
         forward()
         refused.append(BIG)
-        forward()
-        forward()
+        forward(larger)
+        forward(larger)
     assert launched == [64, 64, 64, 16, 16], launched  # chosen; refused, and tried once more, then the next
 
 
@@ -133,7 +134,7 @@ def what_fits_runs_though_another_pass_does_not_fit():
         submit = launch.submit
 
         def refuse_one(work):
-            if work.kernel in grad_kernels:
+            if work.plan.kernel in grad_kernels:
                 raise OutOfResources(300000, 232448, "shared memory")
             submit(work)
 

@@ -31,7 +31,6 @@ KERNELS = {
     "grad_branches_kernel",
     "grad_input_weight_kernel",
 }
-
 # Few, large programs, for the interpreter's time goes by program.
 LARGE = Config(rows=1024, block_c=64, block_o=64, num_warps=4, registers=255)
 
@@ -89,16 +88,16 @@ NAMES = [*(interpreted_name(*entry) for entry in INTERPRETED), "layer", "memory"
 
 def configure(config=LARGE, elements=4096, block_o=128):
     """Tiles of every kernel; returns a record of the grids that are launched."""
-    from autofocus_kernels.backends.triton import fitting, launch, norm
+    from autofocus_kernels.backends.triton import launch, norm
 
-    fitting.forget()
+    launch.forget()
     launch.configurations = lambda *key: (config,)
     norm.ELEMENTS, norm.MAX_BLOCK_O = elements, block_o
     grids = {}
 
     def submit(work):
-        grids[work.kernel.__name__] = work.grid
-        work.kernel[work.grid](*work.arguments, **work.constants)
+        grids[work.plan.kernel.__name__] = work.plan.grid
+        work.plan.run(work.tensors)
         work.finish()
 
     launch.submit = submit
@@ -119,7 +118,7 @@ def interpret(case, dtype, save_branches):
     fused = partial(normed_autofocus_conv, save_branches=save_branches, backend="triton")
     results = test_branch_norm.compare(fused, case, tensors, norms)
     assert results["output"].is_contiguous(memory_format=case.memory_format)
-    assert set(grids) - {"pack_kernel"} == KERNELS
+    assert set(grids) - triton_worker.PACKING == KERNELS
     if many:
         assert all(min(grids[name]) > 1 for name in KERNELS - {"forward_kernel", "grad_input_weight_kernel"}), grids
     if case is _SMALL:
@@ -217,9 +216,9 @@ def interpret_layer():
 # ------------------------------------------------------------------ ahead of time: (target, dtype, layout)
 
 COMPILED = [
-    *((target, "bfloat16", "channels_last") for target in triton_worker.SHARED_LIMIT),
     ("sm_80", "tf32", "channels_last"),
     ("sm_90", "bfloat16", "contiguous"),
+    ("sm_100", "bfloat16", "channels_last"),
     ("gfx942", "float32", "channels_last"),
 ]
 
@@ -236,11 +235,10 @@ def compile_kernels(target, dtype, layout):
     figures = {}
 
     def submit(work):
-        name = work.kernel.__name__
-        # The same kernel is launched for each branch; triton_worker.py compiles that which packs.
-        if name not in figures and name != "pack_kernel":
-            compiled = work.kernel.warmup(*work.arguments, grid=work.grid, **work.constants)
-            figures[name] = triton_worker._figures(compiled, target)
+        name = work.plan.kernel.__name__
+        # The same kernel is launched for each branch.
+        if name not in figures and name not in triton_worker.PACKING:
+            figures[name] = triton_worker._figures(triton_worker.compiled_for(work), target)
 
     launch.submit = submit
     channels = 64 if dtype == "bfloat16" else 32

@@ -16,6 +16,8 @@ from ..interface import Backend
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Coordinates are 32-bit in the kernels, and a read this far out marks one that is switched off (kernels.OUTSIDE).
 COORDINATE_LIMIT = 1 << 30
+# Of a kernel's sizes: a bit each in a word (kernels.word_of).
+TAPS_LIMIT = 63
 _NORM = ("branch_statistics", "branch_combine", "branch_reduce", "branch_norm_backward")
 _MODULES = {"forward": "launch", "backward": "launch", **dict.fromkeys(_NORM, "norm")}
 
@@ -58,6 +60,8 @@ class TritonBackend:
                 return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
         if call.geometry.farthest >= COORDINATE_LIMIT:
             return f"coordinates of {COORDINATE_LIMIT} and more are read"
+        if sum(call.geometry.as_3d.kernel_size) > TAPS_LIMIT:
+            return f"the kernel's sizes add up to more than {TAPS_LIMIT}"
         return None
 
     def __getattr__(self, name: str):

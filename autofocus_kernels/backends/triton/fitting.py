@@ -7,7 +7,7 @@ kept for the life of the process.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -31,11 +31,12 @@ def forget() -> None:
     _unfit.clear()
 
 
-def require_fit(*keys: Hashable) -> None:
+def require_fit(keys: Iterable[Hashable]) -> None:
     """Raises NoConfigurationFits if that is what an earlier :func:`run` with one of ``keys`` came to."""
-    for key in keys:
-        if key in _unfit:
-            raise NoConfigurationFits(_unfit[key])
+    if _unfit:  # else ``keys``, a generator, is not even computed
+        for key in keys:
+            if key in _unfit:
+                raise NoConfigurationFits(_unfit[key])
 
 
 def run(key: Hashable, candidates: Sequence[Config], launch: Callable[[Config], None]) -> None:
@@ -44,7 +45,7 @@ def run(key: Hashable, candidates: Sequence[Config], launch: Callable[[Config], 
     Raises:
         NoConfigurationFits: no candidate fits the device, now or in an earlier call.
     """
-    require_fit(key)
+    require_fit([key])
     if key in _chosen and fits(key, _chosen[key], launch):
         return
     # One that fitted once may not fit now: a key does not tell layouts and 64-bit offsets apart.

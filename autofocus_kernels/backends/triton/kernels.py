@@ -128,14 +128,17 @@ def corner_on_axis(start, origin, reach, STRIDE: tl.constexpr, TRANSPOSED: tl.co
 
 
 @triton.jit
+def axis_corner(axis: tl.constexpr, dilation, tap, start, origin, G: tl.constexpr):
+    reach = dilation[axis] * (tap - G.kernel[axis] // 2)
+    return corner_on_axis(start[axis], origin[axis], reach, G.stride[axis], G.transposed)
+
+
+@triton.jit
 def corner_of(dilation, tap, start, origin, G: tl.constexpr):
     """Coordinates that the first row reads, for one branch's dilation and one tap: three scalars."""
-    reach_d = dilation[0] * (tap[0] - G.kernel[0] // 2)
-    reach_h = dilation[1] * (tap[1] - G.kernel[1] // 2)
-    reach_w = dilation[2] * (tap[2] - G.kernel[2] // 2)
-    d = corner_on_axis(start[0], origin[0], reach_d, G.stride[0], G.transposed)
-    h = corner_on_axis(start[1], origin[1], reach_h, G.stride[1], G.transposed)
-    w = corner_on_axis(start[2], origin[2], reach_w, G.stride[2], G.transposed)
+    d = axis_corner(0, dilation, tap[0], start, origin, G)
+    h = axis_corner(1, dilation, tap[1], start, origin, G)
+    w = axis_corner(2, dilation, tap[2], start, origin, G)
     return d, h, w
 
 
@@ -154,28 +157,82 @@ def home_of(start, origin, G: tl.constexpr):
 
 
 @triton.jit
-def tile_reads(corner, size, G: tl.constexpr):
-    """Whether, on each axis, any row of the tile's box reads inside the volume: three scalars."""
-    d = (corner[0] < size[0]) & (corner[0] + G.move[0] * (G.tile[0] - 1) >= 0)
-    h = (corner[1] < size[1]) & (corner[1] + G.move[1] * (G.tile[1] - 1) >= 0)
-    w = (corner[2] < size[2]) & (corner[2] + G.move[2] * (G.tile[2] - 1) >= 0)
-    return d, h, w
+def word_of(bits, G: tl.constexpr):
+    """A word with room for a bit for each tap of each axis: first those of D, then H, then W."""
+    if G.kernel[0] + G.kernel[1] + G.kernel[2] < 32:
+        return tl.full([], bits, tl.int32)
+    else:
+        return tl.full([], bits, tl.int64)
 
 
 @triton.jit
-def any_branch_reads(tap, start, origin, size, G: tl.constexpr):
-    """Whether every axis has a branch that reads inside the volume (a scalar): if not, the tap is worth nothing.
+def axis_bit(axis: tl.constexpr, tap, G: tl.constexpr):
+    first: tl.constexpr = (axis > 0) * G.kernel[0] + (axis > 1) * G.kernel[1]
+    return word_of(1, G) << (first + tap)
 
-    Axis by axis, so that the outer loops hold one truth value and not one per branch.
+
+@triton.jit
+def tap_word(tap, G: tl.constexpr):
+    """The three bits of a tap."""
+    return axis_bit(0, tap[0], G) | axis_bit(1, tap[1], G) | axis_bit(2, tap[2], G)
+
+
+@triton.jit
+def outside_on_axis(axis: tl.constexpr, dilation, moved, start, origin, size, G: tl.constexpr):
+    TAPS: tl.constexpr = G.kernel[axis]
+    word = word_of(0, G)
+    for tap in tl.static_range(TAPS):
+        corner = axis_corner(axis, dilation, tap, start, origin, G)
+        # A negative coordinate is a huge unsigned one.
+        inside = (corner + moved[axis]).to(tl.uint32, bitcast=True) < size[axis]
+        word |= tl.where(inside, word_of(0, G), axis_bit(axis, tap, G))
+    return word
+
+
+@triton.jit
+def outside_word(dilation, valid, moved, start, origin, size, G: tl.constexpr):
+    """For one branch, which taps of an axis read outside the volume [P]; all bits where not ``valid``.
+
+    In the loops over taps one instruction asks it for the three bits of a tap, where coordinates would take six.
+    """
+    word = tl.where(valid, word_of(0, G), word_of(-1, G))
+    word |= outside_on_axis(0, dilation, moved, start, origin, size, G)
+    word |= outside_on_axis(1, dilation, moved, start, origin, size, G)
+    return word | outside_on_axis(2, dilation, moved, start, origin, size, G)
+
+
+@triton.jit
+def missed_on_axis(axis: tl.constexpr, dilation, start, origin, size, G: tl.constexpr):
+    TAPS: tl.constexpr = G.kernel[axis]
+    word = word_of(0, G)
+    for tap in tl.static_range(TAPS):
+        corner = axis_corner(axis, dilation, tap, start, origin, G)
+        reads = (corner < size[axis]) & (corner + G.move[axis] * (G.tile[axis] - 1) >= 0)
+        word |= tl.where(reads, word_of(0, G), axis_bit(axis, tap, G))
+    return word
+
+
+@triton.jit
+def missed_word(dilation, start, origin, size, G: tl.constexpr):
+    """For one branch, with which taps of an axis no row of the tile's box reads inside the volume (a scalar)."""
+    word = missed_on_axis(0, dilation, start, origin, size, G) | missed_on_axis(1, dilation, start, origin, size, G)
+    return word | missed_on_axis(2, dilation, start, origin, size, G)
+
+
+@triton.jit
+def words_of_branches(valid, moved, start, origin, size, G: tl.constexpr):
+    """``outside_word`` of each branch, and the taps of an axis with which no branch reads inside the volume.
+
+    A tap with any of the latter is worth nothing.
     """
     K: tl.constexpr = G.branches
-    d, h, w = tile_reads(corner_of(constant_dilation(0, G), tap, start, origin, G), size, G)
-    for k in tl.static_range(1, K):
-        reads = tile_reads(corner_of(constant_dilation(k, G), tap, start, origin, G), size, G)
-        d = d | reads[0]
-        h = h | reads[1]
-        w = w | reads[2]
-    return d & h & w
+    outside = ()
+    missed = word_of(-1, G)
+    for k in tl.static_range(K):
+        dilation = constant_dilation(k, G)
+        outside = outside + (outside_word(dilation, valid, moved, start, origin, size, G),)
+        missed &= missed_word(dilation, start, origin, size, G)
+    return outside, missed
 
 
 @triton.jit
@@ -184,14 +241,6 @@ def centre_tap(G: tl.constexpr):
     h: tl.constexpr = G.kernel[1] // 2
     w: tl.constexpr = G.kernel[2] // 2
     return d, h, w
-
-
-@triton.jit
-def off_centre_reads(tap, start, origin, size, G: tl.constexpr):
-    """``any_branch_reads``, but never for the centre tap, which is done apart."""
-    d, h, w = centre_tap(G)
-    centre = (tap[0] == d) & (tap[1] == h) & (tap[2] == w)
-    return any_branch_reads(tap, start, origin, size, G) & (centre == 0)
 
 
 @triton.jit
@@ -254,13 +303,13 @@ def blended(blend, gate, tile):
 
 
 @triton.jit
-def pinned(rows):
-    """[P] in fp32, by way of a sum over an axis of one.
+def pinned(tile):
+    """A tile [P, B] as it is, by way of a sum over an axis of one.
 
     The compiler would move the conversion to the layout of tl.dot's operand up to the loads: K tiles through shared
     memory instead of their blend. It does not move it past a reduction.
     """
-    return tl.sum(rows.to(tl.float32)[:, None], 1)
+    return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1], 1]), 2)
 
 
 # ------------------------------------------------------------------ branches without a scale: blend, then project
@@ -315,39 +364,41 @@ def forward_kernel(
     total = tl.zeros([P], tl.float32)
     for k in tl.static_range(K):
         gate = tl.load(attention + branch_offset(k, attention_stride, ROW) + attention_rows, mask=valid, other=0.0)
-        gates = gates + (pinned(gate),)
-        total += gate.to(tl.float32)
-    total = pinned(total)
+        gates = gates + (gate.to(tl.float32),)
+        total += gates[k]
 
     # The shift comes first: added last, the gates would stay in registers in a second layout.
     result = tl.zeros([P, BLOCK_O], tl.float32)
     if HAS_SHIFT:
         for k in tl.static_range(K):
             result += gates[k][:, None] * load_vector(shift, k, shift_stride, o, O, BLOCK_O)[None, :]
+    outside, missed = words_of_branches(valid, moved, start, origin, input_size, G)
     for c_start in range(0, C, BLOCK_C):
         c = c_start + tl.arange(0, BLOCK_C)
         # The centre tap, which the branches share.
         tap = centre_tap(G)
         corner = corner_of(constant_dilation(0, G), tap, start, origin, G)
-        mask = valid & rows_inside(corner, moved, input_size)
+        mask = outside[0] & tap_word(tap, G) == 0
         rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
         x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C)
         w = tl.load(weight_tile(weight, tap, c, o, C_PADDED, O_PADDED, G)).to(DOT)
-        result = tl.dot((total[:, None] * widened(x)).to(DOT), w, result, input_precision=PRECISION)
+        blend = (total[:, None] * widened(x)).to(DOT)
+        result = tl.dot(pinned(blend), w, result, input_precision=PRECISION)
         for tap_d in range(G.kernel[0]):
             for tap_h in range(G.kernel[1]):
                 for tap_w in range(G.kernel[2]):
                     tap = (tap_d, tap_h, tap_w)
-                    if off_centre_reads(tap, start, origin, input_size, G):
+                    bits = tap_word(tap, G)
+                    if (missed & bits == 0) & (bits != tap_word(centre_tap(G), G)):
                         blend = tl.zeros([P, BLOCK_C], BLEND)
                         for k in tl.static_range(K):
                             corner = corner_of(constant_dilation(k, G), tap, start, origin, G)
-                            mask = valid & rows_inside(corner, moved, input_size)
-                            rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
-                            x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C)
+                            mask = outside[k] & bits == 0
+                            source = input + offset_between(home, corner, input_stride, ALIGN, ROW)
+                            x = load_rows(source, input_rows, mask, c, 1, READ, BLOCK_C)
                             blend = blended(blend, gates[k], x)
                         w = tl.load(weight_tile(weight, tap, c, o, C_PADDED, O_PADDED, G)).to(DOT)
-                        result = tl.dot(blend.to(DOT), w, result, input_precision=PRECISION)
+                        result = tl.dot(pinned(blend.to(DOT)), w, result, input_precision=PRECISION)
 
     output += offset_of(n, start, output_stride, TILE_ALIGN)
     store_rows(output, row_offsets(position, output_stride, TILE_ALIGN, ROW), valid, o, output_stride[1], result, O)
@@ -413,6 +464,7 @@ def grad_attention_kernel(
             constants = added
     grad = load_rows(grad_output, grad_rows, valid, tl.arange(0, BLOCK_O), grad_output_stride[1], O, BLOCK_O)
     shared = tl.zeros([P, BLOCK_C // ALIGN], tl.float32)
+    outside, missed = words_of_branches(valid, moved, start, origin, input_size, G)
     for c_start in range(0, C, BLOCK_C):
         c = c_start + tl.arange(0, BLOCK_C)
         # The centre tap, which the branches share.
@@ -435,7 +487,7 @@ def grad_attention_kernel(
             PRECISION,
         )
         corner = corner_of(constant_dilation(0, G), tap, start, origin, G)
-        mask = valid & rows_inside(corner, moved, input_size)
+        mask = outside[0] & tap_word(tap, G) == 0
         rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
         x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C)
         shared += lane_sums(g, x, ALIGN)
@@ -443,7 +495,8 @@ def grad_attention_kernel(
             for tap_h in range(G.kernel[1]):
                 for tap_w in range(G.kernel[2]):
                     tap = (tap_d, tap_h, tap_w)
-                    if off_centre_reads(tap, start, origin, input_size, G):
+                    bits = tap_word(tap, G)
+                    if (missed & bits == 0) & (bits != tap_word(centre_tap(G), G)):
                         g = tap_gradient(
                             grad,
                             grad_output,
@@ -464,9 +517,9 @@ def grad_attention_kernel(
                         added = ()
                         for k in tl.static_range(K):
                             corner = corner_of(constant_dilation(k, G), tap, start, origin, G)
-                            mask = valid & rows_inside(corner, moved, input_size)
-                            rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
-                            x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C)
+                            mask = outside[k] & bits == 0
+                            source = input + offset_between(home, corner, input_stride, ALIGN, ROW)
+                            x = load_rows(source, input_rows, mask, c, 1, READ, BLOCK_C)
                             added = added + (results[k] + lane_sums(g, x, ALIGN),)
                         results = added
 
@@ -553,6 +606,8 @@ def project(
     C_PADDED: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C * BLOCK_C
     O_PADDED: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O * BLOCK_O
     dilation = dilation_of(k, G)
+    outside = outside_word(dilation, valid, moved, start, origin, input_size, G)
+    missed = missed_word(dilation, start, origin, input_size, G)
     y = tl.zeros([P, BLOCK_O], tl.float32)
     for c_start in range(0, C, BLOCK_C):
         c = c_start + tl.arange(0, BLOCK_C)
@@ -560,12 +615,12 @@ def project(
             for tap_h in range(G.kernel[1]):
                 for tap_w in range(G.kernel[2]):
                     tap = (tap_d, tap_h, tap_w)
-                    corner = corner_of(dilation, tap, start, origin, G)
-                    reads = tile_reads(corner, input_size, G)
-                    if reads[0] & reads[1] & reads[2]:
-                        mask = valid & rows_inside(corner, moved, input_size)
-                        rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
-                        x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C).to(DOT)
+                    bits = tap_word(tap, G)
+                    if missed & bits == 0:
+                        corner = corner_of(dilation, tap, start, origin, G)
+                        mask = outside & bits == 0
+                        source = input + offset_between(home, corner, input_stride, ALIGN, ROW)
+                        x = load_rows(source, input_rows, mask, c, 1, READ, BLOCK_C).to(DOT)
                         w = tl.load(weight_tile(weight, tap, c, o, C_PADDED, O_PADDED, G)).to(DOT)
                         y = tl.dot(x, w, y, input_precision=PRECISION)
     return y
@@ -763,9 +818,7 @@ def gathered_blend(
     branch_stride,
     attention_stride,
     scale_stride,
-    output_size,
-    moved,
-    valid,
+    outside,
     home,
     start,
     origin,
@@ -790,7 +843,7 @@ def gathered_blend(
     v = tl.zeros([P, BLOCK_O], BLEND)
     for k in tl.static_range(K):
         corner = corner_of(constant_dilation(k, G), tap, start, origin, G)
-        mask = valid & rows_inside(corner, moved, output_size)
+        mask = outside[k] & tap_word(tap, G) == 0
         source = grad_output
         if HAS_GATE:
             rows = attention_rows + offset_between(home, corner, attention_stride, 1, ROW)
@@ -798,13 +851,25 @@ def gathered_blend(
         else:
             source += tl.full([], k, tl.int64) * branch_stride * ALIGN
             gate = mask
-        gate = pinned(gate)
-        rows = grad_rows + offset_between(home, corner, grad_output_stride, ALIGN, ROW)
-        g = load_rows(source, rows, mask, o, 1, READ, BLOCK_O)
+        source += offset_between(home, corner, grad_output_stride, ALIGN, ROW)
+        g = load_rows(source, grad_rows, mask, o, 1, READ, BLOCK_O)
         if HAS_SCALE:
             g = g.to(BLEND) * load_vector(scale, k, scale_stride, o, O, BLOCK_O).to(BLEND)[None, :]
         v = blended(v, gate, g)
-    return v
+    return pinned(v)
+
+
+@triton.jit
+def recomputed(channel, index, ALIGN: tl.constexpr):
+    """``channel``, in a way that depends on ``index`` where rows take a load for each channel.
+
+    Else the compiler computes the offsets of all channels once, before the first tile, and keeps them. It cannot know
+    that ``index`` is never negative.
+    """
+    if ALIGN == 1:
+        return tl.maximum(channel, -index)
+    else:
+        return channel
 
 
 @triton.jit
@@ -884,7 +949,9 @@ def grad_input_weight_kernel(
         if WANT_WEIGHT:
             source = input + offset_of(n, line, input_stride, TILE_ALIGN)
             rows = row_offsets(in_line, input_stride, TILE_ALIGN, ROW)
-            x = load_rows(source, rows, valid, c, input_stride[1], C, BLOCK_C).to(DOT)
+            channel = recomputed(c, index, TILE_ALIGN)
+            x = load_rows(source, rows, valid, channel, input_stride[1], C, BLOCK_C).to(DOT)
+        outside, missed = words_of_branches(valid, moved, start, origin, output_size, G)
         result = tl.zeros([P, BLOCK_C], tl.float32)
         for o_start in range(0, O, BLOCK_O):
             o = o_start + tl.arange(0, BLOCK_O)
@@ -892,7 +959,7 @@ def grad_input_weight_kernel(
                 for tap_h in range(G.kernel[1]):
                     for tap_w in range(G.kernel[2]):
                         tap = (tap_d, tap_h, tap_w)
-                        if any_branch_reads(tap, start, origin, output_size, G):
+                        if missed & tap_word(tap, G) == 0:
                             v = gathered_blend(
                                 tile_grad_output,
                                 tile_attention,
@@ -903,9 +970,7 @@ def grad_input_weight_kernel(
                                 branch_stride,
                                 attention_stride,
                                 scale_stride,
-                                output_size,
-                                moved,
-                                valid,
+                                outside,
                                 home,
                                 start,
                                 origin,
@@ -935,7 +1000,9 @@ def grad_input_weight_kernel(
         if WANT_INPUT:
             target = grad_input + offset_of(n, line, grad_input_stride, TILE_ALIGN)
             rows = row_offsets(in_line, grad_input_stride, TILE_ALIGN, ROW)
-            store_rows(target, rows, valid, c, grad_input_stride[1], result, C)
+            # Another index than above, or the offsets would be kept from there.
+            channel = recomputed(c, index + 1, TILE_ALIGN)
+            store_rows(target, rows, valid, channel, grad_input_stride[1], result, C)
         index += tl.num_programs(0)
 
 
@@ -964,3 +1031,71 @@ def pack_kernel(
     tile = tl.load(pointers, mask=(p < points)[:, None] & (c < C)[None, :], other=0.0)
     pointers = target + n * points * C_PADDED + (p[:, None] * C_PADDED + c[None, :])
     tl.store(pointers, tile, mask=(p < points)[:, None] & (c < C_PADDED)[None, :])
+
+
+@triton.jit
+def repack_kernel(
+    weight,
+    packed,
+    row_stride,
+    column_stride,
+    tap_stride,
+    T: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS_PADDED: tl.constexpr,
+    COLUMNS_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The weight, of any strides, to [T, ROWS_PADDED, COLUMNS_PADDED], zero past ROWS and COLUMNS; grid (blocks,)."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = index % COLUMNS_PADDED
+    row = index // COLUMNS_PADDED % ROWS_PADDED
+    tap = index // (COLUMNS_PADDED * ROWS_PADDED)
+    source = weight + (row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride)
+    inside = (row < ROWS) & (column < COLUMNS) & (tap < T)
+    tile = tl.load(source + tap_offset(tap, tap_stride, KERNEL_H, KERNEL_W), mask=inside, other=0.0)
+    tl.store(packed + index, tile, mask=tap < T)
+
+
+@triton.jit
+def tap_offset(tap, stride, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr):
+    """Where a tap is in a weight, in elements."""
+    d = (tap // (KERNEL_H * KERNEL_W)).to(tl.int64) * stride[0]
+    h = (tap // KERNEL_W % KERNEL_H).to(tl.int64) * stride[1]
+    return d + h + (tap % KERNEL_W).to(tl.int64) * stride[2]
+
+
+@triton.jit
+def add_parts_kernel(
+    parts,
+    grad_weight,
+    splits,
+    stride,
+    T: tl.constexpr,
+    O: tl.constexpr,
+    C: tl.constexpr,
+    C_SUMS: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum of parts[splits, T, O, C_SUMS], in a fixed order, to grad_weight [O, C, *kernel]; grid (blocks,)."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c = index % C_SUMS
+    o = index // C_SUMS % O
+    tap = index // (C_SUMS * O)
+    inside = (c < C) & (tap < T)
+    total = tl.zeros([BLOCK], tl.float32)
+    first = splits * 0
+    while first < splits:
+        split = first + tl.arange(0, SPLITS)
+        pointers = parts + (split.to(tl.int64)[:, None] * (T * O * C_SUMS) + index[None, :])
+        total += tl.sum(tl.load(pointers, mask=(split < splits)[:, None] & inside[None, :], other=0.0), 0)
+        first += SPLITS
+    target = grad_weight + (o.to(tl.int64) * stride[0] + c.to(tl.int64) * stride[1])
+    target += tap_offset(tap, (stride[2], stride[3], stride[4]), KERNEL_H, KERNEL_W)
+    tl.store(target, total.to(grad_weight.dtype.element_ty), mask=inside)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -22,22 +22,90 @@ from ..interface import Gradients
 from . import fitting, interpreted, kernels
 from .configs import Config, Tiling, choose_tiling, configurations
 
+# Elements of the weight that a program repacks, and of its gradient of which one adds up all parts.
+ELEMENTS, PARTS_BLOCK = 4096, 256
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+class Plan:
+    """All of a kernel call that holds for every call with tensors that are alike.
+
+    Attributes:
+        kernel, grid, constants: as Triton takes them.
+        numbers: the kernel's arguments after its tensors.
+        repacking: the plan by which the weight is repacked before, where it is.
+        adding: the plan by which parts of its gradient are added up after, where they are.
+    """
+
+    def __init__(self, kernel, grid: tuple[int, ...], numbers: tuple, constants: dict) -> None:
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+        self.repacking: Plan | None = None
+        self.adding: Plan | None = None
+        self._compiled: Callable | None = None
+
+    def run(self, tensors: tuple[Tensor | None, ...]) -> None:
+        """Launches; after the first time straight what Triton compiled then, for it would find the same again.
+
+        What it compiled depends on the numbers, the tensors' dtypes and on which of them are aligned to 16 bytes.
+        """
+        if self._compiled is not None:
+            self._compiled(*tensors, *self._after_tensors)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+        if not interpreted():
+            names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
+            self._after_tensors = (*self.numbers, *(self.constants[name] for name in names))
+            self._compiled = compiled[(*self.grid, 1, 1)[:3]]
 
 
 class Launch(NamedTuple):
     """One kernel call. ``finish`` turns what the kernel left in scratch memory into the result."""
 
-    kernel: object
-    grid: tuple[int, ...]
-    arguments: tuple
-    constants: dict
+    plan: Plan
+    tensors: tuple[Tensor | None, ...]
     finish: Callable[[], None] = lambda: None
 
 
 def submit(launch: Launch) -> None:
-    launch.kernel[launch.grid](*launch.arguments, **launch.constants)
+    launch.plan.run(launch.tensors)
     launch.finish()
+
+
+class Kernel(NamedTuple):
+    """How a kernel is called: ``plan(config, problem, *tensors)`` once, ``launch(plan, *tensors)`` each time.
+
+    ``tensors`` are what ``run`` is given; of a gathered tensor it is the Source.
+    """
+
+    name: str
+    plan: Callable[..., Plan]
+    launch: Callable[..., Launch]
+
+
+_plans: dict[tuple, Plan] = {}
+_MOST_PLANS = 4096
+
+
+def forget() -> None:
+    """Makes every plan and choice anew."""
+    _plans.clear()
+    fitting.forget()
+
+
+def _keep(key: tuple, plan: Plan) -> Plan:
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+def likeness(tensor: Tensor | Source | None) -> tuple | None:
+    """All that a plan knows of a tensor."""
+    if tensor is None:
+        return None
+    if isinstance(tensor, Source):
+        return tensor.align, tensor.branch_stride, *likeness(tensor.tensor)
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr() % 16 == 0
 
 
 # ------------------------------------------------------------------ the two entry points
@@ -46,81 +114,72 @@ def submit(launch: Launch) -> None:
 def forward(call: Call, output: Tensor) -> None:
     call = call.as_3d()
     weight, branch_scale, shift = call.weight, call.branch_scale, _shift(call)
-    kernel, make = ("forward", make_forward) if branch_scale is None else ("forward_scaled", _forward_scaled)
-    fitting.require_fit(_key(kernel, call))  # before anything is packed
+    kernel = FORWARD if branch_scale is None else FORWARD_SCALED
+    require_fit(call, kernel)
     with on_device_of(weight):
         source = gather_source(call.input)
-        run(kernel, make, call, source, weight, call.attention, branch_scale, shift, as_3d(output))
+        run(kernel, call, source, weight, call.attention, branch_scale, shift, as_3d(output))
 
 
 def backward(call: Call, grad_output: Tensor, gradients: Gradients) -> None:
     call = call.as_3d()
     weight, attention = call.weight, call.attention
     branch_scale, shift = call.branch_scale, _shift(call)
-    grad_output, *volumes = map(as_3d, (grad_output, *gradients[:3]))
-    grad_input, grad_weight, grad_attention = volumes
+    grad_output, grad_input, grad_weight, grad_attention = map(as_3d, (grad_output, *gradients[:3]))
     grad_branch_scale = gradients.branch_scale
     if branch_scale is None:
-        gather, dots = "grad_input_weight", "grad_attention"
+        gather, dots = GRAD_INPUT_WEIGHT, GRAD_ATTENTION
     else:
-        gather, dots = "grad_input_weight_scaled", "grad_scaled"
+        gather, dots = GRAD_INPUT_WEIGHT_SCALED, GRAD_SCALED
     wants_gather = grad_input is not None or grad_weight is not None
     wants_dots = grad_attention is not None or grad_branch_scale is not None
-    wanted = [kernel for kernel, is_wanted in ((gather, wants_gather), (dots, wants_dots)) if is_wanted]
-    fitting.require_fit(*(_key(kernel, call) for kernel in wanted))
+    require_fit(call, *[kernel for kernel, wanted in ((gather, wants_gather), (dots, wants_dots)) if wanted])
     with on_device_of(weight):
         if wants_gather:
             # Its packed copy is freed before the next one is made.
-            run(
-                gather,
-                make_grad_input_weight,
-                call,
-                gather_source(grad_output),
-                call.input,
-                weight,
-                attention,
-                branch_scale,
-                grad_input,
-                grad_weight,
-            )
+            source = gather_source(grad_output)
+            run(gather, call, source, call.input, weight, attention, branch_scale, grad_input, grad_weight)
+            del source
         if not wants_dots:
             return
         source = gather_source(call.input)
         if branch_scale is None:
-            run(dots, _grad_attention, call, grad_output, source, weight, shift, grad_attention)
+            run(dots, call, grad_output, source, weight, shift, grad_attention)
         else:
-            run(
-                dots,
-                _grad_scaled,
-                call,
-                grad_output,
-                source,
-                weight,
-                attention,
-                branch_scale,
-                shift,
-                grad_attention,
-                grad_branch_scale,
-            )
+            tensors = (weight, attention, branch_scale, shift, grad_attention, grad_branch_scale)
+            run(dots, call, grad_output, source, *tensors)
 
 
-def run(kernel: str, make: Callable[..., Launch], call: Call, *tensors) -> None:
-    """Submits ``make(config, problem, *tensors)`` by the configuration of this class of problems."""
+def require_fit(call: Call, *kernels: Kernel) -> None:
+    """Raises NoConfigurationFits if that is known of one of them: before anything is packed for it."""
+    fitting.require_fit(_key(kernel, call) for kernel in kernels)
+
+
+def run(kernel: Kernel, call: Call, *tensors: Tensor | Source | None) -> None:
+    """Launches ``kernel`` as calls like this one were before, or by the first configuration that fits."""
     weight = call.weight
+    key = (kernel.name, call.geometry, dot_precision(weight), *map(likeness, tensors))
+    plan = _plans.get(key)
+    if plan is not None:
+        submit(kernel.launch(plan, *tensors))
+        return
+
+    def attempt(config: Config) -> None:
+        plan = kernel.plan(config, call.geometry, *tensors)
+        submit(kernel.launch(plan, *tensors))
+        _keep(key, plan)
+
     O, C = weight.shape[:2]
-    fitting.run(
-        _key(kernel, call),
-        configurations(kernel, weight.itemsize, dot_precision(weight), capability(weight.device), C, O),
-        lambda config: submit(make(config, call.geometry, *tensors)),
-    )
+    candidates = configurations(kernel.name, weight.itemsize, dot_precision(weight), capability(weight.device), C, O)
+    fitting.run(_key(kernel, call), candidates, attempt)
 
 
-def _key(kernel: str, call: Call) -> tuple:
+def _key(kernel: Kernel, call: Call) -> tuple:
     """The class of problems that share a configuration."""
     weight, problem = call.weight, call.geometry
     O, C = weight.shape[:2]
     return (
-        kernel,
+        kernel.name,
         weight.device,
         weight.dtype,
         dot_precision(weight),
@@ -132,173 +191,141 @@ def _key(kernel: str, call: Call) -> tuple:
     )
 
 
-# ------------------------------------------------------------------ one function per kernel
-# Each turns (config, problem, *tensors) into a Launch; ``source`` is the Source of the gathered tensor.
+# ------------------------------------------------------------------ two functions per kernel
 
 
-def make_forward(config, problem, source, weight, attention, branch_scale, shift, output) -> Launch:
-    """For branches without a scale: ``branch_scale`` is None."""
+def _plan_forward(config, problem, source, weight, attention, branch_scale, shift, output) -> Plan:
+    """By the branches' scale if they have one, else blended."""
     walk = Walk(problem, config, source.tensor.shape[0])
     align = alignment(output)
-    return Launch(
-        kernels.forward_kernel,
-        (walk.num_tiles, triton.cdiv(weight.shape[0], config.block_o)),
-        (
-            source.tensor,
-            repack(weight, config, (2, 1, 0)),
-            attention,
-            shift,
-            output,
-            source.stride,
-            attention.stride(),
-            strides_of(shift),
-            strides_of(output, align),
-            *walk.arguments,
-        ),
-        _constants(config, walk, source, weight, align, attention, output)
-        | {"HAS_SHIFT": shift is not None, "BLEND": blend_dtype(weight)},
-    )
+    constants = _constants(config, walk, source, weight, align, attention, output) | {"HAS_SHIFT": shift is not None}
+    strides = (_shift_strides(shift), strides_of(output, align))
+    if branch_scale is None:
+        kernel, constants["BLEND"] = kernels.forward_kernel, blend_dtype(weight)
+    else:
+        kernel, strides = kernels.forward_scaled_kernel, (branch_scale.stride(), *strides)
+    grid = (walk.num_tiles, ceil_div(weight.shape[0], config.block_o))
+    numbers = (source.stride, attention.stride(), *strides, *walk.arguments)
+    plan = Plan(kernel, grid, numbers, constants)
+    plan.repacking = _plan_repack(weight, config, "TCO")
+    return plan
 
 
-def _forward_scaled(config, problem, source, weight, attention, branch_scale, shift, output) -> Launch:
-    walk = Walk(problem, config, source.tensor.shape[0])
-    align = alignment(output)
-    return Launch(
-        kernels.forward_scaled_kernel,
-        (walk.num_tiles, triton.cdiv(weight.shape[0], config.block_o)),
-        (
-            source.tensor,
-            repack(weight, config, (2, 1, 0)),
-            attention,
-            branch_scale,
-            shift,
-            output,
-            source.stride,
-            attention.stride(),
-            branch_scale.stride(),
-            strides_of(shift),
-            strides_of(output, align),
-            *walk.arguments,
-        ),
-        _constants(config, walk, source, weight, align, attention, output) | {"HAS_SHIFT": shift is not None},
-    )
+def _forward(plan, source, weight, attention, branch_scale, shift, output) -> Launch:
+    return Launch(plan, (source.tensor, repacked(plan, weight), attention, shift, output))
 
 
-def make_grad_input_weight(
+def _forward_scaled(plan, source, weight, attention, branch_scale, shift, output) -> Launch:
+    return Launch(plan, (source.tensor, repacked(plan, weight), attention, branch_scale, shift, output))
+
+
+def _plan_grad_input_weight(
     config, problem, source, input, weight, attention, branch_scale, grad_input, grad_weight
-) -> Launch:
+) -> Plan:
     """Without ``attention``, each branch has its own gradient, ``source.branch_stride`` after the one before it."""
-    O, C = weight.shape[:2]
     walk = Walk(problem, config, input.shape[0], transposed=True)
     align = alignment(input, grad_input)
-    blocks = triton.cdiv(C, config.block_c)
-    packed = repack(weight, config, (2, 0, 1))
-    splits, sums = walk.num_tiles, None
+    blocks = ceil_div(weight.shape[1], config.block_c)
+    splits = walk.num_tiles
     if grad_weight is not None:
-        splits = min(splits, triton.cdiv(_resident_programs(input.device), blocks))
-        T, channels = packed.shape[0], triton.cdiv(C, 8) * 8
-        sums = torch.zeros((splits, T, O, channels), dtype=torch.float32, device=input.device)
-
-    def finish() -> None:
-        if grad_weight is not None:
-            grad_weight.copy_(sums.sum(0)[:, :, :C].permute(1, 2, 0).reshape(grad_weight.shape))
-
-    return Launch(
-        kernels.grad_input_weight_kernel,
-        (splits, blocks),
-        (
-            source.tensor,
-            attention,
-            branch_scale,
-            packed,
-            input,
-            grad_input,
-            sums,
-            source.stride,
-            source.branch_stride,
-            strides_of(attention),
-            strides_of(branch_scale),
-            strides_of(input, align),
-            strides_of(grad_input, align),
-            *walk.arguments,
-            walk.num_tiles,
-        ),
-        _constants(config, walk, source, weight, align, attention, input, grad_input)
-        | {
-            "HAS_GATE": attention is not None,
-            "HAS_SCALE": branch_scale is not None,
-            "WANT_INPUT": grad_input is not None,
-            "WANT_WEIGHT": grad_weight is not None,
-            "BLEND": blend_dtype(weight),
-        },
-        finish,
+        splits = min(splits, ceil_div(_resident_programs(input.device), blocks))
+    numbers = (
+        source.stride,
+        source.branch_stride,
+        strides_of(attention),
+        strides_of(branch_scale),
+        strides_of(input, align),
+        strides_of(grad_input, align),
+        *walk.arguments,
+        walk.num_tiles,
     )
+    constants = _constants(config, walk, source, weight, align, attention, input, grad_input) | {
+        "HAS_GATE": attention is not None,
+        "HAS_SCALE": branch_scale is not None,
+        "WANT_INPUT": grad_input is not None,
+        "WANT_WEIGHT": grad_weight is not None,
+        "BLEND": blend_dtype(weight),
+    }
+    plan = Plan(kernels.grad_input_weight_kernel, (splits, blocks), numbers, constants)
+    plan.repacking = _plan_repack(weight, config, "TOC")
+    if grad_weight is not None:
+        plan.adding = _plan_add_parts(splits, grad_weight)
+    return plan
 
 
-def _grad_attention(config, problem, grad_output, source, weight, shift, grad_attention) -> Launch:
-    """For branches without a scale, whose gradients share ``g_t = W_t^T G``."""
+def _grad_input_weight(plan, source, input, weight, attention, branch_scale, grad_input, grad_weight) -> Launch:
+    packed = repacked(plan, weight)
+    tensors = (source.tensor, attention, branch_scale, packed, input, grad_input)
+    if grad_weight is None:
+        return Launch(plan, (*tensors, None))
+    of = plan.adding.constants
+    sums = torch.zeros(plan.grid[0], of["T"], of["O"], of["C_SUMS"], dtype=torch.float32, device=weight.device)
+    return Launch(plan, (*tensors, sums), lambda: submit(Launch(plan.adding, (sums, grad_weight))))
+
+
+def _plan_grad_attention(config, problem, grad_output, source, weight, shift, grad_attention) -> Plan:
     walk = Walk(problem, config, grad_output.shape[0])
     align = alignment(grad_output)
-    return Launch(
-        kernels.grad_attention_kernel,
-        (walk.num_tiles, 1),
-        (
-            grad_output,
-            source.tensor,
-            repack(weight, config, (2, 0, 1)),
-            shift,
-            grad_attention,
-            strides_of(grad_output, align),
-            source.stride,
-            strides_of(shift),
-            grad_attention.stride(),
-            *walk.arguments,
-        ),
-        _constants(config, walk, source, weight, align, grad_output, grad_attention) | {"HAS_SHIFT": shift is not None},
+    numbers = (
+        strides_of(grad_output, align),
+        source.stride,
+        _shift_strides(shift),
+        grad_attention.stride(),
+        *walk.arguments,
     )
+    constants = _constants(config, walk, source, weight, align, grad_output, grad_attention)
+    constants["HAS_SHIFT"] = shift is not None
+    plan = Plan(kernels.grad_attention_kernel, (walk.num_tiles, 1), numbers, constants)
+    plan.repacking = _plan_repack(weight, config, "TOC")
+    return plan
+
+
+def _grad_attention(plan, grad_output, source, weight, shift, grad_attention) -> Launch:
+    return Launch(plan, (grad_output, source.tensor, repacked(plan, weight), shift, grad_attention))
+
+
+def _plan_grad_scaled(
+    config, problem, grad_output, source, weight, attention, branch_scale, shift, grad_attention, grad_branch_scale
+) -> Plan:
+    walk = Walk(problem, config, grad_output.shape[0])
+    align = alignment(grad_output)
+    numbers = (
+        strides_of(grad_output, align),
+        source.stride,
+        attention.stride(),
+        branch_scale.stride(),
+        _shift_strides(shift),
+        strides_of(grad_attention),
+        *walk.arguments,
+    )
+    constants = _constants(config, walk, source, weight, align, grad_output, attention, grad_attention) | {
+        "HAS_SHIFT": shift is not None,
+        "WANT_ATTENTION": grad_attention is not None,
+        "WANT_SCALE": grad_branch_scale is not None,
+    }
+    plan = Plan(kernels.grad_scaled_kernel, (walk.num_tiles, 1), numbers, constants)
+    plan.repacking = _plan_repack(weight, config, "TCO")
+    return plan
 
 
 def _grad_scaled(
-    config, problem, grad_output, source, weight, attention, branch_scale, shift, grad_attention, grad_branch_scale
+    plan, grad_output, source, weight, attention, branch_scale, shift, grad_attention, grad_branch_scale
 ) -> Launch:
-    walk = Walk(problem, config, grad_output.shape[0])
-    align = alignment(grad_output)
-    sums = None
-    if grad_branch_scale is not None:
-        sums = torch.empty((walk.num_tiles, *branch_scale.shape), dtype=torch.float32, device=grad_output.device)
+    packed = repacked(plan, weight)
+    tensors = (grad_output, source.tensor, packed, attention, branch_scale, shift, grad_attention)
+    if grad_branch_scale is None:
+        return Launch(plan, (*tensors, None))
+    sums = torch.empty((plan.grid[0], *branch_scale.shape), dtype=torch.float32, device=weight.device)
+    return Launch(plan, (*tensors, sums), lambda: grad_branch_scale.copy_(sums.sum(0)))
 
-    def finish() -> None:
-        if grad_branch_scale is not None:
-            grad_branch_scale.copy_(sums.sum(0))
 
-    return Launch(
-        kernels.grad_scaled_kernel,
-        (walk.num_tiles, 1),
-        (
-            grad_output,
-            source.tensor,
-            repack(weight, config, (2, 1, 0)),
-            attention,
-            branch_scale,
-            shift,
-            grad_attention,
-            sums,
-            strides_of(grad_output, align),
-            source.stride,
-            attention.stride(),
-            branch_scale.stride(),
-            strides_of(shift),
-            strides_of(grad_attention),
-            *walk.arguments,
-        ),
-        _constants(config, walk, source, weight, align, grad_output, attention, grad_attention)
-        | {
-            "HAS_SHIFT": shift is not None,
-            "WANT_ATTENTION": grad_attention is not None,
-            "WANT_SCALE": grad_branch_scale is not None,
-        },
-        finish,
-    )
+FORWARD = Kernel("forward", _plan_forward, _forward)
+FORWARD_SCALED = Kernel("forward_scaled", _plan_forward, _forward_scaled)
+GRAD_INPUT_WEIGHT = Kernel("grad_input_weight", _plan_grad_input_weight, _grad_input_weight)
+GRAD_INPUT_WEIGHT_SCALED = GRAD_INPUT_WEIGHT._replace(name="grad_input_weight_scaled")
+# For branches without a scale, whose gradients share ``g_t = W_t^T G``.
+GRAD_ATTENTION = Kernel("grad_attention", _plan_grad_attention, _grad_attention)
+GRAD_SCALED = Kernel("grad_scaled", _plan_grad_scaled, _grad_scaled)
 
 
 def _constants(config: Config, walk: Walk, source: Source, weight: Tensor, align: int, *volumes: Tensor | None) -> dict:
@@ -354,8 +381,7 @@ class Walk:
         sizes = problem.input_size if transposed else problem.output_size
         cosets = tuple(map(min, self.tiling.step, sizes))
         tiles = tuple(
-            triton.cdiv(triton.cdiv(size, step), tile)
-            for size, step, tile in zip(sizes, self.tiling.step, self.tiling.tile)
+            ceil_div(ceil_div(size, step), tile) for size, step, tile in zip(sizes, self.tiling.step, self.tiling.tile)
         )
         self.num_tiles = batch * math.prod(cosets) * math.prod(tiles)
         self.arguments = (problem.input_size, problem.output_size, problem.origin, tiles, cosets)
@@ -365,15 +391,18 @@ class Source(NamedTuple):
     """A tensor [N, C', D, H, W] fit to be gathered from: adjacent channels, every row aligned.
 
     Attributes:
-        stride: in units of ``align`` elements, except that of the channels.
         align: elements of the widest load, at most 16 bytes.
-        branch_stride: in the same units, where each branch has its own tensor; ``tensor`` is that of the first.
+        branch_stride: in units of ``align``, where each branch has its own tensor; ``tensor`` is that of the first.
     """
 
     tensor: Tensor
-    stride: tuple[int, ...]
     align: int
     branch_stride: int = 0
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        """In units of ``align`` elements, except that of the channels."""
+        return strides_of(self.tensor, self.align)
 
 
 def gather_source(tensor: Tensor) -> Source:
@@ -383,73 +412,116 @@ def gather_source(tensor: Tensor) -> Source:
     K T reads of a row. Packed channels are padded with zeros.
     """
     C = tensor.shape[1]
-    widest = min(16 // tensor.itemsize, triton.next_power_of_2(C))
+    widest = min(16 // tensor.itemsize, 1 << (C - 1).bit_length())
     if alignment(tensor) < widest:
-        tensor = pack(tensor, triton.cdiv(C, widest) * widest)
-    return Source(tensor, strides_of(tensor, widest), widest)
+        tensor = pack(tensor, ceil_div(C, widest) * widest)
+    return Source(tensor, widest)
 
 
 def alignment(*tensors: Tensor | None) -> int:
     """Elements, at most 16 bytes of them, that may be loaded at once at the start of any row of every tensor."""
-    aligned = 16
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        adjacent = tensor.shape[1] == 1 or tensor.stride(1) == 1
-        if not adjacent or tensor.data_ptr() % 16:
-            return 1
-        strides = [tensor.stride(axis) for axis in (0, 2, 3, 4) if tensor.shape[axis] > 1]
-        aligned = math.gcd(aligned, 16 // tensor.itemsize, *strides)
-    return aligned
+    return min(
+        1 if tensor.data_ptr() % 16 else _row_alignment(tensor.shape, tensor.stride(), 16 // tensor.itemsize)
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
+@lru_cache(maxsize=1024)
+def _row_alignment(shape: tuple[int, ...], stride: tuple[int, ...], most: int) -> int:
+    if shape[1] > 1 and stride[1] != 1:
+        return 1
+    return math.gcd(most, *(stride[axis] for axis in (0, 2, 3, 4) if shape[axis] > 1))
 
 
 def pack(tensor: Tensor, channels: int) -> Tensor:
     """A copy [N, channels, D, H, W] with adjacent channels, zero past those of ``tensor``."""
-    N, C, *size = tensor.shape
-    packed = tensor.new_empty((N, *size, channels)).movedim(-1, 1)
-    points = math.prod(size)
-    collapsed = _collapsed_stride(tensor)
-    if collapsed is None:
+    N, C, D, H, W = tensor.shape
+    stride = (D * H * W * channels, 1, H * W * channels, W * channels, channels)
+    packed = tensor.new_empty_strided((N, channels, D, H, W), stride)
+    if _collapsed_stride(tensor.shape, tensor.stride()) is None:
         packed[:, C:] = 0
         packed[:, :C] = tensor
         return packed
-    rows, block = 128, min(32, triton.next_power_of_2(channels))
-    submit(
-        Launch(
-            kernels.pack_kernel,
-            (N * triton.cdiv(points, rows), triton.cdiv(channels, block)),
-            (tensor, packed, tensor.stride(0), tensor.stride(1), collapsed, points),
-            {"C": C, "C_PADDED": channels, "BLOCK_P": rows, "BLOCK_C": block},
-        )
-    )
+    key = ("pack", channels, likeness(tensor))
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _keep(key, _plan_pack(tensor, channels))
+    submit(Launch(plan, (tensor, packed)))
     return packed
 
 
-def _collapsed_stride(tensor: Tensor) -> int | None:
+def _plan_pack(tensor: Tensor, channels: int) -> Plan:
+    N, C, *size = tensor.shape
+    points, rows, block = math.prod(size), 128, min(32, 1 << (channels - 1).bit_length())
+    return Plan(
+        kernels.pack_kernel,
+        (N * ceil_div(points, rows), ceil_div(channels, block)),
+        (tensor.stride(0), tensor.stride(1), _collapsed_stride(tensor.shape, tensor.stride()), points),
+        {"C": C, "C_PADDED": channels, "BLOCK_P": rows, "BLOCK_C": block},
+    )
+
+
+@lru_cache(maxsize=1024)
+def _collapsed_stride(shape: tuple[int, ...], stride: tuple[int, ...]) -> int | None:
     """The stride of D, H and W seen as one axis, or None if they are not one."""
-    axes = [(size, stride) for size, stride in zip(tensor.shape[2:], tensor.stride()[2:]) if size > 1]
+    axes = [(size, stride) for size, stride in zip(shape[2:], stride[2:]) if size > 1]
     for (_, outer), (size, inner) in pairwise(axes):
         if outer != size * inner:
             return None
     return axes[-1][1] if axes else 1
 
 
-def repack(weight: Tensor, config: Config, order: tuple[int, int, int]) -> Tensor:
-    """[O, C, *kernel] to [T, C, O] (``order`` (2, 1, 0)) or [T, O, C] ((2, 0, 1)), zero-padded to whole blocks."""
-    O, C = weight.shape[:2]
-    padded = weight.new_zeros(
-        [
-            (
-                triton.cdiv(O, config.block_o) * config.block_o,
-                triton.cdiv(C, config.block_c) * config.block_c,
-                math.prod(weight.shape[2:]),
-            )[axis]
-            for axis in order
-        ]
+def repacked(plan: Plan, weight: Tensor) -> Tensor:
+    """The weight as the kernel of ``plan`` reads it."""
+    of = plan.repacking.constants
+    packed = weight.new_empty(of["T"], of["ROWS_PADDED"], of["COLUMNS_PADDED"])
+    submit(Launch(plan.repacking, (weight, packed)))
+    return packed
+
+
+def _plan_repack(weight: Tensor, config: Config, order: str) -> Plan:
+    """[O, C, *kernel] to [T, C, O] (``order`` "TCO") or [T, O, C] ("TOC"), zero-padded to whole blocks."""
+    axes = ((0, config.block_o), (1, config.block_c))
+    (row, row_block), (column, column_block) = axes if order == "TOC" else axes[::-1]
+    T, rows, columns = math.prod(weight.shape[2:]), weight.shape[row], weight.shape[column]
+    padded_rows, padded_columns = ceil_div(rows, row_block) * row_block, ceil_div(columns, column_block) * column_block
+    return Plan(
+        kernels.repack_kernel,
+        (ceil_div(T * padded_rows * padded_columns, ELEMENTS),),
+        (weight.stride(row), weight.stride(column), weight.stride()[2:]),
+        {
+            "T": T,
+            "KERNEL_H": weight.shape[3],
+            "KERNEL_W": weight.shape[4],
+            "ROWS": rows,
+            "COLUMNS": columns,
+            "ROWS_PADDED": padded_rows,
+            "COLUMNS_PADDED": padded_columns,
+            "BLOCK": ELEMENTS,
+        },
     )
-    rows, columns = (weight.shape[axis] for axis in order[1:])
-    padded[:, :rows, :columns] = weight.flatten(2).permute(order)
-    return padded
+
+
+def _plan_add_parts(splits: int, grad_weight: Tensor) -> Plan:
+    """``grad_weight`` [O, C, *kernel] from its parts [splits, T, O, C_SUMS]."""
+    O, C, *size = grad_weight.shape
+    T, channels = math.prod(size), ceil_div(C, 8) * 8
+    return Plan(
+        kernels.add_parts_kernel,
+        (ceil_div(T * O * channels, PARTS_BLOCK),),
+        (splits, grad_weight.stride()),
+        {
+            "T": T,
+            "O": O,
+            "C": C,
+            "C_SUMS": channels,
+            "KERNEL_H": size[1],
+            "KERNEL_W": size[2],
+            "SPLITS": 16,
+            "BLOCK": PARTS_BLOCK,
+        },
+    )
 
 
 def dot_dtype(tensor: Tensor) -> tl.dtype:
@@ -464,8 +536,9 @@ def blend_dtype(tensor: Tensor) -> tl.dtype:
 
 def dot_precision(tensor: Tensor) -> str:
     """TF32 where torch would use it for a float32 convolution on this device, else "ieee"."""
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.version.hip is None
-    return "tf32" if tensor.dtype == torch.float32 and tf32 else "ieee"
+    if tensor.dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 def capability(device: torch.device) -> int:
@@ -475,8 +548,8 @@ def capability(device: torch.device) -> int:
 
 
 def _shift(call: Call) -> Tensor | None:
-    """What is added to each branch, [K, O]: a bias is the same shift for all."""
-    return call.branch_shift if call.bias is None else call.bias.expand(call.geometry.num_branches, -1)
+    """What is added to each branch: [K, O], or a bias, [O]."""
+    return call.branch_shift if call.bias is None else call.bias
 
 
 def strides_of(tensor: Tensor | None, align: int = 1) -> tuple[int, ...]:
@@ -485,6 +558,16 @@ def strides_of(tensor: Tensor | None, align: int = 1) -> tuple[int, ...]:
         return (0,) * 5
     strides = [stride if axis == 1 else stride // align for axis, stride in enumerate(tensor.stride())]
     return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, strides))
+
+
+def _shift_strides(shift: Tensor | None) -> tuple[int, ...]:
+    """Of branches and channels; a bias is the same for all branches."""
+    return (0, shift.stride(0)) if shift is not None and shift.dim() == 1 else strides_of(shift)
+
+
+def ceil_div(size: int, block: int) -> int:
+    """As triton.cdiv, which takes ten times as long."""
+    return -(-size // block)
 
 
 def on_device_of(tensor: Tensor):

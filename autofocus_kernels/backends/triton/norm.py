@@ -9,13 +9,12 @@ import dataclasses
 from collections.abc import Iterable
 
 import torch
-import triton
 from torch import Tensor
 
 from ...call import Call, as_3d
 from ...geometry import Geometry
 from . import launch, norm_kernels
-from .launch import Launch, Source
+from .launch import Launch, Plan, Source
 
 # Elements of a tile in the kernels that treat each voxel alone: 16 a thread of eight warps, two loads of 16 bytes
 # in 16 bits, so a few programs of an SM keep enough in flight, with registers to spare for two sums.
@@ -27,6 +26,7 @@ MAX_BLOCK_O = 128
 # grad_output of four (32 KiB in 16 bits) is read from a cache by all branches but the first, and 32^3 voxels of 32
 # channels still give 64 programs.
 TILES = 4
+GRAD_INPUT_WEIGHT_BRANCHES = launch.GRAD_INPUT_WEIGHT._replace(name="grad_input_weight_branches")
 
 
 def branch_statistics(call: Call, branches: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
@@ -38,7 +38,7 @@ def branch_statistics(call: Call, branches: Tensor, mean: Tensor | None, var: Te
         gate = weight.new_ones(()).expand(call.input.shape[0], 1, *problem.output_size)
         for dilation, branch in zip(problem.dilations, branches):
             one = call._replace(geometry=dataclasses.replace(problem, dilations=(dilation,)))
-            launch.run("forward", launch.make_forward, one, source, weight, gate, None, None, as_3d(branch))
+            launch.run(launch.FORWARD, one, source, weight, gate, None, None, as_3d(branch))
         if mean is not None:
             _fill_statistics(branches, mean, var)
 
@@ -48,15 +48,13 @@ def branch_combine(call: Call, branches: Tensor, scale: Tensor, shift: Tensor, o
     y, a, out = branches.flatten(3), call.attention.flatten(2), output.flatten(2)
     constants = _constants(O, y[0], a, out)
     with launch.on_device_of(output):
-        launch.submit(
-            Launch(
-                norm_kernels.combine_kernel,
-                (N * triton.cdiv(y.shape[3], constants["ROWS"]), triton.cdiv(O, constants["BLOCK_O"])),
-                (y, a, scale, shift, out, *_strides(y), a.stride(), out.stride(), y.shape[3]),
-                {"K": K, **constants},
-                lambda: _deliver(out, output),
-            )
+        plan = Plan(
+            norm_kernels.combine_kernel,
+            (N * launch.ceil_div(y.shape[3], constants["ROWS"]), launch.ceil_div(O, constants["BLOCK_O"])),
+            (*_strides(y), a.stride(), out.stride(), y.shape[3]),
+            {"K": K, **constants},
         )
+        launch.submit(Launch(plan, (y, a, scale, shift, out), lambda: _deliver(out, output)))
 
 
 def branch_reduce(
@@ -76,11 +74,11 @@ def branch_reduce(
     with launch.on_device_of(grad_output):
         parts = None if grad_attention is None else grad_attention.flatten(2).unsqueeze(0)
         constants = _constants(O, grad, y[0], a, *(() if parts is None else parts))
-        blocks = triton.cdiv(O, constants["BLOCK_O"])
+        blocks = launch.ceil_div(O, constants["BLOCK_O"])
         if blocks > 1 and parts is not None:
             parts = parts.new_empty((blocks, N, K, positions), dtype=torch.float32)
-        tiles = N * triton.cdiv(positions, constants["ROWS"])
-        chunks = triton.cdiv(tiles, TILES)
+        tiles = N * launch.ceil_div(positions, constants["ROWS"])
+        chunks = launch.ceil_div(tiles, TILES)
         sums = mean.new_empty((chunks, 2, K, O))
 
         def finish() -> None:
@@ -89,37 +87,27 @@ def branch_reduce(
             for gradient, total in zip((grad_scale, grad_shift), sums.sum(0)):
                 gradient.copy_(total)
 
-        launch.submit(
-            Launch(
-                norm_kernels.reduce_kernel,
-                (chunks, blocks),
-                (
-                    grad,
-                    y,
-                    a,
-                    mean,
-                    scale,
-                    shift,
-                    parts,
-                    sums,
-                    grad.stride(),
-                    *_strides(y),
-                    a.stride(),
-                    *((0, (0,) * 3) if parts is None else _strides(parts)),
-                    positions,
-                    tiles,
-                ),
-                {
-                    "K": K,
-                    **constants,
-                    "TILES": TILES,
-                    "WANT_ATTENTION": parts is not None,
-                    # Left alone, the compiler takes some 165, and one program would have the SM for itself.
-                    **({} if torch.version.hip else {"maxnreg": 128}),
-                },
-                finish,
-            )
+        plan = Plan(
+            norm_kernels.reduce_kernel,
+            (chunks, blocks),
+            (
+                grad.stride(),
+                *_strides(y),
+                a.stride(),
+                *((0, (0,) * 3) if parts is None else _strides(parts)),
+                positions,
+                tiles,
+            ),
+            {
+                "K": K,
+                **constants,
+                "TILES": TILES,
+                "WANT_ATTENTION": parts is not None,
+                # Left alone, the compiler takes some 165, and one program would have the SM for itself.
+                **({} if torch.version.hip else {"maxnreg": 128}),
+            },
         )
+        launch.submit(Launch(plan, (grad, y, a, mean, scale, shift, parts, sums), finish))
 
 
 def branch_norm_backward(
@@ -140,10 +128,9 @@ def branch_norm_backward(
         gradients, problem = _branch_gradients(call, grad_output, branches, (a_coef, b_coef, c_coef), grad_branches)
         align = _widest(branches)
         first = as_3d(gradients[0])
-        source = Source(first, launch.strides_of(first, align), align, gradients.stride(0) // align)
+        source = Source(first, align, gradients.stride(0) // align)
         launch.run(
-            "grad_input_weight_branches",
-            launch.make_grad_input_weight,
+            GRAD_INPUT_WEIGHT_BRANCHES,
             call._replace(geometry=problem),
             source,
             call.input,
@@ -162,8 +149,8 @@ def _fill_statistics(branches: Tensor, mean: Tensor, var: Tensor) -> None:
     K, N, O = branches.shape[:3]
     y = branches.flatten(3)
     constants = _constants(O, y[0])
-    tiles = N * triton.cdiv(y.shape[3], constants["ROWS"])
-    chunks = triton.cdiv(tiles, TILES)
+    tiles = N * launch.ceil_div(y.shape[3], constants["ROWS"])
+    chunks = launch.ceil_div(tiles, TILES)
     parts = mean.new_empty((3, chunks, K, O))
 
     def finish() -> None:
@@ -174,15 +161,13 @@ def _fill_statistics(branches: Tensor, mean: Tensor, var: Tensor) -> None:
         # Chan, Golub and LeVeque: square distances of the parts, and of their means from the mean of all.
         var.copy_((squares + counts * (means - mean64).square()).sum(0) / total)
 
-    launch.submit(
-        Launch(
-            norm_kernels.statistics_kernel,
-            (chunks, triton.cdiv(O, constants["BLOCK_O"]), K),
-            (y, parts, *_strides(y), y.shape[3], tiles),
-            {"K": K, **constants, "TILES": TILES},
-            finish,
-        )
+    plan = Plan(
+        norm_kernels.statistics_kernel,
+        (chunks, launch.ceil_div(O, constants["BLOCK_O"]), K),
+        (*_strides(y), y.shape[3], tiles),
+        {"K": K, **constants, "TILES": TILES},
     )
+    launch.submit(Launch(plan, (y, parts), finish))
 
 
 def _branch_gradients(
@@ -204,7 +189,7 @@ def _branch_gradients(
         fill(branches, attention, coefs, grad_branches)
         return grad_branches, geometry
     if O % align or not grad_branches.is_contiguous():
-        gradients = branches.new_empty((K, N, *size, triton.cdiv(O, align) * align)).movedim(-1, 2)
+        gradients = branches.new_empty((K, N, *size, launch.ceil_div(O, align) * align)).movedim(-1, 2)
         fill(branches, attention, coefs, gradients)
         return gradients, geometry
     gradients = grad_branches.view(K, N, *size, O).movedim(-1, 2)
@@ -224,7 +209,7 @@ def _branch_gradients(
 
 def _widest(branches: Tensor) -> int:
     """Channels that one load of at most 16 bytes gathers."""
-    return min(16 // branches.itemsize, triton.next_power_of_2(branches.shape[2]))
+    return min(16 // branches.itemsize, 1 << (branches.shape[2] - 1).bit_length())
 
 
 def _fill_gradients(
@@ -240,27 +225,13 @@ def _fill_gradients(
     grad, y, a, out = grad_output.flatten(2), branches.flatten(3), attention.flatten(2), gradients.flatten(3)
     constants = _constants(O, grad, y[0], a, out[0])
     channels = gradients.shape[2]
-    launch.submit(
-        Launch(
-            norm_kernels.grad_branches_kernel,
-            (N * triton.cdiv(y.shape[3], constants["ROWS"]), triton.cdiv(channels, constants["BLOCK_O"])),
-            (
-                grad,
-                y,
-                a,
-                a_coef,
-                b_coef,
-                c_coef,
-                out,
-                grad.stride(),
-                *_strides(y),
-                a.stride(),
-                *_strides(out),
-                y.shape[3],
-            ),
-            {"K": K, **constants, "CHANNELS": channels},
-        )
+    plan = Plan(
+        norm_kernels.grad_branches_kernel,
+        (N * launch.ceil_div(y.shape[3], constants["ROWS"]), launch.ceil_div(channels, constants["BLOCK_O"])),
+        (grad.stride(), *_strides(y), a.stride(), *_strides(out), y.shape[3]),
+        {"K": K, **constants, "CHANNELS": channels},
     )
+    launch.submit(Launch(plan, (grad, y, a, a_coef, b_coef, c_coef, out)))
 
 
 # ------------------------------------------------------------------
@@ -268,7 +239,7 @@ def _fill_gradients(
 
 def _constants(O: int, *volumes: Tensor) -> dict:
     """Tile and offsets of the kernels that treat each voxel alone; ``volumes`` are [N, channels, positions]."""
-    block_o = min(MAX_BLOCK_O, triton.next_power_of_2(O))
+    block_o = min(MAX_BLOCK_O, 1 << (O - 1).bit_length())
     return {
         "O": O,
         "BLOCK_O": block_o,
