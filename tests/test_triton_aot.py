@@ -31,3 +31,7 @@ def test_fits_the_chip(results, entry):
     if dtype != "float32" or target == "gfx942":
         for figure in arithmetic:
             assert figure["tensor_core"] > 0, figure
+
+
+def test_plans(results):
+    assert results[triton_worker.PLANS] is None, results[triton_worker.PLANS]

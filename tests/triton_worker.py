@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -88,6 +89,7 @@ def interpret(case, dtype, config):
     from autofocus_kernels.backends.triton import backend, launch
 
     launch.configurations = lambda *key: (config,)
+    launch.PARTS = 2  # of the three that the interpreter has
     launch.forget()
     testing.check("triton", case, dtype)
     if dtype != torch.float32 or case.spatial_dims != 1:
@@ -175,6 +177,10 @@ COMPILED = [
 ]
 
 
+# Which is no compilation only, but needs the same process.
+PLANS = "a_plan_launches_what_triton_would"
+
+
 class OfflineDriver:
     """What Triton asks of a driver before it launches: enough to compile for a device that is not there."""
 
@@ -248,6 +254,44 @@ def compile_kernels(target, dtype, mode, channels, out_channels, layout):
     return figures
 
 
+def a_plan_launches_what_triton_would():
+    """The second call of its kind gives the launcher what the first did; one that is aligned otherwise is another."""
+    import triton
+
+    from autofocus_kernels.backends.triton import kernels, launch
+
+    compile_for("sm_90", "bfloat16", kernels)
+    launch.submit = lambda work: work.plan.run(work.tensors)
+    launches = []
+
+    def launcher(source, metadata):
+        # After grid, stream, function, metadata and hooks come the kernel's arguments.
+        return lambda *arguments: launches.append((metadata.hash, arguments[:3], arguments[9:]))
+
+    driver = triton.runtime.driver.active
+    driver.launcher_cls = launcher
+    driver.utils = SimpleNamespace(
+        load_binary=lambda *_: (1, 1, 128, 0, 1024),
+        unload_module=lambda *_: None,
+        get_device_properties=lambda _: {"max_shared_mem": SHARED_LIMIT["sm_90"]},
+    )
+    case = Case("plans", (1, 1, 8), 8, 8, dilations=(1, 2), kernel_size=(1, 1, 3), layout="channels_last")
+    tensors = testing.make_tensors(case, torch.bfloat16)
+    output = torch.empty_like(tensors.grad_output)
+    memory = torch.empty(tensors.attention.numel() + 1, dtype=torch.bfloat16)
+    shifted = memory[1:].view(tensors.attention.shape).copy_(tensors.attention)
+    for attention in (tensors.attention, tensors.attention, shifted, shifted):
+        launch.forward(testing.call_of(case, tensors._replace(attention=attention)), output)
+    assert len(launches) == 8, launches  # each repacks the weight first
+    for kernel in (0, 1):
+        for first, second in (launches[kernel:4:2], launches[4 + kernel :: 2]):
+            assert first[:2] == second[:2]
+            for one, other in zip(first[2], second[2], strict=True):
+                same = one.shape == other.shape if isinstance(one, torch.Tensor) else one == other
+                assert type(one) is type(other) and same, (one, other)
+    assert launches[1][0] != launches[5][0], "the kernel for aligned tensors ran on others"
+
+
 def _figures(compiled, target):
     shared = compiled.metadata.shared
     if target.startswith("gfx"):
@@ -286,7 +330,10 @@ def main(command, share, shares):
         spare_the_interpreter()
         entries = {**INTERPRETED, **{check.__name__: check for check in triton_checks.CHECKS}}
     else:
-        entries = {str(entry): partial(compile_kernels, *entry) for entry in COMPILED}
+        entries = {
+            **{str(entry): partial(compile_kernels, *entry) for entry in COMPILED},
+            PLANS: a_plan_launches_what_triton_would,
+        }
     for name in list(entries)[share::shares]:
         try:
             result = entries[name]()

@@ -382,8 +382,8 @@ def forward_kernel(
         rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
         x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C)
         w = tl.load(weight_tile(weight, tap, c, o, C_PADDED, O_PADDED, G)).to(DOT)
-        blend = (total[:, None] * widened(x)).to(DOT)
-        result = tl.dot(pinned(blend), w, result, input_precision=PRECISION)
+        shared = (total[:, None] * widened(x)).to(DOT)
+        result = tl.dot(pinned(shared), w, result, input_precision=PRECISION)
         for tap_d in range(G.kernel[0]):
             for tap_h in range(G.kernel[1]):
                 for tap_w in range(G.kernel[2]):

@@ -22,8 +22,8 @@ from ..interface import Gradients
 from . import fitting, interpreted, kernels
 from .configs import Config, Tiling, choose_tiling, configurations
 
-# Elements of the weight that a program repacks, and of its gradient of which one adds up all parts.
-ELEMENTS, PARTS_BLOCK = 4096, 256
+# Elements of the weight that a program repacks, and of its gradient of which one adds up all parts, PARTS at a time.
+ELEMENTS, PARTS_BLOCK, PARTS = 4096, 256, 16
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -518,7 +518,7 @@ def _plan_add_parts(splits: int, grad_weight: Tensor) -> Plan:
             "C_SUMS": channels,
             "KERNEL_H": size[1],
             "KERNEL_W": size[2],
-            "SPLITS": 16,
+            "SPLITS": PARTS,
             "BLOCK": PARTS_BLOCK,
         },
     )
