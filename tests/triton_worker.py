@@ -279,7 +279,7 @@ def a_plan_launches_what_triton_would():
     tensors = testing.make_tensors(case, torch.bfloat16)
     output = torch.empty_like(tensors.grad_output)
     memory = torch.empty(tensors.attention.numel() + 1, dtype=torch.bfloat16)
-    shifted = memory[1:].view(tensors.attention.shape).copy_(tensors.attention)
+    shifted = memory.as_strided(tensors.attention.shape, tensors.attention.stride(), 1)
     for attention in (tensors.attention, tensors.attention, shifted, shifted):
         launch.forward(testing.call_of(case, tensors._replace(attention=attention)), output)
     assert len(launches) == 8, launches  # each repacks the weight first
