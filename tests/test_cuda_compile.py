@@ -116,7 +116,8 @@ def compiled(request, tmp_path_factory):
         )
         return result.returncode, result.stdout
 
-    parameters = [item.callspec.params for item in request.session.items if "compiled" in item.fixturenames]
+    here = [item for item in request.session.items if item.getparent(pytest.Module) is request.node]
+    parameters = [item.callspec.params for item in here if "compiled" in item.fixturenames]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         futures = {}
         for each in parameters:
@@ -138,15 +139,14 @@ def is_never_planned(kernel, architecture):
 def test_machine_code(compiled, source, architecture):
     code, report = compiled[source, architecture].result()
     assert code == 0, report
-    kernels = parse(report)
     wrong = [
         kernel
-        for kernel in kernels
+        for kernel in parse(report)
         if ((kernel.spills or kernel.stack) and not is_never_planned(kernel, architecture))
         or kernel.shared > STATIC_SHARED
         or not 0 < kernel.registers <= BUDGET[kernel.name]
     ]
-    assert kernels and not wrong, wrong
+    assert not wrong, wrong  # a file may have no kernel: test_instances counts them all
     assert "serialized" not in report, report  # warpgroup MMA that waits for itself
 
 

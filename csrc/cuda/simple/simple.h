@@ -7,8 +7,8 @@
 namespace autofocus::cuda {
 
 constexpr int kSimpleThreads = 128;
-constexpr int kSimpleBlocks =
-    2;  // at least, a multiprocessor; asked for, ptxas takes the registers it needs and spills none
+// At least, a multiprocessor; asked for, ptxas takes the registers it needs and spills none.
+constexpr int kSimpleBlocks = 2;
 constexpr int kTargets = 16;  // channels a thread accumulates
 constexpr int kSources = 4;   // channels it gathers at a time, so that a position is computed once for all of them
 
