@@ -2,22 +2,24 @@
 
     .venv/bin/python .ci/newest.py
 
-Only torch is installed anew, in build/newest/, and goes before that of .venv. Where pip finds a CUDA build alone, the
-CUDA libraries that it is linked with, two gigabytes, are replaced by one of stubs: on a CPU nothing of them is called
-but to ask whether there is a GPU. `make compat` has the real ones. A torch that cannot be had is no failure.
+The library's files that see torch must compile against its headers too. Only torch is installed anew, in build/newest/,
+and goes before that of .venv. Where pip finds a CUDA build alone, the CUDA libraries that it is linked with, two
+gigabytes, are replaced by one of stubs: on a CPU nothing of them is called but to ask whether there is a GPU. `make
+compat` has the real ones. A torch that cannot be had is no failure.
 """
 
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-TORCH = "2.14.1"
-ROOT = Path(__file__).resolve().parents[1]
+from compat import FLAGS, ROOT, TORCHES
+
+TORCH = TORCHES[-1]
 FOLDER = ROOT / "build" / "newest"
 STUBS = FOLDER / "stubs"
 OF_CUDA = r"lib(cu|nccl|nv)"
+SEE_TORCH = ("csrc/binding/cpu.cpp", "csrc/cpu/brgemm.cpp")  # of the CPU library's files
 TESTS = ("environment", "native", "dispatch", "autograd", "modules", "compile")
 
 
@@ -57,10 +59,20 @@ def make_stubs():
         subprocess.run(command, input=text, text=True, check=True)
 
 
+def compiles():
+    """Whether what sees torch compiles against this one's headers. The rest is compiled already, and is the same."""
+    options = [*FLAGS["CXX"], "-fsyntax-only", f"-I{ROOT / 'csrc'}", f"-isystem{FOLDER / 'torch' / 'include'}"]
+    return all(
+        subprocess.run([os.environ.get("CXX", "c++"), *options, ROOT / source]).returncode == 0 for source in SEE_TORCH
+    )
+
+
 def main():
     if not install():
         print(f"torch {TORCH} cannot be installed here: its tests are left out")
         return 0
+    if not compiles():
+        return 1
     make_stubs()
     path = os.pathsep.join([str(FOLDER), str(ROOT)])
     environment = {

@@ -1,7 +1,7 @@
 """Every Triton kernel compiled ahead of time for GPUs that are not here, with its default configuration."""
 
 import pytest
-import triton_worker
+from helpers import triton_worker
 
 pytest.importorskip("triton")
 

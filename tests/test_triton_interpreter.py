@@ -1,11 +1,11 @@
 """The Triton kernels in Triton's interpreter, on the CPU: forward and every gradient against float64 truth."""
 
 import pytest
-import triton_worker
+from helpers import triton_worker
 
 pytest.importorskip("triton")
 
-import triton_checks
+from helpers import triton_checks
 
 
 @pytest.fixture(scope="module")

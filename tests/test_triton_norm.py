@@ -1,8 +1,7 @@
 """Batch-normalised branches by the Triton kernels: in the interpreter, and compiled for GPUs that are not here."""
 
 import pytest
-import triton_norm_worker
-import triton_worker
+from helpers import triton_norm_worker, triton_worker
 
 pytest.importorskip("triton")
 

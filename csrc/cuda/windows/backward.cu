@@ -38,7 +38,7 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
   if (wants_input) launch_grad_input(input_plan, in, by_branch, operands, gradients.input, adds, context);
   if (wants_attention) launch_grad_attention(attention_plan, in, operands, gradients.attention, context);
   if (wants_weight) {
-    launch_grad_weight(weight_plan, in, grad_output, operands, sums, static_cast<float*>(operands.scratch()), context);
+    launch_grad_weight(weight_plan, in, by_branch, operands, sums, static_cast<float*>(operands.scratch()), context);
     sums.data = operands.scratch();
     sum_weight_partials(in, sums, gradients.weight, {gradients.scale, in.g.O, 1, {}}, adds, context);
   }

@@ -152,12 +152,12 @@ WeightPartials weight_partials_of(const Plan& plan, const Problem& g, bool by_br
   return {nullptr, blocks * kGradWeightGroups, by_branch ? g.K : 1, ceil_div(g.O, 16) * 16, int64_t(chunks) * kChunk};
 }
 
-void launch_grad_weight(const Plan& plan, const Inputs& in, const TensorView& grad_output, const Operands& operands,
+void launch_grad_weight(const Plan& plan, const Inputs& in, bool by_branch, const Operands& operands,
                         const WeightPartials& sums, float* partial, const Context& context) {
   const Problem& g = in.g;
   const dim3 grid(static_cast<unsigned int>(sums.splits / kGradWeightGroups),
                   static_cast<unsigned int>(num_chunks(g.C)), static_cast<unsigned int>(ceil_div(g.O, kBlockOutputs)));
-  const int chunks = num_chunks(g.O), grads = grad_output.k == 0 ? 1 : int(g.K);
+  const int chunks = num_chunks(g.O), grads = by_branch ? int(g.K) : 1;
   const int64_t branch_size = sums.outputs * sums.inputs * num_taps(g);
   for_16_bit(in.dtype, [&](auto element) {
     using T = decltype(element);

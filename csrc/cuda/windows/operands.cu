@@ -87,9 +87,10 @@ __device__ inline void pack_weight(const PackWeight& job, const Packing<T>& pack
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const int64_t o = job.adjoint ? source + i : target, c = job.adjoint ? target : source + i;
-    values[i] = there && source + i < job.sources ? to_float(*packing.weight_values.at(o, c, t)) : 0.0f;
-    if (job.adjoint && packing.scale.data != nullptr && source + i < job.sources)
-      values[i] *= branch_value(packing.scale, k, o);
+    values[i] = 0.0f;
+    if (!there || source + i >= job.sources) continue;
+    values[i] = to_float(*packing.weight_values.at(o, c, t));
+    if (job.adjoint && packing.scale.data != nullptr) values[i] *= branch_value(packing.scale, k, o);
   }
   job.packed[index] = {pack(values[0], values[1], T{}), pack(values[2], values[3], T{}),
                        pack(values[4], values[5], T{}), pack(values[6], values[7], T{})};

@@ -230,7 +230,7 @@ def compile_kernels(target, dtype, mode, channels, out_channels, layout):
     def submit(work):
         name = work.plan.kernel.__name__
         if name not in PACKING or name not in {figure["kernel"] for figure in figures}:
-            figures.append({"kernel": name, **_figures(compiled_for(work), target)})
+            figures.append({"kernel": name, **figures_of(compiled_for(work), target)})
         work.finish()
 
     launch.submit = submit
@@ -292,7 +292,7 @@ def a_plan_launches_what_triton_would():
     assert launches[1][0] != launches[5][0], "the kernel for aligned tensors ran on others"
 
 
-def _figures(compiled, target):
+def figures_of(compiled, target):
     shared = compiled.metadata.shared
     if target.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]
@@ -325,7 +325,7 @@ def main(command, share, shares):
     torch.set_num_threads(1)
     triton_backend.checked = False  # it would interpret everything twice
     if command == "interpret":
-        import triton_checks
+        from helpers import triton_checks
 
         spare_the_interpreter()
         entries = {**INTERPRETED, **{check.__name__: check for check in triton_checks.CHECKS}}

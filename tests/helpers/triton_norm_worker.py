@@ -9,10 +9,10 @@ from functools import partial
 
 import test_branch_norm
 import torch
-import triton_worker
+from helpers import triton_worker
+from helpers.triton_worker import SMALL
 from test_branch_norm import make_norms
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_worker import SMALL
 
 from autofocus_kernels import AutofocusConv2d, testing
 from autofocus_kernels.backends.triton import backend as triton_backend
@@ -238,7 +238,7 @@ def compile_kernels(target, dtype, layout):
         name = work.plan.kernel.__name__
         # The same kernel is launched for each branch.
         if name not in figures and name not in triton_worker.PACKING:
-            figures[name] = triton_worker._figures(triton_worker.compiled_for(work), target)
+            figures[name] = triton_worker.figures_of(triton_worker.compiled_for(work), target)
 
     launch.submit = submit
     channels = 64 if dtype == "bfloat16" else 32
