@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .geometry import Geometry, from_integers
@@ -39,6 +40,11 @@ def as_3d(tensor: Tensor | None, first_axis: int = 2) -> Tensor | None:
         for _ in range(first_axis + 3 - tensor.dim()):
             tensor = tensor.unsqueeze(first_axis)
     return tensor
+
+
+def allows_tf32(dtype: torch.dtype) -> bool:
+    """Whether torch's convolutions would multiply tensors of ``dtype`` as TF32 on an NVIDIA GPU, when it is asked."""
+    return dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.version.hip is None
 
 
 # Functions and not properties: torch.compile before 2.11 looks for none on a NamedTuple.

@@ -12,7 +12,7 @@ import torch
 
 from . import self_check
 from .backends.interface import Backend, CannotRun, compute
-from .call import Call
+from .call import Call, allows_tf32
 
 logger = logging.getLogger("autofocus_kernels")
 
@@ -23,8 +23,9 @@ PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference
 # Compute capability -> dtypes of the calls that go to cuda before Triton, if its fast tier has every pass of the call.
 CUDA_FIRST = {
     # Not measured, predicted (benchmarks/NOTES.md): 1.3 to 1.8 times as fast as Triton measured on an H100 in
-    # inference, twice in training; and there Triton's calls took 0.4 ms of the host more.
-    (9, 0): (torch.float16, torch.bfloat16),
+    # inference, twice in training; and there Triton's calls took 0.4 ms of the host more. float32 where torch allows
+    # TF32, which alone the fast tier takes.
+    (9, 0): (torch.float16, torch.bfloat16, torch.float32),
 }
 # Triton stays first for the rest. Other capabilities: never run, not measured; their windows go through ldmatrix and
 # mma.sync, which give up what the prediction rests on. Other dtypes, and passes that the fast tier leaves to the
@@ -85,7 +86,8 @@ def preferred(function: str, call: Call, arguments: tuple) -> tuple[str, ...]:
         return names
     # Every call on a GPU passes here. Which gradients are wanted decides which passes there are.
     wanted = arguments[1] if function == "backward" else arguments
-    key = (function, device, dtype, call.geometry, call.input.shape[0], weight.shape, *[t is None for t in wanted])
+    absent = [tensor is None for tensor in wanted]
+    key = (function, device, dtype, allows_tf32(dtype), call.geometry, call.input.shape[0], weight.shape, *absent)
     try:
         return _preferred[key]
     except KeyError:

@@ -31,7 +31,7 @@ from torch import Tensor
 from . import tolerance
 from .backends.interface import Backend, CannotRun, Gradients, compute
 from .backends.reference import backend as reference
-from .call import Call
+from .call import Call, allows_tf32
 from .geometry import Geometry
 
 logger = logging.getLogger("autofocus_kernels")
@@ -138,7 +138,7 @@ def refusal(name: str, backend: Backend, function: str, call: Call, arguments: t
         arguments = (arguments[0], *arguments[1])
     input, weight, attention, bias, scale, shift, geometry, _ = call
     device, dtype = weight.device, weight.dtype
-    tf32 = dtype is torch.float32 and device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = device.type == "cuda" and allows_tf32(dtype)
     in_place = function == "branch_norm_backward" and arguments[5].data_ptr() == arguments[1].data_ptr()
     # Every call passes here. What is filled lies like what is read, and the layout of vectors hardly matters.
     key = (

@@ -26,6 +26,7 @@ struct Call {
   DType dtype;
   TensorView input, weight, attention;
   void *bias, *scale, *shift;
+  bool tf32;  // whether a GPU may multiply floats as TF32
 };
 
 // Where a backward writes; null where no gradient is wanted.

@@ -27,6 +27,7 @@ BUDGET = {
     "branches_kernel": 128,
     "adjoint_kernel": 128,
     "grad_weight_kernel": 255,
+    "grad_weight_tf32_kernel": 255,
     "pack_kernel": 64,
     "simple_blend": 255,
     "simple_branches": 255,
@@ -43,10 +44,11 @@ BUDGET = {
 }
 # Instances of each kernel: element types times the few values of its template parameters. More cost build time.
 INSTANCES = {
-    "branches_kernel": 16,
-    "adjoint_kernel": 16,
+    "branches_kernel": 23,
+    "adjoint_kernel": 24,
     "grad_weight_kernel": 2,
-    "pack_kernel": 2,
+    "grad_weight_tf32_kernel": 1,
+    "pack_kernel": 3,
     "simple_blend": 8,
     "simple_branches": 4,
     "simple_grad_attention_shared": 4,

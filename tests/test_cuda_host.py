@@ -24,7 +24,7 @@ import pytest
 import torch
 from helpers import plain_norms as layers
 
-from autofocus_kernels import autofocus_conv, dispatch, reference, testing
+from autofocus_kernels import autofocus_conv, dispatch, reference, testing, tolerance
 from autofocus_kernels.backends import native
 from autofocus_kernels.backends.cuda import PASSES
 from autofocus_kernels.backends.cuda import backend as cuda
@@ -96,7 +96,17 @@ def library(tmp_path_factory):
 
 
 @pytest.fixture
-def device(library, monkeypatch):
+def exact_float32():
+    """The tolerances are those of float32; tests of TF32 allow it."""
+    precision = torch.backends.cudnn.conv
+    before = precision.fp32_precision
+    precision.fp32_precision = "ieee"
+    yield
+    precision.fp32_precision = before
+
+
+@pytest.fixture
+def device(library, exact_float32, monkeypatch):
     """Configures the emulated GPU; the cuda backend then takes CPU tensors."""
     monkeypatch.setattr(cuda, "device_type", "cpu")
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
@@ -119,6 +129,12 @@ def simple_tier(device, monkeypatch):
 @pytest.fixture(params=["simple", "fast"])
 def tier(device, request, monkeypatch):
     monkeypatch.setenv("AUTOFOCUS_CUDA_TIER", request.param)
+
+
+@pytest.fixture
+def tf32(device):
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    return device
 
 
 def refusals(case, dtype=torch.float16):
@@ -169,6 +185,7 @@ def test_emulation_shows_a_missing_barrier(library, device):
         ("operand_behind", "lies behind the block's shared memory"),
         ("uncommitted_product", "that was not committed"),
         ("lanes_disagree", "different operands"),
+        ("unrounded_operand", "not rounded to TF32"),
     ],
 )
 def test_emulation_reports(library, device, name, error):
@@ -312,7 +329,7 @@ FAST_CASES = tuple(
 )
 
 
-@pytest.mark.parametrize("case, dtype", zip(FAST_CASES, itertools.cycle(HALVES)), ids=str)
+@pytest.mark.parametrize("case, dtype", list(zip(FAST_CASES, itertools.cycle(HALVES))), ids=str)
 def test_fast_tier(device, case, dtype):
     assert refusals(case) == dict.fromkeys(PASSES)
     testing.check("cuda", case, dtype)
@@ -350,6 +367,59 @@ def test_fast_tier_on_other_gpus(device, gpu, case):
     testing.check("cuda", case, torch.bfloat16)
 
 
+def judge_tf32(results, case, tensors):
+    """Operands are rounded to the nearest: by at most half of TF32's eps, by less in the mean."""
+    for name, expected in testing.truth(case, tensors).items():
+        assert testing.relative_error(results[name], expected) < tolerance.TF32_EPS / 2, name
+
+
+@pytest.mark.parametrize(
+    "gpu, case",
+    [
+        (gpu, case)
+        for gpu, names in [
+            (
+                H100,
+                (
+                    "3d",
+                    "branch",
+                    "valid",
+                    "dilation_per_axis",
+                    "one_channel",
+                    "channels_30_to_50",
+                    "channels_130_to_65",
+                    "2d",
+                    "1d",
+                    "transposed",
+                    "sliced",
+                    "expanded",
+                    "papers_rates",
+                    "six_branches",
+                ),
+            ),
+            (A100, ("channels_30_to_50", "branch_2d", "one_tap_in_y")),
+            (RTX_5090, ("channels_16_to_140", "papers_rates_branch")),
+        ]
+        for case in FAST_CASES
+        if case.name in names
+    ],
+    ids=str,
+)
+def test_fast_tier_in_tf32(tf32, gpu, case):
+    tf32(gpu)
+    assert refusals(case, torch.float32) == dict.fromkeys(PASSES)
+    tensors = make_tensors(case)
+    with testing.poisoned_memory():
+        results = evaluate(lambda **call: autofocus_conv(**call, backend="cuda"), case, tensors)
+    judge_tf32(results, case, tensors)
+
+
+def test_float32_is_exact_where_tf32_is_not_allowed(device):
+    case = CASES[0]
+    assert set(refusals(case, torch.float32).values()) == {"the dtype is float32 and TF32 is not allowed"}
+    testing.check("cuda", case)
+
+
 # (late_copies, order): threads forwards, backwards and shuffled, with copies that land early and late.
 SCHEDULES = ((True, 0), (False, 0), (True, 1), (False, 1), (True, 2))
 
@@ -375,6 +445,19 @@ def test_schedule_changes_no_bit(device, gpu, case):
         first = first or results
         assert all(torch.equal(results[name], first[name]) for name in first), (late, order)
     testing.judge(first, case, tensors)
+
+
+@pytest.mark.parametrize("gpu", [H100, RTX_5090], ids=["H100", "RTX 5090"])
+def test_schedule_changes_no_bit_in_tf32(tf32, gpu):
+    case = Case("near", (9, 5, 4), channels=5, out_channels=35, dilations=(1, 2), mode="branch")
+    tensors = make_tensors(case)
+    results = []
+    for late, order in ((True, 0), (False, 1), (True, 2)):
+        tf32(gpu, late, order)
+        results.append(evaluate(lambda **call: autofocus_conv(**call, backend="cuda"), case, tensors))
+    for other in results[1:]:
+        assert all(torch.equal(other[name], results[0][name]) for name in other)
+    judge_tf32(results[0], case, tensors)
 
 
 @pytest.mark.parametrize("mode", ["plain", "branch"])
@@ -618,6 +701,33 @@ def test_gradients_of_branches_are_rounded_once(tier, dtype, in_place):
     assert_rounded_once(grad_weight, expected[1])
 
 
+def test_branches_and_their_gradients_in_tf32(library, tf32):
+    case = Case("rounding", (5, 6, 9), channels=5, out_channels=11, dilations=(1, 2, 3), batch=2)
+    tensors = make_tensors(case)
+    branches, attention, grad_output, vectors = branch_tensors(torch.float32, size=case.size)
+    call = call_of(case, tensors)._replace(attention=attention, bias=None)
+    exact = call._replace(input=tensors.input.double(), weight=tensors.weight.double())
+
+    def error(result, expected):
+        return testing.relative_error(result, expected) / tolerance.TF32_EPS
+
+    held = torch.full_like(branches, torch.nan)
+    cuda.branch_statistics(call, held, None, None)
+    assert all(error(*pair) < 0.5 for pair in zip(held, reference.branches(exact)))
+
+    grad_branches = torch.full_like(branches, torch.nan)
+    grad_input, grad_weight = torch.full_like(tensors.input, torch.nan), torch.full_like(tensors.weight, torch.nan)
+    coefficients = [vectors[name] for name in ("scale", "b_coef", "shift")]
+    cuda.branch_norm_backward(call, grad_output, branches, *coefficients, grad_branches, grad_input, grad_weight)
+    expected = [0.0, 0.0]
+    for k, branch in enumerate(grad_branches.double()):
+        gradients = reference.branch_gradients(exact, k, branch, True, True)
+        expected = [total + gradient for total, gradient in zip(expected, gradients)]
+    assert error(grad_input, expected[0]) < 0.5 and error(grad_weight, expected[1]) < 0.5
+    for name, count in (("fast_branch", 3), ("fast_branch_grad_input", 1), ("fast_weight_partial", 3)):
+        assert library.autofocus_emulation_launches(name.encode()) == count
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_variance_of_branches_far_from_zero(device, dtype):
     """A mean 1000 times the deviation; then also a border, or a beginning, that is elsewhere; then no deviation."""
@@ -736,7 +846,8 @@ def test_wrong_direct_calls_on_branches_are_errors(device, change, words):
 def test_fast_tier_says_why_not(device):
     size = (8, 8, 8)
     for change, dtype, words in [
-        ({}, torch.float32, "dtype"),
+        ({}, torch.float64, "dtype"),
+        ({}, torch.float32, "TF32 is not allowed"),
         ({"kernel_size": (3, 3, 5)}, torch.float16, "kernel"),
         ({"stride": 2, "padding": 1}, torch.float16, "stride"),
         ({"dilations": (1, 2, 3, 4, 8, 1)}, torch.float16, "further than 7 lattice points"),  # the second slice

@@ -53,9 +53,15 @@ class CompiledBackend:
             )
         return None
 
+    def tf32(self, call: Call) -> bool:
+        """Whether the kernels may multiply the call's tensors as TF32."""
+        return False
+
     def forward(self, call: Call, output: Tensor) -> None:
         call = call.as_3d()
-        self.operators.forward(*call[:3], *_contiguous(*call[3:6]), as_3d(output), *call.geometry.integers)
+        self.operators.forward(
+            *call[:3], *_contiguous(*call[3:6]), as_3d(output), *call.geometry.integers, self.tf32(call)
+        )
 
     def backward(self, call: Call, grad_output: Tensor, gradients: Gradients) -> None:
         call = call.as_3d()
@@ -67,12 +73,13 @@ class CompiledBackend:
             *map(as_3d, volumes),
             grad_branch_scale,
             *call.geometry.integers,
+            self.tf32(call),
         )
 
     def branch_statistics(self, call: Call, branches: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
         call = call.as_3d()
         self.operators.branch_statistics(
-            call.input, call.weight, as_3d(branches, 3), mean, var, *call.geometry.integers
+            call.input, call.weight, as_3d(branches, 3), mean, var, *call.geometry.integers, self.tf32(call)
         )
 
     def branch_combine(self, call: Call, branches: Tensor, scale: Tensor, shift: Tensor, output: Tensor) -> None:
@@ -124,6 +131,7 @@ class CompiledBackend:
             as_3d(grad_input),
             as_3d(grad_weight),
             *call.geometry.integers,
+            self.tf32(call),
         )
 
 

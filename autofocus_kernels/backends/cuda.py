@@ -1,14 +1,15 @@
 """The CUDA C++ kernels of csrc/cuda.
 
-Two tiers: a simple one that takes every geometry and dtype, and a fast one for 16-bit tensors and kernels of 1 or 3
-taps; the library picks one for every pass (docs/cuda.md); AUTOFOCUS_CUDA_TIER=simple keeps it to the first.
+Two tiers: a simple one that takes every geometry and dtype, and a fast one for 16-bit tensors, float32 where torch
+allows TF32, and kernels of 1 or 3 taps. The library picks one for every pass (docs/cuda.md);
+AUTOFOCUS_CUDA_TIER=simple keeps it to the first.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..call import Call
+from ..call import Call, allows_tf32
 from .compiled import CompiledBackend
 
 MINIMUM_CAPABILITY = (8, 0)
@@ -33,6 +34,9 @@ class CudaBackend(CompiledBackend):
             return f"{device} has compute capability {capability}, the library is built for {MINIMUM_CAPABILITY} on"
         return None
 
+    def tf32(self, call: Call) -> bool:
+        return allows_tf32(call.weight.dtype)
+
     def fast_refusal(self, pass_name: str, call: Call) -> str | None:
         """Why the fast tier does not take a pass of a call that the backend takes; None if it does.
 
@@ -43,7 +47,7 @@ class CudaBackend(CompiledBackend):
         geometry = call.geometry
         return (
             self.operators.fast_refusal(
-                pass_name, call.input, call.weight, list(geometry.output_size), *geometry.integers
+                pass_name, call.input, call.weight, list(geometry.output_size), *geometry.integers, self.tf32(call)
             )
             or None
         )

@@ -23,8 +23,9 @@ constexpr int kReachZ = 3;  // in planes: as many as every GPU has room for
 constexpr int kRows = 8 + 2 * kReach;
 constexpr int kPlanePoints = kRows * kPitch;
 constexpr int kPoints = (1 + 2 * kReachZ) * kPlanePoints;
-constexpr int kChannels = 8;  // of a point: 16 bytes
-constexpr int kGroups = 4;    // warpgroups of a block
+constexpr int kGroups = 4;  // warpgroups of a block
+template <typename T>
+constexpr int kChannels = 16 / int(sizeof(T));  // of a point
 #if defined(__CUDACC__)
 constexpr int kRepeat = 1000;  // products to be timed
 #else
@@ -44,29 +45,31 @@ inline int small_integer(uint32_t& state) {
   return int(state >> 16) % 9 - 4;
 }
 
-// The small integer in 16 bits.
+// The small integer as an element.
+inline uint32_t bits(int value, float) {
+  const float element = float(value);
+  uint32_t word;
+  std::memcpy(&word, &element, sizeof(word));
+  return word;
+}
 inline uint16_t bits(int value, Half) {
   const uint16_t sizes[] = {0, 0x3c00, 0x4000, 0x4200, 0x4400};
   return uint16_t(sizes[std::abs(value)] | (value < 0 ? 0x8000 : 0));
 }
-inline uint16_t bits(int value, BFloat16) {
-  const float wide = float(value);
-  uint32_t word;
-  std::memcpy(&word, &wide, sizeof(word));
-  return uint16_t(word >> 16);
-}
+inline uint16_t bits(int value, BFloat16) { return uint16_t(bits(value, float{}) >> 16); }
 
-// Small integers, and the same in 16 bits on the GPU.
+// Small integers, and the same as elements on the GPU.
 template <typename T>
 struct Values {
+  using Bits = decltype(bits(0, T{}));
   std::vector<int> host;
-  uint16_t* device = nullptr;
+  Bits* device = nullptr;
 
   Values(size_t count, uint32_t seed) : host(count) {
-    std::vector<uint16_t> halves(count);
-    for (size_t i = 0; i < count; ++i) halves[i] = bits(host[i] = small_integer(seed), T{});
-    check(cudaMalloc(&device, count * 2), "cudaMalloc");
-    check(cudaMemcpy(device, halves.data(), count * 2, cudaMemcpyHostToDevice), "cudaMemcpy");
+    std::vector<Bits> elements(count);
+    for (size_t i = 0; i < count; ++i) elements[i] = bits(host[i] = small_integer(seed), T{});
+    check(cudaMalloc(&device, count * sizeof(Bits)), "cudaMalloc");
+    check(cudaMemcpy(device, elements.data(), count * sizeof(Bits), cudaMemcpyHostToDevice), "cudaMemcpy");
   }
   Values(const Values&) = delete;
   ~Values() { cudaFree(device); }
@@ -99,8 +102,9 @@ int count_failures(const Run& run) {
 }
 
 // Copies `count` points of 16 bytes to shared memory as the kernels do, and lets warpgroup MMA see them.
-__device__ inline void copy_points(unsigned char* to, const uint16_t* from, int count) {
-  for (int i = threadIdx.x; i < count; i += int(blockDim.x)) copy_async<16>(to + i * 16, from + i * kChannels, true);
+__device__ inline void copy_points(unsigned char* to, const void* from, int count) {
+  for (int i = threadIdx.x; i < count; i += int(blockDim.x))
+    copy_async<16>(to + i * 16, static_cast<const unsigned char*>(from) + i * 16, true);
   copy_async_commit();
   copy_async_wait<0>();
   fence_shared_operands();

@@ -13,9 +13,8 @@ constexpr int kTaps = 9, kSlabTaps = 10;  // of one plane; the last product's se
 // out [64][8 kTiles] = the nine taps of plane z at this rate, by the first warpgroup; all of them repeat it to be
 // timed.
 template <typename T, int kTiles>
-__global__ __launch_bounds__(kGroups * 128) void multiply_windows(const uint16_t* points, const uint16_t* weight,
-                                                                  float* out, int z, int rate, int repeat,
-                                                                  long long* cycles) {
+__global__ __launch_bounds__(kGroups * 128) void multiply_windows(const void* points, const void* weight, float* out,
+                                                                  int z, int rate, int repeat, long long* cycles) {
   copy_points(shared_memory(), points, kPoints);
   copy_points(shared_memory() + kPoints * 16, weight, kSlabTaps * 8 * kTiles);
   const uint32_t window = shared_units(shared_memory()) + centre(0, 0) + shift(z, 0, 0);
@@ -45,14 +44,15 @@ __global__ __launch_bounds__(kGroups * 128) void multiply_windows(const uint16_t
 template <typename T, int kTiles>
 void run(const char* name) {
   constexpr int kOutputs = 8 * kTiles, kShared = (kPoints + kSlabTaps * kOutputs) * 16;
-  Values<T> points(size_t(kPoints) * kChannels, 1), weight(size_t(kSlabTaps) * kOutputs * kChannels, 2);
+  Values<T> points(size_t(kPoints) * kChannels<T>, 1), weight(size_t(kSlabTaps) * kOutputs * kChannels<T>, 2);
   // The last tap is nobody's.
-  check(cudaMemset(weight.device + size_t(kTaps) * kOutputs * kChannels, 0, kOutputs * 16), "cudaMemset");
+  check(cudaMemset(weight.device + size_t(kTaps) * kOutputs * kChannels<T>, 0, kOutputs * 16), "cudaMemset");
   Results<float> out(64 * kOutputs);
   Results<long long> cycles(1);
   const auto multiply = [&](int z, int rate, int repeat) {
-    launch(name, &multiply_windows<T, kTiles>, dim3(1), kGroups * 128, kShared, nullptr, points.device, weight.device,
-           out.device, z, rate, repeat, cycles.device);
+    launch(name, &multiply_windows<T, kTiles>, dim3(1), kGroups * 128, kShared, nullptr,
+           static_cast<const void*>(points.device), static_cast<const void*>(weight.device), out.device, z, rate,
+           repeat, cycles.device);
   };
   int wrong = 0, windows = 0;
   for (int rate = 1; rate <= kReach; ++rate)
@@ -64,12 +64,11 @@ void run(const char* name) {
         for (int o = 0; o < kOutputs; ++o) {
           int sum = 0;
           for (int tap = 0; tap < kTaps; ++tap)
-            for (int c = 0; c < kChannels; ++c)
-              sum +=
-                  points
-                      .host[(centre(p / 8, p % 8) + shift(z, (tap / 3 - 1) * rate, (tap % 3 - 1) * rate)) * kChannels +
-                            c] *
-                  weight.host[(tap * kOutputs + o) * kChannels + c];
+            for (int c = 0; c < kChannels<T>; ++c)
+              sum += points.host[(centre(p / 8, p % 8) + shift(z, (tap / 3 - 1) * rate, (tap % 3 - 1) * rate)) *
+                                     kChannels<T> +
+                                 c] *
+                     weight.host[(tap * kOutputs + o) * kChannels<T> + c];
           wrong += !(out.host[p * kOutputs + o] == float(sum));
         }
     }
@@ -89,5 +88,9 @@ int main() {
     run<BFloat16, 5>("shifted windows, bfloat16, N = 40");
     run<BFloat16, 8>("shifted windows, bfloat16, N = 64");
     run<Half, 4>("shifted windows, float16, N = 32");
+    run<float, 2>("shifted windows, TF32, N = 16");
+    run<float, 4>("shifted windows, TF32, N = 32");
+    run<float, 5>("shifted windows, TF32, N = 40");
+    run<float, 8>("shifted windows, TF32, N = 64");
   });
 }

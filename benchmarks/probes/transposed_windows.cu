@@ -45,7 +45,7 @@ __global__ __launch_bounds__(kGroups * 128) void multiply_over_points(const uint
 template <typename T>
 void run(const char* name) {
   constexpr int kShared = kPoints * 16;
-  Values<T> points(size_t(kPoints) * kChannels, 3), grad(kOutputs * 64, 4);
+  Values<T> points(size_t(kPoints) * kChannels<T>, 3), grad(kOutputs * 64, 4);
   Results<float> out(kOutputs * kColumns);
   Results<long long> cycles(1);
   const auto multiply = [&](int z, int y, int rate, int repeat) {
@@ -64,7 +64,7 @@ void run(const char* name) {
             int sum = 0;
             for (int p = 0; p < 64; ++p)
               sum += grad.host[o * 64 + p] *
-                     points.host[(centre(p / 8, p % 8) + shift(z, y * rate, (column / 8 - 1) * rate)) * kChannels +
+                     points.host[(centre(p / 8, p % 8) + shift(z, y * rate, (column / 8 - 1) * rate)) * kChannels<T> +
                                  column % 8];
             wrong += !(out.host[o * kColumns + column] == float(sum));
           }

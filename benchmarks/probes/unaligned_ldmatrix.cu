@@ -18,7 +18,7 @@ __global__ __launch_bounds__(32) void load(const uint16_t* points, uint16_t* out
 template <bool kTransposed>
 void run(const char* name) {
   // Each element has its own number.
-  std::vector<uint16_t> values(size_t(kPoints) * kChannels);
+  std::vector<uint16_t> values(size_t(kPoints) * kChannels<Half>);
   for (size_t i = 0; i < values.size(); ++i) values[i] = uint16_t(i);
   Results<uint16_t> points(values.size()), out(32 * 4 * 2);
   check(cudaMemcpy(points.device, values.data(), values.size() * 2, cudaMemcpyHostToDevice), "cudaMemcpy");
@@ -33,7 +33,7 @@ void run(const char* name) {
           for (int e = 0; e < 2; ++e) {
             const int row = kTransposed ? lane % 4 * 2 + e : lane / 4,
                       column = kTransposed ? lane / 4 : lane % 4 * 2 + e;
-            wrong += out.host[(lane * 4 + m) * 2 + e] != values[(start + m * apart + row) * kChannels + column];
+            wrong += out.host[(lane * 4 + m) * 2 + e] != values[(start + m * apart + row) * kChannels<Half> + column];
           }
     }
   char numbers[96];

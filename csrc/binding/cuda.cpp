@@ -58,18 +58,18 @@ class Launches {
 };
 
 // Null if the fast tier runs the pass, else the reason; AUTOFOCUS_CUDA_TIER=simple keeps every pass from it.
-const char* refusal_of_fast(Pass pass, const Problem& g, DType dtype) {
+const char* refusal_of_fast(Pass pass, const Problem& g, DType dtype, bool tf32) {
   const char* tier = std::getenv("AUTOFOCUS_CUDA_TIER");
   if (tier != nullptr && std::strcmp(tier, "simple") == 0) return "AUTOFOCUS_CUDA_TIER is simple";
-  return fast_refusal(pass, g, dtype);
+  return fast_refusal(pass, g, dtype, tf32);
 }
-bool takes_fast(Pass pass, const Problem& g, DType dtype) { return refusal_of_fast(pass, g, dtype) == nullptr; }
+bool takes_fast(Pass pass, const Inputs& in) { return refusal_of_fast(pass, in.g, in.dtype, in.tf32) == nullptr; }
 
 // A bias is a shift that is the same for every branch.
 Inputs inputs_of(const Call& call) {
   const int64_t O = call.g.O;
   const TensorView shift = call.bias != nullptr ? TensorView{call.bias, 0, 1, {}} : TensorView{call.shift, O, 1, {}};
-  return {call.g, call.dtype, call.input, call.weight, call.attention, {call.scale, O, 1, {}}, shift};
+  return {call.g, call.dtype, call.input, call.weight, call.attention, {call.scale, O, 1, {}}, shift, call.tf32};
 }
 
 // Samples of one plane each, under a kernel with one tap in z, are the planes of one volume: so a tile has planes to
@@ -102,7 +102,7 @@ bool any(const Gradients& gradients) {
 // Every gradient that is not null, each by the tier that takes it.
 void run_backward(const Tensor& input, Inputs in, TensorView grad_output, Gradients gradients) {
   take_samples_as_planes(in.g, {&in.input, &in.attention, &grad_output, &gradients.input, &gradients.attention});
-  const auto fast = [&](Pass pass) { return takes_fast(pass, in.g, in.dtype); };
+  const auto fast = [&](Pass pass) { return takes_fast(pass, in); };
   Gradients taken{};
   if (gradients.input.data != nullptr && fast(Pass::kGradInput)) std::swap(taken.input, gradients.input);
   if (gradients.attention.data != nullptr && fast(Pass::kGradAttention))
@@ -131,7 +131,7 @@ struct Cuda {
     const Launches launches(input);
     Inputs in = inputs_of(call);
     take_samples_as_planes(in.g, {&in.input, &in.attention, &output});
-    (takes_fast(Pass::kForward, in.g, in.dtype) ? fast_forward : simple_forward)(in, output, launches.context());
+    (takes_fast(Pass::kForward, in) ? fast_forward : simple_forward)(in, output, launches.context());
   }
 
   static void backward(const Tensor& input, const Call& call, const TensorView& grad_output,
@@ -149,15 +149,15 @@ struct Cuda {
     in.attention = ones.view();
     TensorView written = branches;
     take_samples_as_planes(in.g, {&in.input, &written});
-    if (takes_fast(Pass::kForward, in.g, in.dtype)) {
+    if (takes_fast(Pass::kForward, in)) {
       fast_branches(in, written, Launches(input).context());
     } else {
       // A large dilation alone leaves lattices smaller than a tile, but lattices it may have.
       for (int64_t k = 0; k < in.g.K; ++k) {
         Inputs one = in;
         one.g = branches_problem(in.g, k, 1);
-        (takes_fast(Pass::kForward, one.g, in.dtype) ? fast_forward : simple_forward)(
-            one, branch_view(written, k, in.dtype), Launches(input).context());
+        (takes_fast(Pass::kForward, one) ? fast_forward : simple_forward)(one, branch_view(written, k, in.dtype),
+                                                                          Launches(input).context());
       }
     }
     if (mean != nullptr) branch_moments({call.g, call.dtype, branches, {}, {}}, mean, var, Launches(input).context());
@@ -188,7 +188,7 @@ struct Cuda {
 // Why the fast tier does not take a pass ("forward", "grad_input", "grad_attention" or "grad_weight"); empty if it
 // does.
 std::string fast_tier_refusal(std::string pass, const Tensor& input, const Tensor& weight, Ints output_size,
-                              Ints dilations, Ints stride, Ints origin) {
+                              Ints dilations, Ints stride, Ints origin, bool tf32) {
   Problem g = problem_of(input, weight, output_size, dilations, stride, origin, Cuda::kLargest);
   take_samples_as_planes(g, {});
   const Launches launches(input);
@@ -196,7 +196,7 @@ std::string fast_tier_refusal(std::string pass, const Tensor& input, const Tenso
   const Pass passes[] = {Pass::kForward, Pass::kGradInput, Pass::kGradAttention, Pass::kGradWeight};
   for (int i = 0; i < 4; ++i)
     if (pass == names[i]) {
-      const char* refusal = refusal_of_fast(passes[i], g, dtype_of(input));
+      const char* refusal = refusal_of_fast(passes[i], g, dtype_of(input), tf32);
       return refusal == nullptr ? "" : refusal;
     }
   STD_TORCH_CHECK(false, "the pass must be forward, grad_input, grad_attention or grad_weight, got ", pass);
@@ -209,7 +209,7 @@ STABLE_TORCH_LIBRARY(autofocus_cuda, m) {
   define_operators(m);
   m.def(
       "fast_refusal(str tier_pass, Tensor input, Tensor weight, int[] output_size, int[] dilations, int[] stride, "
-      "int[] origin) -> str");
+      "int[] origin, bool tf32) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(autofocus_cuda, AUTOFOCUS_CUDA_DISPATCH_KEY, m) {

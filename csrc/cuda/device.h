@@ -20,6 +20,7 @@ namespace autofocus::cuda {
 using Half = __half;
 using BFloat16 = __nv_bfloat16;
 
+__device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(Half value) { return __half2float(value); }
 __device__ inline float to_float(BFloat16 value) { return __bfloat162float(value); }
 __device__ inline void from_float(Half& to, float value) { to = __float2half_rn(value); }
@@ -49,10 +50,25 @@ __device__ inline void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// d[16x8] += a[16x16] b[16x8] over the warp; fragment layouts are those of the PTX manual, mma.m16n8k16.
+__device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
+// The nearest number of 10 bits behind the point, as TF32 has them, halves away from zero. The tensor cores would cut
+// the rest off.
+__device__ inline uint32_t tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+// d[16x8] += a[16xk] b[kx8] over the warp; k is 16, or 8 with float, whose operands are TF32. Fragment layouts are
+// those of the PTX manual, mma.m16n8k16 and m16n8k8.
 template <typename T>
 __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint2 b) {
-  if constexpr (std::is_same_v<T, Half>)
+  if constexpr (std::is_same_v<T, float>)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+  else if constexpr (std::is_same_v<T, Half>)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
@@ -68,7 +84,8 @@ __device__ inline uint32_t shared_units(const unsigned char* at) {
 }
 
 // Four 8x8 matrices of 16-bit elements, of which lane i gives row i % 8 of matrix i / 8. A lane gets elements 2 (lane %
-// 4) and the next of row lane / 4 of each; of column lane / 4 if kTransposed.
+// 4) and the next of row lane / 4 of each, or element lane % 4 of a row of four floats; of column lane / 4 if
+// kTransposed, which is for 16 bits.
 template <bool kTransposed>
 __device__ inline void load_matrices(uint32_t (&d)[4], uint32_t row) {
   const uint32_t address = row * 16;
@@ -104,12 +121,13 @@ __device__ constexpr bool has_warpgroup_mma() { return true; }
 // waited for.
 __device__ inline void fence_shared_operands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-#define AUTOFOCUS_MMA(type, n, d_list, left, right, adds, ...)                                                  \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " adds                                                         \
-               ", 0;\n"                                                                                         \
-               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" d_list "}, " left ", " right \
-               ", p, 1, 1, 0, 0;\n}\n"                                                                          \
-               : __VA_ARGS__                                                                                    \
+// `layouts`: that neither operand is transposed, which 16-bit types are asked.
+#define AUTOFOCUS_MMA(k, type, layouts, n, d_list, left, right, adds, ...)                                         \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " adds                                                            \
+               ", 0;\n"                                                                                            \
+               "wgmma.mma_async.sync.aligned.m64n" n "k" k ".f32." type "." type " {" d_list "}, " left ", " right \
+               ", p, 1, 1" layouts ";\n}\n"                                                                        \
+               : __VA_ARGS__                                                                                       \
                : "l"(a), "l"(b), "r"(int(add)))
 #define AUTOFOCUS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define AUTOFOCUS_12 AUTOFOCUS_8 ", %8, %9, %10, %11"
@@ -122,11 +140,11 @@ __device__ inline void fence_shared_operands() { asm volatile("fence.proxy.async
 #define AUTOFOCUS_D4 AUTOFOCUS_D3, AUTOFOCUS_D(3)
 #define AUTOFOCUS_D5 AUTOFOCUS_D4, AUTOFOCUS_D(4)
 #define AUTOFOCUS_D8 AUTOFOCUS_D5, AUTOFOCUS_D(5), AUTOFOCUS_D(6), AUTOFOCUS_D(7)
-#define AUTOFOCUS_MMA_OF(type)                                                                           \
-  if constexpr (kTiles == 2) AUTOFOCUS_MMA(type, "16", AUTOFOCUS_8, "%8", "%9", "%10", AUTOFOCUS_D2);    \
-  if constexpr (kTiles == 4) AUTOFOCUS_MMA(type, "32", AUTOFOCUS_16, "%16", "%17", "%18", AUTOFOCUS_D4); \
-  if constexpr (kTiles == 5) AUTOFOCUS_MMA(type, "40", AUTOFOCUS_20, "%20", "%21", "%22", AUTOFOCUS_D5); \
-  if constexpr (kTiles == 8) AUTOFOCUS_MMA(type, "64", AUTOFOCUS_32, "%32", "%33", "%34", AUTOFOCUS_D8)
+#define AUTOFOCUS_MMA_OF(k, type, layouts)                                                                           \
+  if constexpr (kTiles == 2) AUTOFOCUS_MMA(k, type, layouts, "16", AUTOFOCUS_8, "%8", "%9", "%10", AUTOFOCUS_D2);    \
+  if constexpr (kTiles == 4) AUTOFOCUS_MMA(k, type, layouts, "32", AUTOFOCUS_16, "%16", "%17", "%18", AUTOFOCUS_D4); \
+  if constexpr (kTiles == 5) AUTOFOCUS_MMA(k, type, layouts, "40", AUTOFOCUS_20, "%20", "%21", "%22", AUTOFOCUS_D5); \
+  if constexpr (kTiles == 8) AUTOFOCUS_MMA(k, type, layouts, "64", AUTOFOCUS_32, "%32", "%33", "%34", AUTOFOCUS_D8)
 #define AUTOFOCUS_MMA_OVER_POINTS(type)                                             \
   asm volatile(                                                                     \
       "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"                                    \
@@ -139,10 +157,12 @@ __device__ inline void fence_shared_operands() { asm volatile("fence.proxy.async
 template <typename T, int kTiles>
 __device__ inline void warpgroup_mma(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool add) {
   static_assert(kTiles == 2 || kTiles == 4 || kTiles == 5 || kTiles == 8, "written down for these only");
-  if constexpr (std::is_same_v<T, Half>) {
-    AUTOFOCUS_MMA_OF("f16");
+  if constexpr (std::is_same_v<T, float>) {
+    AUTOFOCUS_MMA_OF("8", "tf32", "");
+  } else if constexpr (std::is_same_v<T, Half>) {
+    AUTOFOCUS_MMA_OF("16", "f16", ", 0, 0");
   } else {
-    AUTOFOCUS_MMA_OF("bf16");
+    AUTOFOCUS_MMA_OF("16", "bf16", ", 0, 0");
   }
 }
 // d += a b, with the warps' rows of a in registers and b read the other way round: rows are k.
@@ -177,7 +197,8 @@ __device__ inline void warpgroup_wait(float (&d)[kCount][kTiles][4]) {
 
 __device__ inline float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
-// Two neighbouring 16-bit elements in one register, the first in the low half.
+// Two neighbouring 16-bit elements in one register, the first in the low half. Of floats a pair is two.
+__device__ inline float2 unpack(float2 pair, float) { return pair; }
 __device__ inline float2 unpack(uint32_t pair, Half) {
   __half2 halves;
   memcpy(&halves, &pair, sizeof(pair));

@@ -23,6 +23,10 @@ __device__ inline float to_accumulator(float value) { return value; }
 __device__ inline float to_accumulator(Half value) { return to_float(value); }
 __device__ inline float to_accumulator(BFloat16 value) { return to_float(value); }
 
+// Two neighbours, as unpack takes them.
+template <typename T>
+using Pair = std::conditional_t<std::is_same_v<T, float>, float2, uint32_t>;
+
 __device__ inline void store(double* to, double value) { *to = value; }
 __device__ inline void store(float* to, float value) { *to = value; }
 __device__ inline void store(Half* to, float value) { from_float(*to, value); }
@@ -74,8 +78,10 @@ void for_dtype(DType dtype, Function&& function) {
   }
 }
 
+// The same for the element types that tensor cores multiply; float by TF32.
 template <typename Function>
-void for_16_bit(DType dtype, Function&& function) {
+void for_matrix_dtype(DType dtype, Function&& function) {
+  if (dtype == DType::kFloat32) return function(float{});
   if (dtype == DType::kFloat16) return function(Half{});
   return function(BFloat16{});
 }

@@ -14,6 +14,7 @@ struct Inputs {
   Problem g;
   DType dtype;
   TensorView input, weight, attention, scale, shift;
+  bool tf32;  // whether products of floats may be TF32
 };
 
 // Where a pass runs: a cudaStream_t, and device memory that lives until the work queued on that stream is done.
@@ -58,9 +59,9 @@ void simple_grad_attention(const Inputs& in, const TensorView& grad_output, cons
 void simple_grad_weight(const Inputs& in, const TensorView& grad_output, const TensorView& grad_weight,
                         const TensorView& grad_scale, const Context& context);
 
-// Fast tier (windows/): 16-bit, kernels of 1 or 3 taps an axis, stride 1. Null if it takes the pass on the current
-// device, else the reason.
-const char* fast_refusal(Pass pass, const Problem& g, DType dtype);
+// Fast tier (windows/): 16 bits and TF32, kernels of 1 or 3 taps an axis, stride 1. Null if it takes the pass on the
+// current device, else the reason.
+const char* fast_refusal(Pass pass, const Problem& g, DType dtype, bool tf32);
 void fast_forward(const Inputs& in, const TensorView& output, const Context& context);
 // Every branch alone, into its part of `branches` [K, N, O, *S_out], without attention: in.attention must be ones.
 void fast_branches(const Inputs& in, const TensorView& branches, const Context& context);

@@ -59,7 +59,7 @@ struct Product {
   int warp, tiles;
   uint64_t left, right;
   bool over_points, adds;
-  emulation::Decode decode;
+  emulation::Elements elements;
 };
 
 struct Warp {
@@ -172,35 +172,37 @@ class Block {
 
   // Element (row, k) of an operand as its descriptor says; over points the 8x8 blocks are transposed: a row of memory
   // is a k.
-  uint16_t element(uint64_t operand, int row, int k, bool over_points) {
+  float element(const Product& product, uint64_t operand, int row, int k, bool over_points) {
     const int64_t start = operand & 0x3fff, along_k = operand >> 16 & 0x3fff, along_rows = operand >> 32 & 0x3fff;
-    const int in_row = over_points ? row % 8 : k % 8, row_of_block = over_points ? k % 8 : row % 8;
-    const int64_t at = (start + k / 8 * along_k + row / 8 * along_rows + row_of_block) * 16 + in_row * 2;
-    if (at + 2 > shared_bytes_) {
+    const int bytes = product.elements.bytes, wide = 16 / bytes;  // elements of a row of a block
+    const int in_row = over_points ? row % 8 : k % wide, row_of_block = over_points ? k % 8 : row % 8;
+    const int64_t at = (start + k / wide * along_k + row / 8 * along_rows + row_of_block) * 16 + in_row * bytes;
+    if (at + bytes > shared_bytes_) {
       error_ = "an operand of warpgroup MMA lies behind the block's shared memory";
-      return 0;
+      return 0.0f;
     }
-    uint16_t bits;
-    std::memcpy(&bits, shared() + at, sizeof(bits));
-    return bits;
+    uint32_t bits = 0;
+    std::memcpy(&bits, shared() + at, bytes);
+    return product.elements.decode(bits);
   }
 
   // The 16 rows of one warp.
   void run_product(const Product& product) {
+    const int depth = 32 / product.elements.bytes;
     float left[16][16], right[64][16];
-    for (int k = 0; k < 16; ++k) {
+    for (int k = 0; k < depth; ++k) {
       for (int row = 0; row < 16; ++row)
-        left[row][k] = product.decode(
+        left[row][k] =
             product.rows[0] == nullptr
-                ? element(product.left, 16 * product.warp + row, k, false)
-                : uint16_t(product.rows[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2] >> (16 * (k % 2))));
+                ? element(product, product.left, 16 * product.warp + row, k, false)
+                : product.elements.decode(product.rows[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2] >> (16 * (k % 2)));
       for (int column = 0; column < 8 * product.tiles; ++column)
-        right[column][k] = product.decode(element(product.right, column, k, product.over_points));
+        right[column][k] = element(product, product.right, column, k, product.over_points);
     }
     for (int row = 0; row < 16; ++row)
       for (int column = 0; column < 8 * product.tiles; ++column) {
         float sum = 0.0f;
-        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[column][k];
+        for (int k = 0; k < depth; ++k) sum += left[row][k] * right[column][k];
         float& d = product.d[row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row / 8 * 2 + column % 2];
         d = product.adds ? d + sum : sum;
       }
@@ -299,8 +301,8 @@ void copy_async_wait(int pending) {
 void fence_shared_operands() { block.current().unfenced = false; }
 
 void warpgroup_mma(float* d, int tiles, const uint32_t* rows, uint64_t left, uint64_t right, bool over_points,
-                   bool adds, Decode decode) {
-  Product own{{d}, {rows}, 0, tiles, left, right, over_points, adds, decode};
+                   bool adds, const Elements& elements) {
+  Product own{{d}, {rows}, 0, tiles, left, right, over_points, adds, elements};
   warp_instruction(
       [](void* const* lanes) {
         Product product = *static_cast<const Product*>(lanes[0]);
@@ -372,6 +374,14 @@ float bfloat16_to_float(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
   float value;
   std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+float tf32_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  // What nothing wrote is NaN, and may be read where weights of zero or nobody's sums are behind it.
+  if (!std::isnan(value) && (bits & 0x1fff) != 0) block.report("an operand was not rounded to TF32");
   return value;
 }
 

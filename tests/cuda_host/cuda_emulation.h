@@ -51,9 +51,12 @@ void fence_shared_operands();
 
 // Warpgroup MMA: a lane's `d` (kTiles x 4) of its warp's 16 of the 64 rows, which are an operand in shared memory or,
 // if `rows` is not null, an MMA fragment. Run by the warpgroup_wait that waits for it if copies are late.
-using Decode = float (*)(uint16_t bits);
+struct Elements {
+  int bytes;                       // of one; eight rows of 16 bytes are a block
+  float (*decode)(uint32_t bits);  // of one in the low bits
+};
 void warpgroup_mma(float* d, int tiles, const uint32_t* rows, uint64_t left, uint64_t right, bool over_points,
-                   bool adds, Decode decode);
+                   bool adds, const Elements& elements);
 void warpgroup_commit();
 void warpgroup_wait(int pending);
 
@@ -66,6 +69,8 @@ float half_to_float(uint16_t bits);
 uint16_t float_to_half(float value);
 float bfloat16_to_float(uint16_t bits);
 uint16_t float_to_bfloat16(float value);
+// An operand in TF32, of which the GPU drops the last 13 bits: an error if there is anything in them.
+float tf32_to_float(uint32_t bits);
 
 }  // namespace emulation
 
@@ -76,10 +81,22 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+inline float to_float(float value) { return value; }
 inline float to_float(Half value) { return emulation::half_to_float(value.bits); }
 inline float to_float(BFloat16 value) { return emulation::bfloat16_to_float(value.bits); }
 inline void from_float(Half& to, float value) { to.bits = emulation::float_to_half(value); }
 inline void from_float(BFloat16& to, float value) { to.bits = emulation::float_to_bfloat16(value); }
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline uint32_t tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & 0xffffe000;
+}
 
 inline unsigned char* shared_memory() { return emulation::shared_memory(); }
 template <int kBytes>
@@ -92,6 +109,7 @@ void copy_async_wait() {
   emulation::copy_async_wait(kPending);
 }
 
+inline float2 unpack(float2 pair, float) { return pair; }
 template <typename T>
 float2 unpack(uint32_t pair, T) {
   return {to_float(T{uint16_t(pair)}), to_float(T{uint16_t(pair >> 16)})};
@@ -104,10 +122,10 @@ uint32_t pack(float low, float high, T) {
   return l.bits | uint32_t(h.bits) << 16;
 }
 
-// Layouts as in the PTX manual: lane = 4 * group + member.
-//   a [16, 16]: register i holds row group + 8 (i % 2), columns 2 member + 8 (i / 2), + 1
-//   b [16, 8]:  register i holds rows 2 member + 8 i, + 1, column group
-//   d [16, 8]:  register i holds row group + 8 (i / 2), column 2 member + i % 2
+// Layouts as in the PTX manual, a register being one float or two 16-bit elements: lane = 4 * group + member.
+//   a [16, k]: register i holds row group + 8 (i % 2), word member + 4 (i / 2) of it
+//   b [k, 8]:  register i holds word member + 4 i of column group
+//   d [16, 8]: register i holds row group + 8 (i / 2), column 2 member + i % 2
 template <typename T>
 void mma(float (&d)[4], const uint32_t (&a)[4], uint2 b) {
   struct Operands {
@@ -117,24 +135,30 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint2 b) {
   } operands{d, a, b};
   emulation::warp_instruction(
       [](void* const* lanes) {
+        constexpr int kInWord = 4 / int(sizeof(T)), kDepth = 8 * kInWord;
         float left[16][16], right[16][8];
+        const auto put = [](uint32_t word, auto&& element) {
+          if constexpr (std::is_same_v<T, float>) {
+            element(0) = emulation::tf32_to_float(word);
+          } else {
+            const float2 pair = unpack(word, T{});
+            element(0) = pair.x;
+            element(1) = pair.y;
+          }
+        };
         for (int lane = 0; lane < 32; ++lane) {
           const Operands& own = *static_cast<const Operands*>(lanes[lane]);
           const int group = lane / 4, member = lane % 4;
-          for (int i = 0; i < 4; ++i) {
-            const float2 pair = unpack(own.a[i], T{});
-            left[group + 8 * (i % 2)][2 * member + 8 * (i / 2)] = pair.x;
-            left[group + 8 * (i % 2)][2 * member + 8 * (i / 2) + 1] = pair.y;
-          }
-          for (int i = 0; i < 2; ++i) {
-            const float2 pair = unpack(i == 0 ? own.b.x : own.b.y, T{});
-            right[2 * member + 8 * i][group] = pair.x;
-            right[2 * member + 8 * i + 1][group] = pair.y;
-          }
+          for (int i = 0; i < 4; ++i)
+            put(own.a[i],
+                [&](int j) -> float& { return left[group + 8 * (i % 2)][kInWord * (member + 4 * (i / 2)) + j]; });
+          for (int i = 0; i < 2; ++i)
+            put(i == 0 ? own.b.x : own.b.y,
+                [&](int j) -> float& { return right[kInWord * (member + 4 * i) + j][group]; });
         }
         float product[16][8] = {};
         for (int row = 0; row < 16; ++row)
-          for (int k = 0; k < 16; ++k)
+          for (int k = 0; k < kDepth; ++k)
             for (int column = 0; column < 8; ++column) product[row][column] += left[row][k] * right[k][column];
         for (int lane = 0; lane < 32; ++lane)
           for (int i = 0; i < 4; ++i)
@@ -191,15 +215,20 @@ inline uint32_t transposed(uint32_t pair) {
 bool has_warpgroup_mma();
 inline void fence_shared_operands() { emulation::fence_shared_operands(); }
 template <typename T>
-constexpr emulation::Decode decode_of =
-    std::is_same_v<T, Half> ? emulation::half_to_float : emulation::bfloat16_to_float;
+emulation::Elements elements_of() {
+  if constexpr (std::is_same_v<T, float>)
+    return {4, emulation::tf32_to_float};
+  else
+    return {2, [](uint32_t bits) { return to_float(T{uint16_t(bits)}); }};
+}
 template <typename T, int kTiles>
 void warpgroup_mma(float (&d)[kTiles][4], uint64_t left, uint64_t right, bool adds) {
-  emulation::warpgroup_mma(&d[0][0], kTiles, nullptr, left, right, false, adds, decode_of<T>);
+  emulation::warpgroup_mma(&d[0][0], kTiles, nullptr, left, right, false, adds, elements_of<T>());
 }
 template <typename T>
 void warpgroup_mma_over_points(float (&d)[3][4], const uint32_t (&rows)[4], uint64_t right) {
-  emulation::warpgroup_mma(&d[0][0], 3, rows, 0, right, true, true, decode_of<T>);
+  static_assert(sizeof(T) == 2, "the GPU turns 16-bit operands only");
+  emulation::warpgroup_mma(&d[0][0], 3, rows, 0, right, true, true, elements_of<T>());
 }
 inline void warpgroup_begin() {}
 inline void warpgroup_commit() { emulation::warpgroup_commit(); }

@@ -155,6 +155,13 @@ void operand_behind(const float*, float*) { product(20, true); }
 
 void uncommitted_product(const float*, float*) { product(0, false); }
 
+void unrounded_operand(const float* source, float*) {
+  float d[4] = {};
+  uint32_t bits;
+  std::memcpy(&bits, source, sizeof(bits));
+  mma<float>(d, {bits, bits, bits, bits | 1}, {bits, bits});
+}
+
 void lanes_disagree(const float*, float*) { product(threadIdx.x % 2, true); }
 
 using Faulty = void (*)(const float*, float*);
@@ -166,7 +173,7 @@ const NamedKernel kFaulty[] = {{"unfinished_copy", unfinished_copy}, {"missing_b
                                {"split_barrier", split_barrier},     {"write_behind", write_behind},
                                {"misaligned_copy", misaligned_copy}, {"unfenced_copy", unfenced_copy},
                                {"operand_behind", operand_behind},   {"uncommitted_product", uncommitted_product},
-                               {"lanes_disagree", lanes_disagree}};
+                               {"lanes_disagree", lanes_disagree},   {"unrounded_operand", unrounded_operand}};
 
 }  // namespace
 

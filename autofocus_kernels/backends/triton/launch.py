@@ -16,7 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...call import Call, as_3d
+from ...call import Call, allows_tf32, as_3d
 from ...geometry import Geometry
 from ..interface import Gradients
 from . import fitting, interpreted, kernels
@@ -535,10 +535,7 @@ def blend_dtype(tensor: Tensor) -> tl.dtype:
 
 
 def dot_precision(tensor: Tensor) -> str:
-    """TF32 where torch would use it for a float32 convolution on this device, else "ieee"."""
-    if tensor.dtype != torch.float32 or torch.version.hip is not None:
-        return "ieee"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    return "tf32" if allows_tf32(tensor.dtype) else "ieee"
 
 
 def capability(device: torch.device) -> int:

@@ -29,7 +29,7 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
     weight_plan = plan_of(Pass::kGradWeight, in);
     operands.want_input();
     operands.want_attention();
-    sums = weight_partials_of(weight_plan, in.g, by_branch || in.scale.data != nullptr);
+    sums = weight_partials_of(weight_plan, in.g, in.dtype, by_branch || in.scale.data != nullptr);
     operands.want_scratch(sums.splits * sums.branches * sums.outputs * sums.inputs * num_taps(in.g) *
                           int64_t(sizeof(float)));
   }

@@ -1,9 +1,9 @@
 // Branches from windows: y_k of a tile, one branch after the other, each handed to an epilogue before the next.
 //
-// In shared memory a point is 16 bytes, eight channels, and eight points that are neighbours in x are what the product
-// reads as a block of rows. So the 8x8 points of a tile's plane, seen through a tap, are an operand with 64 rows that
-// begins wherever the tap says: nothing is unpacked or blended. A branch is the sum of one tz of one chunk of input
-// channels: what an epilogue makes of it must be linear in y_k.
+// In shared memory a point is 16 bytes, a chunk of channels, and eight points that are neighbours in x are what the
+// product reads as a block of rows. So the 8x8 points of a tile's plane, seen through a tap, are an operand with 64
+// rows that begins wherever the tap says: nothing is unpacked or blended. A branch is the sum of one tz of one chunk of
+// input channels: what an epilogue makes of it must be linear in y_k.
 #pragma once
 
 #include "tile.h"
@@ -25,8 +25,8 @@ struct BranchesArguments {
 template <typename T>
 BranchesArguments<T> branches_arguments(const Inputs& in, const Operands& operands, const unsigned char* targets,
                                         const TensorView& result, bool adds) {
-  return {operands.input(),           operands.weight(),          num_chunks(in.g.C), in.g.O, targets,
-          Strided<const T>(in.scale), Strided<const T>(in.shift), Strided<T>(result), adds};
+  return {operands.input(),           operands.weight(),          num_chunks(in.g.C, in.dtype), in.g.O, targets,
+          Strided<const T>(in.scale), Strided<const T>(in.shift), Strided<T>(result),           adds};
 }
 
 // The branch scale or shift of a block of output channels as [branch, channel], if there is one.

@@ -19,8 +19,8 @@ class WeightedSum {
   __device__ void begin(const Tile& tile, int) {
     clear(sum_);
     for (int i = threadIdx.x; i < lattice_.tile_z * kTileY * kTileX; i += int(blockDim.x))
-      *reinterpret_cast<uint2*>(gates() + i * kGateBytes) =
-          packed_attention(lattice_, tile, args_.targets, {i / (kTileY * kTileX), i / kTileX % kTileY, i % kTileX});
+      reinterpret_cast<Gates<T>*>(gates())[i] =
+          packed_attention<T>(lattice_, tile, args_.targets, {i / (kTileY * kTileX), i / kTileX % kTileY, i % kTileX});
   }
   __device__ void begin_shared() {}
 
@@ -32,8 +32,8 @@ class WeightedSum {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const Int3 at = share_.point(2 * (m0 + m) + row);
-        a[row] = to_float(
-            *reinterpret_cast<const T*>(gates() + ((at.z * kTileY + at.y) * kTileX + at.x) * kGateBytes + k * 2));
+        const int point = (at.z * kTileY + at.y) * kTileX + at.x;
+        a[row] = to_float(reinterpret_cast<const T*>(gates())[point * kLatticeBranches + k]);
       }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -53,8 +53,8 @@ class WeightedSum {
     store_targets(lattice_, tile, args_.result, args_.outputs, output0(), args_.adds, share_, sum_,
                   [&](const Int3& point) {
                     // Not from shared memory: a faster warp may be writing the next tile's.
-                    const uint2 packed = packed_attention(lattice_, tile, args_.targets, point);
-                    const float2 low = unpack(packed.x, T{}), high = unpack(packed.y, T{});
+                    const Gates<T> packed = packed_attention<T>(lattice_, tile, args_.targets, point);
+                    const float2 low = unpack(packed.pairs[0], T{}), high = unpack(packed.pairs[1], T{});
                     return [=](int channel) {
                       const float a[kLatticeBranches] = {low.x, low.y, high.x, high.y};
                       float2 sum = {0.0f, 0.0f};
@@ -75,7 +75,7 @@ class WeightedSum {
   __device__ int64_t output0() const { return int64_t(blockIdx.y) * (8 * kTiles); }
   __device__ unsigned char* gates() const { return shared_memory() + gates_at_; }
   __device__ float* scales() const {
-    return reinterpret_cast<float*>(gates() + lattice_.tile_z * (kTileY * kTileX) * kGateBytes);
+    return reinterpret_cast<float*>(gates() + lattice_.tile_z * (kTileY * kTileX) * kGateBytes<T>);
   }
   __device__ float* shifts() const { return scales() + kLatticeBranches * 8 * kTiles; }
 
@@ -90,7 +90,7 @@ namespace {
 
 void launch_forward(const char* name, const Plan& plan, const Inputs& in, const Operands& operands,
                     const TensorView& output, bool adds, const Context& context) {
-  for_16_bit(in.dtype, [&](auto element) {
+  for_matrix_dtype(in.dtype, [&](auto element) {
     using T = decltype(element);
     const auto args = branches_arguments<T>(in, operands, operands.attention(), output, adds);
     for_tiles(plan.tiles, [&](auto tiles) {

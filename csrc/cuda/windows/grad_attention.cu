@@ -22,18 +22,20 @@ class DotWithGrad {
     const int64_t output0 = int64_t(turn) * (8 * kTiles);
     copy_vectors<kTiles>(lattice_, args_.scale, output0, args_.outputs, scales());
     copy_vectors<kTiles>(lattice_, args_.shift, output0, args_.outputs, shifts());
-    const int chunks = int(ceil_div(args_.outputs, kChunk)), first = turn * kTiles;
+    const int chunks = int(ceil_div(args_.outputs, kChunk<T>));
     const int64_t points = packed_target_points(lattice_);
 #pragma unroll
     for (int r = 0; r < kPointsPerLane; ++r) {
       const Int3 at = share_.point(r);
       const bool there = inside(target_position(lattice_, tile, at.z, at.y, at.x), lattice_.target);
-      const int64_t point =
-          (tile.n * chunks + first) * points + (there ? packed_target(lattice_, tile, at.z, at.y, at.x) : 0);
-      const unsigned char* from = args_.targets + point * kPointBytes + share_.channels * 2;
+      const int64_t point = there ? packed_target(lattice_, tile, at.z, at.y, at.x) : 0;
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i, from += points * kPointBytes)
-        grad_[r / 2][i][r % 2] = there && first + i < chunks ? *reinterpret_cast<const uint32_t*>(from) : 0u;
+      for (int i = 0; i < kTiles; ++i) {
+        const int channel = (turn * kTiles + i) * 8 + share_.channels, chunk = channel / kChunk<T>;
+        const unsigned char* from = args_.targets + ((tile.n * chunks + chunk) * points + point) * kPointBytes;
+        grad_[r / 2][i][r % 2] =
+            there && chunk < chunks ? reinterpret_cast<const Pair<T>*>(from)[channel % kChunk<T> / 2] : Pair<T>{};
+      }
     }
   }
 
@@ -105,18 +107,20 @@ class DotWithGrad {
   const BranchesArguments<T>& args_;
   const Share& share_;
   int scales_at_;
-  uint32_t grad_[kGroupPlanes][kTiles][2];  // two channels of each point
-  float total_[kLatticeBranches];           // of point lane % 4
+  Pair<T> grad_[kGroupPlanes][kTiles][2];  // two channels of each point
+  float total_[kLatticeBranches];          // of point lane % 4
 };
 
 void launch_grad_attention(const Plan& plan, const Inputs& in, const Operands& operands,
                            const TensorView& grad_attention, const Context& context) {
-  for_16_bit(in.dtype, [&](auto element) {
+  for_matrix_dtype(in.dtype, [&](auto element) {
     using T = decltype(element);
     const auto args = branches_arguments<T>(in, operands, operands.grad_output(), grad_attention, false);
     for_tiles(plan.tiles, [&](auto tiles) {
-      launch("fast_grad_attention", &branches_kernel<T, tiles(), DotWithGrad<T, tiles()>>, grid_of(plan, 1),
-             plan.threads, plan.shared_bytes, context.stream, plan.lattice, args);
+      // Wider ones, which plan.cu gives no floats, would spill.
+      if constexpr (!std::is_same_v<T, float> || tiles() <= kNarrowTiles)
+        launch("fast_grad_attention", &branches_kernel<T, tiles(), DotWithGrad<T, tiles()>>, grid_of(plan, 1),
+               plan.threads, plan.shared_bytes, context.stream, plan.lattice, args);
     });
   });
 }

@@ -41,11 +41,11 @@ struct WriteGated {
     const int k = chunk % lattice.K, source_chunk = chunk / lattice.K;
     const int64_t points = packed_points(lattice);
     const unsigned char* from = args.points + (tile.n * args.chunks + source_chunk) * points * kPointBytes;
-    const unsigned char* gates = args.gates + tile.n * points * kGateBytes + k * 2;
+    const T* gates = reinterpret_cast<const T*>(args.gates) + tile.n * points * kLatticeBranches + k;
     Points walk(lattice, tile, halo, first, last);
     for (bool more = true; more;) {
       uint4 value[kAtOnce];
-      uint32_t gate[kAtOnce];
+      T gate[kAtOnce];
       int place[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
@@ -54,23 +54,20 @@ struct WriteGated {
         more = walk.next(place[i], index, there);
         if (!more) place[i] = -1;
         value[i] = {0u, 0u, 0u, 0u};
-        gate[i] = 0u;
+        gate[i] = T{};
         if (more && there) {
           value[i] = *reinterpret_cast<const uint4*>(from + index * kPointBytes);
-          gate[i] = *reinterpret_cast<const uint16_t*>(gates + index * kGateBytes);
+          gate[i] = gates[index * kLatticeBranches];
         }
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (place[i] < 0) continue;
-        const float a = unpack(gate[i], T{}).x;
-        uint32_t words[4] = {value[i].x, value[i].y, value[i].z, value[i].w};
+        float values[kChunk<T>];
+        unpack_point<T>(value[i], values);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float2 pair = unpack(words[j], T{});
-          words[j] = pack(a * pair.x, a * pair.y, T{});
-        }
-        *reinterpret_cast<uint4*>(shared_memory() + place[i] * kPointBytes) = {words[0], words[1], words[2], words[3]};
+        for (float& element : values) element *= to_float(gate[i]);
+        *reinterpret_cast<uint4*>(shared_memory() + place[i] * kPointBytes) = packed_point<T>(values);
       }
     }
   }
@@ -131,10 +128,10 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice lattice
 void launch_grad_input(const Plan& plan, const Inputs& in, bool by_branch, const Operands& operands,
                        const TensorView& grad_input, bool adds, const Context& context) {
   const Problem& g = in.g;
-  for_16_bit(in.dtype, [&](auto element) {
+  for_matrix_dtype(in.dtype, [&](auto element) {
     using T = decltype(element);
     const AdjointArguments<T> args{operands.grad_output(),    operands.attention(),
-                                   operands.adjoint_weight(), num_chunks(g.O),
+                                   operands.adjoint_weight(), num_chunks(g.O, in.dtype),
                                    in.scale.data != nullptr,  g.C,
                                    Strided<T>(grad_input),    adds};
     for_tiles(plan.tiles, [&](auto tiles) {

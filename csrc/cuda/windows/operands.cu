@@ -8,10 +8,15 @@ namespace {
 constexpr int kPackThreads = 256;
 constexpr int64_t kAlignment = 256;  // of every operand, as torch's allocator gives it to the first
 
+template <typename T>
+using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+
 // Volumes as points of kCount channels; blocks of threads is 0 where the call has none.
+template <typename T>
 struct PackPoints {
   unsigned int blocks;
-  Strided<const uint16_t> source;
+  bool rounds;  // to TF32
+  Strided<const Bits<T>> source;
   int64_t N, branches, channels, chunks;
   Int3 step, points;
   Index3 size;
@@ -28,14 +33,15 @@ struct PackWeight {
 
 template <typename T>
 struct Packing {
-  PackPoints input, grad_output, attention;
+  PackPoints<T> input, grad_output, attention;
   PackWeight weight, adjoint_weight;
   Strided<const T> weight_values, scale;
   Index3 kernel;
 };
 
-template <int kCount>
-__device__ inline void pack_points(const PackPoints& job, unsigned int block) {
+template <int kCount, typename T>
+__device__ inline void pack_points(const PackPoints<T>& job, unsigned int block) {
+  constexpr int kInWord = 4 / int(sizeof(T)), kWords = kCount / kInWord;
   const int64_t points = int64_t(job.points.z) * job.points.y * job.points.x;
   const int64_t all = points * job.step.z * job.step.y * job.step.x;
   const int64_t index = int64_t(block) * kPackThreads + threadIdx.x;
@@ -45,19 +51,21 @@ __device__ inline void pack_points(const PackPoints& job, unsigned int block) {
   int64_t place;
   const Index3 p = unpacked_position(job.points, job.step, index % all, place);
   const bool valid = inside(p, job.size);
-  const uint16_t* from = job.source.at(n, first, p) + k * job.source.k;
-  uint32_t words[kCount / 2];
+  const Bits<T>* from = job.source.at(n, first, p) + k * job.source.k;
+  uint32_t words[kWords];
 #pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) {
+  for (int i = 0; i < kWords; ++i) {
     words[i] = 0;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int64_t channel = 2 * i + j;
+    for (int j = 0; j < kInWord; ++j) {
+      const int64_t channel = kInWord * i + j;
       if (valid && first + channel < job.channels) words[i] |= uint32_t(from[channel * job.source.c]) << (16 * j);
     }
+    if constexpr (std::is_same_v<T, float>)
+      if (job.rounds) words[i] = tf32(float_of(words[i]));
   }
   // One store of 8 or 16 bytes.
-  if constexpr (kCount == 8)
+  if constexpr (kWords == 4)
     static_cast<uint4*>(job.packed)[plane * all + place] = {words[0], words[1], words[2], words[3]};
   else
     static_cast<uint2*>(job.packed)[plane * all + place] = {words[0], words[1]};
@@ -76,24 +84,23 @@ __device__ inline void pack_weight(const PackWeight& job, const Packing<T>& pack
   rest /= 3;
   const int64_t k = rest % job.branches;
   rest /= job.branches;
-  const int64_t source = rest % job.chunks * kChunk, target = rest / job.chunks * job.block_targets + in_block;
+  const int64_t source = rest % job.chunks * kChunk<T>, target = rest / job.chunks * job.block_targets + in_block;
   // On an axis of one tap those beside it are zero.
   const Index3& kernel = packing.kernel;
   const int sign = job.adjoint ? -1 : 1;
   const Index3 t = {kernel.z / 2 + sign * (tz - 1), kernel.y / 2 + sign * (in_slab / 3 - 1),
                     kernel.x / 2 + sign * (in_slab % 3 - 1)};
   const bool there = target < job.targets && in_slab < kPlaneTaps && inside(t, kernel);
-  float values[kChunk];
+  float values[kChunk<T>];
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
+  for (int i = 0; i < kChunk<T>; ++i) {
     const int64_t o = job.adjoint ? source + i : target, c = job.adjoint ? target : source + i;
     values[i] = 0.0f;
     if (!there || source + i >= job.sources) continue;
     values[i] = to_float(*packing.weight_values.at(o, c, t));
     if (job.adjoint && packing.scale.data != nullptr) values[i] *= branch_value(packing.scale, k, o);
   }
-  job.packed[index] = {pack(values[0], values[1], T{}), pack(values[2], values[3], T{}),
-                       pack(values[4], values[5], T{}), pack(values[6], values[7], T{})};
+  job.packed[index] = packed_point<T>(values);
 }
 
 // Whether this block belongs to a job; if not, its number among those of the jobs that follow.
@@ -107,8 +114,8 @@ __device__ inline bool takes(const Job& job, unsigned int& block) {
 template <typename T>
 __global__ __launch_bounds__(kPackThreads) void pack_kernel(Packing<T> packing) {
   unsigned int block = blockIdx.x;
-  if (takes(packing.input, block)) return pack_points<kChunk>(packing.input, block);
-  if (takes(packing.grad_output, block)) return pack_points<kChunk>(packing.grad_output, block);
+  if (takes(packing.input, block)) return pack_points<kChunk<T>>(packing.input, block);
+  if (takes(packing.grad_output, block)) return pack_points<kChunk<T>>(packing.grad_output, block);
   if (takes(packing.attention, block)) return pack_points<kLatticeBranches>(packing.attention, block);
   if (takes(packing.weight, block)) return pack_weight(packing.weight, packing, block);
   pack_weight(packing.adjoint_weight, packing, block);
@@ -129,25 +136,34 @@ void Operands::pack(const Context& context) {
     blocks += count;
     return static_cast<unsigned int>(count);
   };
-  const auto volume = [&](const TensorView& source, int64_t channels, int count, const Index3& size, int64_t& at) {
-    const int64_t branches = source.k == 0 ? 1 : g.K, chunks = ceil_div(channels, count);
-    const Int3 points = lattice_points(size, step_);
-    const int64_t items = g.N * branches * chunks * step_.z * step_.y * step_.x * points.z * points.y * points.x;
-    at = place(items * count * int64_t(sizeof(uint16_t)));
-    return PackPoints{
-        blocks_of(items), Strided<const uint16_t>(source), g.N, branches, channels, chunks, step_, points, size,
-        nullptr};
-  };
   const auto weight = [&](bool adjoint, int tiles, int64_t& at) {
     const int64_t sources = adjoint ? g.O : g.C, targets = adjoint ? g.C : g.O;
-    const int64_t chunks = num_chunks(sources), branches = adjoint && in_.scale.data != nullptr ? g.K : 1;
+    const int64_t chunks = num_chunks(sources, in_.dtype), branches = adjoint && in_.scale.data != nullptr ? g.K : 1;
     const int64_t items = ceil_div(targets, 8 * tiles) * chunks * branches * (chunk_weight_bytes(tiles) / kPointBytes);
     at = place(items * kPointBytes);
     return PackWeight{blocks_of(items), adjoint, sources, targets, chunks, branches, items, 8 * tiles, nullptr};
   };
-  for_16_bit(in_.dtype, [&](auto element) {
+  for_matrix_dtype(in_.dtype, [&](auto element) {
     using T = decltype(element);
-    const PackPoints no_points{0, Strided<const uint16_t>(TensorView{}), 0, 0, 0, 0, {}, {}, {}, nullptr};
+    const auto volume = [&](const TensorView& source, int64_t channels, int count, const Index3& size, bool rounds,
+                            int64_t& at) {
+      const int64_t branches = source.k == 0 ? 1 : g.K, chunks = ceil_div(channels, count);
+      const Int3 points = lattice_points(size, step_);
+      const int64_t items = g.N * branches * chunks * step_.z * step_.y * step_.x * points.z * points.y * points.x;
+      at = place(items * count * int64_t(sizeof(T)));
+      return PackPoints<T>{blocks_of(items),
+                           rounds,
+                           Strided<const Bits<T>>(source),
+                           g.N,
+                           branches,
+                           channels,
+                           chunks,
+                           step_,
+                           points,
+                           size,
+                           nullptr};
+    };
+    const PackPoints<T> no_points{0, false, Strided<const Bits<T>>(TensorView{}), 0, 0, 0, 0, {}, {}, {}, nullptr};
     const PackWeight no_weight{0, false, 0, 0, 0, 0, 0, 1, nullptr};
     Packing<T> packing{no_points,
                        no_points,
@@ -157,10 +173,12 @@ void Operands::pack(const Context& context) {
                        Strided<const T>(in_.weight),
                        Strided<const T>(in_.scale),
                        g.kernel};
-    if (wants_input_) packing.input = volume(in_.input, g.C, kChunk, g.input, input_at_);
+    // The attention and what it is multiplied by are rounded as a product.
+    if (wants_input_) packing.input = volume(in_.input, g.C, kChunk<T>, g.input, true, input_at_);
     if (grad_output_.data != nullptr)
-      packing.grad_output = volume(grad_output_, g.O, kChunk, g.output, grad_output_at_);
-    if (wants_attention_) packing.attention = volume(in_.attention, g.K, kLatticeBranches, g.output, attention_at_);
+      packing.grad_output = volume(grad_output_, g.O, kChunk<T>, g.output, grad_output_.k != 0, grad_output_at_);
+    if (wants_attention_)
+      packing.attention = volume(in_.attention, g.K, kLatticeBranches, g.output, false, attention_at_);
     if (weight_tiles_ > 0) packing.weight = weight(false, weight_tiles_, weight_at_);
     if (adjoint_tiles_ > 0) packing.adjoint_weight = weight(true, adjoint_tiles_, adjoint_at_);
     scratch_at_ = place(scratch_bytes_);

@@ -1,9 +1,9 @@
 // What the windows' passes read, packed: one launch and one piece of memory for all that the passes of a call have in
 // common.
 //
-// A packed point is `kChunk` channels side by side; the points of a sub-lattice lie next to each other. Source and
-// target of the gather are packed alike, so the forward's target, read by the passes of the backward, is grad_input's
-// source.
+// A packed point is 16 bytes, the channels of a chunk side by side; the points of a sub-lattice lie next to each other.
+// Source and target of the gather are packed alike, so the forward's target, read by the passes of the backward, is
+// grad_input's source. Floats that are an operand of a product as they are packed are rounded to TF32 here.
 #pragma once
 
 #include "staging.h"
@@ -13,7 +13,9 @@ namespace autofocus::cuda {
 constexpr int kSlabTaps = 10;  // of one tz: nine taps, two a product, the last one with nothing
 
 // Chunks of channels.
-inline int num_chunks(int64_t channels) { return static_cast<int>(ceil_div(channels, kChunk)); }
+inline int num_chunks(int64_t channels, DType dtype) {
+  return static_cast<int>(ceil_div(channels, kPointBytes / element_size(dtype)));
+}
 
 // Of a block of 8 kTiles target channels: the weight of one tz, and of a chunk.
 template <int kTiles>
@@ -43,9 +45,9 @@ class Operands {
   const unsigned char* input() const { return at(input_at_); }
   // [N, chunks, target points], or [N, K, chunks, target points]
   const unsigned char* grad_output() const { return at(grad_output_at_); }
-  // [N, target points], kGateBytes each
+  // [N, target points], kLatticeBranches elements each
   const unsigned char* attention() const { return at(attention_at_); }
-  // [blocks of 8 tiles output channels, chunks, tz, kSlabTaps, 8 tiles] points of eight input channels
+  // [blocks of 8 tiles output channels, chunks, tz, kSlabTaps, 8 tiles] points of input channels
   const unsigned char* weight() const { return at(weight_at_); }
   // The same with the channels exchanged and the taps counted backwards; with a branch scale [blocks, chunks, K, tz,
   // ...]

@@ -10,8 +10,8 @@ constexpr int kWidths[] = {8, 5, 4, 2};  // tiles of eight target channels, as f
 Direction direction(Pass pass) { return pass == Pass::kGradInput ? Direction::kAdjoint : Direction::kForward; }
 
 // Behind the pipeline's own; the kernels say what for.
-int more_bytes(Pass pass, const Lattice& lattice, int tiles) {
-  const int gates = lattice.tile_z * kTileY * kTileX * kGateBytes,
+int more_bytes(Pass pass, const Lattice& lattice, DType dtype, int tiles) {
+  const int gates = lattice.tile_z * kTileY * kTileX * kLatticeBranches * int(element_size(dtype)),
             vectors = kLatticeBranches * 8 * tiles * int(sizeof(float));
   switch (pass) {
     case Pass::kForward: return chunk_weight_bytes(tiles) + gates + 2 * vectors;
@@ -21,20 +21,23 @@ int more_bytes(Pass pass, const Lattice& lattice, int tiles) {
   }
 }
 
-int shared_bytes(Pass pass, const Lattice& lattice, int tiles) {
-  return lattice.ring * plane_size(lattice) * kPointBytes + 2 * int(sizeof(Tile)) + more_bytes(pass, lattice, tiles);
+int shared_bytes(Pass pass, const Lattice& lattice, DType dtype, int tiles) {
+  return lattice.ring * plane_size(lattice) * kPointBytes + 2 * int(sizeof(Tile)) +
+         more_bytes(pass, lattice, dtype, tiles);
 }
 
 }  // namespace
 
 const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan) {
-  if (dtype != DType::kFloat16 && dtype != DType::kBFloat16) return "the dtype is not float16 or bfloat16";
   if (const char* refusal = lattice_refusal(g)) return refusal;
   const DeviceLimits limits = device_limits();
   if (limits.capability < 80) return "the GPU is older than compute capability 8.0";
   Lattice lattice = make_lattice(g, direction(pass), 0, g.K);
-  // Blocks of channels, all alike. Without warpgroup MMA, whose operands are in no register, more than 40 cost spills.
-  const int64_t targets = direction(pass) == Direction::kForward ? g.O : g.C, most = limits.capability == 90 ? 64 : 40;
+  // Blocks of channels, all alike. More than 40 cost spills without warpgroup MMA, whose operands are in no register,
+  // and where floats of the gradient are held beside the sums.
+  const bool holds_floats = pass == Pass::kGradAttention && dtype == DType::kFloat32;
+  const int64_t targets = direction(pass) == Direction::kForward ? g.O : g.C,
+                most = limits.capability == 90 && !holds_floats ? 64 : 8 * kNarrowTiles;
   const int64_t wanted = ceil_div(ceil_div(targets, ceil_div(targets, most)), 8);
   // The larger the tile, the fewer points are loaded per target; a slot for every plane overlaps more of the writing;
   // the more channels at once, the fewer times a tile is gone through.
@@ -49,7 +52,7 @@ const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan) {
         // In 64 bits: dilations in z and y may reach far enough to overflow.
         const int64_t points = int64_t(planes(lattice)) * rows(lattice) * kPitch;
         if (points * kPointBytes > (int64_t(1) << 30)) continue;
-        const int bytes = shared_bytes(pass, lattice, kWidths[width]);
+        const int bytes = shared_bytes(pass, lattice, dtype, kWidths[width]);
         if (bytes > limits.shared_bytes) continue;
         const int threads = tile_z / kGroupPlanes * kGroupThreads;
         const int by_threads = kMaxThreads / threads, by_shared = limits.shared_bytes / bytes;
@@ -78,7 +81,9 @@ Inputs slice_of(const Inputs& in, int64_t first) {
   return slice;
 }
 
-const char* fast_refusal(Pass pass, const Problem& g, DType dtype) {
+const char* fast_refusal(Pass pass, const Problem& g, DType dtype, bool tf32) {
+  if (dtype == DType::kFloat64) return "the dtype is float64";
+  if (dtype == DType::kFloat32 && !tf32) return "the dtype is float32 and TF32 is not allowed";
   for (int64_t first = 0; first < g.K; first += kLatticeBranches) {
     Plan plan;
     if (const char* refusal = make_plan(pass, problem_of_slice(g, first), dtype, plan)) return refusal;
@@ -99,7 +104,7 @@ Plan plan_of_branch(Pass pass, const Inputs& in, int64_t k) {
   const int tile_z = plan.lattice.tile_z;
   plan.lattice = make_lattice(in.g, direction(pass), k, 1);
   set_tile(plan.lattice, tile_z, recycle);
-  plan.shared_bytes = shared_bytes(pass, plan.lattice, plan.tiles);
+  plan.shared_bytes = shared_bytes(pass, plan.lattice, in.dtype, plan.tiles);
   return plan;
 }
 

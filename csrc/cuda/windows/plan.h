@@ -37,6 +37,8 @@ inline dim3 grid_of(const Plan& plan, int64_t target_blocks) {
   return dim3(static_cast<unsigned int>(wanted < tiles ? wanted : tiles), static_cast<unsigned int>(target_blocks));
 }
 
+constexpr int kNarrowTiles = 5;  // the most where registers are short
+
 // function(std::integral_constant<int, tiles>) for the widths of a product that are written down (device.h).
 template <typename Function>
 void for_tiles(int tiles, Function&& function) {

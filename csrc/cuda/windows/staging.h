@@ -12,9 +12,42 @@
 
 namespace autofocus::cuda {
 
-constexpr int kChunk = 8;        // source channels of a packed point
-constexpr int kPointBytes = 16;  // kChunk elements of 16 bits
-constexpr int kGateBytes = 8;    // the attention of a point: kLatticeBranches elements of 16 bits
+constexpr int kPointBytes = 16;
+// Source channels of a packed point: eight of 16 bits, four floats.
+template <typename T>
+constexpr int kChunk = kPointBytes / int(sizeof(T));
+// The attention of a point.
+template <typename T>
+constexpr int kGateBytes = kLatticeBranches * int(sizeof(T));
+
+template <typename T>
+struct alignas(kGateBytes<T>) Gates {
+  Pair<T> pairs[kLatticeBranches / 2];
+};
+
+// The elements of a packed point, and back, rounded once.
+template <typename T>
+__device__ inline void unpack_point(const uint4& point, float (&values)[kChunk<T>]) {
+  const uint32_t words[4] = {point.x, point.y, point.z, point.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, float>) {
+      values[i] = float_of(words[i]);
+    } else {
+      const float2 pair = unpack(words[i], T{});
+      values[2 * i] = pair.x;
+      values[2 * i + 1] = pair.y;
+    }
+  }
+}
+template <typename T>
+__device__ inline uint4 packed_point(const float (&values)[kChunk<T>]) {
+  if constexpr (std::is_same_v<T, float>)
+    return {tf32(values[0]), tf32(values[1]), tf32(values[2]), tf32(values[3])};
+  else
+    return {pack(values[0], values[1], T{}), pack(values[2], values[3], T{}), pack(values[4], values[5], T{}),
+            pack(values[6], values[7], T{})};
+}
 
 // This lane's points of planes [first, last) of the block, within a halo of the tile. A warp takes a row.
 class Points {

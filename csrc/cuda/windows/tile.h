@@ -22,13 +22,17 @@ struct Share {
   __device__ Int3 point(int r) const { return {z0 + r / 2, y0 + r % 2, x}; }
 };
 
-// Where the points of plane z of a tile lie through tap (tz, 0, 0) of branch k, in units of 16 bytes.
+// Where the points of plane z of a tile lie through tap (tz, 0, 0) of branch k, in points of 16 bytes.
+__device__ inline uint32_t plane_place(const Lattice& lattice, int z, int tz, int k) {
+  return slot(lattice, tap_plane(lattice, z, tz, k)) * plane_size(lattice) + centre_point(lattice, 0, 0);
+}
+// The same as operands count.
 __device__ inline uint32_t plane_of(const Lattice& lattice, int z, int tz, int k) {
-  return shared_units(shared_memory()) + slot(lattice, tap_plane(lattice, z, tz, k)) * plane_size(lattice) +
-         centre_point(lattice, 0, 0);
+  return shared_units(shared_memory()) + plane_place(lattice, z, tz, k);
 }
 
-// Two taps of eight channels as operand a. The last tap has no second one: the same points again, with weights of zero.
+// Two taps of a chunk of channels as operand a. The last tap has no second one: the same points again, with weights of
+// zero.
 __device__ inline Operand two_taps(const Lattice& lattice, uint32_t plane, int tap, int k) {
   const int first = lattice.tap_points[tap][k];
   return {plane + first, uint32_t(tap + 1 < kPlaneTaps ? lattice.tap_points[tap + 1][k] - first : 0), kPitch};
@@ -43,12 +47,13 @@ __device__ inline void copy_slabs(int slabs, const unsigned char* weight, int ch
     copy_async<16>(shared_memory() + slabs + at, from + at, true);
 }
 
-// The packed attention of target point p = (z, y, x) of a tile, one 16-bit element a branch; zeros outside the target.
-__device__ inline uint2 packed_attention(const Lattice& lattice, const Tile& tile, const unsigned char* gates,
-                                         const Int3& p) {
-  if (!inside(target_position(lattice, tile, p.z, p.y, p.x), lattice.target)) return {0u, 0u};
+// The packed attention of target point p = (z, y, x) of a tile; zeros outside the target.
+template <typename T>
+__device__ inline Gates<T> packed_attention(const Lattice& lattice, const Tile& tile, const unsigned char* gates,
+                                            const Int3& p) {
+  if (!inside(target_position(lattice, tile, p.z, p.y, p.x), lattice.target)) return {};
   const int64_t point = tile.n * packed_target_points(lattice) + packed_target(lattice, tile, p.z, p.y, p.x);
-  return *reinterpret_cast<const uint2*>(gates + point * kGateBytes);
+  return reinterpret_cast<const Gates<T>*>(gates)[point];
 }
 
 // Stores this lane's sums of target channels from `target0` on, of which there are `targets` in all, or if `adds` adds

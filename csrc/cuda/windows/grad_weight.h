@@ -1,0 +1,78 @@
+// Gradient of the weight: dW_t = sum_k sum_p (a_k G)(p) x(p + r_k t)^T (docs/math.md, section 3); what the kernels of
+// either width of elements share.
+//
+// Here positions are what is summed over: operand b is the same windows, read the other way round; operand a is a_k G
+// in registers. A block keeps to one chunk of input channels and some output channels and holds all 27 taps' sums in
+// registers while it goes through its tiles; weight_sum.h adds the sums of all blocks. With a branch scale, or a G for
+// each branch, the sums are kept apart by branch, one launch each.
+#pragma once
+
+#include "backward.h"
+#include "tile.h"
+
+namespace autofocus::cuda {
+
+constexpr int kGradWeightGroups = 2;  // warpgroups, each with half of a tile's planes
+constexpr int kGradWeightThreads = kGradWeightGroups * kGroupThreads;
+
+struct GradWeightArguments {
+  const unsigned char *points, *gates, *grads;  // Operands::input, attention and grad_output
+  int chunks, output_chunks;
+  int branch;         // of the gates, the lattice's first
+  int grad_branches;  // of grad_output: 1, or K and `branch` is meant
+  float* partial;     // [outputs rounded up to 16, chunks of channels, taps], for each split of each block
+  int64_t split_size;
+  int64_t outputs;
+  Index3 kernel;
+};
+
+// A kernel of grid (blocks, chunks of input channels, blocks of `outputs` output channels), and the sums that a block
+// leaves.
+struct GradWeightKernel {
+  void (*run)(Lattice, GradWeightArguments);
+  int outputs, splits;
+};
+GradWeightKernel grad_weight_tf32_kernel_of();
+
+// One chunk of a pipeline's tiles, whichever tile it is.
+struct CopyChunk {
+  const unsigned char* points;
+  int chunks, chunk;
+
+  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int, int first,
+                             int last) const {
+    CopyPoints{points, chunks}(lattice, tile, halo, chunk, first, last);
+  }
+};
+
+// The attention of a tile as [branch, point], so that neighbours of one branch lie side by side.
+template <typename T>
+__device__ inline void write_gates(const Lattice& lattice, const Tile& tile, const GradWeightArguments& args,
+                                   T* gates) {
+  const int tile_points = lattice.tile_z * kTileY * kTileX;
+  for (int i = threadIdx.x; i < tile_points; i += kGradWeightThreads) {
+    const Int3 point = {i / (kTileY * kTileX), i / kTileX % kTileY, i % kTileX};
+    const Gates<T> packed = packed_attention<T>(lattice, tile, args.gates, point);
+#pragma unroll
+    for (int k = 0; k < kLatticeBranches; ++k) gates[k * tile_points + i] = reinterpret_cast<const T*>(packed.pairs)[k];
+  }
+}
+
+// Where the packed grad_output of point (z, y, x) of a tile lies, in a chunk of output channels; null outside the
+// target.
+__device__ inline const unsigned char* grad_point(const Lattice& lattice, const Tile& tile,
+                                                  const GradWeightArguments& args, int chunk, int z, int y, int x) {
+  if (chunk >= args.output_chunks || !inside(target_position(lattice, tile, z, y, x), lattice.target)) return nullptr;
+  const int64_t k = args.grad_branches == 1 ? 0 : args.branch;
+  const int64_t plane = (tile.n * args.grad_branches + k) * args.output_chunks + chunk;
+  return args.grads + (plane * packed_target_points(lattice) + packed_target(lattice, tile, z, y, x)) * kPointBytes;
+}
+
+// Leaves the sum of tap (tz, ty, tx), each -1, 0 or 1; on an axis of one tap those beside it are nobody's.
+__device__ inline void store_partial(const GradWeightArguments& args, float* partial, int64_t o, int64_t c,
+                                     int64_t inputs, const Int3& tap, float sum) {
+  const Index3 t = {args.kernel.z / 2 + tap.z, args.kernel.y / 2 + tap.y, args.kernel.x / 2 + tap.x};
+  if (inside(t, args.kernel)) partial[(o * inputs + c) * volume(args.kernel) + ravel(t, args.kernel)] = sum;
+}
+
+}  // namespace autofocus::cuda

@@ -1,0 +1,112 @@
+// Gradient of the weight in TF32. Neither warpgroup MMA nor ldmatrix turns 32-bit elements round, so the windows come
+// as MMA fragments by plain loads: a product is 16 output channels, the eight points of a row, and two taps of the four
+// channels of a chunk. A warp has two rows of every plane of its group.
+#include "grad_weight.h"
+
+namespace autofocus::cuda {
+
+namespace {
+
+constexpr int kOutputBlocks = 2;  // of 16 output channels, which read a fragment of operand b once
+constexpr int kWarpRows = 2;
+constexpr int kTapPairs = (kPlaneTaps + 1) / 2;
+constexpr int kWarps = kGradWeightThreads / 32;
+static_assert(kTileX == 8 && kWarpRows * kGroupThreads / 32 == kTileY, "a product's k, and every row has a warp");
+
+// Row y of plane z of grad_output as operand a: rows are 16 output channels, columns the points.
+__device__ inline void load_grads(const Lattice& lattice, const Tile& tile, const GradWeightArguments& args,
+                                  int first_chunk, int z, int y, float (&grads)[kOutputBlocks][4]) {
+  const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4;
+#pragma unroll
+  for (int m = 0; m < kOutputBlocks; ++m)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int chunk = first_chunk + (16 * m + 8 * (i % 2) + row) / kChunk<float>;
+      const unsigned char* point = grad_point(lattice, tile, args, chunk, z, y, column + i / 2 * 4);
+      grads[m][i] = point == nullptr ? 0.0f : reinterpret_cast<const float*>(point)[row % kChunk<float>];
+    }
+}
+
+__global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_tf32_kernel(Lattice lattice,
+                                                                                 GradWeightArguments args) {
+  const int group = threadIdx.x / kGroupThreads, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int row = lane / 4, column = lane % 4;
+  const int output0 = int(blockIdx.z) * (16 * kOutputBlocks);
+  const int group_planes = lattice.tile_z / kGradWeightGroups;
+
+  float sum[3][kTapPairs][kOutputBlocks][4];  // [tz]
+  for (auto& plane : sum) clear(plane);
+  const CopyChunk stage{args.points, args.chunks, int(blockIdx.y)};
+  Pipeline<Readers::kAll, CopyChunk> pipeline(lattice, 1, stage);
+  float* gates = reinterpret_cast<float*>(shared_memory() + pipeline.behind());
+  const int tile_points = lattice.tile_z * kTileY * kTileX;
+
+  for (pipeline.start([] {}); pipeline.running(); pipeline.advance()) {
+    write_gates(lattice, pipeline.tile(), args, gates);
+#pragma unroll
+    for (int tz = 0; tz < 3; ++tz) {
+      pipeline.enter(tz - 1);
+      pipeline.ahead(tz - 1);
+#pragma unroll 1
+      for (int z = group * group_planes; z < (reads(lattice, tz - 1) ? (group + 1) * group_planes : 0); ++z) {
+        float grads[kWarpRows][kOutputBlocks][4];
+#pragma unroll
+        for (int r = 0; r < kWarpRows; ++r)
+          load_grads(lattice, pipeline.tile(), args, output0 / kChunk<float>, z, kWarpRows * warp + r, grads[r]);
+#pragma unroll 1
+        for (int k = 0; k < lattice.K; ++k) {
+          // The word of this lane's column of operand b in the point that tap (0, 0) of its row reads.
+          const unsigned char* words = shared_memory() + (plane_place(lattice, z, tz - 1, k) + column) * kPointBytes +
+                                       row % kChunk<float> * int(sizeof(float));
+          const float* gate = gates + (args.branch + k) * tile_points + z * (kTileY * kTileX) + column;
+#pragma unroll
+          for (int r = 0; r < kWarpRows; ++r) {
+            const int y = kWarpRows * warp + r;
+            uint32_t a[kOutputBlocks][4];
+#pragma unroll
+            for (int m = 0; m < kOutputBlocks; ++m)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) a[m][i] = tf32(gate[y * kTileX + i / 2 * 4] * grads[r][m][i]);
+#pragma unroll
+            for (int pair = 0; pair < kTapPairs; ++pair) {
+              // The last tap has no second one: the same again, whose sums nobody reads.
+              const int second = 2 * pair + 1 < kPlaneTaps ? 2 * pair + 1 : 2 * pair;
+              const int tap = row < kChunk<float> ? lattice.tap_points[2 * pair][k] : lattice.tap_points[second][k];
+              const unsigned char* at = words + (y * kPitch + tap) * kPointBytes;
+              const uint2 b = {*reinterpret_cast<const uint32_t*>(at),
+                               *reinterpret_cast<const uint32_t*>(at + 4 * kPointBytes)};
+#pragma unroll
+              for (int m = 0; m < kOutputBlocks; ++m) mma<float>(sum[tz][pair][m], a[m], b);
+            }
+          }
+        }
+      }
+      pipeline.leave(tz - 1, [] {});
+    }
+  }
+
+  float* partial = args.partial + (int64_t(blockIdx.x) * kWarps + threadIdx.x / 32) * args.split_size;
+#pragma unroll
+  for (int m = 0; m < kOutputBlocks; ++m) {
+    if (output0 + 16 * m >= args.outputs) break;
+#pragma unroll
+    for (int tz = 0; tz < 3; ++tz)
+#pragma unroll
+      for (int pair = 0; pair < kTapPairs; ++pair)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int b_column = column * 2 + i % 2, tap = 2 * pair + b_column / kChunk<float>;
+          if (tap < kPlaneTaps)
+            store_partial(args, partial, output0 + 16 * m + row + i / 2 * 8,
+                          int64_t(blockIdx.y) * kChunk<float> + b_column % kChunk<float>,
+                          int64_t(args.chunks) * kChunk<float>, {tz - 1, tap / 3 - 1, tap % 3 - 1},
+                          sum[tz][pair][m][i]);
+        }
+  }
+}
+
+}  // namespace
+
+GradWeightKernel grad_weight_tf32_kernel_of() { return {&grad_weight_tf32_kernel, 16 * kOutputBlocks, kWarps}; }
+
+}  // namespace autofocus::cuda
