@@ -344,21 +344,15 @@ HALVED = tuple((r // 2, r // 2, r) for r in (2, 6, 10, 14))
 @pytest.mark.parametrize(
     "case",
     [
-        case
-        for case in FAST_CASES
-        if case.name
-        in (
-            "3d",
-            "branch",
-            "branch_2d",
-            "one_channel",
-            "channels_30_to_50",
-            "channels_130_to_65",
-            "channels_16_to_140",
-            "one_tap_in_y",
-        )
-    ]
-    + [Case("halved_rates", (8, 8, 17), channels=9, out_channels=17, dilations=HALVED)],
+        *(
+            case
+            for case in FAST_CASES
+            if case.name
+            in ("3d", "branch", "branch_2d", "one_channel", "channels_30_to_50", "channels_16_to_140", "one_tap_in_y")
+        ),
+        Case("channels_90_to_45", (3, 4, 5), 90, 45, dilations=(1, 2)),
+        Case("halved_rates", (8, 8, 17), channels=9, out_channels=17, dilations=HALVED),
+    ],
     ids=str,
 )
 def test_fast_tier_on_other_gpus(device, gpu, case):
@@ -373,35 +367,32 @@ def judge_tf32(results, case, tensors):
         assert testing.relative_error(results[name], expected) < tolerance.TF32_EPS / 2, name
 
 
+TF32_CASES = {
+    H100: (
+        "3d",
+        "branch",
+        "valid",
+        "dilation_per_axis",
+        "one_channel",
+        "channels_30_to_50",
+        "2d",
+        "1d",
+        "transposed",
+        "sliced",
+        "expanded",
+        "papers_rates_branch",
+        "six_branches",
+    ),
+    A100: ("channels_3_to_7", "branch_2d", "one_tap_in_y"),
+    RTX_5090: ("channels_16_to_140", "papers_rates_branch"),
+}
+
+
 @pytest.mark.parametrize(
     "gpu, case",
     [
-        (gpu, case)
-        for gpu, names in [
-            (
-                H100,
-                (
-                    "3d",
-                    "branch",
-                    "valid",
-                    "dilation_per_axis",
-                    "one_channel",
-                    "channels_30_to_50",
-                    "channels_130_to_65",
-                    "2d",
-                    "1d",
-                    "transposed",
-                    "sliced",
-                    "expanded",
-                    "papers_rates",
-                    "six_branches",
-                ),
-            ),
-            (A100, ("channels_30_to_50", "branch_2d", "one_tap_in_y")),
-            (RTX_5090, ("channels_16_to_140", "papers_rates_branch")),
-        ]
-        for case in FAST_CASES
-        if case.name in names
+        *((gpu, case) for gpu, names in TF32_CASES.items() for case in FAST_CASES if case.name in names),
+        (A100, Case("channels_45_to_50", (3, 4, 5), 45, 50, dilations=(1, 2))),
     ],
     ids=str,
 )

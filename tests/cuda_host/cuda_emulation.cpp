@@ -170,42 +170,51 @@ class Block {
  private:
   static void enter();
 
-  // Element (row, k) of an operand as its descriptor says; over points the 8x8 blocks are transposed: a row of memory
-  // is a k.
-  float element(const Product& product, uint64_t operand, int row, int k, bool over_points) {
+  // Block `row_block` at the `k_block`th part of k of an operand, as its descriptor says.
+  void decode_block(const Product& product, uint64_t operand, int row_block, int k_block, float (&block)[8][8]) {
     const int64_t start = operand & 0x3fff, along_k = operand >> 16 & 0x3fff, along_rows = operand >> 32 & 0x3fff;
-    const int bytes = product.elements.bytes, wide = 16 / bytes;  // elements of a row of a block
-    const int in_row = over_points ? row % 8 : k % wide, row_of_block = over_points ? k % 8 : row % 8;
-    const int64_t at = (start + k / wide * along_k + row / 8 * along_rows + row_of_block) * 16 + in_row * bytes;
-    if (at + bytes > shared_bytes_) {
+    const int64_t at = (start + k_block * along_k + row_block * along_rows) * 16;
+    if (at + 8 * 16 > shared_bytes_) {
       error_ = "an operand of warpgroup MMA lies behind the block's shared memory";
-      return 0.0f;
+      std::memset(block, 0, sizeof(block));
+      return;
     }
-    uint32_t bits = 0;
-    std::memcpy(&bits, shared() + at, bytes);
-    return product.elements.decode(bits);
+    for (int row = 0; row < 8; ++row) product.elements.decode(shared() + at + row * 16, block[row]);
   }
 
   // The 16 rows of one warp.
   void run_product(const Product& product) {
-    const int depth = 32 / product.elements.bytes;
-    float left[16][16], right[64][16];
-    for (int k = 0; k < depth; ++k) {
-      for (int row = 0; row < 16; ++row)
-        left[row][k] =
-            product.rows[0] == nullptr
-                ? element(product, product.left, 16 * product.warp + row, k, false)
-                : product.elements.decode(product.rows[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2] >> (16 * (k % 2)));
-      for (int column = 0; column < 8 * product.tiles; ++column)
-        right[column][k] = element(product, product.right, column, k, product.over_points);
-    }
-    for (int row = 0; row < 16; ++row)
-      for (int column = 0; column < 8 * product.tiles; ++column) {
-        float sum = 0.0f;
-        for (int k = 0; k < depth; ++k) sum += left[row][k] * right[column][k];
-        float& d = product.d[row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row / 8 * 2 + column % 2];
-        d = product.adds ? d + sum : sum;
+    const int wide = product.elements.count, depth = 2 * wide;  // a block's row, and k
+    float left[16][16], right[16][64], block[8][8];
+    for (int k_block = 0; k_block < 2; ++k_block) {
+      for (int half = 0; half < 2; ++half) {
+        if (product.rows[0] == nullptr) {
+          decode_block(product, product.left, 2 * product.warp + half, k_block, block);
+          for (int row = 0; row < 8; ++row) std::memcpy(&left[8 * half + row][wide * k_block], block[row], 4 * wide);
+          continue;
+        }
+        for (int row = 0; row < 8; ++row) {
+          uint32_t words[4];
+          for (int member = 0; member < 4; ++member) words[member] = product.rows[4 * row + member][half + 2 * k_block];
+          product.elements.decode(reinterpret_cast<const unsigned char*>(words), &left[8 * half + row][wide * k_block]);
+        }
       }
+      for (int tile = 0; tile < product.tiles; ++tile) {
+        decode_block(product, product.right, tile, k_block, block);
+        for (int column = 0; column < 8; ++column)
+          for (int k = 0; k < wide; ++k)  // over points a row of memory is a k
+            right[wide * k_block + k][8 * tile + column] = product.over_points ? block[k][column] : block[column][k];
+      }
+    }
+    for (int row = 0; row < 16; ++row) {
+      float sums[64] = {};
+      for (int k = 0; k < depth; ++k)
+        for (int column = 0; column < 8 * product.tiles; ++column) sums[column] += left[row][k] * right[k][column];
+      for (int column = 0; column < 8 * product.tiles; ++column) {
+        float& d = product.d[row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row / 8 * 2 + column % 2];
+        d = product.adds ? d + sums[column] : sums[column];
+      }
+    }
   }
 
   void resume(Fiber& fiber) {

@@ -52,8 +52,8 @@ void fence_shared_operands();
 // Warpgroup MMA: a lane's `d` (kTiles x 4) of its warp's 16 of the 64 rows, which are an operand in shared memory or,
 // if `rows` is not null, an MMA fragment. Run by the warpgroup_wait that waits for it if copies are late.
 struct Elements {
-  int bytes;                       // of one; eight rows of 16 bytes are a block
-  float (*decode)(uint32_t bits);  // of one in the low bits
+  int count;                                                  // in 16 bytes, the row of a block
+  void (*decode)(const unsigned char* row, float* elements);  // all of them
 };
 void warpgroup_mma(float* d, int tiles, const uint32_t* rows, uint64_t left, uint64_t right, bool over_points,
                    bool adds, const Elements& elements);
@@ -216,10 +216,19 @@ bool has_warpgroup_mma();
 inline void fence_shared_operands() { emulation::fence_shared_operands(); }
 template <typename T>
 emulation::Elements elements_of() {
-  if constexpr (std::is_same_v<T, float>)
-    return {4, emulation::tf32_to_float};
-  else
-    return {2, [](uint32_t bits) { return to_float(T{uint16_t(bits)}); }};
+  return {16 / int(sizeof(T)), [](const unsigned char* row, float* elements) {
+            for (int i = 0; i < 16 / int(sizeof(T)); ++i) {
+              if constexpr (std::is_same_v<T, float>) {
+                uint32_t bits;
+                std::memcpy(&bits, row + i * sizeof(T), sizeof(T));
+                elements[i] = emulation::tf32_to_float(bits);
+              } else {
+                T element;
+                std::memcpy(&element, row + i * sizeof(T), sizeof(T));
+                elements[i] = to_float(element);
+              }
+            }
+          }};
 }
 template <typename T, int kTiles>
 void warpgroup_mma(float (&d)[kTiles][4], uint64_t left, uint64_t right, bool adds) {
