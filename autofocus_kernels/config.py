@@ -47,5 +47,5 @@ def _kernels(index: int, backends: dict[str, str | None]) -> str:
     if not dtypes or "cuda" not in usual or usual[0] == "cuda":
         return ", ".join(usual)
     cuda_first = ["cuda", *(name for name in usual if name != "cuda")]
-    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)  # float32: if TF32 is allowed
     return f"{', '.join(cuda_first)} for {names} where the fast tier has every pass; else {', '.join(usual)}"

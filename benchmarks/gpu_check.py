@@ -33,7 +33,7 @@ from typing import NamedTuple, TextIO
 
 import torch
 
-from autofocus_kernels import autofocus_conv, show_config, testing
+from autofocus_kernels import autofocus_conv, show_config, testing, tolerance
 from autofocus_kernels.dispatch import PREFERENCE
 
 from . import cross_build, gpu_table
@@ -289,7 +289,9 @@ def check_small(name: str) -> int:
     device = next(device for device, names in PREFERENCE.items() if name in names)
     wrong = 0
     for case in (case for case in testing.CASES if case.name in SMALL_CASES):
-        for dtype in (torch.bfloat16, torch.float32):
+        for precision in ("bfloat16", "float32", "tf32"):
+            dtype = DTYPES[precision]
+            torch.backends.cudnn.allow_tf32 = precision == "tf32"
             tensors = testing.make_tensors(case, dtype)
             on_device = type(tensors)(*(None if t is None else t.to(device) for t in tensors))
 
@@ -297,14 +299,25 @@ def check_small(name: str) -> int:
                 return autofocus_conv(**arguments, backend=name)
 
             results = testing.evaluate(function, case, on_device)
-            label = f"{name}, {case.name}, {dtype}"
+            label = f"{name}, {case.name}, {precision}"
             try:
-                testing.judge({key: value.cpu() for key, value in results.items()}, case, tensors, label)
+                judge_small({key: value.cpu() for key, value in results.items()}, case, tensors, precision, label)
                 print("right:", label, flush=True)
             except AssertionError as error:
                 wrong += 1
                 print("WRONG:", error, flush=True)
     return 1 if wrong else 0
+
+
+def judge_small(results: dict, case: testing.Case, tensors: testing.Tensors, precision: str, label: str) -> None:
+    """As testing.judge, which knows float32 but not what TF32 may be off by."""
+    if precision != "tf32":
+        testing.judge(results, case, tensors, label)
+        return
+    for name, expected in testing.truth(case, tensors).items():
+        error = testing.relative_error(results[name], expected)
+        if not error <= tolerance.TF32_EPS:
+            raise AssertionError(f"{label}: {name}: relative error {error:.2e}, allowed {tolerance.TF32_EPS:.2e}")
 
 
 # ------------------------------------------------------------------ the command
@@ -324,8 +337,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.small:
-        # Exact float32, as the tolerances assume.
-        torch.backends.cudnn.allow_tf32 = False
         return check_small(options.small)
     device = "cpu" if options.cpu else "cuda"
     if device == "cuda" and not torch.cuda.is_available():

@@ -275,7 +275,7 @@ def gpu(monkeypatch):
     return Gpu(monkeypatch)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("function", GPU_CALLS)
 def test_cuda_goes_first_on_hopper_where_its_fast_tier_has_every_pass(gpu, function, dtype):
     passes = GPU_CALLS[function][1]
@@ -307,9 +307,15 @@ def test_triton_goes_first_on_other_gpus(gpu, capability):
     assert gpu.run() == "triton" and not gpu.asked
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_triton_goes_first_in_other_dtypes(gpu, dtype):
-    assert gpu.run(dtype=dtype) == "triton" and not gpu.asked
+def test_triton_goes_first_in_other_dtypes(gpu):
+    assert gpu.run(dtype=torch.float64) == "triton" and not gpu.asked
+
+
+def test_float32_is_asked_anew_where_tf32_is_allowed(gpu, monkeypatch):
+    monkeypatch.setattr(dispatch, "allows_tf32", lambda dtype: bool(gpu.slow))
+    assert gpu.run(dtype=FLOAT) == "cuda"
+    gpu.slow = {"forward"}
+    assert gpu.run(dtype=FLOAT) == "triton" and gpu.asked == ["forward", "forward"]
 
 
 def test_a_cuda_library_that_is_not_there_is_not_asked_and_not_worth_a_line(gpu, caplog):
@@ -388,7 +394,7 @@ def test_show_config_names_versions_and_every_backend(monkeypatch):
         (
             (9, 0),
             (),
-            "cuda, triton, reference for float16 and bfloat16 where the fast tier has every pass; "
+            "cuda, triton, reference for float16, bfloat16, float32 where the fast tier has every pass; "
             "else triton, cuda, reference",
         ),
         ((9, 0), ("cuda",), "triton, reference"),
