@@ -237,9 +237,10 @@ def random_problem(rng):
     return [rng.randint(1, 2), branches, *sizes[0], *sizes[1], *origin, *itertools.chain(*dilations)]
 
 
-def check_lattice(library, numbers, adjoint, tile_z, recycle):
+def check_lattice(library, numbers, adjoint, tile_z, recycle, apart):
     values = (ctypes.c_int64 * len(numbers))(*numbers)
-    return probe(library.autofocus_probe_lattice, values, ctypes.c_bool(adjoint), tile_z, ctypes.c_bool(recycle))
+    flags = [ctypes.c_bool(flag) for flag in (adjoint, recycle, apart)]
+    return probe(library.autofocus_probe_lattice, values, flags[0], tile_z, *flags[1:])
 
 
 @pytest.mark.parametrize("recycle", [False, True], ids=["slot_per_plane", "ring"])
@@ -247,9 +248,9 @@ def check_lattice(library, numbers, adjoint, tile_z, recycle):
 @pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
 def test_every_tap_of_every_point_of_every_tile(library, adjoint, tile_z, recycle):
     rng = random.Random(f"{adjoint}{tile_z}{recycle}")
-    for _ in range(150):
+    for i in range(150):
         numbers = random_problem(rng)
-        right, message = check_lattice(library, numbers, adjoint, tile_z, recycle)
+        right, message = check_lattice(library, numbers, adjoint, tile_z, recycle, apart=i % 3 == 0)
         assert right, (message, numbers)
 
 
@@ -257,7 +258,8 @@ def test_every_tap_of_every_point_of_every_tile(library, adjoint, tile_z, recycl
 def test_lattice_of_the_papers_rates(library, adjoint):
     rates = [rate for r in (2, 6, 10, 14) for rate in (r, r, r)]
     numbers = [1, 4, 33, 32, 35, 33, 32, 35, 0, 0, 0, *rates]
-    assert check_lattice(library, numbers, adjoint, 8, False) == (True, "")
+    for apart in (False, True):
+        assert check_lattice(library, numbers, adjoint, 8, False, apart) == (True, "")
 
 
 # ------------------------------------------------------------------ results
@@ -459,6 +461,60 @@ def test_number_of_multiprocessors_changes_only_how_sums_split(device, mode):
         device(multiprocessors=multiprocessors, order=order)
         results = evaluate(lambda **call: autofocus_conv(**call, backend="cuda"), case, tensors)
         testing.judge(results, case, tensors, label=str(multiprocessors))
+
+
+# Two samples of four classes, four tiles each: one block that runs at a time takes them as eight parts, many as one.
+IN_PARTS = Case("in_parts", (4, 5, 26), channels=9, out_channels=3, batch=2, dilations=((2, 2, 1), (4, 4, 2)))
+ONE_BLOCK, MANY = ((60 * KILOBYTE, 90), 1), (H100, 200)
+
+
+@pytest.mark.parametrize(
+    "mode, dtype", [("plain", torch.bfloat16), ("branch", torch.float16), ("plain", torch.float32)], ids=str
+)
+def test_parts_change_only_how_sums_split(library, tf32, mode, dtype):
+    case = replace(IN_PARTS, mode=mode)
+    tensors = make_tensors(case, dtype)
+    results, packed = [], []
+    for gpu, multiprocessors in (ONE_BLOCK, MANY):
+        tf32(gpu, multiprocessors=multiprocessors)
+        results.append(evaluate(lambda **call: autofocus_conv(**call, backend="cuda"), case, tensors))
+        packed.append(library.autofocus_emulation_launches(b"pack"))
+    assert packed == [2 * 8, 2]  # forward and backward
+    for name in ("output", "input", "attention"):
+        assert torch.equal(results[0][name], results[1][name]), name
+    judge_tf32(results[0], case, tensors) if dtype == torch.float32 else testing.judge(results[0], case, tensors)
+
+
+def test_parts_of_branches_change_no_bit(library, device):
+    tensors = make_tensors(IN_PARTS, torch.bfloat16)
+    call = call_of(IN_PARTS, tensors)._replace(bias=None)
+    coefficients = [torch.randn(2, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    results = []
+    for gpu, multiprocessors in (ONE_BLOCK, MANY):
+        device(gpu, multiprocessors=multiprocessors)
+        branches = tensors.grad_output.new_full((2, *tensors.grad_output.shape), torch.nan)
+        cuda.branch_statistics(call, branches, None, None)
+        results.append((branches.clone(), torch.empty_like(tensors.input)))
+        cuda.branch_norm_backward(
+            call, tensors.grad_output, branches, *coefficients, branches, results[-1][1], torch.empty_like(call.weight)
+        )
+        assert library.autofocus_emulation_launches(b"pack") == (2 if gpu == H100 else 2 * 8)
+    assert all(torch.equal(*pair) for pair in zip(*results))
+
+
+def test_a_part_takes_its_share_of_memory(library, device):
+    allocated = ctypes.c_int64.in_dll(library, "autofocus_emulation_allocated")
+    case = replace(IN_PARTS, channels=32)
+    tensors = make_tensors(case, torch.bfloat16)
+    call = call_of(case, tensors)
+    taken = []
+    for gpu, multiprocessors in (ONE_BLOCK, MANY):
+        device(gpu, multiprocessors=multiprocessors)
+        before = allocated.value
+        cuda.forward(call, torch.empty_like(tensors.grad_output))
+        taken.append(allocated.value - before)
+    weight = 3 * 10 * 16 * 16 * 4  # of 3 tz, 10 taps, 16 output channels: packed points of 4 chunks
+    assert taken[0] - weight < (taken[1] - weight) / 7
 
 
 def test_nan_stays_where_it_is_read(device):

@@ -22,13 +22,14 @@ std::string show(const char* what, const Index3& p, int tz, int tap, int k) {
 bool same(const Index3& a, const Index3& b) { return a.z == b.z && a.y == b.y && a.x == b.x; }
 
 // The position of every packed point; false if two points share a place or one has none.
-bool positions_of_packed(const Int3& class_size, const Int3& step, std::vector<Index3>& position) {
-  const int64_t points = int64_t(class_size.z) * class_size.y * class_size.x * step.z * step.y * step.x;
+bool positions_of_packed(const Int3& class_size, const Int3& step, const Classes& classes,
+                         std::vector<Index3>& position) {
+  const int64_t points = volume(class_size) * volume(classes.count);
   std::vector<bool> taken(points, false);
   position.resize(points);
   for (int64_t i = 0; i < points; ++i) {
     int64_t packed = -1;
-    const Index3 p = unpacked_position(class_size, step, i, packed);
+    const Index3 p = unpacked_position(class_size, step, classes, i, packed);
     if (packed < 0 || packed >= points || taken[packed]) return false;
     taken[packed] = true;
     position[packed] = p;
@@ -38,17 +39,19 @@ bool positions_of_packed(const Int3& class_size, const Int3& step, std::vector<I
 
 // Goes through the tiles of one sample as the kernels do, with numbers instead of data, and compares every read with
 // the definition. Empty if all is right.
-std::string check_lattice(const Problem& g, bool adjoint, int tile_z, bool recycle) {
+std::string check_part(const Problem& g, const Part& part, bool adjoint, int tile_z, bool recycle,
+                       std::vector<int>& covered) {
   constexpr int64_t kZero = -1, kNothing = -2;
-  Lattice lattice = make_lattice(g, adjoint ? Direction::kAdjoint : Direction::kForward, 0, g.K);
+  const Direction direction = adjoint ? Direction::kAdjoint : Direction::kForward;
+  Lattice lattice = make_lattice(g, direction, 0, g.K);
+  restrict_to(lattice, part, direction);
   set_tile(lattice, tile_z, recycle);
 
   std::vector<Index3> position, target_position_of;
-  if (!positions_of_packed(lattice.points, lattice.step, position) ||
-      !positions_of_packed(lattice.target_points, lattice.step, target_position_of))
+  if (!positions_of_packed(lattice.points, lattice.step, lattice.source_classes, position) ||
+      !positions_of_packed(lattice.target_points, lattice.step, lattice.target_classes, target_position_of))
     return "packing is no permutation";
 
-  std::vector<int> covered(volume(lattice.target), 0);
   const int64_t tiles_of_sample = num_tiles(lattice) / lattice.N;
   for (int64_t index = 0; index < num_tiles(lattice); ++index) {
     const Tile tile = tile_at(lattice, index);
@@ -78,7 +81,7 @@ std::string check_lattice(const Problem& g, bool adjoint, int tile_z, bool recyc
           for (int x = 0; x < kTileX; ++x) {
             const Index3 p = target_position(lattice, tile, z, y, x);
             if (!inside(p, lattice.target)) continue;
-            if (tz == 0) ++covered[ravel(p, lattice.target)];
+            if (tz == 0 && part.first_sample == 0) ++covered[ravel(p, lattice.target)];
             if (!same(target_position_of.at(packed_target(lattice, tile, z, y, x)), p))
               return "a target point is packed elsewhere";
             for (int tap = 0; tap < kPlaneTaps; ++tap)
@@ -99,6 +102,16 @@ std::string check_lattice(const Problem& g, bool adjoint, int tile_z, bool recyc
               }
           }
     }
+  }
+  return "";
+}
+
+// All parts of a split.
+std::string check_lattice(const Problem& g, const Split& split, bool adjoint, int tile_z, bool recycle) {
+  std::vector<int> covered(volume(adjoint ? g.input : g.output), 0);
+  for (int64_t i = 0; i < num_parts(split); ++i) {
+    const std::string problem = check_part(g, part_of(g, split, i), adjoint, tile_z, recycle, covered);
+    if (!problem.empty()) return problem;
   }
   for (const int count : covered)
     if (count != 1) return "a target point is in " + std::to_string(count) + " tiles";
@@ -179,8 +192,10 @@ const NamedKernel kFaulty[] = {{"unfinished_copy", unfinished_copy}, {"missing_b
 
 extern "C" {
 
-// numbers: N, K, input z y x, output z y x, origin z y x, then K dilations z y x. True if all is right.
-bool autofocus_probe_lattice(const int64_t* numbers, bool adjoint, int tile_z, bool recycle, char* message, int size) {
+// numbers: N, K, input z y x, output z y x, origin z y x, then K dilations z y x. Of all positions at once, or if
+// `apart` of a part for each sample and class. True if all is right.
+bool autofocus_probe_lattice(const int64_t* numbers, bool adjoint, int tile_z, bool recycle, bool apart, char* message,
+                             int size) {
   Problem g{};
   g.N = numbers[0];
   g.C = g.O = 1;
@@ -192,7 +207,8 @@ bool autofocus_probe_lattice(const int64_t* numbers, bool adjoint, int tile_z, b
   g.origin = {numbers[8], numbers[9], numbers[10]};
   for (int64_t k = 0; k < g.K; ++k) g.dilation[k] = {numbers[11 + 3 * k], numbers[12 + 3 * k], numbers[13 + 3 * k]};
   const char* refusal = lattice_refusal(g);
-  const std::string problem = refusal != nullptr ? refusal : check_lattice(g, adjoint, tile_z, recycle);
+  const Split split = apart ? Split{g.N, common_step(g)} : Split{1, {1, 1, 1}};
+  const std::string problem = refusal != nullptr ? refusal : check_lattice(g, split, adjoint, tile_z, recycle);
   std::snprintf(message, size, "%s", problem.c_str());
   return problem.empty();
 }

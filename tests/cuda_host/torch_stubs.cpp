@@ -18,10 +18,12 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
 }
 
 int autofocus_emulation_allocations = 0;
+int64_t autofocus_emulation_allocated = 0;  // bytes
 
 AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t* bytes, const int64_t*, int32_t, int32_t, int32_t,
                                         AtenTensorHandle* memory) {
   ++autofocus_emulation_allocations;
+  autofocus_emulation_allocated += *bytes;
   const auto tensor = torch::stable::empty({*bytes}, torch::headeronly::ScalarType::Byte);
   return aoti_torch_new_tensor_handle(tensor.get(), memory);
 }

@@ -17,8 +17,10 @@ void launch_grad_attention(const Plan& plan, const Inputs& in, const Operands& o
 // What the weight's pass leaves for sum_weight_partials; by branch with a branch scale or a grad_output for each
 // branch.
 WeightPartials weight_partials_of(const Plan& plan, const Problem& g, DType dtype, bool by_branch);
-// Fills them, from `partial` on. With `by_branch` grad_output is one for each branch.
-void launch_grad_weight(const Plan& plan, const Inputs& in, bool by_branch, const Operands& operands,
-                        const WeightPartials& sums, float* partial, const Context& context);
+Work grad_weight_work(const Plan& plan, const Problem& g, DType dtype);
+// Fills them with the sums of a part, or adds those if `adds`; they lie in the operands' scratch memory. With
+// `by_branch` grad_output is one for each branch.
+void launch_grad_weight(const Inputs& in, bool by_branch, const Part& part, const Operands& operands,
+                        const WeightPartials& sums, bool adds, const Context& context);
 
 }  // namespace autofocus::cuda

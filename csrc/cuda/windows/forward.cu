@@ -100,13 +100,20 @@ void launch_forward(const char* name, const Plan& plan, const Inputs& in, const 
   });
 }
 
-Operands packed(const Plan& plan, const Inputs& in, const Context& context) {
+// Calls run(plan, operands, part) for every part of the call, packed.
+template <typename Run>
+void for_parts(const Inputs& in, const Context& context, const Run& run) {
+  const Plan plan = plan_of(Pass::kForward, in);
   Operands operands(in, plan.lattice.step);
   operands.want_input();
   operands.want_attention();
   operands.want_weight(plan.tiles);
-  operands.pack(context);
-  return operands;
+  const Split split = split_of(in.g, {work_of(plan, ceil_div(in.g.O, 8 * plan.tiles))});
+  for (int64_t i = 0; i < num_parts(split); ++i) {
+    const Part part = part_of(in.g, split, i);
+    operands.pack(part, context);
+    run(plan_of_part(plan, Pass::kForward, part), operands, part);
+  }
 }
 
 }  // namespace
@@ -114,18 +121,20 @@ Operands packed(const Plan& plan, const Inputs& in, const Context& context) {
 void fast_forward(const Inputs& in, const TensorView& output, const Context& context) {
   for (int64_t first = 0; first < in.g.K; first += kLatticeBranches) {
     const Inputs slice = slice_of(in, first);
-    const Plan plan = plan_of(Pass::kForward, slice);
-    launch_forward("fast_forward", plan, slice, packed(plan, slice, context), output, first > 0, context);
+    for_parts(slice, context, [&](const Plan& plan, const Operands& operands, const Part& part) {
+      launch_forward("fast_forward", plan, slice, operands, samples_from(output, part, in.dtype), first > 0, context);
+    });
   }
 }
 
 void fast_branches(const Inputs& in, const TensorView& branches, const Context& context) {
   for (int64_t first = 0; first < in.g.K; first += kLatticeBranches) {
     const Inputs slice = slice_of(in, first);
-    const Operands operands = packed(plan_of(Pass::kForward, slice), slice, context);
-    for (int64_t k = 0; k < slice.g.K; ++k)
-      launch_forward("fast_branch", plan_of_branch(Pass::kForward, slice, k), slice, operands,
-                     branch_view(branches, first + k, in.dtype), false, context);
+    for_parts(slice, context, [&](const Plan&, const Operands& operands, const Part& part) {
+      for (int64_t k = 0; k < slice.g.K; ++k)
+        launch_forward("fast_branch", plan_of_branch(Pass::kForward, slice, part, k), slice, operands,
+                       samples_from(branch_view(branches, first + k, in.dtype), part, in.dtype), false, context);
+    });
   }
 }
 

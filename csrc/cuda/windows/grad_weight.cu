@@ -104,17 +104,17 @@ GradWeightKernel kernel_of(DType dtype) {
 
 }  // namespace
 
-WeightPartials weight_partials_of(const Plan& plan, const Problem& g, DType dtype, bool by_branch) {
-  const GradWeightKernel kernel = kernel_of(dtype);
-  const int chunks = num_chunks(g.C, dtype);
-  const int64_t output_blocks = ceil_div(g.O, kernel.outputs), tiles = num_tiles(plan.lattice);
-  const int64_t wanted = ceil_div(plan.blocks, chunks * output_blocks), blocks = wanted < tiles ? wanted : tiles;
-  return {nullptr, blocks * kernel.splits, by_branch ? g.K : 1, ceil_div(g.O, 16) * 16,
-          chunks * (kPointBytes / element_size(dtype))};
+Work grad_weight_work(const Plan& plan, const Problem& g, DType dtype) {
+  return work_of(plan, num_chunks(g.C, dtype) * ceil_div(g.O, kernel_of(dtype).outputs));
 }
 
-void launch_grad_weight(const Plan& plan, const Inputs& in, bool by_branch, const Operands& operands,
-                        const WeightPartials& sums, float* partial, const Context& context) {
+WeightPartials weight_partials_of(const Plan& plan, const Problem& g, DType dtype, bool by_branch) {
+  return {nullptr, grad_weight_work(plan, g, dtype).at_once * kernel_of(dtype).splits, by_branch ? g.K : 1,
+          ceil_div(g.O, 16) * 16, num_chunks(g.C, dtype) * (kPointBytes / element_size(dtype))};
+}
+
+void launch_grad_weight(const Inputs& in, bool by_branch, const Part& part, const Operands& operands,
+                        const WeightPartials& sums, bool adds, const Context& context) {
   const Problem& g = in.g;
   const GradWeightKernel kernel = kernel_of(in.dtype);
   const int chunks = num_chunks(g.C, in.dtype);
@@ -122,11 +122,13 @@ void launch_grad_weight(const Plan& plan, const Inputs& in, bool by_branch, cons
                   static_cast<unsigned int>(ceil_div(g.O, kernel.outputs)));
   const int64_t branch_size = sums.outputs * sums.inputs * num_taps(g);
   for (int k = 0; k < sums.branches; ++k) {
-    const Plan own = sums.branches == 1 ? plan : plan_of_branch(Pass::kGradWeight, in, k);
-    launch("fast_weight_partial", kernel.run, grid, kGradWeightThreads, own.shared_bytes, context.stream, own.lattice,
+    const Plan plan = sums.branches == 1 ? plan_of_part(plan_of(Pass::kGradWeight, in), Pass::kGradWeight, part)
+                                         : plan_of_branch(Pass::kGradWeight, in, part, k);
+    launch("fast_weight_partial", kernel.run, grid, kGradWeightThreads, plan.shared_bytes, context.stream, plan.lattice,
            GradWeightArguments{operands.input(), operands.attention(), operands.grad_output(), chunks,
-                               num_chunks(g.O, in.dtype), k, by_branch ? int(g.K) : 1, partial + k * branch_size,
-                               sums.branches * branch_size, g.O, g.kernel});
+                               num_chunks(g.O, in.dtype), k, by_branch ? int(g.K) : 1,
+                               static_cast<float*>(operands.scratch()) + k * branch_size, sums.branches * branch_size,
+                               adds, g.O, g.kernel});
   }
 }
 

@@ -22,6 +22,7 @@ struct GradWeightArguments {
   int grad_branches;  // of grad_output: 1, or K and `branch` is meant
   float* partial;     // [outputs rounded up to 16, chunks of channels, taps], for each split of each block
   int64_t split_size;
+  bool adds;  // to what is there
   int64_t outputs;
   Index3 kernel;
 };
@@ -72,7 +73,9 @@ __device__ inline const unsigned char* grad_point(const Lattice& lattice, const 
 __device__ inline void store_partial(const GradWeightArguments& args, float* partial, int64_t o, int64_t c,
                                      int64_t inputs, const Int3& tap, float sum) {
   const Index3 t = {args.kernel.z / 2 + tap.z, args.kernel.y / 2 + tap.y, args.kernel.x / 2 + tap.x};
-  if (inside(t, args.kernel)) partial[(o * inputs + c) * volume(args.kernel) + ravel(t, args.kernel)] = sum;
+  if (!inside(t, args.kernel)) return;
+  float& to = partial[(o * inputs + c) * volume(args.kernel) + ravel(t, args.kernel)];
+  to = args.adds ? to + sum : sum;
 }
 
 }  // namespace autofocus::cuda

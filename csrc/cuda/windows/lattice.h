@@ -23,6 +23,11 @@ struct Int3 {
   int z, y, x;
 };
 
+// Classes of a volume that are worked on: on each axis all of them, or one.
+struct Classes {
+  Int3 count, first;
+};
+
 struct Lattice {
   int64_t N;
   int K;
@@ -34,6 +39,7 @@ struct Lattice {
   Int3 points;            // lattice points of a source class per axis; the last may lie outside the source
   Int3 target_points;     // and of a target class
   Int3 tiles;             // tiles of a target class per axis; the last ones may lie outside the target
+  Classes source_classes, target_classes;  // what is packed, and where there are tiles
   int taps_z;
   int tile_z;
   int ring;                                      // planes of points held in shared memory
@@ -46,21 +52,22 @@ struct Tile {
   Int3 target_class, target_first, source_class, source_first;
 };
 
-AUTOFOCUS_HD inline int64_t num_classes(const Lattice& lattice) {
-  return int64_t(lattice.step.z) * lattice.step.y * lattice.step.x;
-}
+AUTOFOCUS_HD inline int64_t volume(const Int3& sizes) { return int64_t(sizes.z) * sizes.y * sizes.x; }
 AUTOFOCUS_HD inline int64_t num_tiles(const Lattice& lattice) {
-  return lattice.N * lattice.tiles.z * lattice.tiles.y * lattice.tiles.x * num_classes(lattice);
+  return lattice.N * volume(lattice.tiles) * volume(lattice.target_classes.count);
 }
-// Points of one source class, and of all of them: the packed source holds every class in full.
-AUTOFOCUS_HD inline int64_t class_points(const Lattice& lattice) {
-  return int64_t(lattice.points.z) * lattice.points.y * lattice.points.x;
-}
+// Points of the classes that are packed, each of them in full.
 AUTOFOCUS_HD inline int64_t packed_points(const Lattice& lattice) {
-  return num_classes(lattice) * class_points(lattice);
+  return volume(lattice.source_classes.count) * volume(lattice.points);
 }
 AUTOFOCUS_HD inline int64_t packed_target_points(const Lattice& lattice) {
-  return num_classes(lattice) * lattice.target_points.z * lattice.target_points.y * lattice.target_points.x;
+  return volume(lattice.target_classes.count) * volume(lattice.target_points);
+}
+// The number of point `p` of class `c` among them, classes outermost.
+AUTOFOCUS_HD inline int64_t packed_number(const Classes& classes, const Int3& c, const Int3& points, const Int3& p) {
+  const Int3 &first = classes.first, &count = classes.count;
+  const int64_t in_classes = (int64_t(c.z - first.z) * count.y + (c.y - first.y)) * count.x + (c.x - first.x);
+  return ((in_classes * points.z + p.z) * points.y + p.y) * points.x + p.x;
 }
 
 // The block of source points under a tile.
@@ -78,13 +85,15 @@ AUTOFOCUS_HD inline int slot(const Lattice& lattice, int plane) {
 
 // Tile number `index`. Classes vary fastest: neighbouring classes read and write the same memory sectors.
 AUTOFOCUS_HD inline Tile tile_at(const Lattice& lattice, int64_t index) {
-  const int64_t classes = num_classes(lattice);
-  const int64_t in_class = index % classes;
-  int64_t rest = index / classes;
+  const Int3 &first = lattice.target_classes.first, &count = lattice.target_classes.count;
+  int64_t rest = index;
   Tile tile;
-  tile.target_class.x = int(in_class % lattice.step.x);
-  tile.target_class.y = int(in_class / lattice.step.x % lattice.step.y);
-  tile.target_class.z = int(in_class / lattice.step.x / lattice.step.y);
+  tile.target_class.x = first.x + int(rest % count.x);
+  rest /= count.x;
+  tile.target_class.y = first.y + int(rest % count.y);
+  rest /= count.y;
+  tile.target_class.z = first.z + int(rest % count.z);
+  rest /= count.z;
   tile.target_first.x = int(rest % lattice.tiles.x) * kTileX;
   rest /= lattice.tiles.x;
   tile.target_first.y = int(rest % lattice.tiles.y) * kTileY;
@@ -110,9 +119,9 @@ AUTOFOCUS_HD inline Index3 target_position(const Lattice& lattice, const Tile& t
 
 // Number of that point among the packed points of the target; the position must lie inside.
 AUTOFOCUS_HD inline int64_t packed_target(const Lattice& lattice, const Tile& tile, int z, int y, int x) {
-  const Int3 &c = tile.target_class, &l = tile.target_first, &n = lattice.target_points;
-  const int64_t in_class = (int64_t(c.z) * lattice.step.y + c.y) * lattice.step.x + c.x;
-  return ((in_class * n.z + l.z + z) * n.y + l.y + y) * n.x + l.x + x;
+  const Int3& first = tile.target_first;
+  return packed_number(lattice.target_classes, tile.target_class, lattice.target_points,
+                       {first.z + z, first.y + y, first.x + x});
 }
 
 // Whether the source lattice has points in a plane, row or column of a block with this source_first; if not, zeros are
@@ -127,23 +136,25 @@ AUTOFOCUS_HD inline bool has_column(const Lattice& lattice, const Int3& first, i
   return uint32_t(first.x + column) < uint32_t(lattice.points.x);
 }
 
-// The number of the point at (plane, row, column) among the packed points of one sample and channel chunk, classes
-// outermost.
+// The number of the point at (plane, row, column) among the packed points of one sample and channel chunk.
 AUTOFOCUS_HD inline int64_t packed_index(const Lattice& lattice, const Tile& tile, int plane, int row, int column) {
-  const int64_t in_class =
-      (int64_t(tile.source_class.z) * lattice.step.y + tile.source_class.y) * lattice.step.x + tile.source_class.x;
-  const int64_t z = tile.source_first.z + plane, y = tile.source_first.y + row, x = tile.source_first.x + column;
-  return ((in_class * lattice.points.z + z) * lattice.points.y + y) * lattice.points.x + x;
+  const Int3& first = tile.source_first;
+  return packed_number(lattice.source_classes, tile.source_class, lattice.points,
+                       {first.z + plane, first.y + row, first.x + column});
 }
 
 // Source position of packed point number `index`, counted with the position fastest and the class per axis inside it,
 // so that neighbouring threads of the packing kernel read neighbouring memory. `packed` is where it goes.
-AUTOFOCUS_HD inline Index3 unpacked_position(const Int3& points, const Int3& step, int64_t index, int64_t& packed) {
-  const Index3 size = {int64_t(points.z) * step.z, int64_t(points.y) * step.y, int64_t(points.x) * step.x};
+AUTOFOCUS_HD inline Index3 unpacked_position(const Int3& points, const Int3& step, const Classes& classes,
+                                             int64_t index, int64_t& packed) {
+  const Int3& count = classes.count;
+  const Index3 size = {int64_t(points.z) * count.z, int64_t(points.y) * count.y, int64_t(points.x) * count.x};
   const Index3 p = unravel(index, size);
-  const int64_t in_class = ((p.z % step.z) * step.y + p.y % step.y) * step.x + p.x % step.x;
-  packed = ((in_class * points.z + p.z / step.z) * points.y + p.y / step.y) * points.x + p.x / step.x;
-  return p;
+  const Int3 point = {int(p.z / count.z), int(p.y / count.y), int(p.x / count.x)};
+  const Int3 c = {classes.first.z + int(p.z % count.z), classes.first.y + int(p.y % count.y),
+                  classes.first.x + int(p.x % count.x)};
+  packed = packed_number(classes, c, points, point);
+  return {int64_t(step.z) * point.z + c.z, int64_t(step.y) * point.y + c.y, int64_t(step.x) * point.x + c.x};
 }
 
 // The point of the block under point (0, y, x) of a tile through tap (0, 0, 0), in points, without its plane.
@@ -228,9 +239,50 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
     }
   }
   lattice.taps_z = int(g.kernel.z);
+  lattice.source_classes = lattice.target_classes = {lattice.step, {0, 0, 0}};
   lattice.points = lattice_points(lattice.source, lattice.step);
   lattice.target_points = lattice_points(lattice.target, lattice.step);
   return lattice;
+}
+
+// A part of a call's positions that the passes can take by itself: some samples, and classes of the output with the
+// classes of the input that they read.
+struct Part {
+  int64_t first_sample, samples;
+  Classes output, input;
+};
+
+// In how many parts the positions are cut: samples (1 or N) and classes (on an axis 1, or the step).
+struct Split {
+  int64_t samples;
+  Int3 classes;
+};
+
+inline int64_t num_parts(const Split& split) { return split.samples * volume(split.classes); }
+
+inline Part part_of(const Problem& g, const Split& split, int64_t index) {
+  const Int3 step = common_step(g);
+  const Index3 c = unravel(index % volume(split.classes), {split.classes.z, split.classes.y, split.classes.x});
+  Part part{};
+  part.samples = g.N / split.samples;
+  part.first_sample = index / volume(split.classes) * part.samples;
+  const auto choose = [&](int Int3::* axis, int64_t Index3::* wide) {
+    const bool one = split.classes.*axis > 1;
+    part.output.count.*axis = part.input.count.*axis = one ? 1 : step.*axis;
+    part.output.first.*axis = one ? int(c.*wide) : 0;
+    part.input.first.*axis = one ? int(input_lattice(g.origin.*wide, c.*wide, step.*axis).phase) : 0;
+  };
+  choose(&Int3::z, &Index3::z);
+  choose(&Int3::y, &Index3::y);
+  choose(&Int3::x, &Index3::x);
+  return part;
+}
+
+inline void restrict_to(Lattice& lattice, const Part& part, Direction direction) {
+  const bool forward = direction == Direction::kForward;
+  lattice.N = part.samples;
+  lattice.source_classes = forward ? part.input : part.output;
+  lattice.target_classes = forward ? part.output : part.input;
 }
 
 inline void set_tile(Lattice& lattice, int tile_z, bool recycle) {

@@ -19,6 +19,7 @@ struct PackPoints {
   Strided<const Bits<T>> source;
   int64_t N, branches, channels, chunks;
   Int3 step, points;
+  Classes classes;
   Index3 size;
   void* packed;
 };
@@ -42,14 +43,13 @@ struct Packing {
 template <int kCount, typename T>
 __device__ inline void pack_points(const PackPoints<T>& job, unsigned int block) {
   constexpr int kInWord = 4 / int(sizeof(T)), kWords = kCount / kInWord;
-  const int64_t points = int64_t(job.points.z) * job.points.y * job.points.x;
-  const int64_t all = points * job.step.z * job.step.y * job.step.x;
+  const int64_t all = volume(job.points) * volume(job.classes.count);
   const int64_t index = int64_t(block) * kPackThreads + threadIdx.x;
   if (index >= job.N * job.branches * job.chunks * all) return;
   const int64_t plane = index / all, first = plane % job.chunks * kCount;
   const int64_t k = plane / job.chunks % job.branches, n = plane / job.chunks / job.branches;
   int64_t place;
-  const Index3 p = unpacked_position(job.points, job.step, index % all, place);
+  const Index3 p = unpacked_position(job.points, job.step, job.classes, index % all, place);
   const bool valid = inside(p, job.size);
   const Bits<T>* from = job.source.at(n, first, p) + k * job.source.k;
   uint32_t words[kWords];
@@ -123,7 +123,7 @@ __global__ __launch_bounds__(kPackThreads) void pack_kernel(Packing<T> packing) 
 
 }  // namespace
 
-void Operands::pack(const Context& context) {
+void Operands::pack(const Part& part, const Context& context) {
   const Problem& g = in_.g;
   int64_t bytes = 0, blocks = 0;
   const auto place = [&](int64_t size) {
@@ -145,25 +145,19 @@ void Operands::pack(const Context& context) {
   };
   for_matrix_dtype(in_.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto volume = [&](const TensorView& source, int64_t channels, int count, const Index3& size, bool rounds,
-                            int64_t& at) {
+    const auto points = [&](const TensorView& source, int64_t channels, int count, const Index3& size,
+                            const Classes& classes, bool rounds, int64_t& at) {
       const int64_t branches = source.k == 0 ? 1 : g.K, chunks = ceil_div(channels, count);
-      const Int3 points = lattice_points(size, step_);
-      const int64_t items = g.N * branches * chunks * step_.z * step_.y * step_.x * points.z * points.y * points.x;
+      const Int3 class_points = lattice_points(size, step_);
+      const int64_t items = part.samples * branches * chunks * volume(classes.count) * volume(class_points);
       at = place(items * count * int64_t(sizeof(T)));
-      return PackPoints<T>{blocks_of(items),
-                           rounds,
-                           Strided<const Bits<T>>(source),
-                           g.N,
-                           branches,
-                           channels,
-                           chunks,
-                           step_,
-                           points,
-                           size,
-                           nullptr};
+      return PackPoints<T>{
+          blocks_of(items), rounds,   Strided<const Bits<T>>(advanced(source, part.first_sample * source.n, in_.dtype)),
+          part.samples,     branches, channels,
+          chunks,           step_,    class_points,
+          classes,          size,     nullptr};
     };
-    const PackPoints<T> no_points{0, false, Strided<const Bits<T>>(TensorView{}), 0, 0, 0, 0, {}, {}, {}, nullptr};
+    const PackPoints<T> no_points{0, false, Strided<const Bits<T>>(TensorView{}), 0, 0, 0, 0, {}, {}, {}, {}, nullptr};
     const PackWeight no_weight{0, false, 0, 0, 0, 0, 0, 1, nullptr};
     Packing<T> packing{no_points,
                        no_points,
@@ -174,16 +168,20 @@ void Operands::pack(const Context& context) {
                        Strided<const T>(in_.scale),
                        g.kernel};
     // The attention and what it is multiplied by are rounded as a product.
-    if (wants_input_) packing.input = volume(in_.input, g.C, kChunk<T>, g.input, true, input_at_);
+    if (wants_input_) packing.input = points(in_.input, g.C, kChunk<T>, g.input, part.input, true, input_at_);
     if (grad_output_.data != nullptr)
-      packing.grad_output = volume(grad_output_, g.O, kChunk<T>, g.output, grad_output_.k != 0, grad_output_at_);
+      packing.grad_output =
+          points(grad_output_, g.O, kChunk<T>, g.output, part.output, grad_output_.k != 0, grad_output_at_);
     if (wants_attention_)
-      packing.attention = volume(in_.attention, g.K, kLatticeBranches, g.output, false, attention_at_);
+      packing.attention = points(in_.attention, g.K, kLatticeBranches, g.output, part.output, false, attention_at_);
     if (weight_tiles_ > 0) packing.weight = weight(false, weight_tiles_, weight_at_);
     if (adjoint_tiles_ > 0) packing.adjoint_weight = weight(true, adjoint_tiles_, adjoint_at_);
     scratch_at_ = place(scratch_bytes_);
 
-    memory_ = static_cast<unsigned char*>(context.scratch(bytes));
+    if (memory_ == nullptr)  // the first part, and none is larger
+      memory_ = static_cast<unsigned char*>(context.scratch(bytes));
+    else
+      blocks -= packing.weight.blocks + packing.adjoint_weight.blocks;
     packing.input.packed = at(input_at_);
     packing.grad_output.packed = at(grad_output_at_);
     packing.attention.packed = at(attention_at_);

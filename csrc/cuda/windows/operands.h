@@ -22,7 +22,8 @@ template <int kTiles>
 constexpr int kSlabBytes = kSlabTaps * 8 * kTiles * kPointBytes;
 AUTOFOCUS_HD constexpr int chunk_weight_bytes(int tiles) { return 3 * kSlabTaps * 8 * tiles * kPointBytes; }
 
-// The operands of a call. First say what is wanted, then pack, then read where it is.
+// The operands of a call. First say what is wanted, then pack a part, then read where it is; the next part takes its
+// place, and a weight stays.
 class Operands {
  public:
   // `step` of the lattices of the passes, the same for all of a call.
@@ -39,7 +40,7 @@ class Operands {
   // Memory beside them.
   void want_scratch(int64_t bytes) { scratch_bytes_ = bytes; }
 
-  void pack(const Context& context);
+  void pack(const Part& part, const Context& context);
 
   // [N, chunks, points]
   const unsigned char* input() const { return at(input_at_); }

@@ -98,14 +98,43 @@ Plan plan_of(Pass pass, const Inputs& in) {
   return plan;
 }
 
-Plan plan_of_branch(Pass pass, const Inputs& in, int64_t k) {
+Plan plan_of_part(Plan plan, Pass pass, const Part& part) {
+  restrict_to(plan.lattice, part, direction(pass));
+  return plan;
+}
+
+Plan plan_of_branch(Pass pass, const Inputs& in, const Part& part, int64_t k) {
   Plan plan = plan_of(pass, in);
   const bool recycle = plan.lattice.ring < planes(plan.lattice);
   const int tile_z = plan.lattice.tile_z;
   plan.lattice = make_lattice(in.g, direction(pass), k, 1);
   set_tile(plan.lattice, tile_z, recycle);
   plan.shared_bytes = shared_bytes(pass, plan.lattice, in.dtype, plan.tiles);
-  return plan;
+  return plan_of_part(plan, pass, part);
+}
+
+Work work_of(const Plan& plan, int64_t target_blocks) {
+  const int64_t tiles = num_tiles(plan.lattice), wanted = ceil_div(plan.blocks, target_blocks);
+  return {tiles, wanted < tiles ? wanted : tiles};
+}
+
+Split split_of(const Problem& g, const std::vector<Work>& passes) {
+  // A launch writes its first block of points while nothing is multiplied, and its last tiles leave multiprocessors
+  // idle: with four tiles behind each other, and hardly more of them over all launches, that is a few percent.
+  constexpr int64_t kLeastRounds = 4;
+  const Int3 step = common_step(g);
+  const Split finest = {g.N, {step.z, step.y, 1}}, planes = {g.N, {step.z, 1, 1}}, samples = {g.N, {1, 1, 1}};
+  for (const Split& split : {finest, planes, samples}) {
+    const int64_t parts = num_parts(split);
+    bool is_cheap = true;
+    for (const Work& work : passes) {
+      const int64_t rounds = ceil_div(work.tiles, work.at_once);
+      const int64_t of_part = ceil_div(work.tiles / parts, work.at_once);
+      is_cheap = is_cheap && of_part >= kLeastRounds && 16 * parts * of_part <= 17 * rounds;
+    }
+    if (is_cheap) return split;
+  }
+  return {1, {1, 1, 1}};
 }
 
 }  // namespace autofocus::cuda

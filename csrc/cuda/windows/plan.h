@@ -2,6 +2,7 @@
 #pragma once
 
 #include <type_traits>
+#include <vector>
 
 #include "operands.h"
 
@@ -24,8 +25,25 @@ struct Plan {
 // The plan for all branches, or why the pass cannot run on the current device.
 const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan);
 Plan plan_of(Pass pass, const Inputs& in);
+// A plan for a part of the positions.
+Plan plan_of_part(Plan plan, Pass pass, const Part& part);
 // That of one branch alone, in the classes and tiles of all: operands packed for one serve the other.
-Plan plan_of_branch(Pass pass, const Inputs& in, int64_t k);
+Plan plan_of_branch(Pass pass, const Inputs& in, const Part& part, int64_t k);
+
+// What a pass runs: tiles, and how many of them at once.
+struct Work {
+  int64_t tiles, at_once;
+};
+// `target_blocks` run through the same tiles.
+Work work_of(const Plan& plan, int64_t target_blocks);
+
+// As many parts as cost these passes next to nothing: only a part's operands are packed at a time.
+Split split_of(const Problem& g, const std::vector<Work>& passes);
+
+// A tensor from the first sample of a part on.
+inline TensorView samples_from(const TensorView& tensor, const Part& part, DType dtype) {
+  return advanced(tensor, part.first_sample * tensor.n, dtype);
+}
 
 // A pass takes kLatticeBranches branches at once: these are the ones from `first` on, as a problem of their own, with
 // lattices and operands of their own. What sums over branches is added up in the result, rounded once for each slice.
@@ -33,8 +51,8 @@ Inputs slice_of(const Inputs& in, int64_t first);
 
 // Grid (blocks, blocks of target channels) that fills the device once, no block without a tile.
 inline dim3 grid_of(const Plan& plan, int64_t target_blocks) {
-  const int64_t tiles = num_tiles(plan.lattice), wanted = ceil_div(plan.blocks, target_blocks);
-  return dim3(static_cast<unsigned int>(wanted < tiles ? wanted : tiles), static_cast<unsigned int>(target_blocks));
+  return dim3(static_cast<unsigned int>(work_of(plan, target_blocks).at_once),
+              static_cast<unsigned int>(target_blocks));
 }
 
 constexpr int kNarrowTiles = 5;  // the most where registers are short
