@@ -81,25 +81,37 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
     }
   }
 
-  if (output0 >= args.outputs) return;
-  float* partial = args.partial + (int64_t(blockIdx.x) * kGradWeightGroups + group) * args.split_size;
+  // The second group hands its sums over where the points were.
+  float* handed = reinterpret_cast<float*>(shared_memory());
+  float* partial = args.partial + int64_t(blockIdx.x) * args.split_size;
 #pragma unroll
   for (int tz = 0; tz < 3; ++tz)
 #pragma unroll
-    for (int ty = 0; ty < 3; ++ty)
+    for (int ty = 0; ty < 3; ++ty) {
+      const auto place = [&](int tx, int i) -> float& {
+        return handed[(tx * 4 + i) * kGroupThreads + int(threadIdx.x) % kGroupThreads];
+      };
+      __syncthreads();
+#pragma unroll
+      for (int tx = 0; tx < 3; ++tx)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (group == 1) place(tx, i) = sum[tz][ty][0][tx][i];
+      __syncthreads();
+      if (group == 1 || output0 >= args.outputs) continue;
 #pragma unroll
       for (int tx = 0; tx < 3; ++tx)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           store_partial(args, partial, output0 + lane / 4 + i / 2 * 8,
                         int64_t(blockIdx.y) * kChunk<T> + lane % 4 * 2 + i % 2, int64_t(args.chunks) * kChunk<T>,
-                        {tz - 1, ty - 1, tx - 1}, sum[tz][ty][0][tx][i]);
+                        {tz - 1, ty - 1, tx - 1}, sum[tz][ty][0][tx][i] + place(tx, i));
+    }
 }
 
 GradWeightKernel kernel_of(DType dtype) {
   if (dtype == DType::kFloat32) return grad_weight_tf32_kernel_of();
-  return {dtype == DType::kFloat16 ? &grad_weight_kernel<Half> : &grad_weight_kernel<BFloat16>, kBlockOutputs,
-          kGradWeightGroups};
+  return {dtype == DType::kFloat16 ? &grad_weight_kernel<Half> : &grad_weight_kernel<BFloat16>, kBlockOutputs};
 }
 
 }  // namespace
@@ -109,8 +121,8 @@ Work grad_weight_work(const Plan& plan, const Problem& g, DType dtype) {
 }
 
 WeightPartials weight_partials_of(const Plan& plan, const Problem& g, DType dtype, bool by_branch) {
-  return {nullptr, grad_weight_work(plan, g, dtype).at_once * kernel_of(dtype).splits, by_branch ? g.K : 1,
-          ceil_div(g.O, 16) * 16, num_chunks(g.C, dtype) * (kPointBytes / element_size(dtype))};
+  return {nullptr, grad_weight_work(plan, g, dtype).at_once, by_branch ? g.K : 1, ceil_div(g.O, 16) * 16,
+          num_chunks(g.C, dtype) * (kPointBytes / element_size(dtype))};
 }
 
 void launch_grad_weight(const Inputs& in, bool by_branch, const Part& part, const Operands& operands,
@@ -118,7 +130,7 @@ void launch_grad_weight(const Inputs& in, bool by_branch, const Part& part, cons
   const Problem& g = in.g;
   const GradWeightKernel kernel = kernel_of(in.dtype);
   const int chunks = num_chunks(g.C, in.dtype);
-  const dim3 grid(static_cast<unsigned int>(sums.splits / kernel.splits), static_cast<unsigned int>(chunks),
+  const dim3 grid(static_cast<unsigned int>(sums.splits), static_cast<unsigned int>(chunks),
                   static_cast<unsigned int>(ceil_div(g.O, kernel.outputs)));
   const int64_t branch_size = sums.outputs * sums.inputs * num_taps(g);
   for (int k = 0; k < sums.branches; ++k) {

@@ -20,18 +20,17 @@ struct GradWeightArguments {
   int chunks, output_chunks;
   int branch;         // of the gates, the lattice's first
   int grad_branches;  // of grad_output: 1, or K and `branch` is meant
-  float* partial;     // [outputs rounded up to 16, chunks of channels, taps], for each split of each block
+  float* partial;     // [outputs rounded up to 16, chunks of channels, taps], for each block
   int64_t split_size;
   bool adds;  // to what is there
   int64_t outputs;
   Index3 kernel;
 };
 
-// A kernel of grid (blocks, chunks of input channels, blocks of `outputs` output channels), and the sums that a block
-// leaves.
+// A kernel of grid (blocks, chunks of input channels, blocks of `outputs` output channels).
 struct GradWeightKernel {
   void (*run)(Lattice, GradWeightArguments);
-  int outputs, splits;
+  int outputs;
 };
 GradWeightKernel grad_weight_tf32_kernel_of();
 

@@ -11,6 +11,7 @@ constexpr int kOutputBlocks = 2;  // of 16 output channels, which read a fragmen
 constexpr int kWarpRows = 2;
 constexpr int kTapPairs = (kPlaneTaps + 1) / 2;
 constexpr int kWarps = kGradWeightThreads / 32;
+static_assert(kWarps == kOutputBlocks * 4, "a warp adds up one register of a product's sums");
 static_assert(kTileX == 8 && kWarpRows * kGroupThreads / 32 == kTileY, "a product's k, and every row has a warp");
 
 // Row y of plane z of grad_output as operand a: rows are 16 output channels, columns the points.
@@ -85,28 +86,32 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_tf32_kernel
     }
   }
 
-  float* partial = args.partial + (int64_t(blockIdx.x) * kWarps + threadIdx.x / 32) * args.split_size;
+  // The warps' sums are added where the points were: a thread adds those of register `warp` of a lane.
+  float* handed = reinterpret_cast<float*>(shared_memory());
+  float* partial = args.partial + int64_t(blockIdx.x) * args.split_size;
+  const int any_warp = int(threadIdx.x) / 32, m = any_warp / 4, i = any_warp % 4;
+  const int64_t o = output0 + 16 * m + row + i / 2 * 8;
+  const int b_column = column * 2 + i % 2;
 #pragma unroll
-  for (int m = 0; m < kOutputBlocks; ++m) {
-    if (output0 + 16 * m >= args.outputs) break;
+  for (int tz = 0; tz < 3; ++tz)
 #pragma unroll
-    for (int tz = 0; tz < 3; ++tz)
+    for (int pair = 0; pair < kTapPairs; ++pair) {
+      __syncthreads();
 #pragma unroll
-      for (int pair = 0; pair < kTapPairs; ++pair)
+      for (int r = 0; r < kWarps; ++r) handed[(any_warp * kWarps + r) * 32 + lane] = sum[tz][pair][r / 4][r % 4];
+      __syncthreads();
+      float total = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int b_column = column * 2 + i % 2, tap = 2 * pair + b_column / kChunk<float>;
-          if (tap < kPlaneTaps)
-            store_partial(args, partial, output0 + 16 * m + row + i / 2 * 8,
-                          int64_t(blockIdx.y) * kChunk<float> + b_column % kChunk<float>,
-                          int64_t(args.chunks) * kChunk<float>, {tz - 1, tap / 3 - 1, tap % 3 - 1},
-                          sum[tz][pair][m][i]);
-        }
-  }
+      for (int w = 0; w < kWarps; ++w) total += handed[(w * kWarps + any_warp) * 32 + lane];
+      const int tap = 2 * pair + b_column / kChunk<float>;
+      if (tap < kPlaneTaps && output0 + 16 * m < args.outputs)
+        store_partial(args, partial, o, int64_t(blockIdx.y) * kChunk<float> + b_column % kChunk<float>,
+                      int64_t(args.chunks) * kChunk<float>, {tz - 1, tap / 3 - 1, tap % 3 - 1}, total);
+    }
 }
 
 }  // namespace
 
-GradWeightKernel grad_weight_tf32_kernel_of() { return {&grad_weight_tf32_kernel, 16 * kOutputBlocks, kWarps}; }
+GradWeightKernel grad_weight_tf32_kernel_of() { return {&grad_weight_tf32_kernel, 16 * kOutputBlocks}; }
 
 }  // namespace autofocus::cuda
