@@ -41,7 +41,6 @@ LARGE = Config(rows=1024, block_c=64, block_o=64, num_warps=4, registers=255)
 _1D = Case("1d", (23,), channels=12, out_channels=8, dilations=(1, 2, 4), batch=2)
 _PADDED = Case("padded_1d", (23,), channels=5, out_channels=9, dilations=(2, 6), batch=2)
 _LAST = Case("channels_last", (6, 7), channels=8, out_channels=16, dilations=(2, 4), batch=2, layout="channels_last")
-_3D = Case("3d", (4, 5, 3), channels=3, out_channels=4, dilations=(1, 2, 3))
 _OF_EVERY_BACKEND = ("stride", "dilation_per_axis", "one_branch", "one_channel", "channels_last_2d")
 _LAYOUTS = tuple(
     Case(f"{layout}_2d", (6, 7), layout=layout, batch=2, dilations=(1, 3), out_channels=8)
@@ -66,8 +65,6 @@ INTERPRETED = [
     (_PADDED, BFLOAT16, False),
     (_LAST, FLOAT32, True),
     (_LAST, BFLOAT16, False),
-    (_LAST, FLOAT16, False),
-    (_3D, FLOAT32, False),
     *(
         (next(c for c in test_branch_norm.CASES if c.name == name), FLOAT32, index % 2 == 1)
         for index, name in enumerate(_OF_EVERY_BACKEND)
