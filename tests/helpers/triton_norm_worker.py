@@ -1,4 +1,4 @@
-"""As triton_worker.py, for batch-normalised branches: python triton_norm_worker.py interpret|compile."""
+"""As triton_worker.py, for batch-normalised branches: python triton_norm_worker.py interpret|compile NAME ..."""
 
 import copy
 import json
@@ -212,12 +212,8 @@ def interpret_layer():
 
 # ------------------------------------------------------------------ ahead of time: (target, dtype, layout)
 
-COMPILED = [
-    ("sm_80", "tf32", "channels_last"),
-    ("sm_90", "bfloat16", "contiguous"),
-    ("sm_100", "bfloat16", "channels_last"),
-    ("gfx942", "float32", "channels_last"),
-]
+COMPILED = [("sm_90", "bfloat16", "contiguous"), ("sm_100", "bfloat16", "channels_last")]
+COMPILED_FOR_A_RELEASE = [("sm_80", "tf32", "channels_last"), ("gfx942", "float32", "channels_last")]
 
 
 def compiled_name(target, dtype, layout):
@@ -278,27 +274,28 @@ def compile_kernels(target, dtype, layout):
 # ------------------------------------------------------------------
 
 
-def main(command):
+def main(command, names):
     torch.set_num_threads(1)
     triton_backend.checked = False  # it would interpret everything twice
     if command == "interpret":
         triton_worker.spare_the_interpreter()
-        work = [lambda entry=entry: interpret(*entry) for entry in INTERPRETED]
-        entries = zip(NAMES, [*work, interpret_layer, interpret_memory])
+        work = [partial(interpret, *entry) for entry in INTERPRETED]
+        entries = dict(zip(NAMES, [*work, interpret_layer, interpret_memory]))
     else:
-        entries = ((compiled_name(*entry), lambda entry=entry: compile_kernels(*entry)) for entry in COMPILED)
-    for name, run in entries:
+        every = (*COMPILED, *COMPILED_FOR_A_RELEASE)
+        entries = {compiled_name(*entry): partial(compile_kernels, *entry) for entry in every}
+    for name in names:
         try:
-            result = run()
+            result = entries[name]()
         except Exception as error:
             result = f"{type(error).__name__}: {error}"
         print(json.dumps([name, result]), flush=True)
 
 
-def results(command, environment):
-    """name -> result of every entry; what the process prints besides is its own."""
+def results(command, environment, names):
+    """name -> result of the entries named; what the process prints besides is its own."""
     worker = subprocess.run(
-        [sys.executable, __file__, command],
+        [sys.executable, __file__, command, *names],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -308,4 +305,4 @@ def results(command, environment):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])

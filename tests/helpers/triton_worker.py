@@ -1,7 +1,7 @@
-"""The Triton kernels in a process of their own: python triton_worker.py interpret|compile SHARE SHARES.
+"""The Triton kernels in a process of their own: python triton_worker.py interpret|compile NAME ...
 
 Triton decides at its import whether kernels are interpreted, so the two ways to check them without a GPU each need
-their own process. Prints one line of JSON, [name, problem or figures], for every SHARES-th entry of the list here.
+their own process. Prints one line of JSON, [name, problem or figures], for every entry named.
 """
 
 import dataclasses
@@ -192,21 +192,24 @@ class Compiled(NamedTuple):
         return "-".join(map(str, self))
 
 
-# Every dtype and mode, every target with and without TF32 or 16 bits, and where registers ran out before: masked
-# blocks, several blocks of channels, strided tiles. Each takes seconds.
+# Several targets, every mode, and where registers ran out before: masked blocks, several blocks of channels, strided
+# tiles. Each takes ten seconds.
 COMPILED = [
-    Compiled("sm_90", "bfloat16", "plain", 64, 64, "channels_last"),
     Compiled("sm_90", "bfloat16", "branch", 40, 50, "contiguous"),
     Compiled("sm_90", "bfloat16", "plain", 128, 128, "contiguous"),
+    Compiled("sm_80", "tf32", "plain", 32, 32, "channels_last"),
+    Compiled("gfx942", "float32", "branch", 32, 32, "channels_last"),
+]
+# With these every dtype and mode, and every target with and without TF32 or 16 bits.
+COMPILED_FOR_A_RELEASE = [
+    Compiled("sm_90", "bfloat16", "plain", 64, 64, "channels_last"),
     Compiled("sm_90", "float16", "plain", 32, 32, "contiguous"),
     Compiled("sm_90", "tf32", "branch", 50, 50, "contiguous"),
     Compiled("sm_80", "bfloat16", "branch", 64, 64, "channels_last"),
     Compiled("sm_80", "bfloat16", "plain", 40, 50, "channels_last"),
-    Compiled("sm_80", "tf32", "plain", 32, 32, "channels_last"),
     Compiled("sm_80", "float32", "plain", 32, 32, "channels_last"),
     Compiled("sm_100", "bfloat16", "branch", 32, 32, "channels_last"),
     Compiled("gfx942", "bfloat16", "plain", 40, 50, "contiguous"),
-    Compiled("gfx942", "float32", "branch", 32, 32, "channels_last"),
 ]
 
 
@@ -354,7 +357,7 @@ def figures_of(compiled, target):
 # ------------------------------------------------------------------
 
 
-def main(command, share, shares):
+def main(command, names):
     torch.set_num_threads(1)
     triton_backend.checked = False  # it would interpret everything twice
     if command == "interpret":
@@ -364,10 +367,10 @@ def main(command, share, shares):
         entries = {**INTERPRETED, **{check.__name__: check for check in triton_checks.CHECKS}}
     else:
         entries = {
-            **{str(entry): partial(compile_kernels, *entry) for entry in COMPILED},
+            **{str(entry): partial(compile_kernels, *entry) for entry in (*COMPILED, *COMPILED_FOR_A_RELEASE)},
             PLANS: a_plan_launches_what_triton_would,
         }
-    for name in list(entries)[share::shares]:
+    for name in names:
         try:
             result = entries[name]()
         except Exception as error:
@@ -375,11 +378,21 @@ def main(command, share, shares):
         print(json.dumps([name, result]), flush=True)
 
 
-def results(command, environment):
-    """name -> result of every entry, by two processes at once; what they print besides is theirs to print."""
+def chosen_entries(request):
+    """Of a module's fixture: the parameters ``entry`` of the module's tests that this run has chosen."""
+    parameters = [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == request.node.path and hasattr(item, "callspec")
+    ]
+    return [each["entry"] for each in parameters if "entry" in each]
+
+
+def results(command, environment, names):
+    """name -> result of the entries named, by two processes at once; what they print besides is theirs to print."""
     workers = [
         subprocess.Popen(
-            [sys.executable, __file__, command, str(share), "2"],
+            [sys.executable, __file__, command, *names[share::2]],
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -394,4 +407,4 @@ def results(command, environment):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2:])
