@@ -23,9 +23,9 @@ BUILT := build/.built-$(subst /,-,$(PYTHON))-$(AUTOFOCUS_BUILD)
 demo: $(BUILT)
 	$(PYTHON) -m examples.demo
 
-# Two files of tests at a time, where pytest-xdist is installed.
+# Two files of tests at a time, where pytest-xdist is installed, in the order of tests/conftest.py.
 test: $(BUILT)
-	$(PYTHON) -m pytest tests $$($(PYTHON) -c "import xdist; print('-n 2 --dist loadfile')" 2>/dev/null)
+	$(PYTHON) -m pytest tests $$($(PYTHON) -c "import xdist; print('-n 2 --dist loadfile --no-loadscope-reorder')" 2>/dev/null)
 
 bench: $(BUILT)
 	$(PYTHON) -m benchmarks.run

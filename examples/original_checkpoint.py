@@ -31,7 +31,7 @@ def main() -> None:
         options.checkpoint = folder / "untrained.pth"
         torch.save(untrained(options.arch), options.checkpoint)
     if options.image is None:
-        make_phantom(folder / "phantom", cases=4, size=(30, 33, 28), modalities=4)
+        make_phantom(folder / "phantom", cases=4, size=(20, 23, 18), modalities=4)
         options.image = folder / "phantom" / "imagesTs" / "A_003.nii.gz"
     for written in predict(options.checkpoint, options.image, folder / "labels", arch=options.arch, window=(51,)):
         print("labels:", written)

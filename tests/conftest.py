@@ -18,6 +18,29 @@ settings.register_profile("tests", derandomize=True, deadline=None, database=Non
 settings.load_profile("tests")
 
 
+# The files that take longest, in minutes or many seconds: first, so that no worker is left with one at the end.
+LONGEST = (
+    "test_cuda_compile",
+    "test_cuda_host",
+    "test_benchmarks",
+    "test_triton_interpreter",
+    "test_triton_norm",
+    "test_packaging",
+    "test_triton_aot",
+    "test_examples",
+    "test_segmentation_train",
+    "test_compile",
+    "test_branch_norm",
+    "test_backends",
+    "test_onnx",
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # stable: the others stay as they were
+
+
 def pytest_collection_finish():
     """What is there by now stays: torch.compile and the benchmarks collect garbage again and again, a second each."""
     gc.collect()

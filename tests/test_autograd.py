@@ -13,8 +13,8 @@ from autofocus_kernels import AutofocusConv2d, autofocus_conv, reference, testin
 from autofocus_kernels.testing import Case
 
 CASES = (
-    Case("plain", (4, 3), channels=2, out_channels=2, dilations=(1, 2), gate="normal"),
-    Case("branch", (4, 3), channels=2, out_channels=2, dilations=(1, 2), gate="normal", mode="branch"),
+    Case("plain", (3, 2), channels=2, out_channels=2, dilations=(1, 2), gate="normal"),
+    Case("branch", (3, 2), channels=2, out_channels=2, dilations=(1, 2), gate="normal", mode="branch"),
     Case("scale", (4,), channels=2, out_channels=2, dilations=(1, 2), gate="normal", mode="scale"),
     Case("shift", (4,), channels=2, out_channels=2, dilations=(1, 2), gate="normal", mode="shift"),
     Case("stride", (7, 4), channels=1, out_channels=2, dilations=(2, 3), stride=2, padding=1, bias=False),

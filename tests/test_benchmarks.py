@@ -4,9 +4,11 @@ import csv
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -380,7 +382,9 @@ def test_gpu_check_selects_a_few_tests_of_triton():
         gpu_check.TRITON_TESTS,
         "tests/test_gpu.py",
     ]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    # What the caller's options add to -q would change how tests are listed.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment).stdout.splitlines()
     names = [line for line in listed if line.startswith("tests/test_gpu.py::")]
     assert 10 <= len(names) <= 30 and all("[triton" in name for name in names)
     for wanted in ("many_tiles", "tf32", "repeats", "stream", "cuda_graph", "refused", "compiled", "training_step"):
@@ -514,6 +518,14 @@ def test_networks_are_judged_before_they_are_timed(tmp_path, monkeypatch):
         str(out),
     ]
     monkeypatch.setattr(networks, "CHECK_SIZE", 31)
+    widths = (4, 4, 5, 6)
+
+    class Narrow(networks.PlainNetwork):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, widths=widths, **options)
+
+    monkeypatch.setattr(networks, "PlainNetwork", Narrow)
+    monkeypatch.setattr(networks.networks, "build", partial(networks.networks.build, widths=widths))
     assert networks.main(command) == 0
     with out.open() as file:
         rows = {row["contender"]: row for row in csv.DictReader(file)}

@@ -40,15 +40,20 @@ def operator_arguments(case, backend, requires_grad):
     return testing.make_tensors(case, requires_grad=requires_grad), (*case.geometry.integers, backend)
 
 
-@each_case
-@pytest.mark.parametrize("requires_grad", [False, True])
+FULL = [(case, True) for case in CASES] + [(CASES[1], False)]  # the latter has every tensor argument but a bias
+
+
+@pytest.mark.parametrize("case, requires_grad", FULL, ids=str)
 def test_opcheck_forward(backend, case, requires_grad):
     tensors, settings = operator_arguments(case, backend, requires_grad)
     opcheck(torch.ops.autofocus.forward.default, (*tensors[:6], *settings))
 
 
-@each_case
-@pytest.mark.parametrize("wanted, requires_grad", [("all", False), ("all", True), ("input", True), ("weight", False)])
+@pytest.mark.parametrize(
+    "case, requires_grad, wanted",
+    [*((*each, "all") for each in FULL), (CASES[1], True, "input"), (CASES[1], False, "weight")],
+    ids=str,
+)
 def test_opcheck_backward(backend, case, requires_grad, wanted):
     tensors, settings = operator_arguments(case, backend, requires_grad)
     mask = [t is not None and wanted in ("all", name) for name, t in zip(tensors._fields, tensors[:6])]

@@ -18,6 +18,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 ARCHITECTURES = FLAGS["CUDA_ARCHITECTURES"]
 PROBES = sorted((ROOT / "benchmarks" / "probes").glob("*.cu"))
 PROBED = ("80", "90a")  # one without warpgroup MMA and the one with it
+GRAD_WEIGHT = ROOT / "csrc" / "cuda" / "windows" / "grad_weight.cu"
 REGISTERS = 65536  # of a multiprocessor, on every architecture here
 STATIC_SHARED = 0  # bytes: every kernel takes what shared memory it needs at launch, from a plan that knows the GPU
 
@@ -63,11 +64,25 @@ INSTANCES = {
     "branch_gradient": 4,
 }
 
-# Compiling for all of them takes minutes: `make compat` does, `make test` those of PROBED.
-EACH_ARCHITECTURE = [
-    architecture if architecture in PROBED else pytest.param(architecture, marks=pytest.mark.release)
+# Compiling all of them takes many minutes: `make compat` does, `make test` those for Hopper and, of the files whose
+# code differs by architecture, two for Ampere: each way its products are used.
+AT_EACH_TEST = {
+    *((source, "90a") for source in SOURCES),
+    (ROOT / "csrc" / "cuda" / "windows" / "forward.cu", "80"),
+    (GRAD_WEIGHT, "80"),
+}
+
+
+def of_a_release(seldom, *values):
+    return pytest.param(*values, marks=[pytest.mark.release] if seldom else [])
+
+
+EACH_PAIR = [
+    of_a_release((source, architecture) not in AT_EACH_TEST, source, architecture)
+    for source in SOURCES
     for architecture in ARCHITECTURES
 ]
+EACH_ARCHITECTURE = [of_a_release(architecture != "90a", architecture) for architecture in ARCHITECTURES]
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
@@ -104,19 +119,18 @@ def parse(report: str) -> list[Kernel]:
 
 @pytest.fixture(scope="module")
 def compiled(request, tmp_path_factory):
-    """(source, architecture) -> a future of (exit code, report), of all that the chosen tests ask for."""
+    """(source, architecture) -> a future of (exit code, report, PTX), of all that the chosen tests ask for."""
     folder = tmp_path_factory.mktemp("cuda_compile")
     options = [*FLAGS["NVCC"], "-Xptxas", "-v", "-Werror", "all-warnings", "-cubin"]
 
     def run(source, architecture):
-        target = folder / f"{source.parent.name}_{source.stem}_{architecture}.cubin"
+        kept = folder / f"{source.parent.name}_{source.stem}_{architecture}"  # what nvcc makes on the way
+        kept.mkdir()
+        target = ["-keep", "-keep-dir", kept, f"-arch=sm_{architecture}", "-o", kept / "kernels.cubin"]
         result = subprocess.run(
-            ["nvcc", *options, f"-arch=sm_{architecture}", "-o", str(target), str(source)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            ["nvcc", *options, *target, source], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        return result.returncode, result.stdout
+        return result.returncode, result.stdout, kept / f"{source.stem}.ptx"
 
     here = [item for item in request.session.items if item.getparent(pytest.Module) is request.node]
     parameters = [item.callspec.params for item in here if "compiled" in item.fixturenames]
@@ -136,10 +150,9 @@ def is_never_planned(kernel, architecture):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+@pytest.mark.parametrize("source, architecture", EACH_PAIR, ids=lambda value: getattr(value, "stem", value))
 def test_machine_code(compiled, source, architecture):
-    code, report = compiled[source, architecture].result()
+    code, report, _ = compiled[source, architecture].result()
     assert code == 0, report
     wrong = [
         kernel
@@ -156,7 +169,7 @@ def test_machine_code(compiled, source, architecture):
 @pytest.mark.parametrize("architecture", PROBED)
 @pytest.mark.parametrize("source", PROBES, ids=lambda source: source.stem)
 def test_machine_code_of_probes(compiled, source, architecture):
-    code, report = compiled[source, architecture].result()
+    code, report, _ = compiled[source, architecture].result()
     assert code == 0, report
     kernels = parse(report)
     assert kernels and not any(kernel.spills or kernel.stack for kernel in kernels), kernels
@@ -164,15 +177,15 @@ def test_machine_code_of_probes(compiled, source, architecture):
 
 
 @needs_nvcc
-def test_only_hopper_gets_warpgroup_mma(tmp_path):
+@pytest.mark.parametrize("architecture", PROBED)
+@pytest.mark.parametrize("source", [GRAD_WEIGHT], ids=lambda source: source.stem)
+def test_only_hopper_gets_warpgroup_mma(compiled, source, architecture):
     """In PTX, what each compiler is given; a name misspelt in device.h would send Hopper the slow way in silence."""
-    source = ROOT / "csrc" / "cuda" / "windows" / "grad_weight.cu"
-    for architecture in ("80", "90a"):
-        target = tmp_path / f"{architecture}.ptx"
-        subprocess.run(["nvcc", *FLAGS["NVCC"], f"-arch=sm_{architecture}", "-ptx", "-o", target, source], check=True)
-        instructions = target.read_text()
-        assert ("wgmma.mma_async" in instructions) == (architecture == "90a")
-        assert ("mma.sync" in instructions) == (architecture != "90a")
+    code, report, ptx = compiled[source, architecture].result()
+    assert code == 0, report
+    instructions = ptx.read_text()
+    assert ("wgmma.mma_async" in instructions) == (architecture == "90a")
+    assert ("mma.sync" in instructions) == (architecture != "90a")
 
 
 @needs_nvcc

@@ -7,11 +7,19 @@ pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="module")
-def results():
-    return triton_worker.results("compile", {"TRITON_INTERPRET": "0"})
+def results(request):
+    names = [*map(str, triton_worker.chosen_entries(request)), triton_worker.PLANS]
+    return triton_worker.results("compile", {"TRITON_INTERPRET": "0"}, names)
 
 
-@pytest.mark.parametrize("entry", triton_worker.COMPILED, ids=str)
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *triton_worker.COMPILED,
+        *(pytest.param(entry, marks=pytest.mark.release) for entry in triton_worker.COMPILED_FOR_A_RELEASE),
+    ],
+    ids=str,
+)
 def test_fits_the_chip(results, entry):
     """No spills, shared memory within the limit, and tensor-core instructions (exact float32 on NVIDIA has none)."""
     target, dtype, mode, *_, layout = entry

@@ -8,12 +8,13 @@ pytest.importorskip("triton")
 
 @pytest.fixture(scope="module")
 def interpreted():
-    return triton_norm_worker.results("interpret", {"TRITON_INTERPRET": "1"})
+    return triton_norm_worker.results("interpret", {"TRITON_INTERPRET": "1"}, triton_norm_worker.NAMES)
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    return triton_norm_worker.results("compile", {"TRITON_INTERPRET": "0"})
+def compiled(request):
+    names = [triton_norm_worker.compiled_name(*entry) for entry in triton_worker.chosen_entries(request)]
+    return triton_norm_worker.results("compile", {"TRITON_INTERPRET": "0"}, names)
 
 
 @pytest.mark.parametrize("name", triton_norm_worker.NAMES)
@@ -22,7 +23,12 @@ def test_truth(interpreted, name):
 
 
 @pytest.mark.parametrize(
-    "entry", triton_norm_worker.COMPILED, ids=lambda entry: triton_norm_worker.compiled_name(*entry)
+    "entry",
+    [
+        *triton_norm_worker.COMPILED,
+        *(pytest.param(entry, marks=pytest.mark.release) for entry in triton_norm_worker.COMPILED_FOR_A_RELEASE),
+    ],
+    ids=lambda entry: triton_norm_worker.compiled_name(*entry),
 )
 def test_fits_the_chip(compiled, entry):
     """No spills, shared memory within the limit, and tensor-core instructions where v_t is projected."""

@@ -1,10 +1,11 @@
-"""The Triton kernels in a process of their own: python triton_worker.py interpret|compile SHARE SHARES.
+"""The Triton kernels in a process of their own: python triton_worker.py interpret|compile NAME ...
 
 Triton decides at its import whether kernels are interpreted, so the two ways to check them without a GPU each need
-their own process. Prints one line of JSON, [name, problem or figures], for every SHARES-th entry of the list here.
+their own process. Prints one line of JSON, [name, problem or figures], for every entry named.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from autofocus_kernels import testing
@@ -26,28 +28,52 @@ from autofocus_kernels.testing import Case
 
 # ------------------------------------------------------------------ interpreted: name -> what to run
 
-# Beyond the list that every backend is checked on: what only this one could get wrong.
+# Beyond the list that every backend is checked on: what only this one could get wrong, and small cases in the place of
+# large ones there.
 _OWN = (
     Case("scale_only_2d", (9, 8), mode="scale", layout="channels_last", channels=8),
-    Case("stride_on_a_lattice", (17, 13), dilations=(2, 4), stride=(2, 4), padding=(2, 1)),
+    Case("shift_only_2d", (6, 7), mode="shift"),
+    Case("stride_on_a_lattice", (17, 13), dilations=(2, 4), stride=(2, 4), padding=(2, 1), bias=False),
+    Case("stride_last_2d", (9, 8), stride=2, padding=1, layout="channels_last", channels=8, out_channels=8),
+    Case("seven_branches_2d", (6, 7), dilations=(1, 2, 3, 4, 5, 6, 7)),
+    Case("whole_blocks_2d", (5, 6), channels=32, out_channels=16, dilations=(2, 4)),
+    Case("expanded_2d", (5, 6), layout="expanded", batch=3),
 )
 # At least two programs on every axis of every grid, and two blocks in every loop over channels.
 SMALL = Config(rows=16, block_c=16, block_o=16, num_warps=4, registers=255)
 _GRID = (
-    Case("grid_1d", (40,), channels=20, out_channels=36, dilations=(2, 6), batch=2),
-    Case("grid_2d_branch", (6, 7), channels=36, out_channels=20, dilations=(1, 2), mode="branch"),
-    Case("grid_3d", (3, 4, 5), channels=20, out_channels=20, dilations=(1, 3), kernel_size=(3, 1, 3)),
+    Case("grid_1d", (34,), channels=20, out_channels=20, dilations=(2, 6), batch=2),
+    Case("grid_2d_branch", (5, 7), channels=20, out_channels=20, dilations=(1, 2), mode="branch"),
+    Case("grid_3d", (3, 4, 3), channels=20, out_channels=20, dilations=(1, 3), kernel_size=(3, 1, 3)),
 )
-# Other values, or a geometry of which a smaller case is here too: no other code of these kernels. (On a GPU all run.)
+# Other values, or a geometry, layout or number of channels of which a smaller case is here too: no other code of these
+# kernels. (On a GPU all run.)
 _AS_ANOTHER = (
+    "no_bias",
     "normal_gate",
     "one_hot_gate",
+    "scale_only",
+    "shift_only",
+    "branch_2d",
     "valid",
     "wide_padding",
     "window",
-    "equal_dilations",
     "stride",
+    "stride_branch",
+    "seven_branches",
+    "equal_dilations",
+    "channels_3_to_7",
+    "channels_30_to_50",
+    "channels_130_to_65",
+    "channels_16_to_140",
+    "channels_32_to_32",
+    "many_rows",
     "lattices",
+    "channels_last",
+    "channels_last_stride",
+    "transposed",
+    "sliced",
+    "expanded",
 )
 _16_BIT = ("1d", "branch_1d", "kernel_1", "channels_last_2d", "all_outside_but_centre")
 
@@ -112,7 +138,8 @@ def interpret(case, dtype, config):
 
 
 def spare_the_interpreter():
-    """Leaves out what Triton's interpreter does again or for nothing, half of its time here."""
+    """Leaves out what Triton's interpreter does again or for nothing, two thirds of its time here."""
+    from triton.language import core
     from triton.runtime import interpreter
 
     patched = set()
@@ -130,6 +157,12 @@ def spare_the_interpreter():
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
     # Tensors are on the CPU and used in place: to copy their storages onto themselves would touch all of it.
     interpreter.GridExecutor._restore_args_dev = lambda *_: None
+    # Every tensor's shape is a tuple, whose type, a list of types and its name, nothing asks for here but fields.
+    nameless = core.tuple_type([])
+    core._type_for_tuple_values = lambda _, fields=None: core.tuple_type([], fields) if fields else nameless
+    # It makes the table of all types at each look-up.
+    of_pointer, of_number = np.dtype(np.uint64), functools.cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda type: of_pointer if type.scalar.is_ptr() else of_number(type.scalar)
 
 
 INTERPRETED = _interpreted()
@@ -159,21 +192,24 @@ class Compiled(NamedTuple):
         return "-".join(map(str, self))
 
 
-# Every dtype and mode, every target with and without TF32 or 16 bits, and where registers ran out before: masked
-# blocks, several blocks of channels, strided tiles. Each takes seconds.
+# Several targets, every mode, and where registers ran out before: masked blocks, several blocks of channels, strided
+# tiles. Each takes ten seconds.
 COMPILED = [
-    Compiled("sm_90", "bfloat16", "plain", 64, 64, "channels_last"),
     Compiled("sm_90", "bfloat16", "branch", 40, 50, "contiguous"),
     Compiled("sm_90", "bfloat16", "plain", 128, 128, "contiguous"),
+    Compiled("sm_80", "tf32", "plain", 32, 32, "channels_last"),
+    Compiled("gfx942", "float32", "branch", 32, 32, "channels_last"),
+]
+# With these every dtype and mode, and every target with and without TF32 or 16 bits.
+COMPILED_FOR_A_RELEASE = [
+    Compiled("sm_90", "bfloat16", "plain", 64, 64, "channels_last"),
     Compiled("sm_90", "float16", "plain", 32, 32, "contiguous"),
     Compiled("sm_90", "tf32", "branch", 50, 50, "contiguous"),
     Compiled("sm_80", "bfloat16", "branch", 64, 64, "channels_last"),
     Compiled("sm_80", "bfloat16", "plain", 40, 50, "channels_last"),
-    Compiled("sm_80", "tf32", "plain", 32, 32, "channels_last"),
     Compiled("sm_80", "float32", "plain", 32, 32, "channels_last"),
     Compiled("sm_100", "bfloat16", "branch", 32, 32, "channels_last"),
     Compiled("gfx942", "bfloat16", "plain", 40, 50, "contiguous"),
-    Compiled("gfx942", "float32", "branch", 32, 32, "channels_last"),
 ]
 
 
@@ -321,7 +357,7 @@ def figures_of(compiled, target):
 # ------------------------------------------------------------------
 
 
-def main(command, share, shares):
+def main(command, names):
     torch.set_num_threads(1)
     triton_backend.checked = False  # it would interpret everything twice
     if command == "interpret":
@@ -331,10 +367,10 @@ def main(command, share, shares):
         entries = {**INTERPRETED, **{check.__name__: check for check in triton_checks.CHECKS}}
     else:
         entries = {
-            **{str(entry): partial(compile_kernels, *entry) for entry in COMPILED},
+            **{str(entry): partial(compile_kernels, *entry) for entry in (*COMPILED, *COMPILED_FOR_A_RELEASE)},
             PLANS: a_plan_launches_what_triton_would,
         }
-    for name in list(entries)[share::shares]:
+    for name in names:
         try:
             result = entries[name]()
         except Exception as error:
@@ -342,11 +378,21 @@ def main(command, share, shares):
         print(json.dumps([name, result]), flush=True)
 
 
-def results(command, environment):
-    """name -> result of every entry, by two processes at once; what they print besides is theirs to print."""
+def chosen_entries(request):
+    """Of a module's fixture: the parameters ``entry`` of the module's tests that this run has chosen."""
+    parameters = [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == request.node.path and hasattr(item, "callspec")
+    ]
+    return [each["entry"] for each in parameters if "entry" in each]
+
+
+def results(command, environment, names):
+    """name -> result of the entries named, by two processes at once; what they print besides is theirs to print."""
     workers = [
         subprocess.Popen(
-            [sys.executable, __file__, command, str(share), "2"],
+            [sys.executable, __file__, command, *names[share::2]],
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -361,4 +407,4 @@ def results(command, environment):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2:])
