@@ -16,8 +16,8 @@ from autofocus_kernels import networks
 
 def main() -> None:
     torch.manual_seed(0)
-    network = networks.build("AFN-1", in_channels=1, num_classes=3, widths=(8, 8, 12, 12), padding="same").eval()
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp()) / "afn1.onnx"
+    network = networks.build("AFN-2", in_channels=1, num_classes=3, widths=(8, 8, 12, 12), padding="same").eval()
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp()) / "afn2.onnx"
     volume = {axis: Dim(name, min=2, max=4096) for axis, name in enumerate("dhw", start=2)}
     example = torch.randn(2, 1, 12, 14, 16)
     shapes = ({0: Dim("batch", min=1, max=64), **volume},)
