@@ -195,6 +195,14 @@ __device__ inline void warpgroup_wait(float (&d)[kCount][kTiles][4]) {
 #undef AUTOFOCUS_MMA_OVER_POINTS
 #endif
 
+// threadIdx.x, whose consequences the compiler is not to keep in registers from one use to the next.
+__device__ inline int reread_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+// A number that is the same in all lanes of a warp, so that the compiler sees it.
+__device__ inline int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 __device__ inline float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 // Two neighbouring 16-bit elements in one register, the first in the low half. Of floats a pair is two.

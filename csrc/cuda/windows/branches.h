@@ -46,6 +46,8 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
   // Products under way at once, one a plane: as many as leave registers.
   constexpr int kTogether = kTiles <= 2 ? kGroupPlanes : 1;
   const Share share;
+  // Half of the warpgroups write ahead while the others keep the tensor cores busy.
+  const int writes_in = uniform(int(threadIdx.x) / kGroupThreads % 2);
   const int turns = Epilogue::kInTurn ? int(ceil_div(args.outputs, 8 * kTiles)) : 1;
   const unsigned char* weight = args.weight + int64_t(blockIdx.y) * args.chunks * chunk_weight_bytes(kTiles);
   const CopyPoints stage{args.points, args.chunks};
@@ -59,28 +61,34 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
 #pragma unroll 1
     for (int tz = -1; tz <= 1; ++tz) {
       pipeline.enter(tz);
-      pipeline.ahead(tz);
       if (tz < 0 && pipeline.chunk() % args.chunks == 0) epilogue.begin_shared();
       const uint32_t slab = shared_units(shared_memory() + slabs + (tz + 1) * kSlabBytes<kTiles>);
 #pragma unroll 1
-      for (int k = 0; k < (reads(lattice, tz) ? lattice.K : 0); ++k) {
+      for (int turn = 0; turn < 2; ++turn) {
+        if (turn == writes_in) {
+          pipeline.ahead(tz);
+          continue;
+        }
+#pragma unroll 1
+        for (int k = 0; k < (reads(lattice, tz) ? lattice.K : 0); ++k) {
 #pragma unroll
-        for (int m0 = 0; m0 < kGroupPlanes; m0 += kTogether) {
-          uint32_t plane[kTogether];
+          for (int m0 = 0; m0 < kGroupPlanes; m0 += kTogether) {
+            uint32_t plane[kTogether];
 #pragma unroll
-          for (int m = 0; m < kTogether; ++m) plane[m] = plane_of(lattice, share.z0 + m0 + m, tz, k);
-          float y[kTogether][kTiles][4];
-          begin_products();
+            for (int m = 0; m < kTogether; ++m) plane[m] = plane_of(lattice, share.z0 + m0 + m, tz, k);
+            float y[kTogether][kTiles][4];
+            begin_products();
 #pragma unroll kUnrolledProducts
-          for (int tap = 0; tap < kPlaneTaps; tap += 2) {
-            Operand a[kTogether];
+            for (int tap = 0; tap < kPlaneTaps; tap += 2) {
+              Operand a[kTogether];
 #pragma unroll
-            for (int m = 0; m < kTogether; ++m) a[m] = two_taps(lattice, plane[m], tap, k);
-            window_product<T>(y, a, {slab + tap * (8 * kTiles), 8 * kTiles, 8}, tap > 0);
+              for (int m = 0; m < kTogether; ++m) a[m] = two_taps(lattice, plane[m], tap, k);
+              window_product<T>(y, a, {slab + tap * (8 * kTiles), 8 * kTiles, 8}, tap > 0);
+            }
+            commit_products();
+            wait_for_products<0>(y);
+            epilogue.take(k, m0, y);
           }
-          commit_products();
-          wait_for_products<0>(y);
-          epilogue.take(k, m0, y);
         }
       }
       // The slab that this tz has read is free behind the barrier; that of tz = 0 with the last one's.

@@ -24,10 +24,10 @@ struct CopyBranches {
   const unsigned char* points;
   int chunks;
 
-  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int chunk, int first,
+  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Cover& cover, int chunk, int first,
                              int last) const {
     const CopyPoints copy{points, lattice.K * chunks};
-    copy(lattice, tile, halo, chunk % lattice.K * chunks + chunk / lattice.K, first, last);
+    copy(lattice, tile, cover, chunk % lattice.K * chunks + chunk / lattice.K, first, last);
   }
 };
 
@@ -36,38 +36,38 @@ template <typename T, int kAtOnce>  // kAtOnce: loads under way
 struct WriteGated {
   const AdjointArguments<T>& args;
 
-  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int chunk, int first,
+  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Cover& cover, int chunk, int first,
                              int last) const {
     const int k = chunk % lattice.K, source_chunk = chunk / lattice.K;
     const int64_t points = packed_points(lattice);
     const unsigned char* from = args.points + (tile.n * args.chunks + source_chunk) * points * kPointBytes;
     const T* gates = reinterpret_cast<const T*>(args.gates) + tile.n * points * kLatticeBranches + k;
-    Points walk(lattice, tile, halo, first, last);
-    for (bool more = true; more;) {
-      uint4 value[kAtOnce];
-      T gate[kAtOnce];
-      int place[kAtOnce];
+    for (int pass = 0; pass < cover.passes; ++pass) {
+      Points walk(lattice, tile, cover, pass, first, last);
+      while (walk.more()) {
+        uint4 value[kAtOnce];
+        T gate[kAtOnce];
+        int place[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        int64_t index;
-        bool there;
-        more = walk.next(place[i], index, there);
-        if (!more) place[i] = -1;
-        value[i] = {0u, 0u, 0u, 0u};
-        gate[i] = T{};
-        if (more && there) {
-          value[i] = *reinterpret_cast<const uint4*>(from + index * kPointBytes);
-          gate[i] = gates[index * kLatticeBranches];
+        for (int i = 0; i < kAtOnce; ++i) {
+          place[i] = walk.more() ? walk.place() : -1;
+          value[i] = {0u, 0u, 0u, 0u};
+          gate[i] = T{};
+          if (walk.more() && walk.there()) {
+            value[i] = *reinterpret_cast<const uint4*>(from + int64_t(walk.index()) * kPointBytes);
+            gate[i] = gates[int64_t(walk.index()) * kLatticeBranches];
+          }
+          walk.advance();
         }
-      }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (place[i] < 0) continue;
-        float values[kChunk<T>];
-        unpack_point<T>(value[i], values);
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (place[i] < 0) continue;
+          float values[kChunk<T>];
+          unpack_point<T>(value[i], values);
 #pragma unroll
-        for (float& element : values) element *= to_float(gate[i]);
-        *reinterpret_cast<uint4*>(shared_memory() + place[i] * kPointBytes) = packed_point<T>(values);
+          for (float& element : values) element *= to_float(gate[i]);
+          *reinterpret_cast<uint4*>(shared_memory() + place[i] * kPointBytes) = packed_point<T>(values);
+        }
       }
     }
   }

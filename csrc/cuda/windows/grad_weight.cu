@@ -43,7 +43,7 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
 #pragma unroll
     for (int tz = 0; tz < 3; ++tz) {
       pipeline.enter(tz - 1);
-      pipeline.ahead(tz - 1);
+      if (group == 0) pipeline.ahead(tz - 1);  // while the other group multiplies
 #pragma unroll 1
       for (int z = group * group_planes; z < (reads(lattice, tz - 1) ? (group + 1) * group_planes : 0); ++z) {
         uint32_t grads[kPlaneSteps][4];
@@ -77,6 +77,7 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
         }
       }
       for (auto& row : sum[tz]) wait_for_products<0>(row);
+      if (group == 1) pipeline.ahead(tz - 1);
       pipeline.leave(tz - 1, [] {});
     }
   }
@@ -136,7 +137,7 @@ void launch_grad_weight(const Inputs& in, bool by_branch, const Part& part, cons
   for (int k = 0; k < sums.branches; ++k) {
     const Plan plan = sums.branches == 1 ? plan_of_part(plan_of(Pass::kGradWeight, in), Pass::kGradWeight, part)
                                          : plan_of_branch(Pass::kGradWeight, in, part, k);
-    launch("fast_weight_partial", kernel.run, grid, kGradWeightThreads, plan.shared_bytes, context.stream, plan.lattice,
+    launch("fast_weight_partial", kernel.run, grid, plan.threads, plan.shared_bytes, context.stream, plan.lattice,
            GradWeightArguments{operands.input(), operands.attention(), operands.grad_output(), chunks,
                                num_chunks(g.O, in.dtype), k, by_branch ? int(g.K) : 1,
                                static_cast<float*>(operands.scratch()) + k * branch_size, sums.branches * branch_size,

@@ -12,9 +12,6 @@
 
 namespace autofocus::cuda {
 
-constexpr int kGradWeightGroups = 2;  // warpgroups, each with half of a tile's planes
-constexpr int kGradWeightThreads = kGradWeightGroups * kGroupThreads;
-
 struct GradWeightArguments {
   const unsigned char *points, *gates, *grads;  // Operands::input, attention and grad_output
   int chunks, output_chunks;
@@ -39,9 +36,9 @@ struct CopyChunk {
   const unsigned char* points;
   int chunks, chunk;
 
-  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int, int first,
+  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Cover& cover, int, int first,
                              int last) const {
-    CopyPoints{points, chunks}(lattice, tile, halo, chunk, first, last);
+    CopyPoints{points, chunks}(lattice, tile, cover, chunk, first, last);
   }
 };
 

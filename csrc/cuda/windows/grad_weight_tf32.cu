@@ -47,7 +47,7 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_tf32_kernel
 #pragma unroll
     for (int tz = 0; tz < 3; ++tz) {
       pipeline.enter(tz - 1);
-      pipeline.ahead(tz - 1);
+      if (group == 0) pipeline.ahead(tz - 1);  // while the other group multiplies
 #pragma unroll 1
       for (int z = group * group_planes; z < (reads(lattice, tz - 1) ? (group + 1) * group_planes : 0); ++z) {
         float grads[kWarpRows][kOutputBlocks][4];
@@ -82,6 +82,7 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_tf32_kernel
           }
         }
       }
+      if (group == 1) pipeline.ahead(tz - 1);
       pipeline.leave(tz - 1, [] {});
     }
   }

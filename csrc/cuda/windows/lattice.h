@@ -28,6 +28,15 @@ struct Classes {
   Int3 count, first;
 };
 
+// How a block of threads goes through the points of a block of points within a halo: a pass is some rows of every
+// plane, in which each thread has one point of every `planes`th plane.
+struct Cover {
+  Int3 halo;
+  int columns, rows, planes, passes;
+  uint32_t by_columns, by_rows;  // for divided()
+  int source_step, shared_step;  // from a thread's point to its next, in packed points and in shared memory
+};
+
 struct Lattice {
   int64_t N;
   int K;
@@ -43,6 +52,7 @@ struct Lattice {
   int taps_z;
   int tile_z;
   int ring;                                      // planes of points held in shared memory
+  Cover cover[kLatticeBranches + 1];             // for the points of one branch each, and for those of all
   int tap_points[kPlaneTaps][kLatticeBranches];  // where tap (ty, tx) of branch k lies in its plane, ascending
 };
 
@@ -63,12 +73,16 @@ AUTOFOCUS_HD inline int64_t packed_points(const Lattice& lattice) {
 AUTOFOCUS_HD inline int64_t packed_target_points(const Lattice& lattice) {
   return volume(lattice.target_classes.count) * volume(lattice.target_points);
 }
-// The number of point `p` of class `c` among them, classes outermost.
-AUTOFOCUS_HD inline int64_t packed_number(const Classes& classes, const Int3& c, const Int3& points, const Int3& p) {
+// The number of point `p` of class `c` among them, classes outermost. lattice_refusal sees to it that it fits.
+AUTOFOCUS_HD inline int packed_number(const Classes& classes, const Int3& c, const Int3& points, const Int3& p) {
   const Int3 &first = classes.first, &count = classes.count;
-  const int64_t in_classes = (int64_t(c.z - first.z) * count.y + (c.y - first.y)) * count.x + (c.x - first.x);
+  const int in_classes = ((c.z - first.z) * count.y + (c.y - first.y)) * count.x + (c.x - first.x);
   return ((in_classes * points.z + p.z) * points.y + p.y) * points.x + p.x;
 }
+
+// value / divisor for an inverse of the divisor, as long as their product is below 2^16.
+AUTOFOCUS_HD inline uint32_t inverse_of(int divisor) { return (1u << 16) / uint32_t(divisor) + 1; }
+AUTOFOCUS_HD inline int divided(int value, uint32_t inverse) { return int(uint32_t(value) * inverse >> 16); }
 
 // The block of source points under a tile.
 AUTOFOCUS_HD inline int planes(const Lattice& lattice) { return lattice.tile_z + 2 * lattice.halo.z; }
@@ -118,7 +132,7 @@ AUTOFOCUS_HD inline Index3 target_position(const Lattice& lattice, const Tile& t
 }
 
 // Number of that point among the packed points of the target; the position must lie inside.
-AUTOFOCUS_HD inline int64_t packed_target(const Lattice& lattice, const Tile& tile, int z, int y, int x) {
+AUTOFOCUS_HD inline int packed_target(const Lattice& lattice, const Tile& tile, int z, int y, int x) {
   const Int3& first = tile.target_first;
   return packed_number(lattice.target_classes, tile.target_class, lattice.target_points,
                        {first.z + z, first.y + y, first.x + x});
@@ -137,7 +151,7 @@ AUTOFOCUS_HD inline bool has_column(const Lattice& lattice, const Int3& first, i
 }
 
 // The number of the point at (plane, row, column) among the packed points of one sample and channel chunk.
-AUTOFOCUS_HD inline int64_t packed_index(const Lattice& lattice, const Tile& tile, int plane, int row, int column) {
+AUTOFOCUS_HD inline int packed_index(const Lattice& lattice, const Tile& tile, int plane, int row, int column) {
   const Int3& first = tile.source_first;
   return packed_number(lattice.source_classes, tile.source_class, lattice.points,
                        {first.z + plane, first.y + row, first.x + column});
@@ -190,6 +204,10 @@ inline Int3 common_step(const Problem& g) {
   return {step_and_halo(g, &Index3::z).step, step_and_halo(g, &Index3::y).step, step_and_halo(g, &Index3::x).step};
 }
 
+inline Int3 lattice_points(const Index3& size, const Int3& step) {
+  return {int(ceil_div(size.z, step.z)), int(ceil_div(size.y, step.y)), int(ceil_div(size.x, step.x))};
+}
+
 // Why a problem has no lattice form, or null.
 inline const char* lattice_refusal(const Problem& g) {
   for (int64_t Index3::* axis : {&Index3::z, &Index3::y, &Index3::x})
@@ -207,13 +225,12 @@ inline const char* lattice_refusal(const Problem& g) {
     if (step > g.input.*axis || step > g.output.*axis)
       return "the dilations have a common factor larger than the volume";
   }
+  for (const Index3& size : {g.input, g.output})
+    if (volume(lattice_points(size, common_step(g))) * volume(common_step(g)) >= int64_t(1) << 31)
+      return "the volume has too many points for 32-bit lattice indices";
   if (step_and_halo(g, &Index3::x).halo > kMaxHaloX)
     return "the dilations of the last axis reach further than 7 lattice points";
   return nullptr;
-}
-
-inline Int3 lattice_points(const Index3& size, const Int3& step) {
-  return {int(ceil_div(size.z, step.z)), int(ceil_div(size.y, step.y)), int(ceil_div(size.x, step.x))};
 }
 
 // The lattices of a problem that lattice_refusal lets pass; tile_z and what follows from it are set by set_tile. The
@@ -283,6 +300,27 @@ inline void restrict_to(Lattice& lattice, const Part& part, Direction direction)
   lattice.N = part.samples;
   lattice.source_classes = forward ? part.input : part.output;
   lattice.target_classes = forward ? part.output : part.input;
+}
+
+inline Cover cover_of(const Lattice& lattice, const Int3& halo, int threads) {
+  const int columns = kTileX + 2 * halo.x, rows = kTileY + 2 * halo.y, lines = threads / columns;
+  const int passes = int(ceil_div(rows, lines)), in_pass = int(ceil_div(rows, passes));
+  const int planes = passes == 1 ? lines / rows : 1;
+  return {halo,
+          columns,
+          in_pass,
+          planes,
+          passes,
+          inverse_of(columns),
+          inverse_of(in_pass),
+          planes * lattice.points.y * lattice.points.x,
+          planes * plane_size(lattice)};
+}
+
+// The threads of a block, at most 512: then what is divided, and by what, is small enough.
+inline void set_threads(Lattice& lattice, int threads) {
+  for (int k = 0; k < kLatticeBranches; ++k) lattice.cover[k] = cover_of(lattice, lattice.rate[k], threads);
+  lattice.cover[kLatticeBranches] = cover_of(lattice, lattice.halo, threads);
 }
 
 inline void set_tile(Lattice& lattice, int tile_z, bool recycle) {

@@ -54,10 +54,12 @@ const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan) {
         if (points * kPointBytes > (int64_t(1) << 30)) continue;
         const int bytes = shared_bytes(pass, lattice, dtype, kWidths[width]);
         if (bytes > limits.shared_bytes) continue;
-        const int threads = tile_z / kGroupPlanes * kGroupThreads;
-        const int by_threads = kMaxThreads / threads, by_shared = limits.shared_bytes / bytes;
+        const bool is_grad_weight = pass == Pass::kGradWeight;
+        const int threads = is_grad_weight ? kGradWeightThreads : tile_z / kGroupPlanes * kGroupThreads;
+        const int by_registers = is_grad_weight ? 1 : kMaxThreads / threads, by_shared = limits.shared_bytes / bytes;
+        set_threads(lattice, threads);
         plan = {lattice, kWidths[width], threads, bytes,
-                limits.multiprocessors * (by_threads < by_shared ? by_threads : by_shared)};
+                limits.multiprocessors * (by_registers < by_shared ? by_registers : by_shared)};
         return nullptr;
       }
   }
@@ -109,6 +111,7 @@ Plan plan_of_branch(Pass pass, const Inputs& in, const Part& part, int64_t k) {
   const int tile_z = plan.lattice.tile_z;
   plan.lattice = make_lattice(in.g, direction(pass), k, 1);
   set_tile(plan.lattice, tile_z, recycle);
+  set_threads(plan.lattice, plan.threads);
   plan.shared_bytes = shared_bytes(pass, plan.lattice, in.dtype, plan.tiles);
   return plan_of_part(plan, pass, part);
 }

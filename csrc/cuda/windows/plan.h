@@ -8,10 +8,12 @@
 
 namespace autofocus::cuda {
 
-constexpr int kGroupThreads = 128;  // a warpgroup
-constexpr int kGroupPlanes = 2;     // of a tile, each an operand of 64 points: what a warpgroup multiplies
-constexpr int kMaxThreads = 512;    // a warpgroup for every two planes of a tile of eight
-constexpr int kPointsPerLane = 4;   // of two planes: the rows that a lane has of d
+constexpr int kGroupThreads = 128;    // a warpgroup
+constexpr int kGroupPlanes = 2;       // of a tile, each an operand of 64 points: what a warpgroup multiplies
+constexpr int kMaxThreads = 512;      // a warpgroup for every two planes of a tile of eight
+constexpr int kGradWeightGroups = 2;  // warpgroups, each with half of a tile's planes
+constexpr int kGradWeightThreads = kGradWeightGroups * kGroupThreads;  // all the registers of a multiprocessor
+constexpr int kPointsPerLane = 4;                                      // of two planes: the rows that a lane has of d
 
 // Lattices, block and shared memory of a pass.
 struct Plan {

@@ -49,41 +49,44 @@ __device__ inline uint4 packed_point(const float (&values)[kChunk<T>]) {
             pack(values[6], values[7], T{})};
 }
 
-// This lane's points of planes [first, last) of the block, within a halo of the tile. A warp takes a row.
+// This thread's points of planes [first, last) of the block, all in one part of it, in pass `pass` of a cover, one
+// after the other. Beside the products this is what a kernel executes most: what is the same in all planes is found
+// once.
 class Points {
  public:
-  __device__ Points(const Lattice& lattice, const Tile& tile, const Int3& halo, int first, int last)
-      : lattice_(lattice),
-        plane_(first),
-        last_(last),
-        row_(int(threadIdx.x) / 32),
-        halo_y_(halo.y),
-        column_(lattice.halo.x - halo.x + int(threadIdx.x) % 32),
-        source_first_(tile.source_first),
-        column_there_(has_column(lattice, source_first_, column_)),
-        index_(packed_index(lattice, tile, 0, 0, column_)) {
-    if (column_ >= lattice.halo.x + kTileX + halo.x) plane_ = last;
+  __device__ Points(const Lattice& lattice, const Tile& tile, const Cover& cover, int pass, int first, int last)
+      : lattice_(lattice), cover_(cover) {
+    const int thread = reread_thread(), line = divided(thread, cover.by_columns), plane = divided(line, cover.by_rows);
+    const int row = line - plane * cover.rows + pass * cover.rows;
+    const int block_row = lattice.halo.y - cover.halo.y + row,
+              block_column = lattice.halo.x - cover.halo.x + thread - line * cover.columns;
+    left_ = plane < cover.planes && row < kTileY + 2 * cover.halo.y ? last - first - plane : 0;
+    source_plane_ = tile.source_first.z + first + plane;
+    line_there_ =
+        has_row(lattice, tile.source_first, block_row) && has_column(lattice, tile.source_first, block_column);
+    index_ = packed_index(lattice, tile, first + plane, block_row, block_column);
+    place_ = slot(lattice, first + plane) * plane_size(lattice) + block_row * kPitch + block_column;
   }
 
-  // False behind the last one; else where the point goes in shared memory, in points, whether the source has it, and
-  // its number among the packed points, zero if it has not.
-  __device__ bool next(int& place, int64_t& index, bool& there) {
-    for (; row_ >= kTileY + 2 * halo_y_; row_ -= kTileY + 2 * halo_y_) ++plane_;
-    if (plane_ >= last_) return false;
-    const int row = lattice_.halo.y - halo_y_ + row_;
-    there = column_there_ && has_row(lattice_, source_first_, row) && has_plane(lattice_, source_first_, plane_);
-    index = there ? index_ + (int64_t(plane_) * lattice_.points.y + row) * lattice_.points.x : 0;
-    place = slot(lattice_, plane_) * plane_size(lattice_) + row * kPitch + column_;
-    row_ += int(blockDim.x) / 32;
-    return true;
+  __device__ bool more() const { return left_ > 0; }
+  // Where the point goes in shared memory, in points.
+  __device__ int place() const { return place_; }
+  // Whether the source has it; if so, its number among the packed points.
+  __device__ bool there() const { return line_there_ && uint32_t(source_plane_) < uint32_t(lattice_.points.z); }
+  __device__ int index() const { return index_; }
+
+  __device__ void advance() {
+    left_ -= cover_.planes;
+    source_plane_ += cover_.planes;
+    index_ += cover_.source_step;
+    place_ += cover_.shared_step;
   }
 
  private:
   const Lattice& lattice_;
-  int plane_, last_, row_, halo_y_, column_;
-  Int3 source_first_;
-  bool column_there_;
-  int64_t index_;  // of plane 0, row 0
+  const Cover& cover_;
+  int left_, source_plane_, index_, place_;
+  bool line_there_;
 };
 
 // Copies points as they are: chunk c of `points` [N, chunks_held, packed points], beginning again after the last one
@@ -92,15 +95,15 @@ struct CopyPoints {
   const unsigned char* points;
   int chunks_held;
 
-  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Int3& halo, int chunk, int first,
+  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Cover& cover, int chunk, int first,
                              int last) const {
-    const unsigned char* from =
-        points + (tile.n * chunks_held + chunk % chunks_held) * packed_points(lattice) * kPointBytes;
-    Points walk(lattice, tile, halo, first, last);
-    int place;
-    int64_t index;
-    for (bool there; walk.next(place, index, there);)
-      copy_async<kPointBytes>(shared_memory() + place * kPointBytes, from + index * kPointBytes, there);
+    const int64_t plane = tile.n * chunks_held + chunk % chunks_held;
+    for (int pass = 0; pass < cover.passes; ++pass) {
+      Points walk(lattice, tile, cover, pass, first, last);
+      const unsigned char* from = points + (plane * packed_points(lattice) + walk.index()) * kPointBytes;
+      for (; walk.more(); walk.advance(), from += int64_t(cover.source_step) * kPointBytes)
+        copy_async<kPointBytes>(shared_memory() + walk.place() * kPointBytes, from, walk.there());
+    }
   }
 };
 
@@ -111,9 +114,9 @@ enum class Readers { kAll, kOne };
 // writing that runs ahead of the products.
 //
 // Every thread calls every method: start, then for each chunk {enter, ahead, leave} for tz = -1, 0, 1 and advance.
-// Products of tz are begun between enter and ahead and waited for between ahead and leave. `stage(lattice, tile, halo,
-// chunk, first, last)` writes planes; what a kernel copies beside, it copies in the functions that start and leave
-// take, and that is there from the next chunk's enter(-1) on.
+// Products of tz are begun behind enter and waited for before leave, in front of ahead, around it or behind.
+// `stage(lattice, tile, halo, chunk, first, last)` writes planes; what a kernel copies beside, it copies in the
+// functions that start and leave take, and that is there from the next chunk's enter(-1) on.
 template <Readers kReaders, typename Stage>
 class Pipeline {
  public:
@@ -201,8 +204,8 @@ class Pipeline {
   }
   __device__ bool recycles() const { return lattice_.ring < planes(lattice_); }
 
-  __device__ Int3 halo(int chunk) const {
-    return kReaders == Readers::kAll ? lattice_.halo : lattice_.rate[chunk % lattice_.K];
+  __device__ const Cover& cover(int chunk) const {
+    return lattice_.cover[kReaders == Readers::kAll ? kLatticeBranches : chunk % lattice_.K];
   }
   // Planes at the middle's beginning that tz = +1 of this chunk does not read.
   __device__ int free_planes() const {
@@ -218,13 +221,13 @@ class Pipeline {
     const bool next_tile = of_next && last_chunk();
     if (next_tile && tile_ + int(gridDim.x) >= tiles_) return;
     const int chunk = of_next ? next_chunk() : chunk_;
-    const Int3 own = halo(chunk);
+    const Cover& own = cover(chunk);
     const int middle = lattice_.halo.z, end = middle + lattice_.tile_z;
     int first = middle, last = end;
-    if (part == Part::kFirst) first = middle - own.z, last = middle;
+    if (part == Part::kFirst) first = middle - own.halo.z, last = middle;
     if (part == Part::kFreeMiddle) last = middle + free_planes();
     if (part == Part::kOtherMiddle) first = middle + free_planes();
-    if (part == Part::kLast) first = end, last = end + own.z;
+    if (part == Part::kLast) first = end, last = end + own.halo.z;
     stage_(lattice_, shared_tile(next_tile ? 1 - parity_ : parity_), own, chunk, first, last);
   }
 
