@@ -12,8 +12,8 @@ leaves random states, streams, autograd, autocast and the precision of float32 p
 that TF32 holds them and products of two or three of them, so the truth is the same with and without it. Only cuDNN's
 search for the fastest convolution is off, for all threads, while the truth is computed.
 
-Not seen: what only large volumes do (64-bit offsets). Not survived: a kernel that reads or writes where it must not may
-end the process's use of the GPU, check or no check.
+Not seen: what only large volumes do (64-bit offsets, in most cases the CUDA backend's parts). Not survived: a kernel
+that reads or writes where it must not may end the process's use of the GPU, check or no check.
 """
 
 from __future__ import annotations

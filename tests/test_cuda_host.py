@@ -468,7 +468,8 @@ def test_number_of_multiprocessors_changes_only_how_sums_split(device, mode):
 
 
 # Two samples of four classes, four tiles each: one block that runs at a time takes them as eight parts, many as one.
-IN_PARTS = Case("in_parts", (4, 5, 26), channels=9, out_channels=3, batch=2, dilations=((2, 2, 1), (4, 4, 2)))
+# Origins of -1 and 1: classes of the output read others of the input.
+IN_PARTS = Case("in_parts", (4, 5, 26), 9, 3, batch=2, dilations=((2, 2, 1), (4, 4, 2)), padding=(3, 1, 1))
 ONE_BLOCK, MANY = ((60 * KILOBYTE, 90), 1), (H100, 200)
 
 
