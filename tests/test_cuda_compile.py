@@ -18,7 +18,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 ARCHITECTURES = FLAGS["CUDA_ARCHITECTURES"]
 PROBES = sorted((ROOT / "benchmarks" / "probes").glob("*.cu"))
 PROBED = ("80", "90a")  # one without warpgroup MMA and the one with it
-GRAD_WEIGHT = ROOT / "csrc" / "cuda" / "windows" / "grad_weight.cu"
+FORWARD, GRAD_WEIGHT = (ROOT / "csrc" / "cuda" / "windows" / f"{name}.cu" for name in ("forward", "grad_weight"))
 REGISTERS = 65536  # of a multiprocessor, on every architecture here
 STATIC_SHARED = 0  # bytes: every kernel takes what shared memory it needs at launch, from a plan that knows the GPU
 
@@ -68,7 +68,7 @@ INSTANCES = {
 # code differs by architecture, two for Ampere: each way its products are used.
 AT_EACH_TEST = {
     *((source, "90a") for source in SOURCES),
-    (ROOT / "csrc" / "cuda" / "windows" / "forward.cu", "80"),
+    (FORWARD, "80"),
     (GRAD_WEIGHT, "80"),
 }
 
@@ -178,14 +178,19 @@ def test_machine_code_of_probes(compiled, source, architecture):
 
 @needs_nvcc
 @pytest.mark.parametrize("architecture", PROBED)
-@pytest.mark.parametrize("source", [GRAD_WEIGHT], ids=lambda source: source.stem)
-def test_only_hopper_gets_warpgroup_mma(compiled, source, architecture):
+@pytest.mark.parametrize(
+    "source, types",
+    [(FORWARD, {"f16", "bf16", "tf32"}), (GRAD_WEIGHT, {"f16", "bf16"})],
+    ids=["forward", "grad_weight"],
+)
+def test_only_hopper_gets_warpgroup_mma(compiled, source, types, architecture):
     """In PTX, what each compiler is given; a name misspelt in device.h would send Hopper the slow way in silence."""
     code, report, ptx = compiled[source, architecture].result()
     assert code == 0, report
     instructions = ptx.read_text()
-    assert ("wgmma.mma_async" in instructions) == (architecture == "90a")
-    assert ("mma.sync" in instructions) == (architecture != "90a")
+    of_warpgroups = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k\d+\.f32\.(\w+)", instructions))
+    of_warps = set(re.findall(r"mma\.sync\.aligned\.m16n8k\d+\.row\.col\.f32\.(\w+)", instructions))
+    assert (of_warpgroups, of_warps) == ((types, set()) if architecture == "90a" else (set(), types))
 
 
 @needs_nvcc

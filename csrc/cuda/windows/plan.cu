@@ -7,6 +7,9 @@ namespace {
 
 constexpr int kWidths[] = {8, 5, 4, 2};  // tiles of eight target channels, as for_tiles has them
 
+constexpr int64_t kMaxChannels = 4 * 65535;
+constexpr int kBlockReserve = 1024;  // bytes of shared memory that the GPU keeps for itself, of each block
+
 Direction direction(Pass pass) { return pass == Pass::kGradInput ? Direction::kAdjoint : Direction::kForward; }
 
 // Behind the pipeline's own; the kernels say what for.
@@ -32,6 +35,8 @@ const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan) {
   if (const char* refusal = lattice_refusal(g)) return refusal;
   const DeviceLimits limits = device_limits();
   if (limits.capability < 80) return "the GPU is older than compute capability 8.0";
+  // A chunk of channels, or a block of them, is a row of the grid.
+  if (g.C > kMaxChannels || g.O > kMaxChannels) return "there are too many channels for the grid of a launch";
   Lattice lattice = make_lattice(g, direction(pass), 0, g.K);
   // Blocks of channels, all alike. More than 40 cost spills without warpgroup MMA, whose operands are in no register,
   // and where floats of the gradient are held beside the sums.
@@ -56,7 +61,8 @@ const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan) {
         if (bytes > limits.shared_bytes) continue;
         const bool is_grad_weight = pass == Pass::kGradWeight;
         const int threads = is_grad_weight ? kGradWeightThreads : tile_z / kGroupPlanes * kGroupThreads;
-        const int by_registers = is_grad_weight ? 1 : kMaxThreads / threads, by_shared = limits.shared_bytes / bytes;
+        const int by_registers = is_grad_weight ? 1 : kMaxThreads / threads,
+                  by_shared = (limits.shared_bytes + kBlockReserve) / (bytes + kBlockReserve);
         set_threads(lattice, threads);
         plan = {lattice, kWidths[width], threads, bytes,
                 limits.multiprocessors * (by_registers < by_shared ? by_registers : by_shared)};

@@ -145,8 +145,8 @@ class Pipeline {
     __syncthreads();
     if (!running()) return;
     copies();
-    write(Part::kFirst, false);
-    write(Part::kMiddle, false);
+    write(Section::kFirst, false);
+    write(Section::kMiddle, false);
     copy_async_commit();
   }
 
@@ -165,13 +165,13 @@ class Pipeline {
 
   __device__ void ahead(int tz) {
     if (tz < 0) {
-      if (!recycles()) write(Part::kLast, false);
+      if (!recycles()) write(Section::kLast, false);
       copy_async_commit();
     } else if (tz == 0) {
-      recycles() ? write(Part::kLast, false) : write(Part::kFirst, true);
+      recycles() ? write(Section::kLast, false) : write(Section::kFirst, true);
       copy_async_commit();
     } else {
-      write(Part::kFreeMiddle, true);
+      write(Section::kFreeMiddle, true);
     }
   }
 
@@ -181,8 +181,8 @@ class Pipeline {
     __syncthreads();
     copies();
     if (tz < 0) return;
-    if (recycles()) write(Part::kFirst, true);
-    write(Part::kOtherMiddle, true);
+    if (recycles()) write(Section::kFirst, true);
+    write(Section::kOtherMiddle, true);
     copy_async_commit();
   }
 
@@ -197,7 +197,7 @@ class Pipeline {
   }
 
  private:
-  enum class Part { kFirst, kMiddle, kFreeMiddle, kOtherMiddle, kLast };
+  enum class Section { kFirst, kMiddle, kFreeMiddle, kOtherMiddle, kLast };
 
   __device__ Tile& shared_tile(int parity) const {
     return *reinterpret_cast<Tile*>(shared_memory() + tiles_at_ + parity * int(sizeof(Tile)));
@@ -216,18 +216,18 @@ class Pipeline {
     return free;
   }
 
-  // A part of this chunk, or of the next one.
-  __device__ void write(Part part, bool of_next) {
+  // A section of the planes of this chunk, or of the next one.
+  __device__ void write(Section section, bool of_next) {
     const bool next_tile = of_next && last_chunk();
     if (next_tile && tile_ + int(gridDim.x) >= tiles_) return;
     const int chunk = of_next ? next_chunk() : chunk_;
     const Cover& own = cover(chunk);
     const int middle = lattice_.halo.z, end = middle + lattice_.tile_z;
     int first = middle, last = end;
-    if (part == Part::kFirst) first = middle - own.halo.z, last = middle;
-    if (part == Part::kFreeMiddle) last = middle + free_planes();
-    if (part == Part::kOtherMiddle) first = middle + free_planes();
-    if (part == Part::kLast) first = end, last = end + own.halo.z;
+    if (section == Section::kFirst) first = middle - own.halo.z, last = middle;
+    if (section == Section::kFreeMiddle) last = middle + free_planes();
+    if (section == Section::kOtherMiddle) first = middle + free_planes();
+    if (section == Section::kLast) first = end, last = end + own.halo.z;
     stage_(lattice_, shared_tile(next_tile ? 1 - parity_ : parity_), own, chunk, first, last);
   }
 
