@@ -195,6 +195,8 @@ __device__ inline void warpgroup_wait(float (&d)[kCount][kTiles][4]) {
 #undef AUTOFOCUS_MMA_OVER_POINTS
 #endif
 
+// a b + c in one instruction, also where the compiler joins what is common to two ways to it.
+__device__ inline float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // threadIdx.x, whose consequences the compiler is not to keep in registers from one use to the next.
 __device__ inline int reread_thread() {
   int thread;

@@ -256,6 +256,7 @@ uint32_t multiply(uint32_t a, uint32_t b, T) {
   return pack(left.x * right.x, left.y * right.y, T{});
 }
 
+inline float multiply_add(float a, float b, float c) { return a * b + c; }
 inline int reread_thread() { return int(threadIdx.x); }
 inline int uniform(int value) { return value; }
 inline float shuffle_xor(float value, int mask) {

@@ -26,27 +26,10 @@ class WeightedSum {
 
   template <int kTogether>
   __device__ void take(int k, int m0, const float (&y)[kTogether][kTiles][4]) {
-#pragma unroll
-    for (int m = 0; m < kTogether; ++m) {
-      float a[2];  // of this lane's two points of the plane
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const Int3 at = share_.point(2 * (m0 + m) + row);
-        const int point = (at.z * kTileY + at.y) * kTileX + at.x;
-        a[row] = to_float(reinterpret_cast<const T*>(gates())[point * kLatticeBranches + k]);
-      }
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        float2 scale = {1.0f, 1.0f};  // of this lane's two channels
-        if (args_.scale.data != nullptr)
-          scale = *reinterpret_cast<const float2*>(scales() + k * (8 * kTiles) + tile * 8 + share_.channels);
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          sum_[m0 + m][tile][2 * row] += a[row] * (scale.x * y[m][tile][2 * row]);
-          sum_[m0 + m][tile][2 * row + 1] += a[row] * (scale.y * y[m][tile][2 * row + 1]);
-        }
-      }
-    }
+    if (args_.scale.data != nullptr)
+      add<true>(k, m0, y);
+    else
+      add<false>(k, m0, y);
   }
 
   __device__ void end(const Tile& tile) {
@@ -72,6 +55,32 @@ class WeightedSum {
   }
 
  private:
+  template <bool kScaled, int kTogether>
+  __device__ void add(int k, int m0, const float (&y)[kTogether][kTiles][4]) {
+#pragma unroll
+    for (int m = 0; m < kTogether; ++m) {
+      float a[2];  // of this lane's two points of the plane
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const Int3 at = share_.point(2 * (m0 + m) + row);
+        const int point = (at.z * kTileY + at.y) * kTileX + at.x;
+        a[row] = to_float(reinterpret_cast<const T*>(gates())[point * kLatticeBranches + k]);
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        float2 scale = {1.0f, 1.0f};  // of this lane's two channels
+        if (kScaled) scale = *reinterpret_cast<const float2*>(scales() + k * (8 * kTiles) + tile * 8 + share_.channels);
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+          float* sum = &sum_[m0 + m][tile][2 * row];
+          const float* of_branch = &y[m][tile][2 * row];
+          sum[0] = multiply_add(a[row], kScaled ? scale.x * of_branch[0] : of_branch[0], sum[0]);
+          sum[1] = multiply_add(a[row], kScaled ? scale.y * of_branch[1] : of_branch[1], sum[1]);
+        }
+      }
+    }
+  }
+
   __device__ int64_t output0() const { return int64_t(blockIdx.y) * (8 * kTiles); }
   __device__ unsigned char* gates() const { return shared_memory() + gates_at_; }
   __device__ float* scales() const {
