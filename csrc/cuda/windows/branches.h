@@ -46,8 +46,6 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
   // Products under way at once, one a plane: as many as leave registers.
   constexpr int kTogether = kTiles <= 2 ? kGroupPlanes : 1;
   const Share share;
-  // Half of the warpgroups write ahead while the others keep the tensor cores busy.
-  const int writes_in = uniform(int(threadIdx.x) / kGroupThreads % 2);
   const int turns = Epilogue::kInTurn ? int(ceil_div(args.outputs, 8 * kTiles)) : 1;
   const unsigned char* weight = args.weight + int64_t(blockIdx.y) * args.chunks * chunk_weight_bytes(kTiles);
   const CopyPoints stage{args.points, args.chunks};
@@ -63,6 +61,8 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
       pipeline.enter(tz);
       if (tz < 0 && pipeline.chunk() % args.chunks == 0) epilogue.begin_shared();
       const uint32_t slab = shared_units(shared_memory() + slabs + (tz + 1) * kSlabBytes<kTiles>);
+      // Half of the warpgroups write ahead while the others keep the tensor cores busy.
+      const int writes_in = uniform(reread_thread() / kGroupThreads % 2);
 #pragma unroll 1
       for (int turn = 0; turn < 2; ++turn) {
         if (turn == writes_in) {

@@ -5,8 +5,8 @@
 
 namespace autofocus::cuda {
 
-// Blocks of output channels go in turn: a lane adds up all of them for the one of its four points that it shares with
-// no other.
+// Blocks of output channels go in turn: a lane adds up those of its channels for each of its four points, and at the
+// end of a tile the four lanes of a point add up theirs.
 template <typename T, int kTiles>
 class DotWithGrad {
  public:
@@ -18,24 +18,27 @@ class DotWithGrad {
 
   __device__ void begin(const Tile& tile, int turn) {
     if (turn == 0)
-      for (float& total : total_) total = 0.0f;
+      for (auto& planes : total_)
+        for (auto& plane : planes)
+          for (float& total : plane) total = 0.0f;
     const int64_t output0 = int64_t(turn) * (8 * kTiles);
     copy_vectors<kTiles>(lattice_, args_.scale, output0, args_.outputs, scales());
     copy_vectors<kTiles>(lattice_, args_.shift, output0, args_.outputs, shifts());
-    const int chunks = int(ceil_div(args_.outputs, kChunk<T>));
+    constexpr int kTileChunks = 8 / kChunk<T>;
+    const int chunks = int(ceil_div(args_.outputs, kChunk<T>)),
+              first = turn * (kTiles * kTileChunks) + share_.channels / kChunk<T>;
     const int64_t points = packed_target_points(lattice_);
 #pragma unroll
     for (int r = 0; r < kPointsPerLane; ++r) {
       const Int3 at = share_.point(r);
       const bool there = inside(target_position(lattice_, tile, at.z, at.y, at.x), lattice_.target);
-      const int64_t point = there ? packed_target(lattice_, tile, at.z, at.y, at.x) : 0;
+      const int64_t point =
+          (tile.n * chunks + first) * points + (there ? packed_target(lattice_, tile, at.z, at.y, at.x) : 0);
+      const unsigned char* from = args_.targets + point * kPointBytes + share_.channels % kChunk<T> * int(sizeof(T));
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        const int channel = (turn * kTiles + i) * 8 + share_.channels, chunk = channel / kChunk<T>;
-        const unsigned char* from = args_.targets + ((tile.n * chunks + chunk) * points + point) * kPointBytes;
+      for (int i = 0; i < kTiles; ++i, from += kTileChunks * points * kPointBytes)
         grad_[r / 2][i][r % 2] =
-            there && chunk < chunks ? reinterpret_cast<const Pair<T>*>(from)[channel % kChunk<T> / 2] : Pair<T>{};
-      }
+            held(there && first + i * kTileChunks < chunks ? *reinterpret_cast<const Pair<T>*>(from) : Pair<T>{});
     }
   }
 
@@ -61,21 +64,39 @@ class DotWithGrad {
     for (int r = 0; r < kPointsPerLane; ++r) {
       const Int3 at = share_.point(r);
       const Index3 p = target_position(lattice_, tile, at.z, at.y, at.x);
-      if (lane % 4 != r || !inside(p, lattice_.target)) continue;
+      const bool stores = lane % 4 == r && inside(p, lattice_.target);
 #pragma unroll
-      for (int k = 0; k < kLatticeBranches; ++k)
-        if (k < lattice_.K) store(args_.result.at(tile.n, k, p), total_[k]);
+      for (int k = 0; k < kLatticeBranches; ++k) {
+        float total = total_[k][r / 2][r % 2];
+        total += shuffle_xor(total, 1);
+        total += shuffle_xor(total, 2);
+        if (stores && k < lattice_.K) store(args_.result.at(tile.n, k, p), total);
+      }
     }
   }
 
  private:
+  // Two values of G, as floats where there are registers for them.
+  using Held = std::conditional_t<kTiles <= 4, float2, Pair<T>>;
+  __device__ static Held held(Pair<T> pair) {
+    if constexpr (kTiles <= 4)
+      return unpack(pair, T{});
+    else
+      return pair;
+  }
+  __device__ static float2 unheld(Held held) {
+    if constexpr (kTiles <= 4)
+      return held;
+    else
+      return unpack(held, T{});
+  }
+
   __device__ float* scales() const { return reinterpret_cast<float*>(shared_memory() + scales_at_); }
   __device__ float* shifts() const { return scales() + kLatticeBranches * 8 * kTiles; }
 
   // Adds sum_o G_o factors_k[o] value(m, tile, i) at the points of planes m0 .. m0 + kTogether.
   template <int kTogether, bool kFactors, typename Value>
   __device__ void add(int k, int m0, const float* factors, const Value& value) {
-    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int m = 0; m < kTogether; ++m) {
       float dot[2] = {};
@@ -86,20 +107,18 @@ class DotWithGrad {
           factor = *reinterpret_cast<const float2*>(factors + k * (8 * kTiles) + tile * 8 + share_.channels);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-          const float2 grad = unpack(grad_[m0 + m][tile][row], T{});
-          dot[row] += grad.x * (factor.x * value(m, tile, 2 * row));
-          dot[row] += grad.y * (factor.y * value(m, tile, 2 * row + 1));
+          const float2 grad = unheld(grad_[m0 + m][tile][row]);
+          const float first = value(m, tile, 2 * row), second = value(m, tile, 2 * row + 1);
+          dot[row] = multiply_add(grad.x, kFactors ? factor.x * first : first, dot[row]);
+          dot[row] = multiply_add(grad.y, kFactors ? factor.y * second : second, dot[row]);
         }
       }
 #pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        // The four lanes of a point hold its channels.
-        dot[row] += shuffle_xor(dot[row], 1);
-        dot[row] += shuffle_xor(dot[row], 2);
-#pragma unroll
-        for (int branch = 0; branch < kLatticeBranches; ++branch)
-          if (branch == k && lane % 4 == 2 * (m0 + m) + row) total_[branch] += dot[row];
-      }
+      for (int branch = 0; branch < kLatticeBranches; ++branch)
+        if (branch == k) {
+          total_[branch][m0 + m][0] += dot[0];
+          total_[branch][m0 + m][1] += dot[1];
+        }
     }
   }
 
@@ -107,8 +126,8 @@ class DotWithGrad {
   const BranchesArguments<T>& args_;
   const Share& share_;
   int scales_at_;
-  Pair<T> grad_[kGroupPlanes][kTiles][2];  // two channels of each point
-  float total_[kLatticeBranches];          // of point lane % 4
+  Held grad_[kGroupPlanes][kTiles][2];  // two channels of each point
+  float total_[kLatticeBranches][kGroupPlanes][2];
 };
 
 void launch_grad_attention(const Plan& plan, const Inputs& in, const Operands& operands,

@@ -17,6 +17,7 @@ constexpr int kTileY = 8;
 constexpr int kTileX = 8;  // eight points of 16 bytes side by side fill the 32 banks of shared memory once
 constexpr int kMaxHaloX = 7;
 constexpr int kPitch = kTileX + 2 * kMaxHaloX;  // points of a row in shared memory; a constant, so row offsets are too
+constexpr int kPointBytes = 16;                 // of a packed point: a chunk of channels
 constexpr int kPlaneTaps = 9;                   // taps (ty, tx) of one tz, in this order
 
 struct Int3 {
@@ -51,7 +52,7 @@ struct Lattice {
   Classes source_classes, target_classes;  // what is packed, and where there are tiles
   int taps_z;
   int tile_z;
-  int ring;                                      // planes of points held in shared memory
+  int ring, ring_bytes;                          // planes of points held in shared memory
   Cover cover[kLatticeBranches + 1];             // for the points of one branch each, and for those of all
   int tap_points[kPlaneTaps][kLatticeBranches];  // where tap (ty, tx) of branch k lies in its plane, ascending
 };
@@ -328,6 +329,7 @@ inline void set_tile(Lattice& lattice, int tile_z, bool recycle) {
   lattice.tiles = {int(ceil_div(lattice.target_points.z, tile_z)), int(ceil_div(lattice.target_points.y, kTileY)),
                    int(ceil_div(lattice.target_points.x, kTileX))};
   lattice.ring = recycle ? tile_z + lattice.halo.z : planes(lattice);
+  lattice.ring_bytes = int(int64_t(lattice.ring) * rows(lattice) * kPitch * kPointBytes);
 }
 
 }  // namespace autofocus::cuda

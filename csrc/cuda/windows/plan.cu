@@ -25,8 +25,7 @@ int more_bytes(Pass pass, const Lattice& lattice, DType dtype, int tiles) {
 }
 
 int shared_bytes(Pass pass, const Lattice& lattice, DType dtype, int tiles) {
-  return lattice.ring * plane_size(lattice) * kPointBytes + 2 * int(sizeof(Tile)) +
-         more_bytes(pass, lattice, dtype, tiles);
+  return lattice.ring_bytes + 2 * int(sizeof(Tile)) + more_bytes(pass, lattice, dtype, tiles);
 }
 
 }  // namespace

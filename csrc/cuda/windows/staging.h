@@ -12,7 +12,6 @@
 
 namespace autofocus::cuda {
 
-constexpr int kPointBytes = 16;
 // Source channels of a packed point: eight of 16 bits, four floats.
 template <typename T>
 constexpr int kChunk = kPointBytes / int(sizeof(T));
@@ -127,9 +126,7 @@ class Pipeline {
         tiles_(int(num_tiles(lattice))),
         tile_(int(blockIdx.x)),
         chunk_(0),
-        parity_(0) {
-    tiles_at_ = lattice.ring * plane_size(lattice) * kPointBytes;
-  }
+        parity_(0) {}
 
   __device__ bool running() const { return tile_ < tiles_; }
   __device__ int chunk() const { return chunk_; }
@@ -137,7 +134,7 @@ class Pipeline {
   __device__ int next_chunk() const { return last_chunk() ? 0 : chunk_ + 1; }
   __device__ const Tile& tile() const { return shared_tile(parity_); }
   // Where shared memory behind the pipeline's own begins.
-  __device__ int behind() const { return tiles_at_ + 2 * int(sizeof(Tile)); }
+  __device__ int behind() const { return lattice_.ring_bytes + 2 * int(sizeof(Tile)); }
 
   template <typename Copies>
   __device__ void start(const Copies& copies) {
@@ -200,7 +197,7 @@ class Pipeline {
   enum class Section { kFirst, kMiddle, kFreeMiddle, kOtherMiddle, kLast };
 
   __device__ Tile& shared_tile(int parity) const {
-    return *reinterpret_cast<Tile*>(shared_memory() + tiles_at_ + parity * int(sizeof(Tile)));
+    return *reinterpret_cast<Tile*>(shared_memory() + lattice_.ring_bytes + parity * int(sizeof(Tile)));
   }
   __device__ bool recycles() const { return lattice_.ring < planes(lattice_); }
 
@@ -236,7 +233,6 @@ class Pipeline {
   int chunks_;
   int tiles_, tile_;  // a device has no memory for 2^31 tiles
   int chunk_, parity_;
-  int tiles_at_;  // in shared memory, behind the points
 };
 
 }  // namespace autofocus::cuda
