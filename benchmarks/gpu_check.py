@@ -37,7 +37,7 @@ from autofocus_kernels import autofocus_conv, show_config, testing, tolerance
 from autofocus_kernels.dispatch import PREFERENCE
 
 from . import cross_build, gpu_table
-from .contenders import DTYPES
+from .contenders import DTYPES, precision
 from .provenance import ROOT
 
 TABLE = ("-m", "benchmarks.gpu_table")
@@ -289,19 +289,18 @@ def check_small(name: str) -> int:
     device = next(device for device, names in PREFERENCE.items() if name in names)
     wrong = 0
     for case in (case for case in testing.CASES if case.name in SMALL_CASES):
-        for precision in ("bfloat16", "float32", "tf32"):
-            dtype = DTYPES[precision]
-            torch.backends.cudnn.allow_tf32 = precision == "tf32"
-            tensors = testing.make_tensors(case, dtype)
+        for dtype in ("bfloat16", "float32", "tf32"):
+            tensors = testing.make_tensors(case, DTYPES[dtype])
             on_device = type(tensors)(*(None if t is None else t.to(device) for t in tensors))
 
             def function(**arguments) -> torch.Tensor:
                 return autofocus_conv(**arguments, backend=name)
 
-            results = testing.evaluate(function, case, on_device)
-            label = f"{name}, {case.name}, {precision}"
+            with precision(dtype, search=False):
+                results = testing.evaluate(function, case, on_device)
+            label = f"{name}, {case.name}, {dtype}"
             try:
-                judge_small({key: value.cpu() for key, value in results.items()}, case, tensors, precision, label)
+                judge_small({key: value.cpu() for key, value in results.items()}, case, tensors, dtype, label)
                 print("right:", label, flush=True)
             except AssertionError as error:
                 wrong += 1
@@ -309,9 +308,9 @@ def check_small(name: str) -> int:
     return 1 if wrong else 0
 
 
-def judge_small(results: dict, case: testing.Case, tensors: testing.Tensors, precision: str, label: str) -> None:
+def judge_small(results: dict, case: testing.Case, tensors: testing.Tensors, dtype: str, label: str) -> None:
     """As testing.judge, which knows float32 but not what TF32 may be off by."""
-    if precision != "tf32":
+    if dtype != "tf32":
         testing.judge(results, case, tensors, label)
         return
     for name, expected in testing.truth(case, tensors).items():

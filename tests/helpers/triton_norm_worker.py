@@ -284,12 +284,7 @@ def main(command, names):
     else:
         every = (*COMPILED, *COMPILED_FOR_A_RELEASE)
         entries = {compiled_name(*entry): partial(compile_kernels, *entry) for entry in every}
-    for name in names:
-        try:
-            result = entries[name]()
-        except Exception as error:
-            result = f"{type(error).__name__}: {error}"
-        print(json.dumps([name, result]), flush=True)
+    triton_worker.print_results(entries, names)
 
 
 def results(command, environment, names):

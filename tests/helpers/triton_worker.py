@@ -370,6 +370,10 @@ def main(command, names):
             **{str(entry): partial(compile_kernels, *entry) for entry in (*COMPILED, *COMPILED_FOR_A_RELEASE)},
             PLANS: a_plan_launches_what_triton_would,
         }
+    print_results(entries, names)
+
+
+def print_results(entries, names):
     for name in names:
         try:
             result = entries[name]()

@@ -77,15 +77,16 @@ class DotWithGrad {
 
  private:
   // Two values of G, as floats where there are registers for them.
-  using Held = std::conditional_t<kTiles <= 4, float2, Pair<T>>;
+  static constexpr bool kHoldsFloats = kTiles <= 4;
+  using Held = std::conditional_t<kHoldsFloats, float2, Pair<T>>;
   __device__ static Held held(Pair<T> pair) {
-    if constexpr (kTiles <= 4)
+    if constexpr (kHoldsFloats)
       return unpack(pair, T{});
     else
       return pair;
   }
   __device__ static float2 unheld(Held held) {
-    if constexpr (kTiles <= 4)
+    if constexpr (kHoldsFloats)
       return held;
     else
       return unpack(held, T{});

@@ -23,6 +23,37 @@ __device__ inline void load_grads(const Lattice& lattice, const Tile& tile, cons
     }
 }
 
+// The second group hands its sums over where the points were.
+template <typename T>
+__device__ inline void leave_sums(const GradWeightArguments& args, int output0, const float (&sum)[3][3][1][3][4]) {
+  const int group = threadIdx.x / kGroupThreads, lane = threadIdx.x % 32;
+  float* handed = reinterpret_cast<float*>(shared_memory());
+  float* partial = args.partial + int64_t(blockIdx.x) * args.split_size;
+#pragma unroll
+  for (int tz = 0; tz < 3; ++tz)
+#pragma unroll
+    for (int ty = 0; ty < 3; ++ty) {
+      const auto place = [&](int tx, int i) -> float& {
+        return handed[(tx * 4 + i) * kGroupThreads + int(threadIdx.x) % kGroupThreads];
+      };
+      __syncthreads();
+#pragma unroll
+      for (int tx = 0; tx < 3; ++tx)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (group == 1) place(tx, i) = sum[tz][ty][0][tx][i];
+      __syncthreads();
+      if (group == 1 || output0 >= args.outputs) continue;
+#pragma unroll
+      for (int tx = 0; tx < 3; ++tx)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          store_partial(args, partial, output0 + lane / 4 + i / 2 * 8,
+                        int64_t(blockIdx.y) * kChunk<T> + lane % 4 * 2 + i % 2, int64_t(args.chunks) * kChunk<T>,
+                        {tz - 1, ty - 1, tx - 1}, sum[tz][ty][0][tx][i] + place(tx, i));
+    }
+}
+
 // Grid (blocks, chunks of input channels, blocks of kBlockOutputs output channels).
 template <typename T>
 __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Lattice lattice, GradWeightArguments args) {
@@ -81,33 +112,7 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
       pipeline.leave(tz - 1, [] {});
     }
   }
-
-  // The second group hands its sums over where the points were.
-  float* handed = reinterpret_cast<float*>(shared_memory());
-  float* partial = args.partial + int64_t(blockIdx.x) * args.split_size;
-#pragma unroll
-  for (int tz = 0; tz < 3; ++tz)
-#pragma unroll
-    for (int ty = 0; ty < 3; ++ty) {
-      const auto place = [&](int tx, int i) -> float& {
-        return handed[(tx * 4 + i) * kGroupThreads + int(threadIdx.x) % kGroupThreads];
-      };
-      __syncthreads();
-#pragma unroll
-      for (int tx = 0; tx < 3; ++tx)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (group == 1) place(tx, i) = sum[tz][ty][0][tx][i];
-      __syncthreads();
-      if (group == 1 || output0 >= args.outputs) continue;
-#pragma unroll
-      for (int tx = 0; tx < 3; ++tx)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          store_partial(args, partial, output0 + lane / 4 + i / 2 * 8,
-                        int64_t(blockIdx.y) * kChunk<T> + lane % 4 * 2 + i % 2, int64_t(args.chunks) * kChunk<T>,
-                        {tz - 1, ty - 1, tx - 1}, sum[tz][ty][0][tx][i] + place(tx, i));
-    }
+  leave_sums<T>(args, output0, sum);
 }
 
 GradWeightKernel kernel_of(DType dtype) {

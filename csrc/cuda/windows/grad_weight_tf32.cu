@@ -28,6 +28,33 @@ __device__ inline void load_grads(const Lattice& lattice, const Tile& tile, cons
     }
 }
 
+// The warps' sums are added where the points were: a thread adds those of register `warp` of a lane.
+__device__ inline void leave_sums(const GradWeightArguments& args, int output0,
+                                  const float (&sum)[3][kTapPairs][kOutputBlocks][4]) {
+  float* handed = reinterpret_cast<float*>(shared_memory());
+  float* partial = args.partial + int64_t(blockIdx.x) * args.split_size;
+  const int lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
+  const int any_warp = int(threadIdx.x) / 32, m = any_warp / 4, i = any_warp % 4;
+  const int64_t o = output0 + 16 * m + row + i / 2 * 8;
+  const int b_column = column * 2 + i % 2;
+#pragma unroll
+  for (int tz = 0; tz < 3; ++tz)
+#pragma unroll
+    for (int pair = 0; pair < kTapPairs; ++pair) {
+      __syncthreads();
+#pragma unroll
+      for (int r = 0; r < kWarps; ++r) handed[(any_warp * kWarps + r) * 32 + lane] = sum[tz][pair][r / 4][r % 4];
+      __syncthreads();
+      float total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) total += handed[(w * kWarps + any_warp) * 32 + lane];
+      const int tap = 2 * pair + b_column / kChunk<float>;
+      if (tap < kPlaneTaps && output0 + 16 * m < args.outputs)
+        store_partial(args, partial, o, int64_t(blockIdx.y) * kChunk<float> + b_column % kChunk<float>,
+                      int64_t(args.chunks) * kChunk<float>, {tz - 1, tap / 3 - 1, tap % 3 - 1}, total);
+    }
+}
+
 __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_tf32_kernel(Lattice lattice,
                                                                                  GradWeightArguments args) {
   const int group = threadIdx.x / kGroupThreads, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
@@ -86,29 +113,7 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_tf32_kernel
       pipeline.leave(tz - 1, [] {});
     }
   }
-
-  // The warps' sums are added where the points were: a thread adds those of register `warp` of a lane.
-  float* handed = reinterpret_cast<float*>(shared_memory());
-  float* partial = args.partial + int64_t(blockIdx.x) * args.split_size;
-  const int any_warp = int(threadIdx.x) / 32, m = any_warp / 4, i = any_warp % 4;
-  const int64_t o = output0 + 16 * m + row + i / 2 * 8;
-  const int b_column = column * 2 + i % 2;
-#pragma unroll
-  for (int tz = 0; tz < 3; ++tz)
-#pragma unroll
-    for (int pair = 0; pair < kTapPairs; ++pair) {
-      __syncthreads();
-#pragma unroll
-      for (int r = 0; r < kWarps; ++r) handed[(any_warp * kWarps + r) * 32 + lane] = sum[tz][pair][r / 4][r % 4];
-      __syncthreads();
-      float total = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += handed[(w * kWarps + any_warp) * 32 + lane];
-      const int tap = 2 * pair + b_column / kChunk<float>;
-      if (tap < kPlaneTaps && output0 + 16 * m < args.outputs)
-        store_partial(args, partial, o, int64_t(blockIdx.y) * kChunk<float> + b_column % kChunk<float>,
-                      int64_t(args.chunks) * kChunk<float>, {tz - 1, tap / 3 - 1, tap % 3 - 1}, total);
-    }
+  leave_sums(args, output0, sum);
 }
 
 }  // namespace
