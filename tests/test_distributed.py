@@ -64,7 +64,8 @@ VOLUMES = {
         2,
         {},
     ),
-    "kernel of one": (autofocus(2, kernel_size=1, stride=2, padding=0), (3, 4, 6), (5,), 2, {}),
+    # Not on both axes: the branches would be equal, and the gate's gradients nothing but rounding.
+    "kernel of one": (autofocus(2, kernel_size=(1, 3), stride=2, padding=0), (3, 4, 6), (5,), 2, {}),
     "gradient through the gate": (autofocus(2, detach_attention=False), (4, 3, 5), (6,), 2, {}),
     "gate of the user's": (
         lambda: autofocus(2, attention=TwoConvGate(), detach_attention=False)(),

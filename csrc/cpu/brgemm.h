@@ -12,7 +12,7 @@ namespace autofocus {
 bool brgemm_works();
 
 // c[m][n] (+)= sum_k a[m][k] b[k][n] with float c and b in pairs of k: [depth / 2][columns][2]. `depth` is even,
-// `columns` (also the row length of b) a multiple of 16.
+// `columns` (also the row length of b) a multiple of 16. Subnormal numbers count as zero, as in torch's own products.
 void brgemm(const uint16_t* a, int64_t a_row, const uint16_t* b, float* c, int64_t c_row, int64_t rows, int64_t columns,
             int64_t depth, bool accumulate);
 
