@@ -19,6 +19,7 @@ ARCHITECTURES = FLAGS["CUDA_ARCHITECTURES"]
 PROBES = sorted((ROOT / "benchmarks" / "probes").glob("*.cu"))
 PROBED = ("80", "90a")  # one without warpgroup MMA and the one with it
 FORWARD, GRAD_WEIGHT = (ROOT / "csrc" / "cuda" / "windows" / f"{name}.cu" for name in ("forward", "grad_weight"))
+MULTIPLIED_TYPES = {FORWARD: {"f16", "bf16", "tf32"}, GRAD_WEIGHT: {"f16", "bf16"}}
 REGISTERS = 65536  # of a multiprocessor, on every architecture here
 STATIC_SHARED = 0  # bytes: every kernel takes what shared memory it needs at launch, from a plan that knows the GPU
 
@@ -65,12 +66,8 @@ INSTANCES = {
 }
 
 # Compiling all of them takes many minutes: `make compat` does, `make test` those for Hopper and, of the files whose
-# code differs by architecture, two for Ampere: each way its products are used.
-AT_EACH_TEST = {
-    *((source, "90a") for source in SOURCES),
-    (FORWARD, "80"),
-    (GRAD_WEIGHT, "80"),
-}
+# code differs by architecture, one for Ampere.
+AT_EACH_TEST = {*((source, "90a") for source in SOURCES), (GRAD_WEIGHT, "80")}
 
 
 def of_a_release(seldom, *values):
@@ -177,17 +174,21 @@ def test_machine_code_of_probes(compiled, source, architecture):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", PROBED)
 @pytest.mark.parametrize(
-    "source, types",
-    [(FORWARD, {"f16", "bf16", "tf32"}), (GRAD_WEIGHT, {"f16", "bf16"})],
-    ids=["forward", "grad_weight"],
+    "source, architecture",
+    [
+        of_a_release((source, architecture) not in AT_EACH_TEST, source, architecture)
+        for source in MULTIPLIED_TYPES
+        for architecture in PROBED
+    ],
+    ids=lambda value: getattr(value, "stem", value),
 )
-def test_only_hopper_gets_warpgroup_mma(compiled, source, types, architecture):
+def test_only_hopper_gets_warpgroup_mma(compiled, source, architecture):
     """In PTX, what each compiler is given; a name misspelt in device.h would send Hopper the slow way in silence."""
     code, report, ptx = compiled[source, architecture].result()
     assert code == 0, report
     instructions = ptx.read_text()
+    types = MULTIPLIED_TYPES[source]
     of_warpgroups = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k\d+\.f32\.(\w+)", instructions))
     of_warps = set(re.findall(r"mma\.sync\.aligned\.m16n8k\d+\.row\.col\.f32\.(\w+)", instructions))
     assert (of_warpgroups, of_warps) == ((types, set()) if architecture == "90a" else (set(), types))

@@ -206,15 +206,16 @@ class Block {
             right[wide * k_block + k][8 * tile + column] = product.over_points ? block[k][column] : block[column][k];
       }
     }
-    for (int row = 0; row < 16; ++row) {
-      float sums[64] = {};
-      for (int k = 0; k < depth; ++k)
-        for (int column = 0; column < 8 * product.tiles; ++column) sums[column] += left[row][k] * right[k][column];
-      for (int column = 0; column < 8 * product.tiles; ++column) {
-        float& d = product.d[row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row / 8 * 2 + column % 2];
-        d = product.adds ? d + sums[column] : sums[column];
+    for (int row = 0; row < 16; ++row)
+      for (int tile = 0; tile < product.tiles; ++tile) {
+        float sums[8] = {};
+        for (int k = 0; k < depth; ++k)
+          for (int column = 0; column < 8; ++column) sums[column] += left[row][k] * right[k][8 * tile + column];
+        for (int column = 0; column < 8; ++column) {
+          float& d = product.d[row % 8 * 4 + column / 2][tile * 4 + row / 8 * 2 + column % 2];
+          d = product.adds ? d + sums[column] : sums[column];
+        }
       }
-    }
   }
 
   void resume(Fiber& fiber) {
@@ -354,14 +355,11 @@ float decode_half(uint16_t bits) {
 
 }  // namespace
 
-float half_to_float(uint16_t bits) {
-  static const std::vector<float> table = [] {
-    std::vector<float> values(65536);
-    for (int i = 0; i < 65536; ++i) values[i] = decode_half(uint16_t(i));
-    return values;
-  }();
-  return table[bits];
-}
+const std::vector<float> half_values = [] {
+  std::vector<float> values(65536);
+  for (int i = 0; i < 65536; ++i) values[i] = decode_half(uint16_t(i));
+  return values;
+}();
 
 uint16_t float_to_half(float value) {
   uint32_t bits;
@@ -379,20 +377,7 @@ uint16_t float_to_half(float value) {
   return sign | uint16_t(((exponent + 14) << 10) + (int(std::ldexp(rounded, 11 - exponent)) - 1024));
 }
 
-float bfloat16_to_float(uint16_t bits) {
-  const uint32_t wide = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
-}
-
-float tf32_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  // What nothing wrote is NaN, and may be read where weights of zero or nobody's sums are behind it.
-  if (!std::isnan(value) && (bits & 0x1fff) != 0) block.report("an operand was not rounded to TF32");
-  return value;
-}
+void report_unrounded() { block.report("an operand was not rounded to TF32"); }
 
 uint16_t float_to_bfloat16(float value) {
   if (std::isnan(value)) return 0x7fff;

@@ -16,6 +16,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -39,6 +40,12 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 void __syncthreads();
 
 namespace autofocus::cuda {
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 
 namespace emulation {
 
@@ -65,12 +72,19 @@ using WarpFunction = void (*)(void* const* lanes);
 void warp_instruction(WarpFunction function, void* operands);
 
 // Round to nearest even, as the GPU does; NaN stays NaN.
-float half_to_float(uint16_t bits);
+extern const std::vector<float> half_values;  // by the bits
+inline float half_to_float(uint16_t bits) { return half_values[bits]; }
 uint16_t float_to_half(float value);
-float bfloat16_to_float(uint16_t bits);
+inline float bfloat16_to_float(uint16_t bits) { return float_of(uint32_t(bits) << 16); }
 uint16_t float_to_bfloat16(float value);
+void report_unrounded();
 // An operand in TF32, of which the GPU drops the last 13 bits: an error if there is anything in them.
-float tf32_to_float(uint32_t bits);
+inline float tf32_to_float(uint32_t bits) {
+  const float value = float_of(bits);
+  // What nothing wrote is NaN, and may be read where weights of zero or nobody's sums are behind it.
+  if ((bits & 0x1fff) != 0 && value == value) report_unrounded();
+  return value;
+}
 
 }  // namespace emulation
 
@@ -87,11 +101,6 @@ inline float to_float(BFloat16 value) { return emulation::bfloat16_to_float(valu
 inline void from_float(Half& to, float value) { to.bits = emulation::float_to_half(value); }
 inline void from_float(BFloat16& to, float value) { to.bits = emulation::float_to_bfloat16(value); }
 
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 inline uint32_t tf32(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
