@@ -48,18 +48,18 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
   const Share share;
   const int turns = Epilogue::kInTurn ? int(ceil_div(args.outputs, 8 * kTiles)) : 1;
   const unsigned char* weight = args.weight + int64_t(blockIdx.y) * args.chunks * chunk_weight_bytes(kTiles);
-  const CopyPoints stage{args.points, args.chunks};
+  CopyPoints stage{args.points, args.chunks};
   Pipeline<Readers::kAll, CopyPoints> pipeline(lattice, args.chunks * turns, stage);
   const int slabs = pipeline.behind();
   Epilogue epilogue(lattice, args, share, slabs + chunk_weight_bytes(kTiles));
 
   for (pipeline.start([&] { copy_slabs<kTiles>(slabs, weight, 0, 0, 3); }); pipeline.running(); pipeline.advance()) {
-    if (pipeline.chunk() % args.chunks == 0) epilogue.begin(pipeline.tile(), pipeline.chunk() / args.chunks);
-    const int next_chunk = pipeline.next_chunk();
+    const int chunk = pipeline.turn().chunk, next_chunk = pipeline.next_turn().chunk;
+    if (chunk % args.chunks == 0) epilogue.begin(pipeline.tile(), chunk / args.chunks);
 #pragma unroll 1
     for (int tz = -1; tz <= 1; ++tz) {
       pipeline.enter(tz);
-      if (tz < 0 && pipeline.chunk() % args.chunks == 0) epilogue.begin_shared();
+      if (tz < 0 && chunk % args.chunks == 0) epilogue.begin_shared();
       const uint32_t slab = shared_units(shared_memory() + slabs + (tz + 1) * kSlabBytes<kTiles>);
       // Half of the warpgroups write ahead while the others keep the tensor cores busy.
       const int writes_in = uniform(reread_thread() / kGroupThreads % 2);
@@ -94,7 +94,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
       // The slab that this tz has read is free behind the barrier; that of tz = 0 with the last one's.
       pipeline.leave(tz, [&] { copy_slabs<kTiles>(slabs, weight, next_chunk, tz < 0 ? 0 : 1, tz < 0 ? 1 : 3); });
     }
-    if (pipeline.last_chunk()) epilogue.end(pipeline.tile());
+    if (pipeline.last_turn()) epilogue.end(pipeline.tile());
   }
 }
 

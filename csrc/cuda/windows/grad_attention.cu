@@ -27,7 +27,7 @@ class DotWithGrad {
     constexpr int kTileChunks = 8 / kChunk<T>;
     const int chunks = int(ceil_div(args_.outputs, kChunk<T>)),
               first = turn * (kTiles * kTileChunks) + share_.channels / kChunk<T>;
-    const int64_t points = packed_target_points(lattice_);
+    const int64_t points = lattice_.packed_targets;
 #pragma unroll
     for (int r = 0; r < kPointsPerLane; ++r) {
       const Int3 at = share_.point(r);

@@ -2,7 +2,7 @@
 // source is a_k G, formed while it is written to shared memory, so that G is in memory but once; a branch scale is in
 // the weight, one for each branch. Where the caller has the gradient of every branch it is copied as it is.
 //
-// Chunks are those of the output channels, branch by branch within: chunk c is that of branch c % K.
+// Chunks are those of the output channels, branch by branch within.
 #include "backward.h"
 #include "tile.h"
 
@@ -21,56 +21,126 @@ struct AdjointArguments {
 };
 
 struct CopyBranches {
+  static constexpr bool kReadsAhead = false;
+
   const unsigned char* points;
   int chunks;
 
-  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Cover& cover, int chunk, int first,
-                             int last) const {
-    const CopyPoints copy{points, lattice.K * chunks};
-    copy(lattice, tile, cover, chunk % lattice.K * chunks + chunk / lattice.K, first, last);
+  __device__ void write(const Lattice& lattice, const Planes& planes) const {
+    Planes of_branch = planes;
+    of_branch.chunk += planes.branch * chunks;
+    CopyPoints{points, lattice.K * chunks}.write(lattice, of_branch);
   }
 };
 
-// Points of G times the attention of one branch, rounded once.
-template <typename T, int kAtOnce>  // kAtOnce: loads under way
-struct WriteGated {
-  const AdjointArguments<T>& args;
+// A packed point times a number, each element rounded once.
+template <typename T>
+__device__ inline uint4 scaled_point(const uint4& point, T factor) {
+  if constexpr (std::is_same_v<T, float>) {
+    float values[kChunk<T>];
+    unpack_point<T>(point, values);
+    for (float& element : values) element *= factor;
+    return packed_point<T>(values);
+  } else {
+    uint16_t bits;
+    memcpy(&bits, &factor, sizeof(bits));
+    const uint32_t pair = bits * 0x10001u;
+    return {multiply(point.x, pair, T{}), multiply(point.y, pair, T{}), multiply(point.z, pair, T{}),
+            multiply(point.w, pair, T{})};
+  }
+}
 
-  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Cover& cover, int chunk, int first,
-                             int last) const {
-    const int k = chunk % lattice.K, source_chunk = chunk / lattice.K;
-    const int64_t points = packed_points(lattice);
-    const unsigned char* from = args.points + (tile.n * args.chunks + source_chunk) * points * kPointBytes;
-    const T* gates = reinterpret_cast<const T*>(args.gates) + tile.n * points * kLatticeBranches + k;
-    for (int pass = 0; pass < cover.passes; ++pass) {
-      Points walk(lattice, tile, cover, pass, first, last);
-      while (walk.more()) {
-        uint4 value[kAtOnce];
-        T gate[kAtOnce];
-        int place[kAtOnce];
+// Some points of G and their attention by one branch, on their way from global to shared memory.
+template <typename T, int kCount>
+struct GatedPoints {
+  uint4 points[kCount];
+  T gates[kCount];
+
+  // The walk's next ones, which it goes past; zeros where it has none. Of point i of the source the attention is
+  // gates[kLatticeBranches * i].
+  __device__ void read(Points& walk, const uint4* from, const T* attention) {
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          place[i] = walk.more() ? walk.place() : -1;
-          value[i] = {0u, 0u, 0u, 0u};
-          gate[i] = T{};
-          if (walk.more() && walk.there()) {
-            value[i] = *reinterpret_cast<const uint4*>(from + int64_t(walk.index()) * kPointBytes);
-            gate[i] = gates[int64_t(walk.index()) * kLatticeBranches];
-          }
-          walk.advance();
-        }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          if (place[i] < 0) continue;
-          float values[kChunk<T>];
-          unpack_point<T>(value[i], values);
-#pragma unroll
-          for (float& element : values) element *= to_float(gate[i]);
-          *reinterpret_cast<uint4*>(shared_memory() + place[i] * kPointBytes) = packed_point<T>(values);
-        }
+    for (int i = 0; i < kCount; ++i) {
+      points[i] = {0u, 0u, 0u, 0u};
+      gates[i] = T{};
+      if (walk.more() && walk.there()) {
+        points[i] = from[walk.index()];
+        gates[i] = attention[int64_t(walk.index()) * kLatticeBranches];
       }
+      walk.advance();
     }
   }
+  // To where `walk` began.
+  __device__ void write(Points walk) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (walk.more())
+        *reinterpret_cast<uint4*>(shared_memory() + walk.place() * kPointBytes) = scaled_point(points[i], gates[i]);
+      walk.advance();
+    }
+  }
+};
+
+// Points of G times the attention of one branch, rounded once. A thread has up to kAtOnce loads under way.
+template <typename T, int kAtOnce, int kAhead>
+class WriteGated {
+ public:
+  static constexpr bool kReadsAhead = kAhead > 0;
+
+  __device__ explicit WriteGated(const AdjointArguments<T>& args) : args_(args) {}
+
+  __device__ void write(const Lattice& lattice, const Planes& planes) const {
+    for (int pass = 0; pass < planes.cover.passes; ++pass) {
+      Points walk(lattice, planes, pass);
+      write_rest<kAtOnce>(walk, source(lattice, planes), gates(lattice, planes));
+    }
+  }
+  // The first kAhead points of a thread are held in registers in between.
+  __device__ void read(const Lattice& lattice, const Planes& planes) {
+    Points walk(lattice, planes, 0);
+    ahead_.read(walk, source(lattice, planes), gates(lattice, planes));
+  }
+  __device__ void write_read(const Lattice& lattice, const Planes& planes) const {
+    for (int pass = 0; pass < planes.cover.passes; ++pass) {
+      Points walk(lattice, planes, pass);
+      if (pass == 0) {
+        ahead_.write(walk);
+        for (int i = 0; i < kAhead; ++i) walk.advance();
+      }
+      write_rest<2>(walk, source(lattice, planes), gates(lattice, planes));
+    }
+  }
+
+ private:
+  __device__ const uint4* source(const Lattice& lattice, const Planes& planes) const {
+    const int64_t chunk = planes.tile.n * args_.chunks + planes.chunk;
+    return held(reinterpret_cast<const uint4*>(args_.points) + chunk * lattice.packed_points);
+  }
+  __device__ const T* gates(const Lattice& lattice, const Planes& planes) const {
+    const int64_t point = planes.tile.n * lattice.packed_points;
+    return held(reinterpret_cast<const T*>(args_.gates) + point * kLatticeBranches + planes.branch);
+  }
+
+  // What is left of a walk, in groups no larger than needed: an instruction that is switched off takes its time too.
+  template <int kCount>
+  __device__ void write_rest(Points& walk, const uint4* from, const T* attention) const {
+    if constexpr (kCount > 2) {
+      while (walk.more(kCount / 2 + 1)) write_group<kCount>(walk, from, attention);
+      write_rest<kCount / 2>(walk, from, attention);
+    } else {
+      while (walk.more()) write_group<kCount>(walk, from, attention);
+    }
+  }
+  template <int kCount>
+  __device__ void write_group(Points& walk, const uint4* from, const T* attention) const {
+    const Points begin = walk;
+    GatedPoints<T, kCount> group;
+    group.read(walk, from, attention);
+    group.write(begin);
+  }
+
+  const AdjointArguments<T>& args_;
+  GatedPoints<T, kAhead> ahead_;
 };
 
 // Grid (blocks, blocks of 8 kTiles input channels).
@@ -80,19 +150,20 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice lattice
   const int64_t target0 = int64_t(blockIdx.y) * (8 * kTiles);
   const int weights = args.scaled ? lattice.K : 1;  // of a chunk
   const unsigned char* weight = args.weight + int64_t(blockIdx.y) * args.chunks * weights * chunk_weight_bytes(kTiles);
-  const auto stage = [&] {
+  auto stage = [&] {
     if constexpr (kGated)
-      return WriteGated<T, kTiles <= 5 ? 4 : 2>{args};  // as many as leave registers
+      return WriteGated<T, kTiles <= 4 ? 8 : kTiles == 5 ? 4 : 2, kTiles <= 5 ? 3 : 0>(args);  // what leaves registers
     else
       return CopyBranches{args.points, args.chunks};
   }();
-  Pipeline<Readers::kOne, std::decay_t<decltype(stage)>> pipeline(lattice, args.chunks * lattice.K, stage);
+  Pipeline<Readers::kOne, std::decay_t<decltype(stage)>> pipeline(lattice, args.chunks, stage);
   const int slabs = pipeline.behind();
 
   float sum[kGroupPlanes][kTiles][4];
   for (pipeline.start([&] { copy_slabs<kTiles>(slabs, weight, 0, 0, 3); }); pipeline.running(); pipeline.advance()) {
-    if (pipeline.chunk() == 0) clear(sum);
-    const int k = pipeline.chunk() % lattice.K, next = pipeline.next_chunk();
+    if (pipeline.first_turn()) clear(sum);
+    const int k = pipeline.turn().branch;
+    const Turn next = pipeline.next_turn();
 #pragma unroll 1
     for (int tz = -1; tz <= 1; ++tz) {
       pipeline.enter(tz);
@@ -115,11 +186,12 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice lattice
       wait_for_products<0>(sum);
       pipeline.leave(tz, [&] {
         // Another chunk of channels has another weight; without a scale all branches of one share it.
-        if (args.scaled || next % lattice.K == 0)
-          copy_slabs<kTiles>(slabs, weight, next * weights / lattice.K, tz < 0 ? 0 : 1, tz < 0 ? 1 : 3);
+        if (args.scaled || next.branch == 0)
+          copy_slabs<kTiles>(slabs, weight, next.chunk * weights + (args.scaled ? next.branch : 0), tz < 0 ? 0 : 1,
+                             tz < 0 ? 1 : 3);
       });
     }
-    if (pipeline.last_chunk())
+    if (pipeline.last_turn())
       store_targets(lattice, pipeline.tile(), args.target, args.targets, target0, args.adds, share, sum,
                     [](const Int3&) { return [](int) { return float2{0.0f, 0.0f}; }; });
   }

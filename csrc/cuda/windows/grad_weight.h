@@ -33,12 +33,15 @@ GradWeightKernel grad_weight_tf32_kernel_of();
 
 // One chunk of a pipeline's tiles, whichever tile it is.
 struct CopyChunk {
+  static constexpr bool kReadsAhead = false;
+
   const unsigned char* points;
   int chunks, chunk;
 
-  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Cover& cover, int, int first,
-                             int last) const {
-    CopyPoints{points, chunks}(lattice, tile, cover, chunk, first, last);
+  __device__ void write(const Lattice& lattice, const Planes& planes) const {
+    Planes of_chunk = planes;
+    of_chunk.chunk = chunk;
+    CopyPoints{points, chunks}.write(lattice, of_chunk);
   }
 };
 
@@ -62,7 +65,7 @@ __device__ inline const unsigned char* grad_point(const Lattice& lattice, const 
   if (chunk >= args.output_chunks || !inside(target_position(lattice, tile, z, y, x), lattice.target)) return nullptr;
   const int64_t k = args.grad_branches == 1 ? 0 : args.branch;
   const int64_t plane = (tile.n * args.grad_branches + k) * args.output_chunks + chunk;
-  return args.grads + (plane * packed_target_points(lattice) + packed_target(lattice, tile, z, y, x)) * kPointBytes;
+  return args.grads + (plane * lattice.packed_targets + packed_target(lattice, tile, z, y, x)) * kPointBytes;
 }
 
 // Leaves the sum of tap (tz, ty, tx), each -1, 0 or 1; on an axis of one tap those beside it are nobody's.

@@ -50,6 +50,7 @@ struct Lattice {
   Int3 target_points;     // and of a target class
   Int3 tiles;             // tiles of a target class per axis; the last ones may lie outside the target
   Classes source_classes, target_classes;  // what is packed, and where there are tiles
+  int packed_points, packed_targets;       // points of these classes, each in full
   int taps_z;
   int tile_z;
   int ring, ring_bytes;                          // planes of points held in shared memory
@@ -67,14 +68,7 @@ AUTOFOCUS_HD inline int64_t volume(const Int3& sizes) { return int64_t(sizes.z) 
 AUTOFOCUS_HD inline int64_t num_tiles(const Lattice& lattice) {
   return lattice.N * volume(lattice.tiles) * volume(lattice.target_classes.count);
 }
-// Points of the classes that are packed, each of them in full.
-AUTOFOCUS_HD inline int64_t packed_points(const Lattice& lattice) {
-  return volume(lattice.source_classes.count) * volume(lattice.points);
-}
-AUTOFOCUS_HD inline int64_t packed_target_points(const Lattice& lattice) {
-  return volume(lattice.target_classes.count) * volume(lattice.target_points);
-}
-// The number of point `p` of class `c` among them, classes outermost. lattice_refusal sees to it that it fits.
+// The number of point `p` of class `c` among those packed, classes outermost. lattice_refusal sees to it that it fits.
 AUTOFOCUS_HD inline int packed_number(const Classes& classes, const Int3& c, const Int3& points, const Int3& p) {
   const Int3 &first = classes.first, &count = classes.count;
   const int in_classes = ((c.z - first.z) * count.y + (c.y - first.y)) * count.x + (c.x - first.x);
@@ -234,6 +228,13 @@ inline const char* lattice_refusal(const Problem& g) {
   return nullptr;
 }
 
+inline void choose_classes(Lattice& lattice, const Classes& source, const Classes& target) {
+  lattice.source_classes = source;
+  lattice.target_classes = target;
+  lattice.packed_points = int(volume(source.count) * volume(lattice.points));
+  lattice.packed_targets = int(volume(target.count) * volume(lattice.target_points));
+}
+
 // The lattices of a problem that lattice_refusal lets pass; tile_z and what follows from it are set by set_tile. The
 // step is the branches' common one; the gather is that of `branches` of them from `first_branch` on.
 inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first_branch, int64_t branches) {
@@ -257,9 +258,10 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
     }
   }
   lattice.taps_z = int(g.kernel.z);
-  lattice.source_classes = lattice.target_classes = {lattice.step, {0, 0, 0}};
   lattice.points = lattice_points(lattice.source, lattice.step);
   lattice.target_points = lattice_points(lattice.target, lattice.step);
+  const Classes all = {lattice.step, {0, 0, 0}};
+  choose_classes(lattice, all, all);
   return lattice;
 }
 
@@ -299,8 +301,7 @@ inline Part part_of(const Problem& g, const Split& split, int64_t index) {
 inline void restrict_to(Lattice& lattice, const Part& part, Direction direction) {
   const bool forward = direction == Direction::kForward;
   lattice.N = part.samples;
-  lattice.source_classes = forward ? part.input : part.output;
-  lattice.target_classes = forward ? part.output : part.input;
+  choose_classes(lattice, forward ? part.input : part.output, forward ? part.output : part.input);
 }
 
 inline Cover cover_of(const Lattice& lattice, const Int3& halo, int threads) {

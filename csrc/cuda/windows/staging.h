@@ -48,26 +48,35 @@ __device__ inline uint4 packed_point(const float (&values)[kChunk<T>]) {
             pack(values[6], values[7], T{})};
 }
 
-// This thread's points of planes [first, last) of the block, all in one part of it, in pass `pass` of a cover, one
-// after the other. Beside the products this is what a kernel executes most: what is the same in all planes is found
-// once.
+// What is written at a time: a chunk of channels in planes [first, last) of the block under a tile, all in one part of
+// it, within the halo of a cover; all branches read it, or `branch`.
+struct Planes {
+  const Tile& tile;
+  const Cover& cover;
+  int chunk, branch, first, last;
+};
+
+// This thread's points of such planes in pass `pass` of the cover, one after the other. Beside the products this is
+// what a kernel executes most: what is the same in all planes is found once.
 class Points {
  public:
-  __device__ Points(const Lattice& lattice, const Tile& tile, const Cover& cover, int pass, int first, int last)
-      : lattice_(lattice), cover_(cover) {
+  __device__ Points(const Lattice& lattice, const Planes& planes, int pass) : lattice_(lattice), cover_(planes.cover) {
+    const Tile& tile = planes.tile;
+    const Cover& cover = planes.cover;
     const int thread = reread_thread(), line = divided(thread, cover.by_columns), plane = divided(line, cover.by_rows);
     const int row = line - plane * cover.rows + pass * cover.rows;
     const int block_row = lattice.halo.y - cover.halo.y + row,
               block_column = lattice.halo.x - cover.halo.x + thread - line * cover.columns;
-    left_ = plane < cover.planes && row < kTileY + 2 * cover.halo.y ? last - first - plane : 0;
-    source_plane_ = tile.source_first.z + first + plane;
+    left_ = plane < cover.planes && row < kTileY + 2 * cover.halo.y ? planes.last - planes.first - plane : 0;
+    source_plane_ = tile.source_first.z + planes.first + plane;
     line_there_ =
         has_row(lattice, tile.source_first, block_row) && has_column(lattice, tile.source_first, block_column);
-    index_ = packed_index(lattice, tile, first + plane, block_row, block_column);
-    place_ = slot(lattice, first + plane) * plane_size(lattice) + block_row * kPitch + block_column;
+    index_ = packed_index(lattice, tile, planes.first + plane, block_row, block_column);
+    place_ = slot(lattice, planes.first + plane) * plane_size(lattice) + block_row * kPitch + block_column;
   }
 
-  __device__ bool more() const { return left_ > 0; }
+  // Whether there are `count` more.
+  __device__ bool more(int count = 1) const { return left_ > (count - 1) * cover_.planes; }
   // Where the point goes in shared memory, in points.
   __device__ int place() const { return place_; }
   // Whether the source has it; if so, its number among the packed points.
@@ -91,47 +100,60 @@ class Points {
 // Copies points as they are: chunk c of `points` [N, chunks_held, packed points], beginning again after the last one
 // held.
 struct CopyPoints {
+  static constexpr bool kReadsAhead = false;
+
   const unsigned char* points;
   int chunks_held;
 
-  __device__ void operator()(const Lattice& lattice, const Tile& tile, const Cover& cover, int chunk, int first,
-                             int last) const {
-    const int64_t plane = tile.n * chunks_held + chunk % chunks_held;
-    for (int pass = 0; pass < cover.passes; ++pass) {
-      Points walk(lattice, tile, cover, pass, first, last);
-      const unsigned char* from = points + (plane * packed_points(lattice) + walk.index()) * kPointBytes;
-      for (; walk.more(); walk.advance(), from += int64_t(cover.source_step) * kPointBytes)
+  __device__ void write(const Lattice& lattice, const Planes& planes) const {
+    const int64_t plane = planes.tile.n * chunks_held + planes.chunk % chunks_held;
+    for (int pass = 0; pass < planes.cover.passes; ++pass) {
+      Points walk(lattice, planes, pass);
+      const unsigned char* from = points + (plane * lattice.packed_points + walk.index()) * kPointBytes;
+      for (; walk.more(); walk.advance(), from += int64_t(planes.cover.source_step) * kPointBytes)
         copy_async<kPointBytes>(shared_memory() + walk.place() * kPointBytes, from, walk.there());
     }
   }
 };
 
-// Which branches read a chunk: all of them, or one each in turn. Then chunk c belongs to branch c % K.
+// Which branches read a block of points: all of them, or one each in turn.
 enum class Readers { kAll, kOne };
 
-// What a block works through, tiles number blockIdx.x, blockIdx.x + gridDim.x, ... and in each `chunks` chunks, and the
-// writing that runs ahead of the products.
+// A chunk of channels, and if branches read in turn one of them, else 0.
+struct Turn {
+  int chunk, branch;
+};
+
+// What a block works through, tiles number blockIdx.x, blockIdx.x + gridDim.x, ... and in each `chunks` chunks of
+// channels and, if branches read in turn, in each of these all branches; and the writing that runs ahead of the
+// products.
 //
-// Every thread calls every method: start, then for each chunk {enter, ahead, leave} for tz = -1, 0, 1 and advance.
+// Every thread calls every method: start, then in each turn {enter, ahead, leave} for tz = -1, 0, 1 and advance.
 // Products of tz are begun behind enter and waited for before leave, in front of ahead, around it or behind.
-// `stage(lattice, tile, halo, chunk, first, last)` writes planes; what a kernel copies beside, it copies in the
-// functions that start and leave take, and that is there from the next chunk's enter(-1) on.
+// `stage.write(lattice, planes)` writes planes. A stage that waits for what it reads may read ahead: for planes that
+// cannot be written yet `stage.read(lattice, planes)` is called while products run, and then, behind them,
+// `stage.write_read(lattice, planes)`. What a kernel copies beside, it copies in the functions that start and leave
+// take, and that is there from the next turn's enter(-1) on.
 template <Readers kReaders, typename Stage>
 class Pipeline {
  public:
-  __device__ Pipeline(const Lattice& lattice, int chunks, const Stage& stage)
+  __device__ Pipeline(const Lattice& lattice, int chunks, Stage& stage)
       : lattice_(lattice),
         stage_(stage),
         chunks_(chunks),
         tiles_(int(num_tiles(lattice))),
         tile_(int(blockIdx.x)),
-        chunk_(0),
+        turn_{0, 0},
         parity_(0) {}
 
   __device__ bool running() const { return tile_ < tiles_; }
-  __device__ int chunk() const { return chunk_; }
-  __device__ bool last_chunk() const { return chunk_ + 1 == chunks_; }
-  __device__ int next_chunk() const { return last_chunk() ? 0 : chunk_ + 1; }
+  __device__ const Turn& turn() const { return turn_; }
+  __device__ bool first_turn() const { return turn_.chunk == 0 && turn_.branch == 0; }
+  __device__ bool last_turn() const { return turn_.chunk + 1 == chunks_ && turn_.branch + 1 == branches(); }
+  __device__ Turn next_turn() const {
+    if (turn_.branch + 1 < branches()) return {turn_.chunk, turn_.branch + 1};
+    return {turn_.chunk + 1 == chunks_ ? 0 : turn_.chunk + 1, 0};
+  }
   __device__ const Tile& tile() const { return shared_tile(parity_); }
   // Where shared memory behind the pipeline's own begins.
   __device__ int behind() const { return lattice_.ring_bytes + 2 * int(sizeof(Tile)); }
@@ -142,8 +164,8 @@ class Pipeline {
     __syncthreads();
     if (!running()) return;
     copies();
-    write(Section::kFirst, false);
-    write(Section::kMiddle, false);
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) write(part == 0 ? Section::kFirst : Section::kMiddle, false);
     copy_async_commit();
   }
 
@@ -156,20 +178,19 @@ class Pipeline {
     fence_shared_operands();
     __syncthreads();
     // Decoding a tile number takes a dozen divisions: one thread does it, once a tile, when all are done with the last.
-    if (tz < 0 && chunk_ == 0 && threadIdx.x == 0 && tile_ + int(gridDim.x) < tiles_)
+    if (tz < 0 && first_turn() && threadIdx.x == 0 && tile_ + int(gridDim.x) < tiles_)
       shared_tile(1 - parity_) = tile_at(lattice_, tile_ + int(gridDim.x));
   }
 
   __device__ void ahead(int tz) {
-    if (tz < 0) {
-      if (!recycles()) write(Section::kLast, false);
-      copy_async_commit();
-    } else if (tz == 0) {
-      recycles() ? write(Section::kLast, false) : write(Section::kFirst, true);
-      copy_async_commit();
-    } else {
-      write(Section::kFreeMiddle, true);
+    // One call for the three: all of the writing is in line, and the kernel is to fit the cache of instructions.
+    if (tz >= 0 || !recycles()) {
+      const bool of_this = (tz < 0) != recycles();
+      write(tz > 0 ? Section::kFreeMiddle : of_this ? Section::kLast : Section::kFirst, tz > 0 || !of_this);
     }
+    if (tz <= 0) copy_async_commit();
+    if constexpr (Stage::kReadsAhead)
+      if (tz > 0) with(Section::kOtherMiddle, true, [&](const Planes& planes) { stage_.read(lattice_, planes); });
   }
 
   template <typename Copies>
@@ -178,19 +199,22 @@ class Pipeline {
     __syncthreads();
     copies();
     if (tz < 0) return;
+    with(Section::kOtherMiddle, true, [&](const Planes& planes) {
+      if constexpr (Stage::kReadsAhead)
+        stage_.write_read(lattice_, planes);
+      else
+        stage_.write(lattice_, planes);
+    });
     if (recycles()) write(Section::kFirst, true);
-    write(Section::kOtherMiddle, true);
     copy_async_commit();
   }
 
   __device__ void advance() {
-    if (!last_chunk()) {
-      ++chunk_;
-      return;
+    if (last_turn()) {
+      tile_ += int(gridDim.x);
+      parity_ = 1 - parity_;
     }
-    chunk_ = 0;
-    tile_ += int(gridDim.x);
-    parity_ = 1 - parity_;
+    turn_ = next_turn();
   }
 
  private:
@@ -201,38 +225,44 @@ class Pipeline {
   }
   __device__ bool recycles() const { return lattice_.ring < planes(lattice_); }
 
-  __device__ const Cover& cover(int chunk) const {
-    return lattice_.cover[kReaders == Readers::kAll ? kLatticeBranches : chunk % lattice_.K];
+  __device__ int branches() const { return kReaders == Readers::kAll ? 1 : lattice_.K; }
+  __device__ const Cover& cover(const Turn& turn) const {
+    return lattice_.cover[kReaders == Readers::kAll ? kLatticeBranches : turn.branch];
   }
-  // Planes at the middle's beginning that tz = +1 of this chunk does not read.
+  // Planes at the middle's beginning that tz = +1 of this turn does not read.
   __device__ int free_planes() const {
+    if (kReaders == Readers::kOne) return least(lattice_.tile_z, lattice_.rate[turn_.branch].z);
     int free = lattice_.tile_z;
-    for (int k = 0; k < lattice_.K; ++k)
-      if ((kReaders == Readers::kAll || k == chunk_ % lattice_.K) && lattice_.rate[k].z < free)
-        free = lattice_.rate[k].z;
+    for (int k = 0; k < lattice_.K; ++k) free = least(free, lattice_.rate[k].z);
     return free;
   }
+  static __device__ int least(int a, int b) { return a < b ? a : b; }
 
-  // A section of the planes of this chunk, or of the next one.
-  __device__ void write(Section section, bool of_next) {
-    const bool next_tile = of_next && last_chunk();
+  // Calls use(planes) for a section of the planes of this turn, or of the next one, if there is one.
+  template <typename Use>
+  __device__ void with(Section section, bool of_next, const Use& use) const {
+    const bool next_tile = of_next && last_turn();
     if (next_tile && tile_ + int(gridDim.x) >= tiles_) return;
-    const int chunk = of_next ? next_chunk() : chunk_;
-    const Cover& own = cover(chunk);
+    const Turn turn = of_next ? next_turn() : turn_;
+    const Cover& own = cover(turn);
     const int middle = lattice_.halo.z, end = middle + lattice_.tile_z;
     int first = middle, last = end;
     if (section == Section::kFirst) first = middle - own.halo.z, last = middle;
     if (section == Section::kFreeMiddle) last = middle + free_planes();
     if (section == Section::kOtherMiddle) first = middle + free_planes();
     if (section == Section::kLast) first = end, last = end + own.halo.z;
-    stage_(lattice_, shared_tile(next_tile ? 1 - parity_ : parity_), own, chunk, first, last);
+    use(Planes{shared_tile(next_tile ? 1 - parity_ : parity_), own, turn.chunk, turn.branch, first, last});
+  }
+  __device__ void write(Section section, bool of_next) const {
+    with(section, of_next, [&](const Planes& planes) { stage_.write(lattice_, planes); });
   }
 
   const Lattice& lattice_;
-  const Stage& stage_;
+  Stage& stage_;
   int chunks_;
   int tiles_, tile_;  // a device has no memory for 2^31 tiles
-  int chunk_, parity_;
+  Turn turn_;
+  int parity_;
 };
 
 }  // namespace autofocus::cuda

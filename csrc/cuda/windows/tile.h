@@ -52,7 +52,7 @@ template <typename T>
 __device__ inline Gates<T> packed_attention(const Lattice& lattice, const Tile& tile, const unsigned char* gates,
                                             const Int3& p) {
   if (!inside(target_position(lattice, tile, p.z, p.y, p.x), lattice.target)) return {};
-  const int64_t point = tile.n * packed_target_points(lattice) + packed_target(lattice, tile, p.z, p.y, p.x);
+  const int64_t point = tile.n * lattice.packed_targets + packed_target(lattice, tile, p.z, p.y, p.x);
   return reinterpret_cast<const Gates<T>*>(gates)[point];
 }
 
