@@ -60,7 +60,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
     for (int tz = -1; tz <= 1; ++tz) {
       pipeline.enter(tz);
       if (tz < 0 && chunk % args.chunks == 0) epilogue.begin_shared();
-      const uint32_t slab = shared_units(shared_memory() + slabs + (tz + 1) * kSlabBytes<kTiles>);
+      const Operand slab(shared_units(shared_memory() + slabs + (tz + 1) * kSlabBytes<kTiles>), 8 * kTiles, 8);
       // Half of the warpgroups write ahead while the others keep the tensor cores busy.
       const int writes_in = uniform(reread_thread() / kGroupThreads % 2);
 #pragma unroll 1
@@ -73,17 +73,17 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
         for (int k = 0; k < (reads(lattice, tz) ? lattice.K : 0); ++k) {
 #pragma unroll
           for (int m0 = 0; m0 < kGroupPlanes; m0 += kTogether) {
-            uint32_t plane[kTogether];
+            uint32_t window[kTogether];
 #pragma unroll
-            for (int m = 0; m < kTogether; ++m) plane[m] = plane_of(lattice, share.z0 + m0 + m, tz, k);
+            for (int m = 0; m < kTogether; ++m) window[m] = first_window(lattice, share.z0 + m0 + m, tz, k);
             float y[kTogether][kTiles][4];
             begin_products();
 #pragma unroll kUnrolledProducts
-            for (int tap = 0; tap < kPlaneTaps; tap += 2) {
+            for (int pair = 0; pair < kTapPairs; ++pair) {
               Operand a[kTogether];
 #pragma unroll
-              for (int m = 0; m < kTogether; ++m) a[m] = two_taps(lattice, plane[m], tap, k);
-              window_product<T>(y, a, {slab + tap * (8 * kTiles), 8 * kTiles, 8}, tap > 0);
+              for (int m = 0; m < kTogether; ++m) a[m] = two_taps(lattice, window[m], pair, k);
+              window_product<T>(y, a, slab.moved(pair * (16 * kTiles)), pair > 0);
             }
             commit_products();
             wait_for_products<0>(y);

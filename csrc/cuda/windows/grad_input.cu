@@ -162,23 +162,23 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice lattice
   float sum[kGroupPlanes][kTiles][4];
   for (pipeline.start([&] { copy_slabs<kTiles>(slabs, weight, 0, 0, 3); }); pipeline.running(); pipeline.advance()) {
     if (pipeline.first_turn()) clear(sum);
-    const int k = pipeline.turn().branch;
+    const int k = uniform(pipeline.turn().branch);
     const Turn next = pipeline.next_turn();
 #pragma unroll 1
     for (int tz = -1; tz <= 1; ++tz) {
       pipeline.enter(tz);
-      const uint32_t slab = shared_units(shared_memory() + slabs + (tz + 1) * kSlabBytes<kTiles>);
+      const Operand slab(shared_units(shared_memory() + slabs + (tz + 1) * kSlabBytes<kTiles>), 8 * kTiles, 8);
       if (reads(lattice, tz)) {
         begin_products();
-        uint32_t plane[kGroupPlanes];
+        uint32_t window[kGroupPlanes];
 #pragma unroll
-        for (int m = 0; m < kGroupPlanes; ++m) plane[m] = plane_of(lattice, share.z0 + m, tz, k);
+        for (int m = 0; m < kGroupPlanes; ++m) window[m] = first_window(lattice, share.z0 + m, tz, k);
 #pragma unroll kUnrolledProducts
-        for (int tap = 0; tap < kPlaneTaps; tap += 2) {
+        for (int pair = 0; pair < kTapPairs; ++pair) {
           Operand a[kGroupPlanes];
 #pragma unroll
-          for (int m = 0; m < kGroupPlanes; ++m) a[m] = two_taps(lattice, plane[m], tap, k);
-          window_product<T>(sum, a, {slab + tap * (8 * kTiles), 8 * kTiles, 8}, true);
+          for (int m = 0; m < kGroupPlanes; ++m) a[m] = two_taps(lattice, window[m], pair, k);
+          window_product<T>(sum, a, slab.moved(pair * (16 * kTiles)), true);
         }
       }
       commit_products();

@@ -19,6 +19,7 @@ constexpr int kMaxHaloX = 7;
 constexpr int kPitch = kTileX + 2 * kMaxHaloX;  // points of a row in shared memory; a constant, so row offsets are too
 constexpr int kPointBytes = 16;                 // of a packed point: a chunk of channels
 constexpr int kPlaneTaps = 9;                   // taps (ty, tx) of one tz, in this order
+constexpr int kTapPairs = 5;                    // of a product; the last tap has no second one
 
 struct Int3 {
   int z, y, x;
@@ -56,6 +57,9 @@ struct Lattice {
   int ring, ring_bytes;                          // planes of points held in shared memory
   Cover cover[kLatticeBranches + 1];             // for the points of one branch each, and for those of all
   int tap_points[kPlaneTaps][kLatticeBranches];  // where tap (ty, tx) of branch k lies in its plane, ascending
+  // Of a pair of taps: where the first one lies, counted from tap 0, and in the upper half how far on the second one
+  // does.
+  uint32_t tap_pairs[kTapPairs][kLatticeBranches];
 };
 
 // One tile: its target class and first target point, and the source class and point at plane 0, row 0, column 0.
@@ -255,6 +259,11 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
     for (int tap = 0; tap < kPlaneTaps; ++tap) {
       const int ty = tap / 3 - 1, tx = g.kernel.y == 1 && ty != 0 ? ty : tap % 3 - 1;
       lattice.tap_points[tap][k] = ty * rate.y * kPitch + tx * rate.x;
+    }
+    for (int pair = 0; pair < kTapPairs; ++pair) {
+      const int tap = 2 * pair, first = lattice.tap_points[tap][k];
+      const int second = tap + 1 < kPlaneTaps ? lattice.tap_points[tap + 1][k] : first;
+      lattice.tap_pairs[pair][k] = uint32_t(second - first) << 16 | uint32_t(first - lattice.tap_points[0][k]);
     }
   }
   lattice.taps_z = int(g.kernel.z);

@@ -20,12 +20,23 @@ constexpr int kUnrolledProducts = 1;
 
 // Blocks of eight rows of 16 bytes, a row eight elements, in shared memory. In units of 16 bytes: `start` is where the
 // first block lies, anywhere; the next eight of k are `along_k` away, the next eight of the other axis `along_rows`.
+// All are below 2^14, as shared memory is.
 struct Operand {
-  uint32_t start, along_k, along_rows;
+  uint32_t places;  // start and along_k as a descriptor has them: one addition moves both
+  uint32_t along_rows;
+
+  Operand() = default;
+  __device__ Operand(uint32_t places_, uint32_t along_rows_) : places(places_), along_rows(along_rows_) {}
+  __device__ Operand(uint32_t start, uint32_t along_k, uint32_t along_rows_)
+      : Operand(along_k << 16 | start, along_rows_) {}
+
+  __device__ Operand moved(uint32_t units) const { return {places + units, along_rows}; }
+  __device__ uint32_t start() const { return places & 0xffffu; }
+  __device__ uint32_t along_k() const { return places >> 16; }
 };
 
 __device__ inline uint64_t encoded(const Operand& operand) {
-  return uint64_t(operand.along_rows) << 32 | (operand.along_k << 16 | operand.start);
+  return uint64_t(operand.along_rows) << 32 | operand.places;
 }
 
 // Four 8x8 blocks a call: those of row blocks `block`, and of the next one if `pair`, at either eight of k. In the
@@ -34,8 +45,8 @@ template <bool kTransposed>
 __device__ inline void load_blocks(uint32_t (&fragments)[4], const Operand& operand, int block, bool pair) {
   const int lane = threadIdx.x % 32, matrix = lane / 8;
   const int row_block = block + (pair ? matrix / 2 : 0);
-  load_matrices<kTransposed>(fragments,
-                             operand.start + row_block * operand.along_rows + matrix % 2 * operand.along_k + lane % 8);
+  load_matrices<kTransposed>(
+      fragments, operand.start() + row_block * operand.along_rows + matrix % 2 * operand.along_k() + lane % 8);
 }
 
 // d[m] += a b, with b as MMA fragments loaded once for all m.

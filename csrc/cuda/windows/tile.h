@@ -13,7 +13,7 @@ struct Share {
 
   __device__ Share() {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    z0 = int(threadIdx.x) / kGroupThreads * kGroupPlanes;
+    z0 = uniform(int(threadIdx.x) / kGroupThreads) * kGroupPlanes;
     y0 = 2 * warp;
     x = lane / 4;
     channels = lane % 4 * 2;
@@ -31,11 +31,14 @@ __device__ inline uint32_t plane_of(const Lattice& lattice, int z, int tz, int k
   return shared_units(shared_memory()) + plane_place(lattice, z, tz, k);
 }
 
+// Where the window of tap 0 of a plane begins.
+__device__ inline uint32_t first_window(const Lattice& lattice, int z, int tz, int k) {
+  return plane_of(lattice, z, tz, k) + lattice.tap_points[0][k];
+}
 // Two taps of a chunk of channels as operand a. The last tap has no second one: the same points again, with weights of
 // zero.
-__device__ inline Operand two_taps(const Lattice& lattice, uint32_t plane, int tap, int k) {
-  const int first = lattice.tap_points[tap][k];
-  return {plane + first, uint32_t(tap + 1 < kPlaneTaps ? lattice.tap_points[tap + 1][k] - first : 0), kPitch};
+__device__ inline Operand two_taps(const Lattice& lattice, uint32_t first_window, int pair, int k) {
+  return {first_window + lattice.tap_pairs[pair][k], kPitch};
 }
 
 // Copies slabs [first, last) of the weight of a chunk.
