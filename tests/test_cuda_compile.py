@@ -142,8 +142,8 @@ def compiled(request, tmp_path_factory):
 
 
 def is_never_planned(kernel, architecture):
-    """64 target channels at once, which plan.cu gives to warpgroup MMA only; elsewhere they spill."""
-    return kernel.name in ("branches_kernel", "adjoint_kernel") and "Li8E" in kernel.symbol and architecture != "90a"
+    """64 output channels at once, which plan.cu gives to warpgroup MMA only; elsewhere such a forward spills."""
+    return kernel.name == "branches_kernel" and "Li8E" in kernel.symbol and architecture != "90a"
 
 
 @needs_nvcc

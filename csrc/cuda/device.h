@@ -203,13 +203,6 @@ __device__ inline int reread_thread() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
-// A pointer to global memory that the compiler is to keep, not to put together anew at each use.
-template <typename T>
-__device__ inline T* held(T* pointer) {
-  asm volatile("" : "+l"(pointer));
-  __builtin_assume(__isGlobal(pointer));
-  return pointer;
-}
 // A number that is the same in all lanes of a warp, so that the compiler sees it.
 __device__ inline int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 __device__ inline float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }

@@ -267,10 +267,6 @@ uint32_t multiply(uint32_t a, uint32_t b, T) {
 
 inline float multiply_add(float a, float b, float c) { return a * b + c; }
 inline int reread_thread() { return int(threadIdx.x); }
-template <typename T>
-T* held(T* pointer) {
-  return pointer;
-}
 inline int uniform(int value) { return value; }
 inline float shuffle_xor(float value, int mask) {
   struct Operands {

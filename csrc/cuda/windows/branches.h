@@ -48,7 +48,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
   const Share share;
   const int turns = Epilogue::kInTurn ? int(ceil_div(args.outputs, 8 * kTiles)) : 1;
   const unsigned char* weight = args.weight + int64_t(blockIdx.y) * args.chunks * chunk_weight_bytes(kTiles);
-  CopyPoints stage{args.points, args.chunks};
+  CopyPoints stage(args.points, args.chunks);
   Pipeline<Readers::kAll, CopyPoints> pipeline(lattice, args.chunks * turns, stage);
   const int slabs = pipeline.behind();
   Epilogue epilogue(lattice, args, share, slabs + chunk_weight_bytes(kTiles));

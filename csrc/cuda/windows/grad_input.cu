@@ -20,16 +20,16 @@ struct AdjointArguments {
   bool adds;  // to the target, or replaces it
 };
 
-struct CopyBranches {
-  static constexpr bool kReadsAhead = false;
+// The gradients of the branches [N, K, chunks, packed points].
+struct CopyBranches : CopyPoints {
+  int branches, chunks;
 
-  const unsigned char* points;
-  int chunks;
+  __device__ CopyBranches(const unsigned char* points, int branches_, int chunks_)
+      : CopyPoints(points, branches_ * chunks_), branches(branches_), chunks(chunks_) {}
 
-  __device__ void write(const Lattice& lattice, const Planes& planes) const {
-    Planes of_branch = planes;
-    of_branch.chunk += planes.branch * chunks;
-    CopyPoints{points, lattice.K * chunks}.write(lattice, of_branch);
+  __device__ void begin(const Lattice& lattice, const Planes& planes) {
+    const int chunk = planes.branch * chunks + planes.chunk;
+    CopyPoints::begin(lattice, {planes.tile, planes.cover, chunk, planes.branch, planes.first, planes.last});
   }
 };
 
@@ -51,37 +51,15 @@ __device__ inline uint4 scaled_point(const uint4& point, T factor) {
 }
 
 // Some points of G and their attention by one branch, on their way from global to shared memory.
-template <typename T, int kCount>
+template <typename T, int kMost>
 struct GatedPoints {
-  uint4 points[kCount];
-  T gates[kCount];
-
-  // The walk's next ones, which it goes past; zeros where it has none. Of point i of the source the attention is
-  // gates[kLatticeBranches * i].
-  __device__ void read(Points& walk, const uint4* from, const T* attention) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      points[i] = {0u, 0u, 0u, 0u};
-      gates[i] = T{};
-      if (walk.more() && walk.there()) {
-        points[i] = from[walk.index()];
-        gates[i] = attention[int64_t(walk.index()) * kLatticeBranches];
-      }
-      walk.advance();
-    }
-  }
-  // To where `walk` began.
-  __device__ void write(Points walk) const {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (walk.more())
-        *reinterpret_cast<uint4*>(shared_memory() + walk.place() * kPointBytes) = scaled_point(points[i], gates[i]);
-      walk.advance();
-    }
-  }
+  uint4 values[kMost];
+  T gates[kMost];
+  int count;
 };
 
-// Points of G times the attention of one branch, rounded once. A thread has up to kAtOnce loads under way.
+// Points of G times the attention of one branch, rounded once. A thread reads up to kAtOnce before it writes, and holds
+// up to kAhead that it read ahead.
 template <typename T, int kAtOnce, int kAhead>
 class WriteGated {
  public:
@@ -89,57 +67,64 @@ class WriteGated {
 
   __device__ explicit WriteGated(const AdjointArguments<T>& args) : args_(args) {}
 
-  __device__ void write(const Lattice& lattice, const Planes& planes) const {
-    for (int pass = 0; pass < planes.cover.passes; ++pass) {
-      Points walk(lattice, planes, pass);
-      write_rest<kAtOnce>(walk, source(lattice, planes), gates(lattice, planes));
-    }
+  __device__ void begin(const Lattice& lattice, const Planes& planes) {
+    const int64_t chunk = planes.tile.n * args_.chunks + planes.chunk;
+    grad_output_ = reinterpret_cast<const uint4*>(args_.points) + chunk * lattice.packed_points;
+    attention_ = reinterpret_cast<const T*>(args_.gates) + planes.tile.n * lattice.packed_points * kLatticeBranches +
+                 planes.branch;
   }
-  // The first kAhead points of a thread are held in registers in between.
-  __device__ void read(const Lattice& lattice, const Planes& planes) {
-    Points walk(lattice, planes, 0);
-    ahead_.read(walk, source(lattice, planes), gates(lattice, planes));
+  __device__ void write(const Lattice& lattice, const Planes& planes, Walk& walk) const {
+    for (int left; (left = walk.left(planes)) > 0;) write_some<kAtOnce>(lattice, planes.cover, left, walk);
   }
-  __device__ void write_read(const Lattice& lattice, const Planes& planes) const {
-    for (int pass = 0; pass < planes.cover.passes; ++pass) {
-      Points walk(lattice, planes, pass);
-      if (pass == 0) {
-        ahead_.write(walk);
-        for (int i = 0; i < kAhead; ++i) walk.advance();
-      }
-      write_rest<2>(walk, source(lattice, planes), gates(lattice, planes));
-    }
+  __device__ void read(const Lattice& lattice, const Planes& planes, const Walk& walk) {
+    read_points(lattice, planes.cover, planes.cover.passes == 1 ? walk.left(planes) : 0, walk, ahead_);
+  }
+  __device__ void write_read(const Lattice& lattice, const Planes& planes, Walk& walk) const {
+    write_points(planes.cover, walk, ahead_);
+    write(lattice, planes, walk);
   }
 
  private:
-  __device__ const uint4* source(const Lattice& lattice, const Planes& planes) const {
-    const int64_t chunk = planes.tile.n * args_.chunks + planes.chunk;
-    return held(reinterpret_cast<const uint4*>(args_.points) + chunk * lattice.packed_points);
+  // At most kMost; not many more than there are, for an instruction that is switched off takes its time too.
+  template <int kMost>
+  __device__ void write_some(const Lattice& lattice, const Cover& cover, int left, Walk& walk) const {
+    if constexpr (kMost > 2)
+      if (left <= kMost * 5 / 8) return write_some<kMost / 2>(lattice, cover, left, walk);
+    GatedPoints<T, kMost> points;
+    read_points(lattice, cover, left, walk, points);
+    write_points(cover, walk, points);
   }
-  __device__ const T* gates(const Lattice& lattice, const Planes& planes) const {
-    const int64_t point = planes.tile.n * lattice.packed_points;
-    return held(reinterpret_cast<const T*>(args_.gates) + point * kLatticeBranches + planes.branch);
-  }
-
-  // What is left of a walk, in groups no larger than needed: an instruction that is switched off takes its time too.
-  template <int kCount>
-  __device__ void write_rest(Points& walk, const uint4* from, const T* attention) const {
-    if constexpr (kCount > 2) {
-      while (walk.more(kCount / 2 + 1)) write_group<kCount>(walk, from, attention);
-      write_rest<kCount / 2>(walk, from, attention);
-    } else {
-      while (walk.more()) write_group<kCount>(walk, from, attention);
+  template <int kMost>
+  __device__ void read_points(const Lattice& lattice, const Cover& cover, int left, Walk walk,
+                              GatedPoints<T, kMost>& points) const {
+    points.count = left < kMost ? left : kMost;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      points.values[i] = {0u, 0u, 0u, 0u};  // where the source has none
+      points.gates[i] = T{};
+      if (i < points.count && walk.there(lattice)) {
+        points.values[i] = grad_output_[walk.index()];
+        points.gates[i] = attention_[int64_t(walk.index()) * kLatticeBranches];
+      }
+      walk.advance(cover);
     }
   }
-  template <int kCount>
-  __device__ void write_group(Points& walk, const uint4* from, const T* attention) const {
-    const Points begin = walk;
-    GatedPoints<T, kCount> group;
-    group.read(walk, from, attention);
-    group.write(begin);
+  template <int kMost>
+  __device__ void write_points(const Cover& cover, Walk& walk, const GatedPoints<T, kMost>& points) const {
+    Walk to = walk;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      if (i < points.count)
+        *reinterpret_cast<uint4*>(shared_memory() + to.place() * kPointBytes) =
+            scaled_point(points.values[i], points.gates[i]);
+      to.advance(cover);
+    }
+    walk.advance(cover, points.count);
   }
 
   const AdjointArguments<T>& args_;
+  const uint4* grad_output_;
+  const T* attention_;
   GatedPoints<T, kAhead> ahead_;
 };
 
@@ -152,9 +137,9 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice lattice
   const unsigned char* weight = args.weight + int64_t(blockIdx.y) * args.chunks * weights * chunk_weight_bytes(kTiles);
   auto stage = [&] {
     if constexpr (kGated)
-      return WriteGated<T, kTiles <= 4 ? 8 : kTiles == 5 ? 4 : 2, kTiles <= 5 ? 3 : 0>(args);  // what leaves registers
+      return WriteGated<T, kTiles <= 5 ? 8 : 4, 3>(args);  // as many as there are registers for
     else
-      return CopyBranches{args.points, args.chunks};
+      return CopyBranches(args.points, lattice.K, args.chunks);
   }();
   Pipeline<Readers::kOne, std::decay_t<decltype(stage)>> pipeline(lattice, args.chunks, stage);
   const int slabs = pipeline.behind();

@@ -64,7 +64,7 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
   float sum[3][3][1][3][4];  // [tz, ty], then by tx
   for (auto& plane : sum)
     for (auto& row : plane) clear(row);
-  CopyChunk stage{args.points, args.chunks, int(blockIdx.y)};
+  CopyChunk stage(args.points, args.chunks, int(blockIdx.y));
   Pipeline<Readers::kAll, CopyChunk> pipeline(lattice, 1, stage);
   unsigned char* gates = shared_memory() + pipeline.behind();
   const int tile_points = lattice.tile_z * kTileY * kTileX;

@@ -32,16 +32,14 @@ struct GradWeightKernel {
 GradWeightKernel grad_weight_tf32_kernel_of();
 
 // One chunk of a pipeline's tiles, whichever tile it is.
-struct CopyChunk {
-  static constexpr bool kReadsAhead = false;
+struct CopyChunk : CopyPoints {
+  int chunk;
 
-  const unsigned char* points;
-  int chunks, chunk;
+  __device__ CopyChunk(const unsigned char* points, int chunks, int chunk_)
+      : CopyPoints(points, chunks), chunk(chunk_) {}
 
-  __device__ void write(const Lattice& lattice, const Planes& planes) const {
-    Planes of_chunk = planes;
-    of_chunk.chunk = chunk;
-    CopyPoints{points, chunks}.write(lattice, of_chunk);
+  __device__ void begin(const Lattice& lattice, const Planes& planes) {
+    CopyPoints::begin(lattice, {planes.tile, planes.cover, chunk, planes.branch, planes.first, planes.last});
   }
 };
 

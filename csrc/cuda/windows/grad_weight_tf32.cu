@@ -64,7 +64,7 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_tf32_kernel
 
   float sum[3][kTapPairs][kOutputBlocks][4];  // [tz]
   for (auto& plane : sum) clear(plane);
-  CopyChunk stage{args.points, args.chunks, int(blockIdx.y)};
+  CopyChunk stage(args.points, args.chunks, int(blockIdx.y));
   Pipeline<Readers::kAll, CopyChunk> pipeline(lattice, 1, stage);
   float* gates = reinterpret_cast<float*>(shared_memory() + pipeline.behind());
   const int tile_points = lattice.tile_z * kTileY * kTileX;

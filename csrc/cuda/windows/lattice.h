@@ -35,8 +35,8 @@ struct Classes {
 struct Cover {
   Int3 halo;
   int columns, rows, planes, passes;
-  uint32_t by_columns, by_rows;  // for divided()
-  int source_step, shared_step;  // from a thread's point to its next, in packed points and in shared memory
+  uint32_t by_columns, by_rows, by_planes;  // for divided()
+  int source_step, shared_step;             // from a thread's point to its next, in packed points and in shared memory
 };
 
 struct Lattice {
@@ -324,6 +324,7 @@ inline Cover cover_of(const Lattice& lattice, const Int3& halo, int threads) {
           passes,
           inverse_of(columns),
           inverse_of(in_pass),
+          inverse_of(planes),
           planes * lattice.points.y * lattice.points.x,
           planes * plane_size(lattice)};
 }

@@ -48,72 +48,82 @@ __device__ inline uint4 packed_point(const float (&values)[kChunk<T>]) {
             pack(values[6], values[7], T{})};
 }
 
-// What is written at a time: a chunk of channels in planes [first, last) of the block under a tile, all in one part of
-// it, within the halo of a cover; all branches read it, or `branch`.
+// What is written at a time: a chunk of channels in planes [first, last) of the block under a tile, within the halo of
+// a cover; all branches read it, or `branch`.
 struct Planes {
   const Tile& tile;
   const Cover& cover;
   int chunk, branch, first, last;
 };
 
-// This thread's points of such planes in pass `pass` of the cover, one after the other. Beside the products this is
-// what a kernel executes most: what is the same in all planes is found once.
-class Points {
+// A thread's way through the points of a block in one pass of a cover, plane by plane. Beside the products this is what
+// a kernel executes most: what is the same in all planes is found once, and planes that follow are gone on to.
+class Walk {
  public:
-  __device__ Points(const Lattice& lattice, const Planes& planes, int pass) : lattice_(lattice), cover_(planes.cover) {
+  Walk() = default;
+  __device__ Walk(const Lattice& lattice, const Planes& planes, int pass) {
     const Tile& tile = planes.tile;
     const Cover& cover = planes.cover;
     const int thread = reread_thread(), line = divided(thread, cover.by_columns), plane = divided(line, cover.by_rows);
     const int row = line - plane * cover.rows + pass * cover.rows;
     const int block_row = lattice.halo.y - cover.halo.y + row,
               block_column = lattice.halo.x - cover.halo.x + thread - line * cover.columns;
-    left_ = plane < cover.planes && row < kTileY + 2 * cover.halo.y ? planes.last - planes.first - plane : 0;
-    source_plane_ = tile.source_first.z + planes.first + plane;
-    line_there_ =
-        has_row(lattice, tile.source_first, block_row) && has_column(lattice, tile.source_first, block_column);
+    plane_ = plane < cover.planes && row < kTileY + 2 * cover.halo.y ? planes.first + plane : kFar;
+    source_first_ =
+        has_row(lattice, tile.source_first, block_row) && has_column(lattice, tile.source_first, block_column)
+            ? tile.source_first.z
+            : -2 * kFar;
     index_ = packed_index(lattice, tile, planes.first + plane, block_row, block_column);
     place_ = slot(lattice, planes.first + plane) * plane_size(lattice) + block_row * kPitch + block_column;
   }
 
-  // Whether there are `count` more.
-  __device__ bool more(int count = 1) const { return left_ > (count - 1) * cover_.planes; }
+  // Whether there is one more in these planes, and how many are.
+  __device__ bool more(const Planes& planes) const { return plane_ < planes.last; }
+  __device__ int left(const Planes& planes) const {
+    return more(planes) ? divided(planes.last - plane_ + planes.cover.planes - 1, planes.cover.by_planes) : 0;
+  }
   // Where the point goes in shared memory, in points.
   __device__ int place() const { return place_; }
   // Whether the source has it; if so, its number among the packed points.
-  __device__ bool there() const { return line_there_ && uint32_t(source_plane_) < uint32_t(lattice_.points.z); }
+  __device__ bool there(const Lattice& lattice) const {
+    return uint32_t(plane_ + source_first_) < uint32_t(lattice.points.z);
+  }
   __device__ int index() const { return index_; }
 
-  __device__ void advance() {
-    left_ -= cover_.planes;
-    source_plane_ += cover_.planes;
-    index_ += cover_.source_step;
-    place_ += cover_.shared_step;
+  __device__ void advance(const Cover& cover, int count = 1) {
+    plane_ += count * cover.planes;
+    index_ += count * cover.source_step;
+    place_ += count * cover.shared_step;
   }
 
  private:
-  const Lattice& lattice_;
-  const Cover& cover_;
-  int left_, source_plane_, index_, place_;
-  bool line_there_;
+  static constexpr int kFar = 1 << 29;  // behind every plane
+
+  int plane_, source_first_, index_, place_;
 };
 
 // Copies points as they are: chunk c of `points` [N, chunks_held, packed points], beginning again after the last one
 // held.
-struct CopyPoints {
+class CopyPoints {
+ public:
   static constexpr bool kReadsAhead = false;
 
-  const unsigned char* points;
-  int chunks_held;
+  __device__ CopyPoints(const unsigned char* points, int chunks_held) : points_(points), chunks_held_(chunks_held) {}
 
-  __device__ void write(const Lattice& lattice, const Planes& planes) const {
-    const int64_t plane = planes.tile.n * chunks_held + planes.chunk % chunks_held;
-    for (int pass = 0; pass < planes.cover.passes; ++pass) {
-      Points walk(lattice, planes, pass);
-      const unsigned char* from = points + (plane * lattice.packed_points + walk.index()) * kPointBytes;
-      for (; walk.more(); walk.advance(), from += int64_t(planes.cover.source_step) * kPointBytes)
-        copy_async<kPointBytes>(shared_memory() + walk.place() * kPointBytes, from, walk.there());
-    }
+  __device__ void begin(const Lattice& lattice, const Planes& planes) {
+    const int64_t plane = planes.tile.n * chunks_held_ + planes.chunk % chunks_held_;
+    from_ = points_ + plane * lattice.packed_points * kPointBytes;
   }
+  __device__ void write(const Lattice& lattice, const Planes& planes, Walk& walk) const {
+    for (; walk.more(planes); walk.advance(planes.cover))
+      copy_async<kPointBytes>(shared_memory() + walk.place() * kPointBytes, from_ + int64_t(walk.index()) * kPointBytes,
+                              walk.there(lattice));
+  }
+
+ private:
+  const unsigned char* points_;
+  int chunks_held_;
+  const unsigned char* from_;
 };
 
 // Which branches read a block of points: all of them, or one each in turn.
@@ -130,10 +140,11 @@ struct Turn {
 //
 // Every thread calls every method: start, then in each turn {enter, ahead, leave} for tz = -1, 0, 1 and advance.
 // Products of tz are begun behind enter and waited for before leave, in front of ahead, around it or behind.
-// `stage.write(lattice, planes)` writes planes. A stage that waits for what it reads may read ahead: for planes that
-// cannot be written yet `stage.read(lattice, planes)` is called while products run, and then, behind them,
-// `stage.write_read(lattice, planes)`. What a kernel copies beside, it copies in the functions that start and leave
-// take, and that is there from the next turn's enter(-1) on.
+// `stage.begin(lattice, planes)` is called once for the planes of a turn, or more often, and `stage.write(lattice,
+// planes, walk)` writes some of them. A stage that waits for what it reads may read ahead: for planes that cannot be
+// written yet `stage.read(lattice, planes, walk)` is called while products run, and then, behind them,
+// `stage.write_read(lattice, planes, walk)`. What a kernel copies beside, it copies in the functions that start and
+// leave take, and that is there from the next turn's enter(-1) on.
 template <Readers kReaders, typename Stage>
 class Pipeline {
  public:
@@ -190,7 +201,9 @@ class Pipeline {
     }
     if (tz <= 0) copy_async_commit();
     if constexpr (Stage::kReadsAhead)
-      if (tz > 0) with(Section::kOtherMiddle, true, [&](const Planes& planes) { stage_.read(lattice_, planes); });
+      if (tz > 0)
+        with(Section::kOtherMiddle, true,
+             [&](const Planes& planes, const Walk& walk) { stage_.read(lattice_, planes, walk); });
   }
 
   template <typename Copies>
@@ -199,11 +212,11 @@ class Pipeline {
     __syncthreads();
     copies();
     if (tz < 0) return;
-    with(Section::kOtherMiddle, true, [&](const Planes& planes) {
+    with(Section::kOtherMiddle, true, [&](const Planes& planes, Walk& walk) {
       if constexpr (Stage::kReadsAhead)
-        stage_.write_read(lattice_, planes);
+        stage_.write_read(lattice_, planes, walk);
       else
-        stage_.write(lattice_, planes);
+        stage_.write(lattice_, planes, walk);
     });
     if (recycles()) write(Section::kFirst, true);
     copy_async_commit();
@@ -238,9 +251,10 @@ class Pipeline {
   }
   static __device__ int least(int a, int b) { return a < b ? a : b; }
 
-  // Calls use(planes) for a section of the planes of this turn, or of the next one, if there is one.
+  // Calls use(planes, walk) for a section of the planes of this turn, or of the next one, if there is one; pass by
+  // pass.
   template <typename Use>
-  __device__ void with(Section section, bool of_next, const Use& use) const {
+  __device__ void with(Section section, bool of_next, const Use& use) {
     const bool next_tile = of_next && last_turn();
     if (next_tile && tile_ + int(gridDim.x) >= tiles_) return;
     const Turn turn = of_next ? next_turn() : turn_;
@@ -251,10 +265,18 @@ class Pipeline {
     if (section == Section::kFreeMiddle) last = middle + free_planes();
     if (section == Section::kOtherMiddle) first = middle + free_planes();
     if (section == Section::kLast) first = end, last = end + own.halo.z;
-    use(Planes{shared_tile(next_tile ? 1 - parity_ : parity_), own, turn.chunk, turn.branch, first, last});
+    const Planes planes{shared_tile(next_tile ? 1 - parity_ : parity_), own, turn.chunk, turn.branch, first, last};
+    // A walk goes on where it is, but for the first planes of a turn and those of a ring that come in another order.
+    const bool begins =
+        section == Section::kFirst || (recycles() && (section == Section::kFreeMiddle || section == Section::kLast));
+    if (begins) stage_.begin(lattice_, planes);
+    for (int pass = 0; pass < own.passes; ++pass) {
+      if (begins || own.passes > 1) walk_ = Walk(lattice_, planes, pass);
+      use(planes, walk_);
+    }
   }
-  __device__ void write(Section section, bool of_next) const {
-    with(section, of_next, [&](const Planes& planes) { stage_.write(lattice_, planes); });
+  __device__ void write(Section section, bool of_next) {
+    with(section, of_next, [&](const Planes& planes, Walk& walk) { stage_.write(lattice_, planes, walk); });
   }
 
   const Lattice& lattice_;
@@ -263,6 +285,7 @@ class Pipeline {
   int tiles_, tile_;  // a device has no memory for 2^31 tiles
   Turn turn_;
   int parity_;
+  Walk walk_;
 };
 
 }  // namespace autofocus::cuda
