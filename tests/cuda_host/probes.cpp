@@ -80,6 +80,7 @@ std::string check_part(const Problem& g, const Part& part, bool adjoint, int til
         for (int y = 0; y < kTileY; ++y)
           for (int x = 0; x < kTileX; ++x) {
             const Index3 p = target_position(lattice, tile, z, y, x);
+            if (has_target(tile, z, y, x) != inside(p, lattice.target)) return "a tile has other target points";
             if (!inside(p, lattice.target)) continue;
             if (tz == 0 && part.first_sample == 0) ++covered[ravel(p, lattice.target)];
             if (!same(target_position_of.at(packed_target(lattice, tile, z, y, x)), p))

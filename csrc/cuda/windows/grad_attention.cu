@@ -31,7 +31,7 @@ class DotWithGrad {
 #pragma unroll
     for (int r = 0; r < kPointsPerLane; ++r) {
       const Int3 at = share_.point(r);
-      const bool there = inside(target_position(lattice_, tile, at.z, at.y, at.x), lattice_.target);
+      const bool there = has_target(tile, at.z, at.y, at.x);
       const int64_t point =
           (tile.n * chunks + first) * points + (there ? packed_target(lattice_, tile, at.z, at.y, at.x) : 0);
       const unsigned char* from = args_.targets + point * kPointBytes + share_.channels % kChunk<T> * int(sizeof(T));
@@ -64,7 +64,7 @@ class DotWithGrad {
     for (int r = 0; r < kPointsPerLane; ++r) {
       const Int3 at = share_.point(r);
       const Index3 p = target_position(lattice_, tile, at.z, at.y, at.x);
-      const bool stores = lane % 4 == r && inside(p, lattice_.target);
+      const bool stores = lane % 4 == r && has_target(tile, at.z, at.y, at.x);
 #pragma unroll
       for (int k = 0; k < kLatticeBranches; ++k) {
         float total = total_[k][r / 2][r % 2];

@@ -14,13 +14,12 @@ constexpr int kBlockOutputs = 64;        // 16 a warp
 __device__ inline void load_grads(const Lattice& lattice, const Tile& tile, const GradWeightArguments& args,
                                   int warp_chunk, int z, uint32_t (&grads)[kPlaneSteps][4]) {
   const int lane = threadIdx.x % 32;
+  const GradColumn columns[2] = {{lattice, tile, args, warp_chunk, z, lane / 4},
+                                 {lattice, tile, args, warp_chunk + 1, z, lane / 4}};
 #pragma unroll
   for (int step = 0; step < kPlaneSteps; ++step)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const unsigned char* point = grad_point(lattice, tile, args, warp_chunk + i % 2, z, 2 * step + i / 2, lane / 4);
-      grads[step][i] = transposed(point == nullptr ? 0u : reinterpret_cast<const uint32_t*>(point)[lane % 4]);
-    }
+    for (int i = 0; i < 4; ++i) grads[step][i] = transposed(columns[i % 2].word(2 * step + i / 2, lane % 4));
 }
 
 // The second group hands its sums over where the points were.
@@ -57,7 +56,7 @@ __device__ inline void leave_sums(const GradWeightArguments& args, int output0, 
 // Grid (blocks, chunks of input channels, blocks of kBlockOutputs output channels).
 template <typename T>
 __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Lattice lattice, GradWeightArguments args) {
-  const int group = threadIdx.x / kGroupThreads, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int group = uniform(threadIdx.x / kGroupThreads), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int output0 = int(blockIdx.z) * kBlockOutputs + 16 * warp;
   const int group_planes = lattice.tile_z / kGradWeightGroups;
 

@@ -56,15 +56,27 @@ __device__ inline void write_gates(const Lattice& lattice, const Tile& tile, con
   }
 }
 
-// Where the packed grad_output of point (z, y, x) of a tile lies, in a chunk of output channels; null outside the
-// target.
-__device__ inline const unsigned char* grad_point(const Lattice& lattice, const Tile& tile,
-                                                  const GradWeightArguments& args, int chunk, int z, int y, int x) {
-  if (chunk >= args.output_chunks || !inside(target_position(lattice, tile, z, y, x), lattice.target)) return nullptr;
-  const int64_t k = args.grad_branches == 1 ? 0 : args.branch;
-  const int64_t plane = (tile.n * args.grad_branches + k) * args.output_chunks + chunk;
-  return args.grads + (plane * lattice.packed_targets + packed_target(lattice, tile, z, y, x)) * kPointBytes;
-}
+// The packed grad_output under a column of a tile's points in y, the same plane and x, in a chunk of output channels.
+class GradColumn {
+ public:
+  __device__ GradColumn(const Lattice& lattice, const Tile& tile, const GradWeightArguments& args, int chunk, int z,
+                        int x)
+      : left_(chunk < args.output_chunks && has_target(tile, z, 0, x) ? tile.target_left.y : 0),
+        row_bytes_(lattice.target_points.x * kPointBytes) {
+    const int64_t k = args.grad_branches == 1 ? 0 : args.branch;
+    const int64_t plane = (tile.n * args.grad_branches + k) * args.output_chunks + chunk;
+    points_ = args.grads + (plane * lattice.packed_targets + packed_target(lattice, tile, z, 0, x)) * kPointBytes;
+  }
+
+  // Word `word` of the point in row y, zero where there is none.
+  __device__ uint32_t word(int y, int word) const {
+    return y < left_ ? reinterpret_cast<const uint32_t*>(points_ + int64_t(y) * row_bytes_)[word] : 0u;
+  }
+
+ private:
+  int left_, row_bytes_;
+  const unsigned char* points_;
+};
 
 // Leaves the sum of tap (tz, ty, tx), each -1, 0 or 1; on an axis of one tap those beside it are nobody's.
 __device__ inline void store_partial(const GradWeightArguments& args, float* partial, int64_t o, int64_t c,

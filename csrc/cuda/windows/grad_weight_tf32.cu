@@ -9,22 +9,23 @@ namespace {
 
 constexpr int kOutputBlocks = 2;  // of 16 output channels, which read a fragment of operand b once
 constexpr int kWarpRows = 2;
-constexpr int kTapPairs = (kPlaneTaps + 1) / 2;
 constexpr int kWarps = kGradWeightThreads / 32;
 static_assert(kWarps == kOutputBlocks * 4, "a warp adds up one register of a product's sums");
 static_assert(kTileX == 8 && kWarpRows * kGroupThreads / 32 == kTileY, "a product's k, and every row has a warp");
 
-// Row y of plane z of grad_output as operand a: rows are 16 output channels, columns the points.
+// kWarpRows rows of plane z of grad_output, from row y on, as operands a: rows are 16 output channels, columns the
+// points.
 __device__ inline void load_grads(const Lattice& lattice, const Tile& tile, const GradWeightArguments& args,
-                                  int first_chunk, int z, int y, float (&grads)[kOutputBlocks][4]) {
+                                  int first_chunk, int z, int y, float (&grads)[kWarpRows][kOutputBlocks][4]) {
   const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4;
 #pragma unroll
   for (int m = 0; m < kOutputBlocks; ++m)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int chunk = first_chunk + (16 * m + 8 * (i % 2) + row) / kChunk<float>;
-      const unsigned char* point = grad_point(lattice, tile, args, chunk, z, y, column + i / 2 * 4);
-      grads[m][i] = point == nullptr ? 0.0f : reinterpret_cast<const float*>(point)[row % kChunk<float>];
+      const GradColumn points(lattice, tile, args, chunk, z, column + i / 2 * 4);
+#pragma unroll
+      for (int r = 0; r < kWarpRows; ++r) grads[r][m][i] = float_of(points.word(y + r, row % kChunk<float>));
     }
 }
 
@@ -57,7 +58,7 @@ __device__ inline void leave_sums(const GradWeightArguments& args, int output0,
 
 __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_tf32_kernel(Lattice lattice,
                                                                                  GradWeightArguments args) {
-  const int group = threadIdx.x / kGroupThreads, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int group = uniform(threadIdx.x / kGroupThreads), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int row = lane / 4, column = lane % 4;
   const int output0 = int(blockIdx.z) * (16 * kOutputBlocks);
   const int group_planes = lattice.tile_z / kGradWeightGroups;
@@ -78,9 +79,7 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_tf32_kernel
 #pragma unroll 1
       for (int z = group * group_planes; z < (reads(lattice, tz - 1) ? (group + 1) * group_planes : 0); ++z) {
         float grads[kWarpRows][kOutputBlocks][4];
-#pragma unroll
-        for (int r = 0; r < kWarpRows; ++r)
-          load_grads(lattice, pipeline.tile(), args, output0 / kChunk<float>, z, kWarpRows * warp + r, grads[r]);
+        load_grads(lattice, pipeline.tile(), args, output0 / kChunk<float>, z, kWarpRows * warp, grads);
 #pragma unroll 1
         for (int k = 0; k < lattice.K; ++k) {
           // The word of this lane's column of operand b in the point that tap (0, 0) of its row reads.

@@ -62,10 +62,12 @@ struct Lattice {
   uint32_t tap_pairs[kTapPairs][kLatticeBranches];
 };
 
-// One tile: its target class and first target point, and the source class and point at plane 0, row 0, column 0.
+// One tile: its target class and first target point, of which the target has `target_left` more on each axis, and the
+// source class and point at plane 0, row 0, column 0; what number these two points have among the packed ones.
 struct Tile {
   int64_t n;
-  Int3 target_class, target_first, source_class, source_first;
+  Int3 target_class, target_first, target_left, source_class, source_first;
+  int target_at, source_at;
 };
 
 AUTOFOCUS_HD inline int64_t volume(const Int3& sizes) { return int64_t(sizes.z) * sizes.y * sizes.x; }
@@ -120,6 +122,14 @@ AUTOFOCUS_HD inline Tile tile_at(const Lattice& lattice, int64_t index) {
   tile.source_first = {int(tile.target_first.z + z.point - lattice.halo.z),
                        int(tile.target_first.y + y.point - lattice.halo.y),
                        int(tile.target_first.x + x.point - lattice.halo.x)};
+  const auto left = [](int64_t size, int step, int in_class, int first) {
+    return (int(size) - in_class + step - 1) / step - first;
+  };
+  tile.target_left = {left(lattice.target.z, lattice.step.z, tile.target_class.z, tile.target_first.z),
+                      left(lattice.target.y, lattice.step.y, tile.target_class.y, tile.target_first.y),
+                      left(lattice.target.x, lattice.step.x, tile.target_class.x, tile.target_first.x)};
+  tile.target_at = packed_number(lattice.target_classes, tile.target_class, lattice.target_points, tile.target_first);
+  tile.source_at = packed_number(lattice.source_classes, tile.source_class, lattice.points, tile.source_first);
   return tile;
 }
 
@@ -130,11 +140,12 @@ AUTOFOCUS_HD inline Index3 target_position(const Lattice& lattice, const Tile& t
           int64_t(lattice.step.x) * (tile.target_first.x + x) + tile.target_class.x};
 }
 
-// Number of that point among the packed points of the target; the position must lie inside.
+// Whether the target has it, and its number among the packed points of the target.
+AUTOFOCUS_HD inline bool has_target(const Tile& tile, int z, int y, int x) {
+  return z < tile.target_left.z && y < tile.target_left.y && x < tile.target_left.x;
+}
 AUTOFOCUS_HD inline int packed_target(const Lattice& lattice, const Tile& tile, int z, int y, int x) {
-  const Int3& first = tile.target_first;
-  return packed_number(lattice.target_classes, tile.target_class, lattice.target_points,
-                       {first.z + z, first.y + y, first.x + x});
+  return tile.target_at + (z * lattice.target_points.y + y) * lattice.target_points.x + x;
 }
 
 // Whether the source lattice has points in a plane, row or column of a block with this source_first; if not, zeros are
@@ -151,9 +162,7 @@ AUTOFOCUS_HD inline bool has_column(const Lattice& lattice, const Int3& first, i
 
 // The number of the point at (plane, row, column) among the packed points of one sample and channel chunk.
 AUTOFOCUS_HD inline int packed_index(const Lattice& lattice, const Tile& tile, int plane, int row, int column) {
-  const Int3& first = tile.source_first;
-  return packed_number(lattice.source_classes, tile.source_class, lattice.points,
-                       {first.z + plane, first.y + row, first.x + column});
+  return tile.source_at + (plane * lattice.points.y + row) * lattice.points.x + column;
 }
 
 // Source position of packed point number `index`, counted with the position fastest and the class per axis inside it,

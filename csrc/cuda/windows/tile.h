@@ -54,7 +54,7 @@ __device__ inline void copy_slabs(int slabs, const unsigned char* weight, int ch
 template <typename T>
 __device__ inline Gates<T> packed_attention(const Lattice& lattice, const Tile& tile, const unsigned char* gates,
                                             const Int3& p) {
-  if (!inside(target_position(lattice, tile, p.z, p.y, p.x), lattice.target)) return {};
+  if (!has_target(tile, p.z, p.y, p.x)) return {};
   const int64_t point = tile.n * lattice.packed_targets + packed_target(lattice, tile, p.z, p.y, p.x);
   return reinterpret_cast<const Gates<T>*>(gates)[point];
 }
@@ -71,9 +71,8 @@ __device__ inline void store_targets(const Lattice& lattice, const Tile& tile, c
 #pragma unroll
   for (int r = 0; r < kPointsPerLane; ++r) {
     const Int3 point = share.point(r);
-    const Index3 p = target_position(lattice, tile, point.z, point.y, point.x);
-    if (!inside(p, lattice.target)) continue;
-    T* to = target.at(tile.n, target0 + share.channels, p);
+    if (!has_target(tile, point.z, point.y, point.x)) continue;
+    T* to = target.at(tile.n, target0 + share.channels, target_position(lattice, tile, point.z, point.y, point.x));
     const auto add = added(point);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i, to += 8 * target.c) {
