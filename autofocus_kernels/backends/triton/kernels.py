@@ -700,6 +700,8 @@ def forward_scaled_kernel(
             y += load_vector(shift, k, shift_stride, o, O, BLOCK_O)[None, :]
         gate = tl.load(attention + branch_offset(k, attention_stride, ROW) + attention_rows, mask=valid, other=0.0)
         result += gate.to(tl.float32)[:, None] * y
+    # The same n once more, as the compiler cannot know: else it is held from above, or spilled.
+    n, _ = tile_start(tl.maximum(tl.program_id(0), -tiles[0]), tiles, cosets, G)
     output += offset_of(n, start, output_stride, TILE_ALIGN)
     store_rows(output, row_offsets(position, output_stride, TILE_ALIGN, ROW), valid, o, output_stride[1], result, O)
 
