@@ -63,7 +63,7 @@ struct GatedPoints {
 template <typename T, int kAtOnce, int kAhead>
 class WriteGated {
  public:
-  static constexpr bool kReadsAhead = kAhead > 0;
+  static constexpr bool kReadsAhead = true;
 
   __device__ explicit WriteGated(const AdjointArguments<T>& args) : args_(args) {}
 

@@ -62,7 +62,7 @@ class GradColumn {
   __device__ GradColumn(const Lattice& lattice, const Tile& tile, const GradWeightArguments& args, int chunk, int z,
                         int x)
       : left_(chunk < args.output_chunks && has_target(tile, z, 0, x) ? tile.target_left.y : 0),
-        row_bytes_(lattice.target_points.x * kPointBytes) {
+        row_bytes_(int64_t(lattice.target_points.x) * kPointBytes) {
     const int64_t k = args.grad_branches == 1 ? 0 : args.branch;
     const int64_t plane = (tile.n * args.grad_branches + k) * args.output_chunks + chunk;
     points_ = args.grads + (plane * lattice.packed_targets + packed_target(lattice, tile, z, 0, x)) * kPointBytes;
@@ -70,11 +70,12 @@ class GradColumn {
 
   // Word `word` of the point in row y, zero where there is none.
   __device__ uint32_t word(int y, int word) const {
-    return y < left_ ? reinterpret_cast<const uint32_t*>(points_ + int64_t(y) * row_bytes_)[word] : 0u;
+    return y < left_ ? reinterpret_cast<const uint32_t*>(points_ + y * row_bytes_)[word] : 0u;
   }
 
  private:
-  int left_, row_bytes_;
+  int left_;
+  int64_t row_bytes_;
   const unsigned char* points_;
 };
 
