@@ -212,8 +212,12 @@ def interpret_layer():
 
 # ------------------------------------------------------------------ ahead of time: (target, dtype, layout)
 
-COMPILED = [("sm_90", "bfloat16", "contiguous"), ("sm_100", "bfloat16", "channels_last")]
-COMPILED_FOR_A_RELEASE = [("sm_80", "tf32", "channels_last"), ("gfx942", "float32", "channels_last")]
+COMPILED = [("sm_90", "bfloat16", "contiguous")]
+COMPILED_FOR_A_RELEASE = [
+    ("sm_100", "bfloat16", "channels_last"),
+    ("sm_80", "tf32", "channels_last"),
+    ("gfx942", "float32", "channels_last"),
+]
 
 
 def compiled_name(target, dtype, layout):
