@@ -22,14 +22,13 @@ struct AdjointArguments {
 
 // The gradients of the branches [N, K, chunks, packed points].
 struct CopyBranches : CopyPoints {
-  int branches, chunks;
+  int chunks;
 
-  __device__ CopyBranches(const unsigned char* points, int branches_, int chunks_)
-      : CopyPoints(points, branches_ * chunks_), branches(branches_), chunks(chunks_) {}
+  __device__ CopyBranches(const unsigned char* points, int branches, int chunks_)
+      : CopyPoints(points, branches * chunks_), chunks(chunks_) {}
 
   __device__ void begin(const Lattice& lattice, const Planes& planes) {
-    const int chunk = planes.branch * chunks + planes.chunk;
-    CopyPoints::begin(lattice, {planes.tile, planes.cover, chunk, planes.branch, planes.first, planes.last});
+    begin_chunk(lattice, planes.tile, planes.branch * chunks + planes.chunk);
   }
 };
 
@@ -37,16 +36,13 @@ struct CopyBranches : CopyPoints {
 template <typename T>
 __device__ inline uint4 scaled_point(const uint4& point, T factor) {
   if constexpr (std::is_same_v<T, float>) {
-    float values[kChunk<T>];
-    unpack_point<T>(point, values);
-    for (float& element : values) element *= factor;
-    return packed_point<T>(values);
+    const auto scaled = [&](uint32_t word) { return tf32(float_of(word) * factor); };
+    return {scaled(point.x), scaled(point.y), scaled(point.z), scaled(point.w)};
   } else {
     uint16_t bits;
     memcpy(&bits, &factor, sizeof(bits));
-    const uint32_t pair = bits * 0x10001u;
-    return {multiply(point.x, pair, T{}), multiply(point.y, pair, T{}), multiply(point.z, pair, T{}),
-            multiply(point.w, pair, T{})};
+    const auto scaled = [&](uint32_t pair) { return multiply(pair, bits * 0x10001u, T{}); };
+    return {scaled(point.x), scaled(point.y), scaled(point.z), scaled(point.w)};
   }
 }
 

@@ -38,9 +38,7 @@ struct CopyChunk : CopyPoints {
   __device__ CopyChunk(const unsigned char* points, int chunks, int chunk_)
       : CopyPoints(points, chunks), chunk(chunk_) {}
 
-  __device__ void begin(const Lattice& lattice, const Planes& planes) {
-    CopyPoints::begin(lattice, {planes.tile, planes.cover, chunk, planes.branch, planes.first, planes.last});
-  }
+  __device__ void begin(const Lattice& lattice, const Planes& planes) { begin_chunk(lattice, planes.tile, chunk); }
 };
 
 // The attention of a tile as [branch, point], so that neighbours of one branch lie side by side.

@@ -71,6 +71,16 @@ __device__ inline void pack_points(const PackPoints<T>& job, unsigned int block)
     static_cast<uint2*>(job.packed)[plane * all + place] = {words[0], words[1]};
 }
 
+// A packed point of these elements, each rounded once.
+template <typename T>
+__device__ inline uint4 packed_point(const float (&values)[kChunk<T>]) {
+  if constexpr (std::is_same_v<T, float>)
+    return {tf32(values[0]), tf32(values[1]), tf32(values[2]), tf32(values[3])};
+  else
+    return {pack(values[0], values[1], T{}), pack(values[2], values[3], T{}), pack(values[4], values[5], T{}),
+            pack(values[6], values[7], T{})};
+}
+
 template <typename T>
 __device__ inline void pack_weight(const PackWeight& job, const Packing<T>& packing, unsigned int block) {
   const int64_t index = int64_t(block) * kPackThreads + threadIdx.x;

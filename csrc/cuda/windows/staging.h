@@ -24,30 +24,6 @@ struct alignas(kGateBytes<T>) Gates {
   Pair<T> pairs[kLatticeBranches / 2];
 };
 
-// The elements of a packed point, and back, rounded once.
-template <typename T>
-__device__ inline void unpack_point(const uint4& point, float (&values)[kChunk<T>]) {
-  const uint32_t words[4] = {point.x, point.y, point.z, point.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (std::is_same_v<T, float>) {
-      values[i] = float_of(words[i]);
-    } else {
-      const float2 pair = unpack(words[i], T{});
-      values[2 * i] = pair.x;
-      values[2 * i + 1] = pair.y;
-    }
-  }
-}
-template <typename T>
-__device__ inline uint4 packed_point(const float (&values)[kChunk<T>]) {
-  if constexpr (std::is_same_v<T, float>)
-    return {tf32(values[0]), tf32(values[1]), tf32(values[2]), tf32(values[3])};
-  else
-    return {pack(values[0], values[1], T{}), pack(values[2], values[3], T{}), pack(values[4], values[5], T{}),
-            pack(values[6], values[7], T{})};
-}
-
 // What is written at a time: a chunk of channels in planes [first, last) of the block under a tile, within the halo of
 // a cover; all branches read it, or `branch`.
 struct Planes {
@@ -111,13 +87,17 @@ class CopyPoints {
   __device__ CopyPoints(const unsigned char* points, int chunks_held) : points_(points), chunks_held_(chunks_held) {}
 
   __device__ void begin(const Lattice& lattice, const Planes& planes) {
-    const int64_t plane = planes.tile.n * chunks_held_ + planes.chunk % chunks_held_;
-    from_ = points_ + plane * lattice.packed_points * kPointBytes;
+    begin_chunk(lattice, planes.tile, planes.chunk % chunks_held_);
   }
   __device__ void write(const Lattice& lattice, const Planes& planes, Walk& walk) const {
     for (; walk.more(planes); walk.advance(planes.cover))
       copy_async<kPointBytes>(shared_memory() + walk.place() * kPointBytes, from_ + int64_t(walk.index()) * kPointBytes,
                               walk.there(lattice));
+  }
+
+ protected:
+  __device__ void begin_chunk(const Lattice& lattice, const Tile& tile, int chunk) {
+    from_ = points_ + (tile.n * chunks_held_ + chunk) * lattice.packed_points * kPointBytes;
   }
 
  private:
