@@ -11,6 +11,7 @@
 
 #if defined(__CUDACC__)
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -26,16 +27,20 @@ __device__ inline float to_float(BFloat16 value) { return __bfloat162float(value
 __device__ inline void from_float(Half& to, float value) { to = __float2half_rn(value); }
 __device__ inline void from_float(BFloat16& to, float value) { to = __float2bfloat16_rn(value); }
 
-// Dynamic shared memory of the block, 16-byte aligned.
+// Dynamic shared memory of the block, 128-byte aligned.
 __device__ inline unsigned char* shared_memory() {
-  extern __shared__ uint4 autofocus_shared[];
-  return reinterpret_cast<unsigned char*>(autofocus_shared);
+  extern __shared__ __align__(128) unsigned char autofocus_shared[];
+  return autofocus_shared;
+}
+
+__device__ inline uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
 // Asynchronous copy of kBytes (8 or 16) into shared memory; zeros where `valid` is false (nothing is read then).
 template <int kBytes>
 __device__ inline void copy_async(unsigned char* to, const void* from, bool valid) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const uint32_t address = shared_address(to);
   const int bytes = valid ? kBytes : 0;
   if constexpr (kBytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
@@ -49,6 +54,67 @@ template <int kPending>
 __device__ inline void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+
+// Bulk copies, by the copy engine of GPUs from compute capability 9.0 on: one thread asks for them. What they bring is
+// counted by a barrier in shared memory. Its phase ends when it has had its one arrival and every byte that it was told
+// to expect; the next one begins at once.
+using CopyBarrier = uint64_t;
+// Volumes of points of 16 bytes and the plane of them, some columns and rows, that one copy takes.
+using PlaneMap = CUtensorMap;
+
+#if __CUDA_ARCH__ >= 900
+__device__ constexpr bool has_bulk_copies() { return true; }
+__device__ inline void init_barrier(CopyBarrier& barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&barrier)) : "memory");
+}
+__device__ inline void expect_bytes(CopyBarrier& barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(bytes)
+               : "memory");
+}
+__device__ inline void arrive(CopyBarrier& barrier) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+// Waits until a phase has ended, that before the current one or the current one, by its number modulo 2.
+__device__ inline void wait_for_copies(CopyBarrier& barrier, uint32_t phase) {
+  uint32_t ended = 0;
+  while (ended == 0)
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(ended)
+        : "r"(shared_address(&barrier)), "r"(phase)
+        : "memory");
+}
+// A multiple of 16 bytes, at multiples of 16.
+__device__ inline void copy_bulk(unsigned char* to, const void* from, int bytes, CopyBarrier& barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(&barrier))
+               : "memory");
+}
+// The plane of a volume that begins at point (x, y, z), to a multiple of 128 bytes; zeros outside the volume.
+__device__ inline void copy_plane(unsigned char* to, const PlaneMap& map, int x, int y, int z, int volume,
+                                  CopyBarrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(4 * x), "r"(y), "r"(z), "r"(volume), "r"(shared_address(&barrier))
+      : "memory");
+}
+// What this thread wrote to shared memory, barriers too, copy engine and warpgroup MMA may see behind the next barrier
+// of the block.
+__device__ inline void fence_shared_operands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#else
+__device__ constexpr bool has_bulk_copies() { return false; }
+__device__ inline void init_barrier(CopyBarrier&) {}
+__device__ inline void expect_bytes(CopyBarrier&, int) {}
+__device__ inline void arrive(CopyBarrier&) {}
+__device__ inline void wait_for_copies(CopyBarrier&, uint32_t) {}
+__device__ inline void copy_bulk(unsigned char*, const void*, int, CopyBarrier&) {}
+__device__ inline void copy_plane(unsigned char*, const PlaneMap&, int, int, int, int, CopyBarrier&) {}
+__device__ inline void fence_shared_operands() {}
+#endif
 
 __device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
@@ -79,9 +145,7 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint2 b) {
 }
 
 // A place in shared memory in units of 16 bytes, as ldmatrix (times 16) and the descriptors of warpgroup MMA count.
-__device__ inline uint32_t shared_units(const unsigned char* at) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(at)) >> 4;
-}
+__device__ inline uint32_t shared_units(const unsigned char* at) { return shared_address(at) >> 4; }
 
 // Four 8x8 matrices of 16-bit elements, of which lane i gives row i % 8 of matrix i / 8. A lane gets elements 2 (lane %
 // 4) and the next of row lane / 4 of each, or element lane % 4 of a row of four floats; of column lane / 4 if
@@ -111,15 +175,9 @@ __device__ inline uint32_t transposed(uint32_t pair) {
 
 // Warpgroup MMA is Hopper's alone. Machine code made for sm_90a has it, and nothing else does: not sm_90, not what a
 // driver compiles from PTX.
-#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-__device__ inline void fence_shared_operands() {}
-#else
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define AUTOFOCUS_WARPGROUP_MMA
 __device__ constexpr bool has_warpgroup_mma() { return true; }
-
-// What this thread wrote to shared memory, warpgroup MMA may read behind the next barrier; copies have to have been
-// waited for.
-__device__ inline void fence_shared_operands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // `layouts`: that neither operand is transposed, which 16-bit types are asked.
 #define AUTOFOCUS_MMA(k, type, layouts, n, d_list, left, right, adds, ...)                                         \
@@ -259,6 +317,37 @@ inline DeviceLimits device_limits() {
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
   return {multiprocessors, shared_bytes, 10 * major + minor};
+}
+
+inline bool device_has_bulk_copies() { return device_limits().capability >= 90; }
+
+// [volume, z, y, x] points in memory one behind the other, and the columns and rows of a copy. By a function of the
+// driver, which has it for every GPU with a copy engine.
+inline PlaneMap plane_map(const void* points, int64_t volumes, int z, int y, int x, int columns, int rows) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+#else
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found),
+#endif
+          "cuTensorMapEncodeTiled");
+    if (found != cudaDriverEntryPointSuccess)
+      throw std::runtime_error("autofocus_cuda: the driver has no cuTensorMapEncodeTiled, as CUDA 12 has it");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  // A point is four words.
+  const uint64_t sizes[] = {uint64_t(4) * x, uint64_t(y), uint64_t(z), uint64_t(volumes)};
+  const uint64_t strides[] = {uint64_t(16) * x, uint64_t(16) * x * y, uint64_t(16) * x * y * z};  // bytes, from y on
+  const uint32_t box[] = {4u * uint32_t(columns), uint32_t(rows), 1, 1}, every[] = {1, 1, 1, 1};
+  PlaneMap map;
+  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT32, 4, const_cast<void*>(points), sizes, strides,
+                                 box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS)
+    throw std::runtime_error("autofocus_cuda: cuTensorMapEncodeTiled: error " + std::to_string(int(result)));
+  return map;
 }
 
 template <typename... Parameters, typename... Arguments>

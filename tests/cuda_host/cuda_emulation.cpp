@@ -27,6 +27,7 @@ unsigned int order_seed = 0;          // 0: threads in order, 1: backwards, else
 
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kGuardBytes = 4096;
+constexpr size_t kAlignment = 128;       // of shared memory
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point format
 
 struct Copy {
@@ -42,8 +43,18 @@ struct Copy {
   }
 };
 
+// Of bulk copies.
+struct Barrier {
+  bool fenced = false;
+  unsigned int initialised_by = 0;
+  bool arrived = false;
+  int64_t expected = 0;  // bytes
+  uint32_t phases = 0;   // that have ended
+  std::vector<Copy> under_way;
+};
+
 struct Fiber {
-  enum class State { kRunnable, kAtBarrier, kAtWarpInstruction, kDone } state = State::kRunnable;
+  enum class State { kRunnable, kAtBarrier, kAtWarpInstruction, kAtCopies, kDone } state = State::kRunnable;
   unsigned int index = 0;
   bool started = false;
   ucontext_t context;
@@ -75,11 +86,12 @@ class Block {
   void run(const char* name, int threads, int shared_bytes, const std::function<void()>& kernel) {
     kernel_ = &kernel;
     threads_ = threads;
-    shared_.assign(shared_bytes + kGuardBytes + 16, kPoison);
+    shared_.assign(shared_bytes + kGuardBytes + kAlignment, kPoison);
     shared_bytes_ = shared_bytes;
     while (stacks_.size() < size_t(threads)) stacks_.push_back(std::make_unique<char[]>(kStackBytes));
     fibers_ = std::vector<Fiber>(threads);
     warps_.assign((threads + 31) / 32, Warp{});
+    barriers_.clear();
     at_barrier_ = done_ = 0;
     std::vector<int> order(threads);
     std::iota(order.begin(), order.end(), 0);
@@ -102,15 +114,17 @@ class Block {
         resume(fibers_[i]);
         if (!error_.empty()) fail(name, error_);
       }
-      if (!progress) fail(name, "some threads wait where others never come");
+      if (!progress && !land_copies()) fail(name, "some threads wait where others never come");
     }
+    for (const auto& entry : barriers_)
+      if (!entry.second.under_way.empty()) fail(name, "a block ends while bulk copies are under way");
     for (size_t i = 0; i < kGuardBytes; ++i)
       if (shared()[shared_bytes + i] != kPoison) fail(name, "a thread wrote behind the block's shared memory");
   }
 
   unsigned char* shared() {
     const auto address = reinterpret_cast<uintptr_t>(shared_.data());
-    return shared_.data() + (16 - address % 16) % 16;
+    return shared_.data() + (kAlignment - address % kAlignment) % kAlignment;
   }
 
   void barrier() {
@@ -137,6 +151,35 @@ class Block {
     else
       function(warp.operands);
     for (int i = first; i < first + lanes; ++i) fibers_[i].state = Fiber::State::kRunnable;
+  }
+
+  void init_barrier(uint64_t* at) {
+    barriers_[at] = Barrier{};
+    barriers_[at].initialised_by = current_->index;
+  }
+  void fence_barriers() {
+    for (auto& entry : barriers_) entry.second.fenced |= entry.second.initialised_by == current_->index;
+  }
+  void expect_bytes(uint64_t* at, int bytes) { barrier_of(at).expected += bytes; }
+  void arrive(uint64_t* at) {
+    Barrier& barrier = barrier_of(at);
+    if (barrier.arrived) error_ = "more than one arrival in a phase of a barrier";
+    barrier.arrived = true;
+    end_phase(barrier);
+  }
+  // As the copies of its lines; the barrier counts the bytes.
+  void copy_bulk(uint64_t* at, const std::vector<Copy>& lines) {
+    Barrier& barrier = barrier_of(at);
+    if (!barrier.fenced) error_ = "a bulk copy whose barrier is not fenced for it";
+    barrier.under_way.insert(barrier.under_way.end(), lines.begin(), lines.end());
+    if (!copies_are_late) land(barrier);
+  }
+  void wait_for_copies(uint64_t* at, uint32_t phase) {
+    // The current phase is `phases`: the one asked for is that, or the one before it.
+    while (barrier_of(at).phases % 2 == phase % 2) {
+      current_->state = Fiber::State::kAtCopies;
+      yield();
+    }
   }
 
   Fiber& current() { return *current_; }
@@ -169,6 +212,36 @@ class Block {
 
  private:
   static void enter();
+
+  Barrier& barrier_of(uint64_t* at) {
+    if (barriers_.count(at) == 0) error_ = "a barrier that nobody initialised";
+    return barriers_[at];
+  }
+  void land(Barrier& barrier) {
+    for (const Copy& copy : barrier.under_way) {
+      copy.run();
+      barrier.expected -= copy.bytes;
+    }
+    barrier.under_way.clear();
+    end_phase(barrier);
+  }
+  void end_phase(Barrier& barrier) {
+    if (!barrier.arrived || barrier.expected != 0) return;
+    barrier.arrived = false;
+    ++barrier.phases;
+    for (Fiber& fiber : fibers_)
+      if (fiber.state == Fiber::State::kAtCopies) fiber.state = Fiber::State::kRunnable;
+  }
+  // Whether there were any under way that end a phase.
+  bool land_copies() {
+    bool ended = false;
+    for (auto& entry : barriers_) {
+      const uint32_t before = entry.second.phases;
+      if (entry.second.arrived) land(entry.second);
+      ended |= entry.second.phases != before;
+    }
+    return ended;
+  }
 
   // Block `row_block` at the `k_block`th part of k of an operand, as its descriptor says.
   void decode_block(const Product& product, uint64_t operand, int row_block, int k_block, float (&block)[8][8]) {
@@ -258,6 +331,7 @@ class Block {
   std::vector<std::unique_ptr<char[]>> stacks_;
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
+  std::map<uint64_t*, Barrier> barriers_;
   Fiber* current_ = nullptr;
   jmp_buf scheduler_;
   std::string error_;
@@ -308,7 +382,21 @@ void copy_async_wait(int pending) {
   block.current().unfenced = true;
 }
 
-void fence_shared_operands() { block.current().unfenced = false; }
+void fence_shared_operands() {
+  block.current().unfenced = false;
+  block.fence_barriers();
+}
+
+void init_barrier(uint64_t& barrier) { block.init_barrier(&barrier); }
+void expect_bytes(uint64_t& barrier, int bytes) { block.expect_bytes(&barrier, bytes); }
+void arrive(uint64_t& barrier) { block.arrive(&barrier); }
+void wait_for_copies(uint64_t& barrier, uint32_t phase) { block.wait_for_copies(&barrier, phase); }
+
+void copy_bulk(unsigned char* to, const void* from, int bytes, uint64_t& barrier) {
+  if ((to - shared_memory()) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0 || bytes <= 0)
+    return block.report("a bulk copy of other than multiples of 16 bytes");
+  block.copy_bulk(&barrier, {{to, from, bytes, true}});
+}
 
 void warpgroup_mma(float* d, int tiles, const uint32_t* rows, uint64_t left, uint64_t right, bool over_points,
                    bool adds, const Elements& elements) {
@@ -388,7 +476,29 @@ uint16_t float_to_bfloat16(float value) {
 
 }  // namespace emulation
 
+PlaneMap plane_map(const void* points, int64_t volumes, int z, int y, int x, int columns, int rows) {
+  if (reinterpret_cast<uintptr_t>(points) % 16 != 0 || volumes < 1 || z < 1 || y < 1 || x < 1 || columns < 1 ||
+      4 * columns > 256 || rows < 1 || rows > 256)
+    throw std::runtime_error("a plane that the copy engine does not take");
+  return {static_cast<const unsigned char*>(points), volumes, z, y, x, columns, rows};
+}
+
+void copy_plane(unsigned char* to, const PlaneMap& map, int x, int y, int z, int volume, CopyBarrier& barrier) {
+  if ((to - shared_memory()) % 128 != 0) return block.report("a bulk copy of a plane to no multiple of 128 bytes");
+  const auto within = [](int at, int64_t size) { return at >= 0 && at < size; };
+  std::vector<Copy> lines;
+  for (int row = 0; row < map.rows; ++row)
+    for (int column = 0; column < map.columns; ++column) {
+      const bool there =
+          within(volume, map.volumes) && within(z, map.z) && within(y + row, map.y) && within(x + column, map.x);
+      const int64_t point = ((int64_t(volume) * map.z + z) * map.y + y + row) * map.x + x + column;
+      lines.push_back({to + 16 * (row * map.columns + column), there ? map.points + 16 * point : nullptr, 16, there});
+    }
+  block.copy_bulk(&barrier, lines);
+}
+
 DeviceLimits device_limits() { return limits; }
+bool has_bulk_copies() { return limits.capability >= 90; }
 bool has_warpgroup_mma() { return limits.capability == 90; }
 
 }  // namespace autofocus::cuda

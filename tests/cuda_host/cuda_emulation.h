@@ -4,10 +4,11 @@
 // Strictness, so that a kernel that is right here has little room to be wrong:
 //   * shared memory starts as NaN in every block, with guard bytes behind it;
 //   * a barrier that not every thread reaches, or a warp instruction that not every lane reaches, is an error;
-//   * asynchronous copies land either at once or only when waited for: both must give the same result; warpgroup MMA
-//   reads
-//     its operands and writes its sums likewise at once or when waited for;
-//   * warpgroup MMA while what a thread copied is not fenced for it is an error.
+//   * asynchronous copies land either at once or only when waited for, bulk copies when nobody can go on without them:
+//     all must give the same result; warpgroup MMA reads its operands and writes its sums likewise at once or when
+//     waited for;
+//   * warpgroup MMA while what a thread copied is not fenced for it is an error, and so is a bulk copy whose barrier is
+//     not; a barrier that expects other bytes than come; a block that ends before its copies have landed.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,7 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned int x, y, z;
@@ -55,6 +57,11 @@ void copy_async(unsigned char* to, const void* from, int bytes, bool valid);
 void copy_async_commit();
 void copy_async_wait(int pending);
 void fence_shared_operands();
+void init_barrier(uint64_t& barrier);
+void expect_bytes(uint64_t& barrier, int bytes);
+void arrive(uint64_t& barrier);
+void wait_for_copies(uint64_t& barrier, uint32_t phase);
+void copy_bulk(unsigned char* to, const void* from, int bytes, uint64_t& barrier);
 
 // Warpgroup MMA: a lane's `d` (kTiles x 4) of its warp's 16 of the 64 rows, which are an operand in shared memory or,
 // if `rows` is not null, an MMA fragment. Run by the warpgroup_wait that waits for it if copies are late.
@@ -117,6 +124,24 @@ template <int kPending>
 void copy_async_wait() {
   emulation::copy_async_wait(kPending);
 }
+
+using CopyBarrier = uint64_t;
+bool has_bulk_copies();
+inline bool device_has_bulk_copies() { return has_bulk_copies(); }
+inline void init_barrier(CopyBarrier& barrier) { emulation::init_barrier(barrier); }
+inline void expect_bytes(CopyBarrier& barrier, int bytes) { emulation::expect_bytes(barrier, bytes); }
+inline void arrive(CopyBarrier& barrier) { emulation::arrive(barrier); }
+inline void wait_for_copies(CopyBarrier& barrier, uint32_t phase) { emulation::wait_for_copies(barrier, phase); }
+inline void copy_bulk(unsigned char* to, const void* from, int bytes, CopyBarrier& barrier) {
+  emulation::copy_bulk(to, from, bytes, barrier);
+}
+struct PlaneMap {
+  const unsigned char* points;
+  int64_t volumes;
+  int z, y, x, columns, rows;
+};
+PlaneMap plane_map(const void* points, int64_t volumes, int z, int y, int x, int columns, int rows);
+void copy_plane(unsigned char* to, const PlaneMap& map, int x, int y, int z, int volume, CopyBarrier& barrier);
 
 inline float2 unpack(float2 pair, float) { return pair; }
 template <typename T>

@@ -57,51 +57,57 @@ std::string check_part(const Problem& g, const Part& part, bool adjoint, int til
     const Tile tile = tile_at(lattice, index);
     if (tile.n != index / tiles_of_sample) return "a tile belongs to the wrong sample";
     if (tile.n > 0) continue;
-    std::vector<int64_t> held(int64_t(lattice.ring) * plane_size(lattice), kNothing);
-    const int last_part = tile_z + lattice.halo.z;
-    const auto stage = [&](int first, int last) {
-      for (int plane = first; plane < last; ++plane)
-        for (int row = 0; row < rows(lattice); ++row)
-          for (int column = 0; column < columns(lattice); ++column) {
-            const Int3& first = tile.source_first;
-            const bool there =
-                has_plane(lattice, first, plane) && has_row(lattice, first, row) && has_column(lattice, first, column);
-            held.at(int64_t(slot(lattice, plane)) * plane_size(lattice) + row * kPitch + column) =
-                there ? packed_index(lattice, tile, plane, row, column) : kZero;
-          }
-    };
-    stage(0, recycle ? last_part : planes(lattice));
-    for (int tz = -1; tz <= 1; ++tz) {
-      if (tz == 0 && recycle) stage(last_part, planes(lattice));  // while tz = 0 still reads
-      if (tz == 0 && !recycle)
-        for (int64_t i = 0; i < int64_t(lattice.halo.z) * plane_size(lattice); ++i)
-          held[i] = kNothing;  // the next chunk's
-      for (int z = 0; z < tile_z; ++z)
-        for (int y = 0; y < kTileY; ++y)
-          for (int x = 0; x < kTileX; ++x) {
-            const Index3 p = target_position(lattice, tile, z, y, x);
-            if (has_target(tile, z, y, x) != inside(p, lattice.target)) return "a tile has other target points";
-            if (!inside(p, lattice.target)) continue;
-            if (tz == 0 && part.first_sample == 0) ++covered[ravel(p, lattice.target)];
-            if (!same(target_position_of.at(packed_target(lattice, tile, z, y, x)), p))
-              return "a target point is packed elsewhere";
-            for (int tap = 0; tap < kPlaneTaps; ++tap)
-              for (int k = 0; k < lattice.K; ++k) {
-                const int place = centre_point(lattice, y, x) + lattice.tap_points[tap][k];
-                if (place < 0 || place >= plane_size(lattice)) return show("a tap leaves its plane", p, tz, tap, k);
-                const int64_t read =
-                    held.at(int64_t(slot(lattice, tap_plane(lattice, z, tz, k))) * plane_size(lattice) + place);
-                // The definition: forward reads origin + p + r t. Adjoint: the output that reads p through -t.
-                const int64_t sign = adjoint ? -1 : 1;
-                const Index3 s = {sign * g.origin.z + p.z + g.dilation[k].z * tz,
-                                  sign * g.origin.y + p.y + g.dilation[k].y * (tap / 3 - 1),
-                                  sign * g.origin.x + p.x + g.dilation[k].x * (tap % 3 - 1)};
-                if (read == kNothing) return show("a tap reads a point that is not loaded", p, tz, tap, k);
-                const bool zero = read == kZero || !inside(position[read], lattice.source);
-                if (inside(s, lattice.source) ? zero || !same(position[read], s) : !zero)
-                  return show("a tap reads the wrong point", p, tz, tap, k);
-              }
-          }
+    // In the adjoint branches go in turn, each over points of its own.
+    for (int turn = 0; turn < (adjoint ? lattice.K : 1); ++turn) {
+      const int first_branch = turn, branches_end = adjoint ? turn + 1 : lattice.K;
+      const Int3& reach = lattice.reach[turn];
+      std::vector<int64_t> held(int64_t(lattice.ring) * lattice.plane_points, kNothing);
+      const int last_part = tile_z + lattice.halo.z, end = last_part + reach.z;
+      const auto stage = [&](int first, int last) {
+        for (int plane = first; plane < last; ++plane)
+          for (int row = 0; row < rows(reach); ++row)
+            for (int column = 0; column < columns(reach); ++column) {
+              const Int3& first = tile.source_first;
+              const int block_row = first_row(lattice, turn) + row, block_column = first_column(lattice, turn) + column;
+              const bool there = has_plane(lattice, first, plane) && has_row(lattice, first, block_row) &&
+                                 has_column(lattice, first, block_column);
+              held.at(int64_t(slot(lattice, plane)) * lattice.plane_points + row * lattice.pitch[turn] + column) =
+                  there ? packed_index(lattice, tile, plane, block_row, block_column) : kZero;
+            }
+      };
+      stage(lattice.halo.z - reach.z, recycle ? last_part : end);
+      for (int tz = -1; tz <= 1; ++tz) {
+        if (tz == 0 && recycle) stage(last_part, end);  // while tz = 0 still reads
+        if (tz == 0 && !recycle)
+          for (int64_t i = 0; i < int64_t(lattice.halo.z) * lattice.plane_points; ++i)
+            held[i] = kNothing;  // the next chunk's
+        for (int z = 0; z < tile_z; ++z)
+          for (int y = 0; y < kTileY; ++y)
+            for (int x = 0; x < kTileX; ++x) {
+              const Index3 p = target_position(lattice, tile, z, y, x);
+              if (has_target(tile, z, y, x) != inside(p, lattice.target)) return "a tile has other target points";
+              if (!inside(p, lattice.target)) continue;
+              if (turn == 0 && tz == 0 && part.first_sample == 0) ++covered[ravel(p, lattice.target)];
+              if (!same(target_position_of.at(packed_target(lattice, tile, z, y, x)), p))
+                return "a target point is packed elsewhere";
+              for (int tap = 0; tap < kPlaneTaps; ++tap)
+                for (int k = first_branch; k < branches_end; ++k) {
+                  const int place = lattice.centre[k] + y * lattice.pitch[k] + x + lattice.tap_points[tap][k];
+                  if (place < 0 || place >= lattice.plane_points) return show("a tap leaves its plane", p, tz, tap, k);
+                  const int64_t read =
+                      held.at(int64_t(slot(lattice, tap_plane(lattice, z, tz, k))) * lattice.plane_points + place);
+                  // The definition: forward reads origin + p + r t. Adjoint: the output that reads p through -t.
+                  const int64_t sign = adjoint ? -1 : 1;
+                  const Index3 s = {sign * g.origin.z + p.z + g.dilation[k].z * tz,
+                                    sign * g.origin.y + p.y + g.dilation[k].y * (tap / 3 - 1),
+                                    sign * g.origin.x + p.x + g.dilation[k].x * (tap % 3 - 1)};
+                  if (read == kNothing) return show("a tap reads a point that is not loaded", p, tz, tap, k);
+                  const bool zero = read == kZero || !inside(position[read], lattice.source);
+                  if (inside(s, lattice.source) ? zero || !same(position[read], s) : !zero)
+                    return show("a tap reads the wrong point", p, tz, tap, k);
+                }
+            }
+      }
     }
   }
   return "";
@@ -178,16 +184,73 @@ void unrounded_operand(const float* source, float*) {
 
 void lanes_disagree(const float*, float*) { product(threadIdx.x % 2, true); }
 
+// A bulk copy of 16 bytes; `fenced` its barrier, which has `arrivals` and expects `bytes`.
+CopyBarrier& copy_16_bytes(const float* source, bool fenced, int arrivals, int bytes, int at = 0) {
+  CopyBarrier& barrier = *reinterpret_cast<CopyBarrier*>(shared_memory() + 256);
+  if (threadIdx.x == 0) {
+    init_barrier(barrier);
+    if (fenced) fence_shared_operands();
+    expect_bytes(barrier, bytes);
+    copy_bulk(shared_memory() + at, source, 16, barrier);
+    for (int i = 0; i < arrivals; ++i) arrive(barrier);
+  }
+  __syncthreads();
+  return barrier;
+}
+
+void leave_result(float* result) {
+  if (threadIdx.x < 4) result[threadIdx.x] = reinterpret_cast<float*>(shared_memory())[threadIdx.x];
+}
+
+void bulk_copy(const float* source, float* result) {
+  wait_for_copies(copy_16_bytes(source, true, 1, 16), 0);
+  leave_result(result);
+}
+
+void unfinished_bulk_copy(const float* source, float* result) {
+  CopyBarrier& barrier = copy_16_bytes(source, true, 1, 16);
+  leave_result(result);
+  wait_for_copies(barrier, 0);
+}
+
+void unfenced_barrier(const float* source, float*) { copy_16_bytes(source, false, 1, 16); }
+void misaligned_bulk_copy(const float* source, float*) { copy_16_bytes(source, true, 1, 16, 8); }
+void bytes_that_never_come(const float* source, float*) { wait_for_copies(copy_16_bytes(source, true, 1, 32), 0); }
+void arrival_that_never_comes(const float* source, float*) { wait_for_copies(copy_16_bytes(source, true, 0, 16), 0); }
+void second_arrival(const float* source, float*) { copy_16_bytes(source, true, 2, 16); }
+void left_under_way(const float* source, float*) { copy_16_bytes(source, true, 1, 16); }
+
+void misaligned_plane(const float* source, float*) {
+  if (threadIdx.x == 0)
+    copy_plane(shared_memory() + 64, plane_map(source, 1, 1, 1, 1, 1, 1), 0, 0, 0, 0,
+               *reinterpret_cast<CopyBarrier*>(shared_memory() + 256));
+}
+
 using Faulty = void (*)(const float*, float*);
 struct NamedKernel {
   const char* name;
   Faulty kernel;
 };
-const NamedKernel kFaulty[] = {{"unfinished_copy", unfinished_copy}, {"missing_barrier", missing_barrier},
-                               {"split_barrier", split_barrier},     {"write_behind", write_behind},
-                               {"misaligned_copy", misaligned_copy}, {"unfenced_copy", unfenced_copy},
-                               {"operand_behind", operand_behind},   {"uncommitted_product", uncommitted_product},
-                               {"lanes_disagree", lanes_disagree},   {"unrounded_operand", unrounded_operand}};
+#define NAMED(kernel) {#kernel, kernel}
+const NamedKernel kFaulty[] = {NAMED(unfinished_copy),
+                               NAMED(missing_barrier),
+                               NAMED(split_barrier),
+                               NAMED(write_behind),
+                               NAMED(misaligned_copy),
+                               NAMED(unfenced_copy),
+                               NAMED(operand_behind),
+                               NAMED(uncommitted_product),
+                               NAMED(lanes_disagree),
+                               NAMED(unrounded_operand),
+                               NAMED(bulk_copy),
+                               NAMED(unfinished_bulk_copy),
+                               NAMED(unfenced_barrier),
+                               NAMED(misaligned_bulk_copy),
+                               NAMED(bytes_that_never_come),
+                               NAMED(arrival_that_never_comes),
+                               NAMED(second_arrival),
+                               NAMED(left_under_way),
+                               NAMED(misaligned_plane)};
 
 }  // namespace
 
@@ -224,7 +287,7 @@ void autofocus_probe_encode(bool half, const float* values, uint16_t* bits, int6
     bits[i] = half ? emulation::float_to_half(values[i]) : emulation::float_to_bfloat16(values[i]);
 }
 
-// Runs a faulty kernel on one warp; `result` holds four floats. True if the emulation ran it to the end.
+// Runs a kernel of these on one warp; `result` holds four floats. True if the emulation ran it to the end.
 bool autofocus_probe_fault(const char* name, float* result, char* message, int size) {
   alignas(16) const float source[4] = {1.0f, 2.0f, 3.0f, 4.0f};
   for (const NamedKernel& faulty : kFaulty)

@@ -1,4 +1,4 @@
-// A backward: the operands that its passes share are packed once, then the passes run one after the other.
+// A backward: operands are packed once for the passes that share them, then the passes run one after the other.
 #include "backward.h"
 
 namespace autofocus::cuda {
@@ -11,48 +11,62 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
   const bool by_branch = grad_output.k != 0, wants_input = gradients.input.data != nullptr,
              wants_attention = gradients.attention.data != nullptr,
              wants_weight = gradients.weight.data != nullptr || gradients.scale != nullptr;
+  // a_k G of every branch is large and for the gradient of the input alone: it comes before the others, in finer parts.
+  const bool input_first = wants_input && !by_branch;
+  const Int3 step = common_step(in.g);
+  Operands gated(in, step), shared(in, step);
+  Operands& of_input = input_first ? gated : shared;
+  std::vector<Work> input_pass, passes;
   Plan input_plan{}, attention_plan{};
-  std::vector<Work> passes;
-  Operands operands(in, common_step(in.g));
-  operands.want_grad_output(grad_output);
   if (wants_input) {
     input_plan = plan_of(Pass::kGradInput, in);
-    passes.push_back(work_of(input_plan, ceil_div(in.g.C, 8 * input_plan.tiles)));
-    operands.want_adjoint_weight(input_plan.tiles);
-    if (!by_branch) operands.want_attention();
+    (input_first ? input_pass : passes).push_back(work_of(input_plan, ceil_div(in.g.C, 8 * input_plan.tiles)));
+    of_input.want_grad_output(grad_output, input_first);
+    of_input.want_adjoint_weight(input_plan.tiles);
   }
   if (wants_attention) {
     attention_plan = plan_of(Pass::kGradAttention, in);
     passes.push_back(work_of(attention_plan, 1));
-    operands.want_input();
-    operands.want_weight(attention_plan.tiles);
+    shared.want_grad_output(grad_output, false);
+    shared.want_input();
+    shared.want_weight(attention_plan.tiles);
   }
   WeightPartials sums{};
   if (wants_weight) {
     const Plan weight_plan = plan_of(Pass::kGradWeight, in);
     passes.push_back(grad_weight_work(weight_plan, in.g, in.dtype));
-    operands.want_input();
-    operands.want_attention();
+    shared.want_grad_output(grad_output, false);
+    shared.want_input();
+    shared.want_attention();
     sums = weight_partials_of(weight_plan, in.g, in.dtype, by_branch || in.scale.data != nullptr);
-    operands.want_scratch(sums.splits * sums.branches * sums.outputs * sums.inputs * num_taps(in.g) *
-                          int64_t(sizeof(float)));
+    shared.want_scratch(sums.splits * sums.branches * sums.outputs * sums.inputs * num_taps(in.g) *
+                        int64_t(sizeof(float)));
   }
 
-  const Split split = split_of(in.g, passes);
-  for (int64_t i = 0; i < num_parts(split); ++i) {
+  const Split finer = split_of(in.g, input_pass, 1), split = split_of(in.g, passes, kLeastRounds);
+  const int64_t of_gated = input_first ? gated.bytes(part_of(in.g, finer, 0)) : 0,
+                of_shared = passes.empty() ? 0 : shared.bytes(part_of(in.g, split, 0));
+  void* memory = context.scratch(of_gated > of_shared ? of_gated : of_shared);
+  const auto run_input = [&](const Part& part) {
+    launch_grad_input(plan_of_part(input_plan, Pass::kGradInput, part), in, of_input,
+                      samples_from(gradients.input, part, in.dtype), adds, context);
+  };
+  for (int64_t i = 0; i < (input_first ? num_parts(finer) : 0); ++i) {
+    const Part part = part_of(in.g, finer, i);
+    gated.pack(part, memory, context);
+    run_input(part);
+  }
+  for (int64_t i = 0; i < (passes.empty() ? 0 : num_parts(split)); ++i) {
     const Part part = part_of(in.g, split, i);
-    const auto samples = [&](const TensorView& gradient) { return samples_from(gradient, part, in.dtype); };
-    operands.pack(part, context);
-    if (wants_input)
-      launch_grad_input(plan_of_part(input_plan, Pass::kGradInput, part), in, by_branch, operands,
-                        samples(gradients.input), adds, context);
+    shared.pack(part, memory, context);
+    if (wants_input && !input_first) run_input(part);
     if (wants_attention)
-      launch_grad_attention(plan_of_part(attention_plan, Pass::kGradAttention, part), in, operands,
-                            samples(gradients.attention), context);
-    if (wants_weight) launch_grad_weight(in, by_branch, part, operands, sums, i > 0, context);
+      launch_grad_attention(plan_of_part(attention_plan, Pass::kGradAttention, part), in, shared,
+                            samples_from(gradients.attention, part, in.dtype), context);
+    if (wants_weight) launch_grad_weight(in, by_branch, part, shared, sums, i > 0, context);
   }
   if (wants_weight) {
-    sums.data = operands.scratch();
+    sums.data = shared.scratch();
     sum_weight_partials(in, sums, gradients.weight, {gradients.scale, in.g.O, 1, {}}, adds, context);
   }
 }

@@ -1,5 +1,4 @@
-// The passes of a backward, each on operands that hold what it reads: fast_backward wants and packs them for all at
-// once.
+// The passes of a backward, each on operands that hold what it reads: fast_backward wants and packs them.
 #pragma once
 
 #include "../weight_sum.h"
@@ -7,9 +6,9 @@
 
 namespace autofocus::cuda {
 
-// With `by_branch` grad_output is one for each branch; else it wants the attention too. Adds to grad_input if `adds`.
-void launch_grad_input(const Plan& plan, const Inputs& in, bool by_branch, const Operands& operands,
-                       const TensorView& grad_input, bool adds, const Context& context);
+// Of a grad_output for each branch, or a gated one. Adds to grad_input if `adds`.
+void launch_grad_input(const Plan& plan, const Inputs& in, const Operands& operands, const TensorView& grad_input,
+                       bool adds, const Context& context);
 
 void launch_grad_attention(const Plan& plan, const Inputs& in, const Operands& operands,
                            const TensorView& grad_attention, const Context& context);

@@ -12,9 +12,8 @@ namespace autofocus::cuda {
 
 template <typename T>
 struct BranchesArguments {
-  const unsigned char* points;  // Operands::input
+  Source source;                // Operands::input
   const unsigned char* weight;  // Operands::weight
-  int chunks;
   int64_t outputs;
   const unsigned char* targets;  // Operands::attention, or grad_output
   Strided<const T> scale, shift;
@@ -25,8 +24,15 @@ struct BranchesArguments {
 template <typename T>
 BranchesArguments<T> branches_arguments(const Inputs& in, const Operands& operands, const unsigned char* targets,
                                         const TensorView& result, bool adds) {
-  return {operands.input(),           operands.weight(),          num_chunks(in.g.C, in.dtype), in.g.O, targets,
-          Strided<const T>(in.scale), Strided<const T>(in.shift), Strided<T>(result),           adds};
+  const int chunks = num_chunks(in.g.C, in.dtype);
+  return {{operands.input(), chunks, 0, chunks},
+          operands.weight(),
+          in.g.O,
+          targets,
+          Strided<const T>(in.scale),
+          Strided<const T>(in.shift),
+          Strided<T>(result),
+          adds};
 }
 
 // The branch scale or shift of a block of output channels as [branch, channel], if there is one.
@@ -42,24 +48,26 @@ __device__ inline void copy_vectors(const Lattice& lattice, const Strided<const 
 
 // Grid (blocks, blocks of 8 kTiles output channels), or (blocks) if the epilogue takes those in turn.
 template <typename T, int kTiles, typename Epilogue>
-__global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattice, BranchesArguments<T> args) {
+__global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattice, BranchesArguments<T> args,
+                                                                  const __grid_constant__ SourcePlanes planes) {
   // Products under way at once, one a plane: as many as leave registers.
   constexpr int kTogether = kTiles <= 2 ? kGroupPlanes : 1;
   const Share share;
   const int turns = Epilogue::kInTurn ? int(ceil_div(args.outputs, 8 * kTiles)) : 1;
-  const unsigned char* weight = args.weight + int64_t(blockIdx.y) * args.chunks * chunk_weight_bytes(kTiles);
-  CopyPoints stage(args.points, args.chunks);
-  Pipeline<Readers::kAll, CopyPoints> pipeline(lattice, args.chunks * turns, stage);
+  const int chunks = args.source.chunks;
+  const unsigned char* weight = args.weight + int64_t(blockIdx.y) * chunks * chunk_weight_bytes(kTiles);
+  Pipeline<Readers::kAll> pipeline(lattice, args.source, planes, chunks * turns);
   const int slabs = pipeline.behind();
   Epilogue epilogue(lattice, args, share, slabs + chunk_weight_bytes(kTiles));
 
-  for (pipeline.start([&] { copy_slabs<kTiles>(slabs, weight, 0, 0, 3); }); pipeline.running(); pipeline.advance()) {
+  for (pipeline.start([&] { copy_slabs<kTiles>(pipeline, slabs, weight, 0, 0, 3); }); pipeline.running();
+       pipeline.advance()) {
     const int chunk = pipeline.turn().chunk, next_chunk = pipeline.next_turn().chunk;
-    if (chunk % args.chunks == 0) epilogue.begin(pipeline.tile(), chunk / args.chunks);
+    if (chunk % chunks == 0) epilogue.begin(pipeline.tile(), chunk / chunks);
 #pragma unroll 1
     for (int tz = -1; tz <= 1; ++tz) {
       pipeline.enter(tz);
-      if (tz < 0 && chunk % args.chunks == 0) epilogue.begin_shared();
+      if (tz < 0 && chunk % chunks == 0) epilogue.begin_shared();
       const Operand slab(shared_units(shared_memory() + slabs + (tz + 1) * kSlabBytes<kTiles>), 8 * kTiles, 8);
       // Half of the warpgroups write ahead while the others keep the tensor cores busy.
       const int writes_in = uniform(reread_thread() / kGroupThreads % 2);
@@ -92,7 +100,8 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
         }
       }
       // The slab that this tz has read is free behind the barrier; that of tz = 0 with the last one's.
-      pipeline.leave(tz, [&] { copy_slabs<kTiles>(slabs, weight, next_chunk, tz < 0 ? 0 : 1, tz < 0 ? 1 : 3); });
+      pipeline.leave(tz,
+                     [&] { copy_slabs<kTiles>(pipeline, slabs, weight, next_chunk, tz < 0 ? 0 : 1, tz < 0 ? 1 : 3); });
     }
     if (pipeline.last_turn()) epilogue.end(pipeline.tile());
   }

@@ -104,7 +104,8 @@ void launch_forward(const char* name, const Plan& plan, const Inputs& in, const 
     const auto args = branches_arguments<T>(in, operands, operands.attention(), output, adds);
     for_tiles(plan.tiles, [&](auto tiles) {
       launch(name, &branches_kernel<T, tiles(), WeightedSum<T, tiles()>>, grid_of(plan, ceil_div(in.g.O, 8 * tiles())),
-             plan.threads, plan.shared_bytes, context.stream, plan.lattice, args);
+             plan.threads, plan.shared_bytes, context.stream, plan.lattice, args,
+             planes_of(plan.lattice, args.source, Readers::kAll));
     });
   });
 }
@@ -117,10 +118,11 @@ void for_parts(const Inputs& in, const Context& context, const Run& run) {
   operands.want_input();
   operands.want_attention();
   operands.want_weight(plan.tiles);
-  const Split split = split_of(in.g, {work_of(plan, ceil_div(in.g.O, 8 * plan.tiles))});
+  const Split split = split_of(in.g, {work_of(plan, ceil_div(in.g.O, 8 * plan.tiles))}, kLeastRounds);
+  void* memory = context.scratch(operands.bytes(part_of(in.g, split, 0)));
   for (int64_t i = 0; i < num_parts(split); ++i) {
     const Part part = part_of(in.g, split, i);
-    operands.pack(part, context);
+    operands.pack(part, memory, context);
     run(plan_of_part(plan, Pass::kForward, part), operands, part);
   }
 }

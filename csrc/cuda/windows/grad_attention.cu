@@ -140,7 +140,8 @@ void launch_grad_attention(const Plan& plan, const Inputs& in, const Operands& o
       // Wider ones, which plan.cu gives no floats, would spill.
       if constexpr (!std::is_same_v<T, float> || tiles() <= kNarrowTiles)
         launch("fast_grad_attention", &branches_kernel<T, tiles(), DotWithGrad<T, tiles()>>, grid_of(plan, 1),
-               plan.threads, plan.shared_bytes, context.stream, plan.lattice, args);
+               plan.threads, plan.shared_bytes, context.stream, plan.lattice, args,
+               planes_of(plan.lattice, args.source, Readers::kAll));
     });
   });
 }

@@ -48,14 +48,16 @@ __device__ inline void leave_sums(const GradWeightArguments& args, int output0, 
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           store_partial(args, partial, output0 + lane / 4 + i / 2 * 8,
-                        int64_t(blockIdx.y) * kChunk<T> + lane % 4 * 2 + i % 2, int64_t(args.chunks) * kChunk<T>,
+                        int64_t(blockIdx.y) * kChunk<T> + lane % 4 * 2 + i % 2, int64_t(args.source.held) * kChunk<T>,
                         {tz - 1, ty - 1, tx - 1}, sum[tz][ty][0][tx][i] + place(tx, i));
     }
 }
 
 // Grid (blocks, chunks of input channels, blocks of kBlockOutputs output channels).
 template <typename T>
-__global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Lattice lattice, GradWeightArguments args) {
+__global__ __launch_bounds__(kGradWeightThreads,
+                             1) void grad_weight_kernel(Lattice lattice, GradWeightArguments args,
+                                                        const __grid_constant__ SourcePlanes planes) {
   const int group = uniform(threadIdx.x / kGroupThreads), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int output0 = int(blockIdx.z) * kBlockOutputs + 16 * warp;
   const int group_planes = lattice.tile_z / kGradWeightGroups;
@@ -63,8 +65,8 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
   float sum[3][3][1][3][4];  // [tz, ty], then by tx
   for (auto& plane : sum)
     for (auto& row : plane) clear(row);
-  CopyChunk stage(args.points, args.chunks, int(blockIdx.y));
-  Pipeline<Readers::kAll, CopyChunk> pipeline(lattice, 1, stage);
+  const Source source = chunk_of_block(args.source);
+  Pipeline<Readers::kAll> pipeline(lattice, source, planes, 1);
   unsigned char* gates = shared_memory() + pipeline.behind();
   const int tile_points = lattice.tile_z * kTileY * kTileX;
 
@@ -92,7 +94,7 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[step][i] = multiply(grads[step][i], rows[i / 2], T{});
           }
-          const uint32_t plane = plane_of(lattice, z, tz - 1, k);
+          const uint32_t plane = plane_of(lattice, z, tz - 1, k), pitch = lattice.pitch[k];
           begin_products();
 #pragma unroll
           for (int step = 0; step < kPlaneSteps; ++step)
@@ -100,7 +102,7 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_kernel(Latt
             for (int ty = 0; ty < 3; ++ty)
               window_product_over_points<T>(
                   sum[tz][ty], a[step],
-                  {plane + 2 * step * kPitch + (ty - 1) * lattice.rate[k].y * kPitch - lattice.rate[k].x, kPitch,
+                  {plane + (2 * step + (ty - 1) * lattice.rate[k].y) * pitch - lattice.rate[k].x, pitch,
                    uint32_t(lattice.rate[k].x)});
           commit_products();
           wait_for_products<0>();
@@ -141,11 +143,12 @@ void launch_grad_weight(const Inputs& in, bool by_branch, const Part& part, cons
   for (int k = 0; k < sums.branches; ++k) {
     const Plan plan = sums.branches == 1 ? plan_of_part(plan_of(Pass::kGradWeight, in), Pass::kGradWeight, part)
                                          : plan_of_branch(Pass::kGradWeight, in, part, k);
+    const Source source{operands.input(), chunks, 0, 1};
     launch("fast_weight_partial", kernel.run, grid, plan.threads, plan.shared_bytes, context.stream, plan.lattice,
-           GradWeightArguments{operands.input(), operands.attention(), operands.grad_output(), chunks,
-                               num_chunks(g.O, in.dtype), k, by_branch ? int(g.K) : 1,
-                               static_cast<float*>(operands.scratch()) + k * branch_size, sums.branches * branch_size,
-                               adds, g.O, g.kernel});
+           GradWeightArguments{source, operands.attention(), operands.grad_output(), num_chunks(g.O, in.dtype), k,
+                               by_branch ? int(g.K) : 1, static_cast<float*>(operands.scratch()) + k * branch_size,
+                               sums.branches * branch_size, adds, g.O, g.kernel},
+           planes_of(plan.lattice, source, Readers::kAll));
   }
 }
 

@@ -13,11 +13,12 @@
 namespace autofocus::cuda {
 
 struct GradWeightArguments {
-  const unsigned char *points, *gates, *grads;  // Operands::input, attention and grad_output
-  int chunks, output_chunks;
+  Source source;                       // Operands::input
+  const unsigned char *gates, *grads;  // Operands::attention and grad_output
+  int output_chunks;
   int branch;         // of the gates, the lattice's first
   int grad_branches;  // of grad_output: 1, or K and `branch` is meant
-  float* partial;     // [outputs rounded up to 16, chunks of channels, taps], for each block
+  float* partial;     // [outputs rounded up to 16, chunks of input channels, taps], for each block
   int64_t split_size;
   bool adds;  // to what is there
   int64_t outputs;
@@ -26,20 +27,15 @@ struct GradWeightArguments {
 
 // A kernel of grid (blocks, chunks of input channels, blocks of `outputs` output channels).
 struct GradWeightKernel {
-  void (*run)(Lattice, GradWeightArguments);
+  void (*run)(Lattice, GradWeightArguments, SourcePlanes);
   int outputs;
 };
 GradWeightKernel grad_weight_tf32_kernel_of();
 
-// One chunk of a pipeline's tiles, whichever tile it is.
-struct CopyChunk : CopyPoints {
-  int chunk;
-
-  __device__ CopyChunk(const unsigned char* points, int chunks, int chunk_)
-      : CopyPoints(points, chunks), chunk(chunk_) {}
-
-  __device__ void begin(const Lattice& lattice, const Planes& planes) { begin_chunk(lattice, planes.tile, chunk); }
-};
+// The points of this block's chunk.
+__device__ inline Source chunk_of_block(const Source& source) {
+  return {source.points, source.held, int(blockIdx.y), 1};
+}
 
 // The attention of a tile as [branch, point], so that neighbours of one branch lie side by side.
 template <typename T>

@@ -52,12 +52,13 @@ __device__ inline void leave_sums(const GradWeightArguments& args, int output0,
       const int tap = 2 * pair + b_column / kChunk<float>;
       if (tap < kPlaneTaps && output0 + 16 * m < args.outputs)
         store_partial(args, partial, o, int64_t(blockIdx.y) * kChunk<float> + b_column % kChunk<float>,
-                      int64_t(args.chunks) * kChunk<float>, {tz - 1, tap / 3 - 1, tap % 3 - 1}, total);
+                      int64_t(args.source.held) * kChunk<float>, {tz - 1, tap / 3 - 1, tap % 3 - 1}, total);
     }
 }
 
-__global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_tf32_kernel(Lattice lattice,
-                                                                                 GradWeightArguments args) {
+__global__ __launch_bounds__(kGradWeightThreads,
+                             1) void grad_weight_tf32_kernel(Lattice lattice, GradWeightArguments args,
+                                                             const __grid_constant__ SourcePlanes planes) {
   const int group = uniform(threadIdx.x / kGroupThreads), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int row = lane / 4, column = lane % 4;
   const int output0 = int(blockIdx.z) * (16 * kOutputBlocks);
@@ -65,8 +66,8 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_tf32_kernel
 
   float sum[3][kTapPairs][kOutputBlocks][4];  // [tz]
   for (auto& plane : sum) clear(plane);
-  CopyChunk stage(args.points, args.chunks, int(blockIdx.y));
-  Pipeline<Readers::kAll, CopyChunk> pipeline(lattice, 1, stage);
+  const Source source = chunk_of_block(args.source);
+  Pipeline<Readers::kAll> pipeline(lattice, source, planes, 1);
   float* gates = reinterpret_cast<float*>(shared_memory() + pipeline.behind());
   const int tile_points = lattice.tile_z * kTileY * kTileX;
 
@@ -99,7 +100,7 @@ __global__ __launch_bounds__(kGradWeightThreads, 1) void grad_weight_tf32_kernel
               // The last tap has no second one: the same again, whose sums nobody reads.
               const int second = 2 * pair + 1 < kPlaneTaps ? 2 * pair + 1 : 2 * pair;
               const int tap = row < kChunk<float> ? lattice.tap_points[2 * pair][k] : lattice.tap_points[second][k];
-              const unsigned char* at = words + (y * kPitch + tap) * kPointBytes;
+              const unsigned char* at = words + (y * lattice.pitch[k] + tap) * kPointBytes;
               const uint2 b = {*reinterpret_cast<const uint32_t*>(at),
                                *reinterpret_cast<const uint32_t*>(at + 4 * kPointBytes)};
 #pragma unroll

@@ -16,10 +16,11 @@ constexpr int kLatticeBranches = 4;  // a thread holds the attention of every br
 constexpr int kTileY = 8;
 constexpr int kTileX = 8;  // eight points of 16 bytes side by side fill the 32 banks of shared memory once
 constexpr int kMaxHaloX = 7;
-constexpr int kPitch = kTileX + 2 * kMaxHaloX;  // points of a row in shared memory; a constant, so row offsets are too
-constexpr int kPointBytes = 16;                 // of a packed point: a chunk of channels
-constexpr int kPlaneTaps = 9;                   // taps (ty, tx) of one tz, in this order
-constexpr int kTapPairs = 5;                    // of a product; the last tap has no second one
+constexpr int kMaxRows = 256;     // of a block: a bulk copy takes no more
+constexpr int kPointBytes = 16;   // of a packed point: a chunk of channels
+constexpr int kPlaneAligned = 8;  // points: a bulk copy writes at multiples of 128 bytes
+constexpr int kPlaneTaps = 9;     // taps (ty, tx) of one tz, in this order
+constexpr int kTapPairs = 5;      // of a product; the last tap has no second one
 
 struct Int3 {
   int z, y, x;
@@ -30,10 +31,9 @@ struct Classes {
   Int3 count, first;
 };
 
-// How a block of threads goes through the points of a block of points within a halo: a pass is some rows of every
-// plane, in which each thread has one point of every `planes`th plane.
+// How a block of threads goes through the points that a branch reads: a pass is some rows of every plane, in which each
+// thread has one point of every `planes`th plane.
 struct Cover {
-  Int3 halo;
   int columns, rows, planes, passes;
   uint32_t by_columns, by_rows, by_planes;  // for divided()
   int source_step, shared_step;             // from a thread's point to its next, in packed points and in shared memory
@@ -45,18 +45,22 @@ struct Lattice {
   Int3 step;
   Int3 rate[kLatticeBranches];  // zero from K on, and on an axis on which the kernel has one tap
   Int3 halo;
-  Index3 origin;          // source position under target position 0
-  Index3 source, target;  // sizes
-  Int3 points;            // lattice points of a source class per axis; the last may lie outside the source
-  Int3 target_points;     // and of a target class
-  Int3 tiles;             // tiles of a target class per axis; the last ones may lie outside the target
+  Int3 reach[kLatticeBranches];  // of the points held for a branch: `halo`, or its own rate where branches go in turn
+  Index3 origin;                 // source position under target position 0
+  Index3 source, target;         // sizes
+  Int3 points;                   // lattice points of a source class per axis; the last may lie outside the source
+  Int3 target_points;            // and of a target class
+  Int3 tiles;                    // tiles of a target class per axis; the last ones may lie outside the target
   Classes source_classes, target_classes;  // what is packed, and where there are tiles
   int packed_points, packed_targets;       // points of these classes, each in full
   int taps_z;
   int tile_z;
-  int ring, ring_bytes;                          // planes of points held in shared memory
-  Cover cover[kLatticeBranches + 1];             // for the points of one branch each, and for those of all
-  int tap_points[kPlaneTaps][kLatticeBranches];  // where tap (ty, tx) of branch k lies in its plane, ascending
+  int ring, ring_bytes;  // planes of points held in shared memory
+  int plane_points;      // from one plane to the next
+  // In a plane, of the points held for branch k: how many a row has; the point under point (0, 0) of a tile through tap
+  // (0, 0), and where tap (ty, tx) lies from there, ascending.
+  int pitch[kLatticeBranches], centre[kLatticeBranches], tap_points[kPlaneTaps][kLatticeBranches];
+  Cover cover[kLatticeBranches];
   // Of a pair of taps: where the first one lies, counted from tap 0, and in the upper half how far on the second one
   // does.
   uint32_t tap_pairs[kTapPairs][kLatticeBranches];
@@ -68,17 +72,21 @@ struct Tile {
   int64_t n;
   Int3 target_class, target_first, target_left, source_class, source_first;
   int target_at, source_at;
+  int source_volume;  // the number of the source class among those packed
 };
 
 AUTOFOCUS_HD inline int64_t volume(const Int3& sizes) { return int64_t(sizes.z) * sizes.y * sizes.x; }
 AUTOFOCUS_HD inline int64_t num_tiles(const Lattice& lattice) {
   return lattice.N * volume(lattice.tiles) * volume(lattice.target_classes.count);
 }
-// The number of point `p` of class `c` among those packed, classes outermost. lattice_refusal sees to it that it fits.
-AUTOFOCUS_HD inline int packed_number(const Classes& classes, const Int3& c, const Int3& points, const Int3& p) {
+// The number of class `c` among those packed, and of its point `p`, classes outermost. lattice_refusal sees to it that
+// it fits.
+AUTOFOCUS_HD inline int class_number(const Classes& classes, const Int3& c) {
   const Int3 &first = classes.first, &count = classes.count;
-  const int in_classes = ((c.z - first.z) * count.y + (c.y - first.y)) * count.x + (c.x - first.x);
-  return ((in_classes * points.z + p.z) * points.y + p.y) * points.x + p.x;
+  return ((c.z - first.z) * count.y + (c.y - first.y)) * count.x + (c.x - first.x);
+}
+AUTOFOCUS_HD inline int packed_number(const Classes& classes, const Int3& c, const Int3& points, const Int3& p) {
+  return ((class_number(classes, c) * points.z + p.z) * points.y + p.y) * points.x + p.x;
 }
 
 // value / divisor for an inverse of the divisor, as long as their product is below 2^16.
@@ -87,9 +95,12 @@ AUTOFOCUS_HD inline int divided(int value, uint32_t inverse) { return int(uint32
 
 // The block of source points under a tile.
 AUTOFOCUS_HD inline int planes(const Lattice& lattice) { return lattice.tile_z + 2 * lattice.halo.z; }
-AUTOFOCUS_HD inline int rows(const Lattice& lattice) { return kTileY + 2 * lattice.halo.y; }
-AUTOFOCUS_HD inline int columns(const Lattice& lattice) { return kTileX + 2 * lattice.halo.x; }
-AUTOFOCUS_HD inline int plane_size(const Lattice& lattice) { return rows(lattice) * kPitch; }  // in points
+// What is held of it for a branch.
+AUTOFOCUS_HD inline int rows(const Int3& reach) { return kTileY + 2 * reach.y; }
+AUTOFOCUS_HD inline int columns(const Int3& reach) { return kTileX + 2 * reach.x; }
+// Its first point, counted from the first of the block.
+AUTOFOCUS_HD inline int first_row(const Lattice& lattice, int k) { return lattice.halo.y - lattice.reach[k].y; }
+AUTOFOCUS_HD inline int first_column(const Lattice& lattice, int k) { return lattice.halo.x - lattice.reach[k].x; }
 
 // Planes in the order the taps need them: all tz = -1 and tz = 0 read lies in [0, tile_z + halo), all tz = 0 and
 // tz = +1 read in [halo, planes). So [0, halo) is free after tz = -1, and with ring = tile_z + halo the planes from
@@ -130,6 +141,7 @@ AUTOFOCUS_HD inline Tile tile_at(const Lattice& lattice, int64_t index) {
                       left(lattice.target.x, lattice.step.x, tile.target_class.x, tile.target_first.x)};
   tile.target_at = packed_number(lattice.target_classes, tile.target_class, lattice.target_points, tile.target_first);
   tile.source_at = packed_number(lattice.source_classes, tile.source_class, lattice.points, tile.source_first);
+  tile.source_volume = class_number(lattice.source_classes, tile.source_class);
   return tile;
 }
 
@@ -179,10 +191,6 @@ AUTOFOCUS_HD inline Index3 unpacked_position(const Int3& points, const Int3& ste
   return {int64_t(step.z) * point.z + c.z, int64_t(step.y) * point.y + c.y, int64_t(step.x) * point.x + c.x};
 }
 
-// The point of the block under point (0, y, x) of a tile through tap (0, 0, 0), in points, without its plane.
-AUTOFOCUS_HD inline int centre_point(const Lattice& lattice, int y, int x) {
-  return (lattice.halo.y + y) * kPitch + lattice.halo.x + x;
-}
 // The plane read by tile plane z through tap tz of branch k.
 AUTOFOCUS_HD inline int tap_plane(const Lattice& lattice, int z, int tz, int k) {
   return lattice.halo.z + z + tz * lattice.rate[k].z;
@@ -238,6 +246,8 @@ inline const char* lattice_refusal(const Problem& g) {
       return "the volume has too many points for 32-bit lattice indices";
   if (step_and_halo(g, &Index3::x).halo > kMaxHaloX)
     return "the dilations of the last axis reach further than 7 lattice points";
+  if (kTileY + 2 * step_and_halo(g, &Index3::y).halo > kMaxRows)
+    return "the dilations of the last axis but one reach further than 124 lattice points";
   return nullptr;
 }
 
@@ -249,7 +259,8 @@ inline void choose_classes(Lattice& lattice, const Classes& source, const Classe
 }
 
 // The lattices of a problem that lattice_refusal lets pass; tile_z and what follows from it are set by set_tile. The
-// step is the branches' common one; the gather is that of `branches` of them from `first_branch` on.
+// step is the branches' common one; the gather is that of `branches` of them from `first_branch` on. In the adjoint
+// branches go in turn, each with a source of its own.
 inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first_branch, int64_t branches) {
   const bool forward = direction == Direction::kForward;
   Lattice lattice{};
@@ -265,9 +276,16 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
     rate = {g.kernel.z == 1 ? 0 : int(r.z / lattice.step.z), g.kernel.y == 1 ? 0 : int(r.y / lattice.step.y),
             g.kernel.x == 1 ? 0 : int(r.x / lattice.step.x)};
     halo = {rate.z > halo.z ? rate.z : halo.z, rate.y > halo.y ? rate.y : halo.y, rate.x > halo.x ? rate.x : halo.x};
+  }
+  lattice.plane_points = int(ceil_div(rows(lattice.halo) * columns(lattice.halo), kPlaneAligned)) * kPlaneAligned;
+  for (int k = 0; k < lattice.K; ++k) {
+    const Int3& rate = lattice.rate[k];
+    const Int3 reach = lattice.reach[k] = forward ? lattice.halo : rate;
+    const int pitch = lattice.pitch[k] = columns(reach);
+    lattice.centre[k] = reach.y * pitch + reach.x;
     for (int tap = 0; tap < kPlaneTaps; ++tap) {
       const int ty = tap / 3 - 1, tx = g.kernel.y == 1 && ty != 0 ? ty : tap % 3 - 1;
-      lattice.tap_points[tap][k] = ty * rate.y * kPitch + tx * rate.x;
+      lattice.tap_points[tap][k] = ty * rate.y * pitch + tx * rate.x;
     }
     for (int pair = 0; pair < kTapPairs; ++pair) {
       const int tap = 2 * pair, first = lattice.tap_points[tap][k];
@@ -322,26 +340,24 @@ inline void restrict_to(Lattice& lattice, const Part& part, Direction direction)
   choose_classes(lattice, forward ? part.input : part.output, forward ? part.output : part.input);
 }
 
-inline Cover cover_of(const Lattice& lattice, const Int3& halo, int threads) {
-  const int columns = kTileX + 2 * halo.x, rows = kTileY + 2 * halo.y, lines = threads / columns;
-  const int passes = int(ceil_div(rows, lines)), in_pass = int(ceil_div(rows, passes));
-  const int planes = passes == 1 ? lines / rows : 1;
-  return {halo,
-          columns,
+inline Cover cover_of(const Lattice& lattice, const Int3& reach, int threads) {
+  const int lines = threads / columns(reach);
+  const int passes = int(ceil_div(rows(reach), lines)), in_pass = int(ceil_div(rows(reach), passes));
+  const int planes = passes == 1 ? lines / in_pass : 1;
+  return {columns(reach),
           in_pass,
           planes,
           passes,
-          inverse_of(columns),
+          inverse_of(columns(reach)),
           inverse_of(in_pass),
           inverse_of(planes),
           planes * lattice.points.y * lattice.points.x,
-          planes * plane_size(lattice)};
+          planes * lattice.plane_points};
 }
 
 // The threads of a block, at most 512: then what is divided, and by what, is small enough.
 inline void set_threads(Lattice& lattice, int threads) {
-  for (int k = 0; k < kLatticeBranches; ++k) lattice.cover[k] = cover_of(lattice, lattice.rate[k], threads);
-  lattice.cover[kLatticeBranches] = cover_of(lattice, lattice.halo, threads);
+  for (int k = 0; k < lattice.K; ++k) lattice.cover[k] = cover_of(lattice, lattice.reach[k], threads);
 }
 
 inline void set_tile(Lattice& lattice, int tile_z, bool recycle) {
@@ -349,7 +365,7 @@ inline void set_tile(Lattice& lattice, int tile_z, bool recycle) {
   lattice.tiles = {int(ceil_div(lattice.target_points.z, tile_z)), int(ceil_div(lattice.target_points.y, kTileY)),
                    int(ceil_div(lattice.target_points.x, kTileX))};
   lattice.ring = recycle ? tile_z + lattice.halo.z : planes(lattice);
-  lattice.ring_bytes = int(int64_t(lattice.ring) * rows(lattice) * kPitch * kPointBytes);
+  lattice.ring_bytes = int(int64_t(lattice.ring) * lattice.plane_points * kPointBytes);
 }
 
 }  // namespace autofocus::cuda

@@ -11,12 +11,14 @@ constexpr int64_t kAlignment = 256;  // of every operand, as torch's allocator g
 template <typename T>
 using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
 
-// Volumes as points of kCount channels; blocks of threads is 0 where the call has none.
+// Volumes as points of kCount channels, those of each branch multiplied by its gate if there are any; blocks of threads
+// is 0 where the call has none.
 template <typename T>
 struct PackPoints {
   unsigned int blocks;
-  bool rounds;  // to TF32
-  Strided<const Bits<T>> source;
+  bool rounds;                    // to TF32
+  Strided<const Bits<T>> source;  // without a branch stride the same for all branches
+  Strided<const T> gates;
   int64_t N, branches, channels, chunks;
   Int3 step, points;
   Classes classes;
@@ -40,35 +42,56 @@ struct Packing {
   Index3 kernel;
 };
 
+// Words of a point times a number, each element rounded once.
+template <typename T>
+__device__ inline uint32_t gated(uint32_t word, T gate) {
+  if constexpr (std::is_same_v<T, float>) {
+    return tf32(float_of(word) * gate);
+  } else {
+    uint16_t bits;
+    memcpy(&bits, &gate, sizeof(bits));
+    return multiply(word, bits * 0x10001u, T{});
+  }
+}
+
 template <int kCount, typename T>
 __device__ inline void pack_points(const PackPoints<T>& job, unsigned int block) {
   constexpr int kInWord = 4 / int(sizeof(T)), kWords = kCount / kInWord;
   const int64_t all = volume(job.points) * volume(job.classes.count);
   const int64_t index = int64_t(block) * kPackThreads + threadIdx.x;
-  if (index >= job.N * job.branches * job.chunks * all) return;
-  const int64_t plane = index / all, first = plane % job.chunks * kCount;
-  const int64_t k = plane / job.chunks % job.branches, n = plane / job.chunks / job.branches;
+  if (index >= job.N * job.chunks * all) return;
+  const int64_t chunk = index / all % job.chunks, n = index / all / job.chunks;
   int64_t place;
   const Index3 p = unpacked_position(job.points, job.step, job.classes, index % all, place);
   const bool valid = inside(p, job.size);
-  const Bits<T>* from = job.source.at(n, first, p) + k * job.source.k;
+  const int64_t channels = valid ? job.channels - chunk * kCount : 0;
+  const Bits<T>* from = job.source.at(n, chunk * kCount, p);
   uint32_t words[kWords];
+#pragma unroll 1
+  for (int64_t k = 0; k < job.branches; ++k) {
+    if (k == 0 || job.source.k != 0)
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    words[i] = 0;
+      for (int i = 0; i < kWords; ++i) {
+        words[i] = 0;
 #pragma unroll
-    for (int j = 0; j < kInWord; ++j) {
-      const int64_t channel = kInWord * i + j;
-      if (valid && first + channel < job.channels) words[i] |= uint32_t(from[channel * job.source.c]) << (16 * j);
-    }
-    if constexpr (std::is_same_v<T, float>)
-      if (job.rounds) words[i] = tf32(float_of(words[i]));
+        for (int j = 0; j < kInWord; ++j) {
+          const int64_t channel = kInWord * i + j;
+          if (channel < channels) words[i] |= uint32_t(from[k * job.source.k + channel * job.source.c]) << (16 * j);
+        }
+        if constexpr (std::is_same_v<T, float>)
+          if (job.rounds) words[i] = tf32(float_of(words[i]));
+      }
+    uint32_t out[kWords];
+    const T gate = job.gates.data != nullptr && valid ? *job.gates.at(n, k, p) : T{};
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) out[i] = job.gates.data != nullptr ? gated(words[i], gate) : words[i];
+    const int64_t to = ((n * job.branches + k) * job.chunks + chunk) * all + place;
+    // One store of 8 or 16 bytes.
+    if constexpr (kWords == 4)
+      static_cast<uint4*>(job.packed)[to] = {out[0], out[1], out[2], out[3]};
+    else
+      static_cast<uint2*>(job.packed)[to] = {out[0], out[1]};
   }
-  // One store of 8 or 16 bytes.
-  if constexpr (kWords == 4)
-    static_cast<uint4*>(job.packed)[plane * all + place] = {words[0], words[1], words[2], words[3]};
-  else
-    static_cast<uint2*>(job.packed)[plane * all + place] = {words[0], words[1]};
 }
 
 // A packed point of these elements, each rounded once.
@@ -133,7 +156,7 @@ __global__ __launch_bounds__(kPackThreads) void pack_kernel(Packing<T> packing) 
 
 }  // namespace
 
-void Operands::pack(const Part& part, const Context& context) {
+int64_t Operands::pack(const Part& part, void* memory, const Context* context) {
   const Problem& g = in_.g;
   int64_t bytes = 0, blocks = 0;
   const auto place = [&](int64_t size) {
@@ -155,19 +178,32 @@ void Operands::pack(const Part& part, const Context& context) {
   };
   for_matrix_dtype(in_.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto points = [&](const TensorView& source, int64_t channels, int count, const Index3& size,
-                            const Classes& classes, bool rounds, int64_t& at) {
-      const int64_t branches = source.k == 0 ? 1 : g.K, chunks = ceil_div(channels, count);
-      const Int3 class_points = lattice_points(size, step_);
-      const int64_t items = part.samples * branches * chunks * volume(classes.count) * volume(class_points);
-      at = place(items * count * int64_t(sizeof(T)));
-      return PackPoints<T>{
-          blocks_of(items), rounds,   Strided<const Bits<T>>(advanced(source, part.first_sample * source.n, in_.dtype)),
-          part.samples,     branches, channels,
-          chunks,           step_,    class_points,
-          classes,          size,     nullptr};
+    const TensorView none{};
+    const auto first_of_part = [&](const TensorView& tensor) {
+      return advanced(tensor, part.first_sample * tensor.n, in_.dtype);
     };
-    const PackPoints<T> no_points{0, false, Strided<const Bits<T>>(TensorView{}), 0, 0, 0, 0, {}, {}, {}, {}, nullptr};
+    const auto points = [&](const TensorView& source, const TensorView& gates, int64_t channels, int count,
+                            const Index3& size, const Classes& classes, bool rounds, int64_t& at) {
+      const int64_t branches = source.k == 0 && gates.data == nullptr ? 1 : g.K, chunks = ceil_div(channels, count);
+      const Int3 class_points = lattice_points(size, step_);
+      const int64_t items = part.samples * chunks * volume(classes.count) * volume(class_points);
+      at = place(items * branches * count * int64_t(sizeof(T)));
+      return PackPoints<T>{blocks_of(items),
+                           rounds,
+                           Strided<const Bits<T>>(first_of_part(source)),
+                           Strided<const T>(first_of_part(gates)),
+                           part.samples,
+                           branches,
+                           channels,
+                           chunks,
+                           step_,
+                           class_points,
+                           classes,
+                           size,
+                           nullptr};
+    };
+    const PackPoints<T> no_points{
+        0, false, Strided<const Bits<T>>(none), Strided<const T>(none), 0, 0, 0, 0, {}, {}, {}, {}, nullptr};
     const PackWeight no_weight{0, false, 0, 0, 0, 0, 0, 1, nullptr};
     Packing<T> packing{no_points,
                        no_points,
@@ -178,27 +214,29 @@ void Operands::pack(const Part& part, const Context& context) {
                        Strided<const T>(in_.scale),
                        g.kernel};
     // The attention and what it is multiplied by are rounded as a product.
-    if (wants_input_) packing.input = points(in_.input, g.C, kChunk<T>, g.input, part.input, true, input_at_);
+    if (wants_input_) packing.input = points(in_.input, none, g.C, kChunk<T>, g.input, part.input, true, input_at_);
     if (grad_output_.data != nullptr)
-      packing.grad_output =
-          points(grad_output_, g.O, kChunk<T>, g.output, part.output, grad_output_.k != 0, grad_output_at_);
+      packing.grad_output = points(grad_output_, gates_grad_output_ ? in_.attention : none, g.O, kChunk<T>, g.output,
+                                   part.output, grad_output_.k != 0, grad_output_at_);
     if (wants_attention_)
-      packing.attention = points(in_.attention, g.K, kLatticeBranches, g.output, part.output, false, attention_at_);
+      packing.attention =
+          points(in_.attention, none, g.K, kLatticeBranches, g.output, part.output, false, attention_at_);
     if (weight_tiles_ > 0) packing.weight = weight(false, weight_tiles_, weight_at_);
     if (adjoint_tiles_ > 0) packing.adjoint_weight = weight(true, adjoint_tiles_, adjoint_at_);
     scratch_at_ = place(scratch_bytes_);
 
-    if (memory_ == nullptr)  // the first part, and none is larger
-      memory_ = static_cast<unsigned char*>(context.scratch(bytes));
-    else
+    if (memory == nullptr) return;
+    if (memory == memory_)  // which has the weights already
       blocks -= packing.weight.blocks + packing.adjoint_weight.blocks;
+    memory_ = static_cast<unsigned char*>(memory);
     packing.input.packed = at(input_at_);
     packing.grad_output.packed = at(grad_output_at_);
     packing.attention.packed = at(attention_at_);
     packing.weight.packed = reinterpret_cast<uint4*>(at(weight_at_));
     packing.adjoint_weight.packed = reinterpret_cast<uint4*>(at(adjoint_at_));
-    launch("pack", &pack_kernel<T>, dim3(static_cast<unsigned int>(blocks)), kPackThreads, 0, context.stream, packing);
+    launch("pack", &pack_kernel<T>, dim3(static_cast<unsigned int>(blocks)), kPackThreads, 0, context->stream, packing);
   });
+  return bytes;
 }
 
 }  // namespace autofocus::cuda

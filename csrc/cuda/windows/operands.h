@@ -22,7 +22,7 @@ template <int kTiles>
 constexpr int kSlabBytes = kSlabTaps * 8 * kTiles * kPointBytes;
 AUTOFOCUS_HD constexpr int chunk_weight_bytes(int tiles) { return 3 * kSlabTaps * 8 * tiles * kPointBytes; }
 
-// The operands of a call. First say what is wanted, then pack a part, then read where it is; the next part takes its
+// Operands of some passes. First say what is wanted, then pack a part, then read where it is; the next part takes its
 // place, and a weight stays.
 class Operands {
  public:
@@ -31,8 +31,11 @@ class Operands {
 
   void want_input() { wants_input_ = true; }
   void want_attention() { wants_attention_ = true; }
-  // [N, O, *S_out], or with a branch stride one for each branch.
-  void want_grad_output(const TensorView& grad_output) { grad_output_ = grad_output; }
+  // [N, O, *S_out], or with a branch stride one for each branch; gated, each branch's is a_k G, rounded once.
+  void want_grad_output(const TensorView& grad_output, bool gated) {
+    grad_output_ = grad_output;
+    gates_grad_output_ = gated;
+  }
   // Operand b of the forward's branches, `tiles` wide; of grad_input, with the branch scale multiplied in and rounded
   // once.
   void want_weight(int tiles) { weight_tiles_ = tiles; }
@@ -40,11 +43,13 @@ class Operands {
   // Memory beside them.
   void want_scratch(int64_t bytes) { scratch_bytes_ = bytes; }
 
-  void pack(const Part& part, const Context& context);
+  // Bytes of memory for a part; none takes more than the first.
+  int64_t bytes(const Part& part) { return pack(part, nullptr, nullptr); }
+  void pack(const Part& part, void* memory, const Context& context) { pack(part, memory, &context); }
 
   // [N, chunks, points]
   const unsigned char* input() const { return at(input_at_); }
-  // [N, chunks, target points], or [N, K, chunks, target points]
+  // [N, chunks, target points], or by branch [N, K, chunks, target points]
   const unsigned char* grad_output() const { return at(grad_output_at_); }
   // [N, target points], kLatticeBranches elements each
   const unsigned char* attention() const { return at(attention_at_); }
@@ -56,16 +61,18 @@ class Operands {
   void* scratch() const { return at(scratch_at_); }
 
  private:
+  // Lays out what a part takes, and packs it unless there is no memory yet.
+  int64_t pack(const Part& part, void* memory, const Context* context);
   unsigned char* at(int64_t offset) const { return memory_ + offset; }
 
   const Inputs& in_;
   Int3 step_;
-  bool wants_input_ = false, wants_attention_ = false;
+  bool wants_input_ = false, wants_attention_ = false, gates_grad_output_ = false;
   TensorView grad_output_{};
   int weight_tiles_ = 0, adjoint_tiles_ = 0;
   int64_t scratch_bytes_ = 0;
   int64_t input_at_ = 0, grad_output_at_ = 0, attention_at_ = 0, weight_at_ = 0, adjoint_at_ = 0, scratch_at_ = 0;
-  unsigned char* memory_ = nullptr;
+  unsigned char* memory_ = nullptr;  // of the last part packed
 };
 
 }  // namespace autofocus::cuda

@@ -25,7 +25,7 @@ int more_bytes(Pass pass, const Lattice& lattice, DType dtype, int tiles) {
 }
 
 int shared_bytes(Pass pass, const Lattice& lattice, DType dtype, int tiles) {
-  return lattice.ring_bytes + 2 * int(sizeof(Tile)) + more_bytes(pass, lattice, dtype, tiles);
+  return pipeline_bytes(lattice) + more_bytes(pass, lattice, dtype, tiles);
 }
 
 }  // namespace
@@ -37,6 +37,9 @@ const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan) {
   // A chunk of channels, or a block of them, is a row of the grid.
   if (g.C > kMaxChannels || g.O > kMaxChannels) return "there are too many channels for the grid of a launch";
   Lattice lattice = make_lattice(g, direction(pass), 0, g.K);
+  // A class of a chunk is a coordinate of a bulk copy.
+  if (g.N * g.K * num_chunks(g.C > g.O ? g.C : g.O, dtype) * volume(lattice.step) > INT32_MAX)
+    return "there are too many samples and channels for 32-bit numbers of packed volumes";
   // Blocks of channels, all alike. More than 40 cost spills without warpgroup MMA, whose operands are in no register,
   // and where floats of the gradient are held beside the sums.
   const bool holds_floats = pass == Pass::kGradAttention && dtype == DType::kFloat32;
@@ -53,8 +56,8 @@ const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan) {
         // The narrowest width that holds what is wanted, and narrower ones if that does not fit.
         if (width + 1 < 4 && kWidths[width + 1] >= wanted) continue;
         set_tile(lattice, tile_z, recycle);
-        // In 64 bits: dilations in z and y may reach far enough to overflow.
-        const int64_t points = int64_t(planes(lattice)) * rows(lattice) * kPitch;
+        // In 64 bits: dilations in z may reach far enough to overflow.
+        const int64_t points = int64_t(planes(lattice)) * lattice.plane_points;
         if (points * kPointBytes > (int64_t(1) << 30)) continue;
         const int bytes = shared_bytes(pass, lattice, dtype, kWidths[width]);
         if (bytes > limits.shared_bytes) continue;
@@ -126,10 +129,7 @@ Work work_of(const Plan& plan, int64_t target_blocks) {
   return {tiles, wanted < tiles ? wanted : tiles};
 }
 
-Split split_of(const Problem& g, const std::vector<Work>& passes) {
-  // A launch writes its first block of points while nothing is multiplied, and its last tiles leave multiprocessors
-  // idle: with four tiles behind each other, and hardly more of them over all launches, that is a few percent.
-  constexpr int64_t kLeastRounds = 4;
+Split split_of(const Problem& g, const std::vector<Work>& passes, int64_t least_rounds) {
   const Int3 step = common_step(g);
   const Split finest = {g.N, {step.z, step.y, 1}}, planes = {g.N, {step.z, 1, 1}}, samples = {g.N, {1, 1, 1}};
   for (const Split& split : {finest, planes, samples}) {
@@ -138,7 +138,7 @@ Split split_of(const Problem& g, const std::vector<Work>& passes) {
     for (const Work& work : passes) {
       const int64_t rounds = ceil_div(work.tiles, work.at_once);
       const int64_t of_part = ceil_div(work.tiles / parts, work.at_once);
-      is_cheap = is_cheap && of_part >= kLeastRounds && 16 * parts * of_part <= 17 * rounds;
+      is_cheap = is_cheap && of_part >= least_rounds && 16 * parts * of_part <= 17 * rounds;
     }
     if (is_cheap) return split;
   }

@@ -39,8 +39,11 @@ struct Work {
 // `target_blocks` run through the same tiles.
 Work work_of(const Plan& plan, int64_t target_blocks);
 
-// As many parts as cost these passes next to nothing: only a part's operands are packed at a time.
-Split split_of(const Problem& g, const std::vector<Work>& passes);
+// As many parts as leave every pass at least so many rounds of tiles in each, and hardly more of them in all: only a
+// part's operands are packed at a time. A launch copies its first block of points while nothing is multiplied, and its
+// last tiles leave multiprocessors idle: with kLeastRounds that is a few percent.
+constexpr int64_t kLeastRounds = 4;
+Split split_of(const Problem& g, const std::vector<Work>& passes, int64_t least_rounds);
 
 // A tensor from the first sample of a part on.
 inline TensorView samples_from(const TensorView& tensor, const Part& part, DType dtype) {

@@ -5,6 +5,8 @@
 // chunk's own tz = -1, the next chunk's first part during tz = 0 and what tz = +1 leaves of the middle during tz = +1,
 // so that only the rest of the middle is waited for. With a smaller ring the last part takes the slots of the first
 // (docs/cuda.md draws it).
+//
+// Where the GPU has a copy engine one thread asks it for a plane at a time; elsewhere every thread copies its points.
 #pragma once
 
 #include "../elements.h"
@@ -24,12 +26,46 @@ struct alignas(kGateBytes<T>) Gates {
   Pair<T> pairs[kLatticeBranches / 2];
 };
 
-// What is written at a time: a chunk of channels in planes [first, last) of the block under a tile, within the halo of
-// a cover; all branches read it, or `branch`.
+// Which branches read a block of points: all of them, or one each in turn.
+enum class Readers { kAll, kOne };
+
+// A chunk of channels, and if branches read in turn one of them, else 0.
+struct Turn {
+  int chunk, branch;
+};
+
+// The packed points that a pass reads, [N, held, packed points], and which of those held a turn reads: number
+// first + branch * chunks + chunk % chunks.
+struct Source {
+  const unsigned char* points;
+  int held, first, chunks;
+
+  __device__ int64_t volume(const Tile& tile, const Turn& turn) const {
+    return tile.n * held + first + turn.branch * chunks + turn.chunk % chunks;
+  }
+};
+
+// For the copy engine: a plane of the points that each branch reads.
+struct SourcePlanes {
+  PlaneMap of[kLatticeBranches];
+};
+
+// In a launch of turns as `readers` says.
+inline SourcePlanes planes_of(const Lattice& lattice, const Source& source, Readers readers) {
+  SourcePlanes planes{};
+  if (!device_has_bulk_copies()) return planes;
+  const int64_t volumes = lattice.N * source.held * volume(lattice.source_classes.count);
+  for (int k = 0; k < (readers == Readers::kAll ? 1 : lattice.K); ++k)
+    planes.of[k] = plane_map(source.points, volumes, lattice.points.z, lattice.points.y, lattice.points.x,
+                             columns(lattice.reach[k]), rows(lattice.reach[k]));
+  return planes;
+}
+
+// What is written at a time: planes [first, last) of the block under a tile, as a turn reads them.
 struct Planes {
   const Tile& tile;
-  const Cover& cover;
-  int chunk, branch, first, last;
+  Turn turn;
+  int first, last;
 };
 
 // A thread's way through the points of a block in one pass of a cover, plane by plane. Beside the products this is what
@@ -39,37 +75,29 @@ class Walk {
   Walk() = default;
   __device__ Walk(const Lattice& lattice, const Planes& planes, int pass) {
     const Tile& tile = planes.tile;
-    const Cover& cover = planes.cover;
+    const int k = planes.turn.branch;
+    const Cover& cover = lattice.cover[k];
     const int thread = reread_thread(), line = divided(thread, cover.by_columns), plane = divided(line, cover.by_rows);
-    const int row = line - plane * cover.rows + pass * cover.rows;
-    const int block_row = lattice.halo.y - cover.halo.y + row,
-              block_column = lattice.halo.x - cover.halo.x + thread - line * cover.columns;
-    plane_ = plane < cover.planes && row < kTileY + 2 * cover.halo.y ? planes.first + plane : kFar;
+    const int row = line - plane * cover.rows + pass * cover.rows, column = thread - line * cover.columns;
+    const int block_row = first_row(lattice, k) + row, block_column = first_column(lattice, k) + column;
+    plane_ = plane < cover.planes && row < rows(lattice.reach[k]) ? planes.first + plane : kFar;
     source_first_ =
         has_row(lattice, tile.source_first, block_row) && has_column(lattice, tile.source_first, block_column)
             ? tile.source_first.z
             : -2 * kFar;
     index_ = packed_index(lattice, tile, planes.first + plane, block_row, block_column);
-    place_ = slot(lattice, planes.first + plane) * plane_size(lattice) + block_row * kPitch + block_column;
+    place_ = slot(lattice, planes.first + plane) * lattice.plane_points + row * lattice.pitch[k] + column;
   }
 
-  // Whether there is one more in these planes, and how many are.
-  __device__ bool more(const Planes& planes) const { return plane_ < planes.last; }
-  __device__ int left(const Planes& planes) const {
-    return more(planes) ? divided(planes.last - plane_ + planes.cover.planes - 1, planes.cover.by_planes) : 0;
-  }
-  // Where the point goes in shared memory, in points.
-  __device__ int place() const { return place_; }
-  // Whether the source has it; if so, its number among the packed points.
-  __device__ bool there(const Lattice& lattice) const {
-    return uint32_t(plane_ + source_first_) < uint32_t(lattice.points.z);
-  }
-  __device__ int index() const { return index_; }
-
-  __device__ void advance(const Cover& cover, int count = 1) {
-    plane_ += count * cover.planes;
-    index_ += count * cover.source_step;
-    place_ += count * cover.shared_step;
+  // Copies this thread's points of `planes` from the packed ones of their volume.
+  __device__ void copy(const Lattice& lattice, const Planes& planes, const unsigned char* from) {
+    const Cover& cover = lattice.cover[planes.turn.branch];
+    for (; plane_ < planes.last; plane_ += cover.planes) {
+      const bool there = uint32_t(plane_ + source_first_) < uint32_t(lattice.points.z);  // if not, zeros are read
+      copy_async<kPointBytes>(shared_memory() + place_ * kPointBytes, from + int64_t(index_) * kPointBytes, there);
+      index_ += cover.source_step;
+      place_ += cover.shared_step;
+    }
   }
 
  private:
@@ -78,64 +106,32 @@ class Walk {
   int plane_, source_first_, index_, place_;
 };
 
-// Copies points as they are: chunk c of `points` [N, chunks_held, packed points], beginning again after the last one
-// held.
-class CopyPoints {
- public:
-  static constexpr bool kReadsAhead = false;
-
-  __device__ CopyPoints(const unsigned char* points, int chunks_held) : points_(points), chunks_held_(chunks_held) {}
-
-  __device__ void begin(const Lattice& lattice, const Planes& planes) {
-    begin_chunk(lattice, planes.tile, planes.chunk % chunks_held_);
-  }
-  __device__ void write(const Lattice& lattice, const Planes& planes, Walk& walk) const {
-    for (; walk.more(planes); walk.advance(planes.cover))
-      copy_async<kPointBytes>(shared_memory() + walk.place() * kPointBytes, from_ + int64_t(walk.index()) * kPointBytes,
-                              walk.there(lattice));
-  }
-
- protected:
-  __device__ void begin_chunk(const Lattice& lattice, const Tile& tile, int chunk) {
-    from_ = points_ + (tile.n * chunks_held_ + chunk) * lattice.packed_points * kPointBytes;
-  }
-
- private:
-  const unsigned char* points_;
-  int chunks_held_;
-  const unsigned char* from_;
-};
-
-// Which branches read a block of points: all of them, or one each in turn.
-enum class Readers { kAll, kOne };
-
-// A chunk of channels, and if branches read in turn one of them, else 0.
-struct Turn {
-  int chunk, branch;
-};
+// Shared memory of a pipeline: the points, two tiles and two barriers.
+AUTOFOCUS_HD inline int pipeline_bytes(const Lattice& lattice) {
+  return lattice.ring_bytes + 2 * int(sizeof(Tile)) + 2 * int(sizeof(CopyBarrier));
+}
 
 // What a block works through, tiles number blockIdx.x, blockIdx.x + gridDim.x, ... and in each `chunks` chunks of
-// channels and, if branches read in turn, in each of these all branches; and the writing that runs ahead of the
+// channels and, if branches read in turn, in each of these all branches; and the copying that runs ahead of the
 // products.
 //
 // Every thread calls every method: start, then in each turn {enter, ahead, leave} for tz = -1, 0, 1 and advance.
-// Products of tz are begun behind enter and waited for before leave, in front of ahead, around it or behind.
-// `stage.begin(lattice, planes)` is called once for the planes of a turn, or more often, and `stage.write(lattice,
-// planes, walk)` writes some of them. A stage that waits for what it reads may read ahead: for planes that cannot be
-// written yet `stage.read(lattice, planes, walk)` is called while products run, and then, behind them,
-// `stage.write_read(lattice, planes, walk)`. What a kernel copies beside, it copies in the functions that start and
-// leave take, and that is there from the next turn's enter(-1) on.
-template <Readers kReaders, typename Stage>
+// Products of tz are begun behind enter and waited for before leave, in front of ahead, around it or behind. What a
+// kernel copies beside, it copies by copy() in the functions that start and leave take, and that is there from the next
+// turn's enter(-1) on.
+template <Readers kReaders>
 class Pipeline {
  public:
-  __device__ Pipeline(const Lattice& lattice, int chunks, Stage& stage)
+  __device__ Pipeline(const Lattice& lattice, const Source& source, const SourcePlanes& maps, int chunks)
       : lattice_(lattice),
-        stage_(stage),
+        source_(source),
+        maps_(maps),
         chunks_(chunks),
         tiles_(int(num_tiles(lattice))),
         tile_(int(blockIdx.x)),
         turn_{0, 0},
-        parity_(0) {}
+        parity_(0),
+        phase_(0) {}
 
   __device__ bool running() const { return tile_ < tiles_; }
   __device__ const Turn& turn() const { return turn_; }
@@ -146,27 +142,36 @@ class Pipeline {
     return {turn_.chunk + 1 == chunks_ ? 0 : turn_.chunk + 1, 0};
   }
   __device__ const Tile& tile() const { return shared_tile(parity_); }
+
   // Where shared memory behind the pipeline's own begins.
-  __device__ int behind() const { return lattice_.ring_bytes + 2 * int(sizeof(Tile)); }
+  __device__ int behind() const { return pipeline_bytes(lattice_); }
 
   template <typename Copies>
   __device__ void start(const Copies& copies) {
-    if (threadIdx.x == 0 && running()) shared_tile(0) = tile_at(lattice_, tile_);
+    if (threadIdx.x == 0 && running()) {
+      shared_tile(0) = tile_at(lattice_, tile_);
+      if (has_bulk_copies()) {
+        init_barrier(barrier(kMost));
+        init_barrier(barrier(kLastPart));
+        fence_shared_operands();
+      }
+    }
     __syncthreads();
     if (!running()) return;
     copies();
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) write(part == 0 ? Section::kFirst : Section::kMiddle, false);
-    copy_async_commit();
+    commit();
   }
 
   __device__ void enter(int tz) {
     if (tz == 0) return;
-    if (tz > 0 && !recycles())
+    if (has_bulk_copies())
+      wait_for_copies(barrier(tz < 0 ? kMost : kLastPart), phase_);
+    else if (tz > 0 && !recycles())
       copy_async_wait<1>();
     else
       copy_async_wait<0>();
-    fence_shared_operands();
     __syncthreads();
     // Decoding a tile number takes a dozen divisions: one thread does it, once a tile, when all are done with the last.
     if (tz < 0 && first_turn() && threadIdx.x == 0 && tile_ + int(gridDim.x) < tiles_)
@@ -179,27 +184,30 @@ class Pipeline {
       const bool of_this = (tz < 0) != recycles();
       write(tz > 0 ? Section::kFreeMiddle : of_this ? Section::kLast : Section::kFirst, tz > 0 || !of_this);
     }
-    if (tz <= 0) copy_async_commit();
-    if constexpr (Stage::kReadsAhead)
-      if (tz > 0)
-        with(Section::kOtherMiddle, true,
-             [&](const Planes& planes, const Walk& walk) { stage_.read(lattice_, planes, walk); });
+    if (!has_bulk_copies() && tz <= 0) copy_async_commit();
   }
 
   template <typename Copies>
   __device__ void leave(int tz, const Copies& copies) {
     if (tz == 0) return;
     __syncthreads();
-    copies();
+    if (has_next()) copies();
     if (tz < 0) return;
-    with(Section::kOtherMiddle, true, [&](const Planes& planes, Walk& walk) {
-      if constexpr (Stage::kReadsAhead)
-        stage_.write_read(lattice_, planes, walk);
-      else
-        stage_.write(lattice_, planes, walk);
-    });
+    write(Section::kOtherMiddle, true);
     if (recycles()) write(Section::kFirst, true);
-    copy_async_commit();
+    commit();
+  }
+
+  // Copies a multiple of 16 bytes, at multiples of 16, to shared memory.
+  __device__ void copy(int to, const unsigned char* from, int bytes) {
+    if (has_bulk_copies()) {
+      if (threadIdx.x > 0) return;
+      expect_bytes(barrier(kMost), bytes);
+      copy_bulk(shared_memory() + to, from, bytes, barrier(kMost));
+    } else {
+      for (int at = int(threadIdx.x) * 16; at < bytes; at += int(blockDim.x) * 16)
+        copy_async<16>(shared_memory() + to + at, from + at, true);
+    }
   }
 
   __device__ void advance() {
@@ -208,20 +216,25 @@ class Pipeline {
       parity_ = 1 - parity_;
     }
     turn_ = next_turn();
+    phase_ = 1 - phase_;
   }
 
  private:
   enum class Section { kFirst, kMiddle, kFreeMiddle, kOtherMiddle, kLast };
+  // Barriers of bulk copies: each ends a phase a turn, when what a turn reads from tz = -1 on has landed, and its last
+  // part.
+  enum { kMost, kLastPart };
 
   __device__ Tile& shared_tile(int parity) const {
     return *reinterpret_cast<Tile*>(shared_memory() + lattice_.ring_bytes + parity * int(sizeof(Tile)));
   }
+  __device__ CopyBarrier& barrier(int which) const {
+    return reinterpret_cast<CopyBarrier*>(shared_memory() + lattice_.ring_bytes + 2 * int(sizeof(Tile)))[which];
+  }
   __device__ bool recycles() const { return lattice_.ring < planes(lattice_); }
+  __device__ bool has_next() const { return !last_turn() || tile_ + int(gridDim.x) < tiles_; }
 
   __device__ int branches() const { return kReaders == Readers::kAll ? 1 : lattice_.K; }
-  __device__ const Cover& cover(const Turn& turn) const {
-    return lattice_.cover[kReaders == Readers::kAll ? kLatticeBranches : turn.branch];
-  }
   // Planes at the middle's beginning that tz = +1 of this turn does not read.
   __device__ int free_planes() const {
     if (kReaders == Readers::kOne) return least(lattice_.tile_z, lattice_.rate[turn_.branch].z);
@@ -231,41 +244,71 @@ class Pipeline {
   }
   static __device__ int least(int a, int b) { return a < b ? a : b; }
 
-  // Calls use(planes, walk) for a section of the planes of this turn, or of the next one, if there is one; pass by
-  // pass.
-  template <typename Use>
-  __device__ void with(Section section, bool of_next, const Use& use) {
-    const bool next_tile = of_next && last_turn();
-    if (next_tile && tile_ + int(gridDim.x) >= tiles_) return;
+  // Writes a section of the planes of this turn, or of the next one, if there is one.
+  __device__ void write(Section section, bool of_next) {
+    if (of_next && !has_next()) return;
     const Turn turn = of_next ? next_turn() : turn_;
-    const Cover& own = cover(turn);
-    const int middle = lattice_.halo.z, end = middle + lattice_.tile_z;
+    const int reach = lattice_.reach[turn.branch].z, middle = lattice_.halo.z, end = middle + lattice_.tile_z;
     int first = middle, last = end;
-    if (section == Section::kFirst) first = middle - own.halo.z, last = middle;
+    if (section == Section::kFirst) first = middle - reach, last = middle;
     if (section == Section::kFreeMiddle) last = middle + free_planes();
     if (section == Section::kOtherMiddle) first = middle + free_planes();
-    if (section == Section::kLast) first = end, last = end + own.halo.z;
-    const Planes planes{shared_tile(next_tile ? 1 - parity_ : parity_), own, turn.chunk, turn.branch, first, last};
-    // A walk goes on where it is, but for the first planes of a turn and those of a ring that come in another order.
-    const bool begins =
-        section == Section::kFirst || (recycles() && (section == Section::kFreeMiddle || section == Section::kLast));
-    if (begins) stage_.begin(lattice_, planes);
-    for (int pass = 0; pass < own.passes; ++pass) {
-      if (begins || own.passes > 1) walk_ = Walk(lattice_, planes, pass);
-      use(planes, walk_);
+    if (section == Section::kLast) first = end, last = end + reach;
+    const Planes planes{shared_tile(of_next && last_turn() ? 1 - parity_ : parity_), turn, first, last};
+    if (has_bulk_copies()) {
+      if (threadIdx.x == 0) copy_planes(planes, section == Section::kLast);
+    } else {
+      // A walk goes on where it is, but for the first planes of a turn and those of a ring that come in another order.
+      const bool begins =
+          section == Section::kFirst || (recycles() && (section == Section::kFreeMiddle || section == Section::kLast));
+      walk(planes, begins);
     }
   }
-  __device__ void write(Section section, bool of_next) {
-    with(section, of_next, [&](const Planes& planes, Walk& walk) { stage_.write(lattice_, planes, walk); });
+
+  // What is copied for a turn from tz = -1 on is complete.
+  __device__ void commit() {
+    if (!has_bulk_copies())
+      copy_async_commit();
+    else if (threadIdx.x == 0)
+      arrive(barrier(kMost));
+  }
+
+  // By one thread.
+  __device__ void copy_planes(const Planes& planes, bool is_last_part) {
+    const Tile& tile = planes.tile;
+    const int k = planes.turn.branch;
+    const int64_t classes = volume(lattice_.source_classes.count),
+                  number = source_.volume(tile, planes.turn) * classes + tile.source_volume;
+    CopyBarrier& landed = barrier(is_last_part ? kLastPart : kMost);
+    expect_bytes(landed, (planes.last - planes.first) * rows(lattice_.reach[k]) * lattice_.pitch[k] * kPointBytes);
+    if (is_last_part) arrive(landed);
+    for (int plane = planes.first; plane < planes.last; ++plane)
+      copy_plane(shared_memory() + slot(lattice_, plane) * lattice_.plane_points * kPointBytes, maps_.of[k],
+                 tile.source_first.x + first_column(lattice_, k), tile.source_first.y + first_row(lattice_, k),
+                 tile.source_first.z + plane, int(number), landed);
+  }
+
+  // By all threads, pass by pass.
+  __device__ void walk(const Planes& planes, bool begins) {
+    if (begins)
+      from_ = source_.points + source_.volume(planes.tile, planes.turn) * lattice_.packed_points * kPointBytes;
+    const int passes = lattice_.cover[planes.turn.branch].passes;
+    for (int pass = 0; pass < passes; ++pass) {
+      if (begins || passes > 1) walk_ = Walk(lattice_, planes, pass);
+      walk_.copy(lattice_, planes, from_);
+    }
   }
 
   const Lattice& lattice_;
-  Stage& stage_;
+  const Source& source_;
+  const SourcePlanes& maps_;
   int chunks_;
   int tiles_, tile_;  // a device has no memory for 2^31 tiles
   Turn turn_;
   int parity_;
+  uint32_t phase_;
   Walk walk_;
+  const unsigned char* from_;
 };
 
 }  // namespace autofocus::cuda

@@ -24,7 +24,7 @@ struct Share {
 
 // Where the points of plane z of a tile lie through tap (tz, 0, 0) of branch k, in points of 16 bytes.
 __device__ inline uint32_t plane_place(const Lattice& lattice, int z, int tz, int k) {
-  return slot(lattice, tap_plane(lattice, z, tz, k)) * plane_size(lattice) + centre_point(lattice, 0, 0);
+  return slot(lattice, tap_plane(lattice, z, tz, k)) * lattice.plane_points + lattice.centre[k];
 }
 // The same as operands count.
 __device__ inline uint32_t plane_of(const Lattice& lattice, int z, int tz, int k) {
@@ -38,16 +38,16 @@ __device__ inline uint32_t first_window(const Lattice& lattice, int z, int tz, i
 // Two taps of a chunk of channels as operand a. The last tap has no second one: the same points again, with weights of
 // zero.
 __device__ inline Operand two_taps(const Lattice& lattice, uint32_t first_window, int pair, int k) {
-  return {first_window + lattice.tap_pairs[pair][k], kPitch};
+  return {first_window + lattice.tap_pairs[pair][k], uint32_t(lattice.pitch[k])};
 }
 
 // Copies slabs [first, last) of the weight of a chunk.
-template <int kTiles>
-__device__ inline void copy_slabs(int slabs, const unsigned char* weight, int chunk, int first, int last) {
-  const unsigned char* from = weight + int64_t(chunk) * chunk_weight_bytes(kTiles);
-  for (int at = first * kSlabBytes<kTiles> + int(threadIdx.x) * 16; at < last * kSlabBytes<kTiles>;
-       at += int(blockDim.x) * 16)
-    copy_async<16>(shared_memory() + slabs + at, from + at, true);
+template <int kTiles, Readers kReaders>
+__device__ inline void copy_slabs(Pipeline<kReaders>& pipeline, int slabs, const unsigned char* weight, int chunk,
+                                  int first, int last) {
+  const int at = first * kSlabBytes<kTiles>;
+  pipeline.copy(slabs + at, weight + int64_t(chunk) * chunk_weight_bytes(kTiles) + at,
+                (last - first) * kSlabBytes<kTiles>);
 }
 
 // The packed attention of target point p = (z, y, x) of a tile; zeros outside the target.
