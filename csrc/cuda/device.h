@@ -86,22 +86,28 @@ __device__ inline void wait_for_copies(CopyBarrier& barrier, uint32_t phase) {
         : "r"(shared_address(&barrier)), "r"(phase)
         : "memory");
 }
+// To the memory of this block alone, which has a name of its own since GPUs with clusters and such without share code.
+#if __CUDA_ARCH__ >= 1000
+#define AUTOFOCUS_TO_BLOCK "shared::cta"
+#else
+#define AUTOFOCUS_TO_BLOCK "shared::cluster"
+#endif
 // A multiple of 16 bytes, at multiples of 16.
 __device__ inline void copy_bulk(unsigned char* to, const void* from, int bytes, CopyBarrier& barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)),
+  asm volatile("cp.async.bulk." AUTOFOCUS_TO_BLOCK
+               ".global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(&barrier))
                : "memory");
 }
 // The plane of a volume that begins at point (x, y, z), to a multiple of 128 bytes; zeros outside the volume.
 __device__ inline void copy_plane(unsigned char* to, const PlaneMap& map, int x, int y, int z, int volume,
                                   CopyBarrier& barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
-      "[%6];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(4 * x), "r"(y), "r"(z), "r"(volume), "r"(shared_address(&barrier))
-      : "memory");
+  asm volatile("cp.async.bulk.tensor.4d." AUTOFOCUS_TO_BLOCK
+               ".global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(to)),
+               "l"(&map), "r"(4 * x), "r"(y), "r"(z), "r"(volume), "r"(shared_address(&barrier))
+               : "memory");
 }
+#undef AUTOFOCUS_TO_BLOCK
 // What this thread wrote to shared memory, barriers too, copy engine and warpgroup MMA may see behind the next barrier
 // of the block.
 __device__ inline void fence_shared_operands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

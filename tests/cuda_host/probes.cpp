@@ -57,9 +57,8 @@ std::string check_part(const Problem& g, const Part& part, bool adjoint, int til
     const Tile tile = tile_at(lattice, index);
     if (tile.n != index / tiles_of_sample) return "a tile belongs to the wrong sample";
     if (tile.n > 0) continue;
-    // In the adjoint branches go in turn, each over points of its own.
-    for (int turn = 0; turn < (adjoint ? lattice.K : 1); ++turn) {
-      const int first_branch = turn, branches_end = adjoint ? turn + 1 : lattice.K;
+    for (int turn = 0; turn < lattice.sources; ++turn) {
+      const int first_branch = turn, branches_end = lattice.sources == 1 ? lattice.K : turn + 1;
       const Int3& reach = lattice.reach[turn];
       std::vector<int64_t> held(int64_t(lattice.ring) * lattice.plane_points, kNothing);
       const int last_part = tile_z + lattice.halo.z, end = last_part + reach.z;

@@ -46,6 +46,12 @@ __device__ inline void copy_vectors(const Lattice& lattice, const Strided<const 
   }
 }
 
+// Shared memory of an epilogue: behind the pipeline's own and the weight of a chunk.
+template <int kTiles>
+__device__ inline unsigned char* epilogue_memory(const Lattice& lattice) {
+  return shared_memory() + pipeline_bytes(lattice) + chunk_weight_bytes(kTiles);
+}
+
 // Grid (blocks, blocks of 8 kTiles output channels), or (blocks) if the epilogue takes those in turn.
 template <typename T, int kTiles, typename Epilogue>
 __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattice, BranchesArguments<T> args,
@@ -58,7 +64,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
   const unsigned char* weight = args.weight + int64_t(blockIdx.y) * chunks * chunk_weight_bytes(kTiles);
   Pipeline<Readers::kAll> pipeline(lattice, args.source, planes, chunks * turns);
   const int slabs = pipeline.behind();
-  Epilogue epilogue(lattice, args, share, slabs + chunk_weight_bytes(kTiles));
+  Epilogue epilogue(lattice, args, share);
 
   for (pipeline.start([&] { copy_slabs<kTiles>(pipeline, slabs, weight, 0, 0, 3); }); pipeline.running();
        pipeline.advance()) {
@@ -70,7 +76,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
       if (tz < 0 && chunk % chunks == 0) epilogue.begin_shared();
       const Operand slab(shared_units(shared_memory() + slabs + (tz + 1) * kSlabBytes<kTiles>), 8 * kTiles, 8);
       // Half of the warpgroups write ahead while the others keep the tensor cores busy.
-      const int writes_in = uniform(reread_thread() / kGroupThreads % 2);
+      const int writes_in = has_bulk_copies() ? 0 : uniform(reread_thread() / kGroupThreads % 2);
 #pragma unroll 1
       for (int turn = 0; turn < 2; ++turn) {
         if (turn == writes_in) {

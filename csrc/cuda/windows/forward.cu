@@ -10,8 +10,8 @@ class WeightedSum {
   static constexpr bool kInTurn = false;
 
   // In shared memory: the attention of the tile's points, and branch scale and shift.
-  __device__ WeightedSum(const Lattice& lattice, const BranchesArguments<T>& args, const Share& share, int shared)
-      : lattice_(lattice), args_(args), share_(share), gates_at_(shared) {
+  __device__ WeightedSum(const Lattice& lattice, const BranchesArguments<T>& args, const Share& share)
+      : lattice_(lattice), args_(args), share_(share) {
     copy_vectors<kTiles>(lattice, args.scale, output0(), args.outputs, scales());
     copy_vectors<kTiles>(lattice, args.shift, output0(), args.outputs, shifts());
   }
@@ -82,7 +82,7 @@ class WeightedSum {
   }
 
   __device__ int64_t output0() const { return int64_t(blockIdx.y) * (8 * kTiles); }
-  __device__ unsigned char* gates() const { return shared_memory() + gates_at_; }
+  __device__ unsigned char* gates() const { return epilogue_memory<kTiles>(lattice_); }
   __device__ float* scales() const {
     return reinterpret_cast<float*>(gates() + lattice_.tile_z * (kTileY * kTileX) * kGateBytes<T>);
   }
@@ -91,7 +91,6 @@ class WeightedSum {
   const Lattice& lattice_;
   const BranchesArguments<T>& args_;
   const Share& share_;
-  int gates_at_;
   float sum_[kGroupPlanes][kTiles][4];
 };
 
@@ -104,8 +103,7 @@ void launch_forward(const char* name, const Plan& plan, const Inputs& in, const 
     const auto args = branches_arguments<T>(in, operands, operands.attention(), output, adds);
     for_tiles(plan.tiles, [&](auto tiles) {
       launch(name, &branches_kernel<T, tiles(), WeightedSum<T, tiles()>>, grid_of(plan, ceil_div(in.g.O, 8 * tiles())),
-             plan.threads, plan.shared_bytes, context.stream, plan.lattice, args,
-             planes_of(plan.lattice, args.source, Readers::kAll));
+             plan.threads, plan.shared_bytes, context.stream, plan.lattice, args, planes_of(plan.lattice, args.source));
     });
   });
 }

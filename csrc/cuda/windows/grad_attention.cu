@@ -13,8 +13,8 @@ class DotWithGrad {
   static constexpr bool kInTurn = true;
 
   // In shared memory: branch scale and shift of the block's output channels.
-  __device__ DotWithGrad(const Lattice& lattice, const BranchesArguments<T>& args, const Share& share, int shared)
-      : lattice_(lattice), args_(args), share_(share), scales_at_(shared) {}
+  __device__ DotWithGrad(const Lattice& lattice, const BranchesArguments<T>& args, const Share& share)
+      : lattice_(lattice), args_(args), share_(share) {}
 
   __device__ void begin(const Tile& tile, int turn) {
     if (turn == 0)
@@ -92,7 +92,7 @@ class DotWithGrad {
       return unpack(held, T{});
   }
 
-  __device__ float* scales() const { return reinterpret_cast<float*>(shared_memory() + scales_at_); }
+  __device__ float* scales() const { return reinterpret_cast<float*>(epilogue_memory<kTiles>(lattice_)); }
   __device__ float* shifts() const { return scales() + kLatticeBranches * 8 * kTiles; }
 
   // Adds sum_o G_o factors_k[o] value(m, tile, i) at the points of planes m0 .. m0 + kTogether.
@@ -126,7 +126,6 @@ class DotWithGrad {
   const Lattice& lattice_;
   const BranchesArguments<T>& args_;
   const Share& share_;
-  int scales_at_;
   Held grad_[kGroupPlanes][kTiles][2];  // two channels of each point
   float total_[kLatticeBranches][kGroupPlanes][2];
 };
@@ -141,7 +140,7 @@ void launch_grad_attention(const Plan& plan, const Inputs& in, const Operands& o
       if constexpr (!std::is_same_v<T, float> || tiles() <= kNarrowTiles)
         launch("fast_grad_attention", &branches_kernel<T, tiles(), DotWithGrad<T, tiles()>>, grid_of(plan, 1),
                plan.threads, plan.shared_bytes, context.stream, plan.lattice, args,
-               planes_of(plan.lattice, args.source, Readers::kAll));
+               planes_of(plan.lattice, args.source));
     });
   });
 }

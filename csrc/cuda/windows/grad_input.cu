@@ -82,8 +82,7 @@ void launch_grad_input(const Plan& plan, const Inputs& in, const Operands& opera
                                    adds};
     for_tiles(plan.tiles, [&](auto tiles) {
       launch("fast_grad_input", &adjoint_kernel<T, tiles()>, grid_of(plan, ceil_div(g.C, 8 * tiles())), plan.threads,
-             plan.shared_bytes, context.stream, plan.lattice, args,
-             planes_of(plan.lattice, args.source, Readers::kOne));
+             plan.shared_bytes, context.stream, plan.lattice, args, planes_of(plan.lattice, args.source));
     });
   });
 }

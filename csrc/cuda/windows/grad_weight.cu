@@ -148,7 +148,7 @@ void launch_grad_weight(const Inputs& in, bool by_branch, const Part& part, cons
            GradWeightArguments{source, operands.attention(), operands.grad_output(), num_chunks(g.O, in.dtype), k,
                                by_branch ? int(g.K) : 1, static_cast<float*>(operands.scratch()) + k * branch_size,
                                sums.branches * branch_size, adds, g.O, g.kernel},
-           planes_of(plan.lattice, source, Readers::kAll));
+           planes_of(plan.lattice, source));
   }
 }
 

@@ -42,10 +42,11 @@ struct Cover {
 struct Lattice {
   int64_t N;
   int K;
+  int sources;  // one that all branches read, or in the adjoint one for each, in turn
   Int3 step;
   Int3 rate[kLatticeBranches];  // zero from K on, and on an axis on which the kernel has one tap
   Int3 halo;
-  Int3 reach[kLatticeBranches];  // of the points held for a branch: `halo`, or its own rate where branches go in turn
+  Int3 reach[kLatticeBranches];  // of the points held for a branch: `halo`, or its own rate if it has its own source
   Index3 origin;                 // source position under target position 0
   Index3 source, target;         // sizes
   Int3 points;                   // lattice points of a source class per axis; the last may lie outside the source
@@ -55,8 +56,9 @@ struct Lattice {
   int packed_points, packed_targets;       // points of these classes, each in full
   int taps_z;
   int tile_z;
-  int ring, ring_bytes;  // planes of points held in shared memory
-  int plane_points;      // from one plane to the next
+  int ring, ring_bytes;               // planes of points held in shared memory
+  int plane_points;                   // from one plane to the next
+  int free_planes[kLatticeBranches];  // of a source, at the middle's beginning, that tz = +1 does not read
   // In a plane, of the points held for branch k: how many a row has; the point under point (0, 0) of a tile through tap
   // (0, 0), and where tap (ty, tx) lies from there, ascending.
   int pitch[kLatticeBranches], centre[kLatticeBranches], tap_points[kPlaneTaps][kLatticeBranches];
@@ -259,13 +261,13 @@ inline void choose_classes(Lattice& lattice, const Classes& source, const Classe
 }
 
 // The lattices of a problem that lattice_refusal lets pass; tile_z and what follows from it are set by set_tile. The
-// step is the branches' common one; the gather is that of `branches` of them from `first_branch` on. In the adjoint
-// branches go in turn, each with a source of its own.
+// step is the branches' common one; the gather is that of `branches` of them from `first_branch` on.
 inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first_branch, int64_t branches) {
   const bool forward = direction == Direction::kForward;
   Lattice lattice{};
   lattice.N = g.N;
   lattice.K = int(branches);
+  lattice.sources = forward ? 1 : lattice.K;
   lattice.source = forward ? g.input : g.output;
   lattice.target = forward ? g.output : g.input;
   lattice.origin = forward ? g.origin : Index3{-g.origin.z, -g.origin.y, -g.origin.x};
@@ -364,6 +366,11 @@ inline void set_tile(Lattice& lattice, int tile_z, bool recycle) {
   lattice.tile_z = tile_z;
   lattice.tiles = {int(ceil_div(lattice.target_points.z, tile_z)), int(ceil_div(lattice.target_points.y, kTileY)),
                    int(ceil_div(lattice.target_points.x, kTileX))};
+  for (int source = 0; source < lattice.sources; ++source) {
+    int& free = lattice.free_planes[source] = tile_z;
+    for (int k = 0; k < lattice.K; ++k)
+      if ((lattice.sources == 1 || k == source) && lattice.rate[k].z < free) free = lattice.rate[k].z;
+  }
   lattice.ring = recycle ? tile_z + lattice.halo.z : planes(lattice);
   lattice.ring_bytes = int(int64_t(lattice.ring) * lattice.plane_points * kPointBytes);
 }

@@ -26,7 +26,7 @@ struct alignas(kGateBytes<T>) Gates {
   Pair<T> pairs[kLatticeBranches / 2];
 };
 
-// Which branches read a block of points: all of them, or one each in turn.
+// Which branches read a block of points: all of them, or in the adjoint one each in turn (Lattice::sources).
 enum class Readers { kAll, kOne };
 
 // A chunk of channels, and if branches read in turn one of them, else 0.
@@ -45,17 +45,16 @@ struct Source {
   }
 };
 
-// For the copy engine: a plane of the points that each branch reads.
+// For the copy engine: a plane of the points that a branch reads, or all of them.
 struct SourcePlanes {
   PlaneMap of[kLatticeBranches];
 };
 
-// In a launch of turns as `readers` says.
-inline SourcePlanes planes_of(const Lattice& lattice, const Source& source, Readers readers) {
+inline SourcePlanes planes_of(const Lattice& lattice, const Source& source) {
   SourcePlanes planes{};
   if (!device_has_bulk_copies()) return planes;
   const int64_t volumes = lattice.N * source.held * volume(lattice.source_classes.count);
-  for (int k = 0; k < (readers == Readers::kAll ? 1 : lattice.K); ++k)
+  for (int k = 0; k < lattice.sources; ++k)
     planes.of[k] = plane_map(source.points, volumes, lattice.points.z, lattice.points.y, lattice.points.x,
                              columns(lattice.reach[k]), rows(lattice.reach[k]));
   return planes;
@@ -235,28 +234,20 @@ class Pipeline {
   __device__ bool has_next() const { return !last_turn() || tile_ + int(gridDim.x) < tiles_; }
 
   __device__ int branches() const { return kReaders == Readers::kAll ? 1 : lattice_.K; }
-  // Planes at the middle's beginning that tz = +1 of this turn does not read.
-  __device__ int free_planes() const {
-    if (kReaders == Readers::kOne) return least(lattice_.tile_z, lattice_.rate[turn_.branch].z);
-    int free = lattice_.tile_z;
-    for (int k = 0; k < lattice_.K; ++k) free = least(free, lattice_.rate[k].z);
-    return free;
-  }
-  static __device__ int least(int a, int b) { return a < b ? a : b; }
-
   // Writes a section of the planes of this turn, or of the next one, if there is one.
   __device__ void write(Section section, bool of_next) {
+    if (has_bulk_copies() && reread_thread() > 0) return;  // it is for one thread
     if (of_next && !has_next()) return;
     const Turn turn = of_next ? next_turn() : turn_;
     const int reach = lattice_.reach[turn.branch].z, middle = lattice_.halo.z, end = middle + lattice_.tile_z;
     int first = middle, last = end;
     if (section == Section::kFirst) first = middle - reach, last = middle;
-    if (section == Section::kFreeMiddle) last = middle + free_planes();
-    if (section == Section::kOtherMiddle) first = middle + free_planes();
+    if (section == Section::kFreeMiddle) last = middle + lattice_.free_planes[turn_.branch];
+    if (section == Section::kOtherMiddle) first = middle + lattice_.free_planes[turn_.branch];
     if (section == Section::kLast) first = end, last = end + reach;
     const Planes planes{shared_tile(of_next && last_turn() ? 1 - parity_ : parity_), turn, first, last};
     if (has_bulk_copies()) {
-      if (threadIdx.x == 0) copy_planes(planes, section == Section::kLast);
+      copy_planes(planes, section == Section::kLast);
     } else {
       // A walk goes on where it is, but for the first planes of a turn and those of a ring that come in another order.
       const bool begins =
@@ -273,29 +264,30 @@ class Pipeline {
       arrive(barrier(kMost));
   }
 
-  // By one thread.
   __device__ void copy_planes(const Planes& planes, bool is_last_part) {
     const Tile& tile = planes.tile;
     const int k = planes.turn.branch;
+    const int x = tile.source_first.x + first_column(lattice_, k), y = tile.source_first.y + first_row(lattice_, k),
+              z = tile.source_first.z;
     const int64_t classes = volume(lattice_.source_classes.count),
                   number = source_.volume(tile, planes.turn) * classes + tile.source_volume;
     CopyBarrier& landed = barrier(is_last_part ? kLastPart : kMost);
     expect_bytes(landed, (planes.last - planes.first) * rows(lattice_.reach[k]) * lattice_.pitch[k] * kPointBytes);
     if (is_last_part) arrive(landed);
+#pragma unroll 1
     for (int plane = planes.first; plane < planes.last; ++plane)
-      copy_plane(shared_memory() + slot(lattice_, plane) * lattice_.plane_points * kPointBytes, maps_.of[k],
-                 tile.source_first.x + first_column(lattice_, k), tile.source_first.y + first_row(lattice_, k),
-                 tile.source_first.z + plane, int(number), landed);
+      copy_plane(shared_memory() + slot(lattice_, plane) * lattice_.plane_points * kPointBytes, maps_.of[k], x, y,
+                 z + plane, int(number), landed);
   }
 
   // By all threads, pass by pass.
   __device__ void walk(const Planes& planes, bool begins) {
-    if (begins)
-      from_ = source_.points + source_.volume(planes.tile, planes.turn) * lattice_.packed_points * kPointBytes;
+    const unsigned char* from =
+        source_.points + source_.volume(planes.tile, planes.turn) * lattice_.packed_points * kPointBytes;
     const int passes = lattice_.cover[planes.turn.branch].passes;
     for (int pass = 0; pass < passes; ++pass) {
       if (begins || passes > 1) walk_ = Walk(lattice_, planes, pass);
-      walk_.copy(lattice_, planes, from_);
+      walk_.copy(lattice_, planes, from);
     }
   }
 
@@ -308,7 +300,6 @@ class Pipeline {
   int parity_;
   uint32_t phase_;
   Walk walk_;
-  const unsigned char* from_;
 };
 
 }  // namespace autofocus::cuda
