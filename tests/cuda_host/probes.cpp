@@ -54,7 +54,7 @@ std::string check_part(const Problem& g, const Part& part, bool adjoint, int til
 
   const int64_t tiles_of_sample = num_tiles(lattice) / lattice.N;
   for (int64_t index = 0; index < num_tiles(lattice); ++index) {
-    const Tile tile = tile_at(lattice, index);
+    const Tile tile = tile_at(lattice, int(index));
     if (tile.n != index / tiles_of_sample) return "a tile belongs to the wrong sample";
     if (tile.n > 0) continue;
     for (int turn = 0; turn < lattice.sources; ++turn) {

@@ -46,12 +46,13 @@ struct Lattice {
   Int3 step;
   Int3 rate[kLatticeBranches];  // zero from K on, and on an axis on which the kernel has one tap
   Int3 halo;
-  Int3 reach[kLatticeBranches];  // of the points held for a branch: `halo`, or its own rate if it has its own source
-  Index3 origin;                 // source position under target position 0
-  Index3 source, target;         // sizes
-  Int3 points;                   // lattice points of a source class per axis; the last may lie outside the source
-  Int3 target_points;            // and of a target class
-  Int3 tiles;                    // tiles of a target class per axis; the last ones may lie outside the target
+  Int3 reach[kLatticeBranches];     // of the points held for a branch: `halo`, or its own rate if it has its own source
+  Int3 origin_class, origin_point;  // of the source, under point 0 of target class 0
+  Index3 source, target;            // sizes
+  Int3 points;                      // lattice points of a source class per axis; the last may lie outside the source
+  Int3 target_points;               // and of a target class
+  Int3 full_classes;                // of the target; those behind them have a point less
+  Int3 tiles;                       // tiles of a target class per axis; the last ones may lie outside the target
   Classes source_classes, target_classes;  // what is packed, and where there are tiles
   int packed_points, packed_targets;       // points of these classes, each in full
   int taps_z;
@@ -72,7 +73,7 @@ struct Lattice {
 // source class and point at plane 0, row 0, column 0; what number these two points have among the packed ones.
 struct Tile {
   int64_t n;
-  Int3 target_class, target_first, target_left, source_class, source_first;
+  Int3 target_class, target_first, target_left, source_first;
   int target_at, source_at;
   int source_volume;  // the number of the source class among those packed
 };
@@ -111,39 +112,42 @@ AUTOFOCUS_HD inline int slot(const Lattice& lattice, int plane) {
   return plane < lattice.ring ? plane : plane - lattice.ring;
 }
 
-// Tile number `index`. Classes vary fastest: neighbouring classes read and write the same memory sectors.
-AUTOFOCUS_HD inline Tile tile_at(const Lattice& lattice, int64_t index) {
-  const Int3 &first = lattice.target_classes.first, &count = lattice.target_classes.count;
-  int64_t rest = index;
+// Quotient and remainder of a tile's number: the number becomes the one, the other is returned.
+AUTOFOCUS_HD inline int take_remainder(uint32_t& number, int divisor) {
+  const uint32_t quotient = number / uint32_t(divisor), remainder = number - quotient * uint32_t(divisor);
+  number = quotient;
+  return int(remainder);
+}
+
+// Tile number `number`. Classes vary fastest: neighbouring classes read and write the same memory sectors.
+AUTOFOCUS_HD inline Tile tile_at(const Lattice& lattice, int number) {
+  uint32_t rest = uint32_t(number);
   Tile tile;
-  tile.target_class.x = first.x + int(rest % count.x);
-  rest /= count.x;
-  tile.target_class.y = first.y + int(rest % count.y);
-  rest /= count.y;
-  tile.target_class.z = first.z + int(rest % count.z);
-  rest /= count.z;
-  tile.target_first.x = int(rest % lattice.tiles.x) * kTileX;
-  rest /= lattice.tiles.x;
-  tile.target_first.y = int(rest % lattice.tiles.y) * kTileY;
-  rest /= lattice.tiles.y;
-  tile.target_first.z = int(rest % lattice.tiles.z) * lattice.tile_z;
-  tile.n = rest / lattice.tiles.z;
-  const InputLattice z = input_lattice(lattice.origin.z, tile.target_class.z, lattice.step.z);
-  const InputLattice y = input_lattice(lattice.origin.y, tile.target_class.y, lattice.step.y);
-  const InputLattice x = input_lattice(lattice.origin.x, tile.target_class.x, lattice.step.x);
-  tile.source_class = {int(z.phase), int(y.phase), int(x.phase)};
-  tile.source_first = {int(tile.target_first.z + z.point - lattice.halo.z),
-                       int(tile.target_first.y + y.point - lattice.halo.y),
-                       int(tile.target_first.x + x.point - lattice.halo.x)};
-  const auto left = [](int64_t size, int step, int in_class, int first) {
-    return (int(size) - in_class + step - 1) / step - first;
+  Int3 source_class;
+  const auto take_class = [&](int Int3::* axis) {
+    int& of_target = tile.target_class.*axis =
+                         lattice.target_classes.first.*axis + take_remainder(rest, lattice.target_classes.count.*axis);
+    // The source's classes begin again, a point further on.
+    const int of_source = lattice.origin_class.*axis + of_target, wraps = of_source >= lattice.step.*axis ? 1 : 0;
+    source_class.*axis = of_source - wraps * lattice.step.*axis;
+    tile.source_first.*axis = lattice.origin_point.*axis + wraps - lattice.halo.*axis;
+    tile.target_left.*axis = lattice.target_points.*axis - (of_target < lattice.full_classes.*axis ? 0 : 1);
   };
-  tile.target_left = {left(lattice.target.z, lattice.step.z, tile.target_class.z, tile.target_first.z),
-                      left(lattice.target.y, lattice.step.y, tile.target_class.y, tile.target_first.y),
-                      left(lattice.target.x, lattice.step.x, tile.target_class.x, tile.target_first.x)};
+  const auto take_first = [&](int Int3::* axis, int size) {
+    const int first = tile.target_first.*axis = take_remainder(rest, lattice.tiles.*axis) * size;
+    tile.source_first.*axis += first;
+    tile.target_left.*axis -= first;
+  };
+  take_class(&Int3::x);
+  take_class(&Int3::y);
+  take_class(&Int3::z);
+  take_first(&Int3::x, kTileX);
+  take_first(&Int3::y, kTileY);
+  take_first(&Int3::z, lattice.tile_z);
+  tile.n = rest;
   tile.target_at = packed_number(lattice.target_classes, tile.target_class, lattice.target_points, tile.target_first);
-  tile.source_at = packed_number(lattice.source_classes, tile.source_class, lattice.points, tile.source_first);
-  tile.source_volume = class_number(lattice.source_classes, tile.source_class);
+  tile.source_at = packed_number(lattice.source_classes, source_class, lattice.points, tile.source_first);
+  tile.source_volume = class_number(lattice.source_classes, source_class);
   return tile;
 }
 
@@ -270,7 +274,6 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
   lattice.sources = forward ? 1 : lattice.K;
   lattice.source = forward ? g.input : g.output;
   lattice.target = forward ? g.output : g.input;
-  lattice.origin = forward ? g.origin : Index3{-g.origin.z, -g.origin.y, -g.origin.x};
   lattice.step = common_step(g);
   for (int k = 0; k < lattice.K; ++k) {
     const Index3& r = g.dilation[first_branch + k];
@@ -298,6 +301,16 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
   lattice.taps_z = int(g.kernel.z);
   lattice.points = lattice_points(lattice.source, lattice.step);
   lattice.target_points = lattice_points(lattice.target, lattice.step);
+  const auto choose_axis = [&](int Int3::* axis, int64_t Index3::* wide) {
+    const int step = lattice.step.*axis;
+    const InputLattice origin = input_lattice(forward ? g.origin.*wide : -(g.origin.*wide), 0, step);
+    lattice.origin_class.*axis = int(origin.phase);
+    lattice.origin_point.*axis = int(origin.point);
+    lattice.full_classes.*axis = int(lattice.target.*wide) - (lattice.target_points.*axis - 1) * step;
+  };
+  choose_axis(&Int3::z, &Index3::z);
+  choose_axis(&Int3::y, &Index3::y);
+  choose_axis(&Int3::x, &Index3::x);
   const Classes all = {lattice.step, {0, 0, 0}};
   choose_classes(lattice, all, all);
   return lattice;
