@@ -325,7 +325,7 @@ def fake_gpu(monkeypatch):
 def test_gpu_check_does_everything_within_eight_minutes(fake_gpu, tmp_path):
     assert gpu_check.main(["--out", str(tmp_path)]) == 0
     assert [stage for stage, *_ in fake_gpu] == [
-        *(f"probe {name}" for name in ("shifted_windows", "transposed_windows", "unaligned_ldmatrix")),
+        *(f"probe {name}" for name in ("plane_copies", "shifted_windows", "transposed_windows", "unaligned_ldmatrix")),
         "install",
         "tests cuda",
         "tests triton",

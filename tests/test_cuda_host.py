@@ -1047,7 +1047,7 @@ def runtime(tmp_path_factory):
     return target
 
 
-@pytest.mark.parametrize("name", ["shifted_windows", "transposed_windows", "unaligned_ldmatrix"])
+@pytest.mark.parametrize("name", ["shifted_windows", "transposed_windows", "unaligned_ldmatrix", "plane_copies"])
 def test_probes_expect_what_the_emulation_does(runtime, tmp_path, name):
     """So that on a GPU a probe that fails is about the GPU."""
     probe = tmp_path / name
