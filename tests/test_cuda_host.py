@@ -514,6 +514,25 @@ def test_parts_of_branches_change_no_bit(library, device):
     assert all(torch.equal(*pair) for pair in zip(*results))
 
 
+def test_slabs_change_no_bit(library, device):
+    """No class nor sample to be cut by: one block at a time takes four tiles as four slabs, many take them at once."""
+    case = Case("slabs", (32, 3, 4), channels=9, out_channels=8, dilations=(1, 2, 3, 4), padding=(3, 3, 4))
+    tensors = make_tensors(case, torch.bfloat16)
+    allocated = ctypes.c_int64.in_dll(library, "autofocus_emulation_allocated")
+    results, launches, taken = [], [], []
+    for multiprocessors in (1, 200):
+        device(multiprocessors=multiprocessors)
+        results.append(torch.full_like(tensors.input, torch.nan))
+        before = allocated.value
+        cuda.backward(call_of(case, tensors), tensors.grad_output, Gradients(results[-1], None, None, None))
+        launches.append(library.autofocus_emulation_launches(b"fast_grad_input"))
+        taken.append(allocated.value - before)
+    assert launches == [4, 1] and torch.equal(*results)
+    weight = 2 * 3 * 10 * 8 * 16  # of two eights of input channels, 3 tz and 10 taps: packed points
+    planes = [taken[0] - weight, taken[1] - weight]
+    assert planes[0] <= planes[1] * (8 + 1 + 2 * 4) / 30 + 256  # a slab and its halo, of the output's planes
+
+
 def test_a_part_takes_its_share_of_memory(library, device):
     allocated = ctypes.c_int64.in_dll(library, "autofocus_emulation_allocated")
     case = replace(IN_PARTS, channels=32)

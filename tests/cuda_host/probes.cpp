@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/windows/lattice.h"
+#include "cuda/windows/parts.h"
 #include "cuda_emulation.h"
 
 namespace {
@@ -22,14 +22,14 @@ std::string show(const char* what, const Index3& p, int tz, int tap, int k) {
 bool same(const Index3& a, const Index3& b) { return a.z == b.z && a.y == b.y && a.x == b.x; }
 
 // The position of every packed point; false if two points share a place or one has none.
-bool positions_of_packed(const Int3& class_size, const Int3& step, const Classes& classes,
+bool positions_of_packed(const Int3& class_size, int first_plane, const Int3& step, const Classes& classes,
                          std::vector<Index3>& position) {
   const int64_t points = volume(class_size) * volume(classes.count);
   std::vector<bool> taken(points, false);
   position.resize(points);
   for (int64_t i = 0; i < points; ++i) {
     int64_t packed = -1;
-    const Index3 p = unpacked_position(class_size, step, classes, i, packed);
+    const Index3 p = unpacked_position(class_size, first_plane, step, classes, i, packed);
     if (packed < 0 || packed >= points || taken[packed]) return false;
     taken[packed] = true;
     position[packed] = p;
@@ -44,12 +44,12 @@ std::string check_part(const Problem& g, const Part& part, bool adjoint, int til
   constexpr int64_t kZero = -1, kNothing = -2;
   const Direction direction = adjoint ? Direction::kAdjoint : Direction::kForward;
   Lattice lattice = make_lattice(g, direction, 0, g.K);
-  restrict_to(lattice, part, direction);
   set_tile(lattice, tile_z, recycle);
+  restrict_to(lattice, part, direction);
 
   std::vector<Index3> position, target_position_of;
-  if (!positions_of_packed(lattice.points, lattice.step, lattice.source_classes, position) ||
-      !positions_of_packed(lattice.target_points, lattice.step, lattice.target_classes, target_position_of))
+  if (!positions_of_packed(lattice.points, lattice.first_plane, lattice.step, lattice.source_classes, position) ||
+      !positions_of_packed(lattice.target_points, 0, lattice.step, lattice.target_classes, target_position_of))
     return "packing is no permutation";
 
   const int64_t tiles_of_sample = num_tiles(lattice) / lattice.N;
@@ -270,7 +270,8 @@ bool autofocus_probe_lattice(const int64_t* numbers, bool adjoint, int tile_z, b
   g.origin = {numbers[8], numbers[9], numbers[10]};
   for (int64_t k = 0; k < g.K; ++k) g.dilation[k] = {numbers[11 + 3 * k], numbers[12 + 3 * k], numbers[13 + 3 * k]};
   const char* refusal = lattice_refusal(g);
-  const Split split = apart ? Split{g.N, common_step(g)} : Split{1, {1, 1, 1}};
+  const int points = lattice_points(g.input, common_step(g)).z, slabs = int(ceil_div(points, slab_planes(points, 3)));
+  const Split split = apart ? Split{g.N, common_step(g), adjoint ? slabs : 1} : Split{1, {1, 1, 1}, 1};
   const std::string problem = refusal != nullptr ? refusal : check_lattice(g, split, adjoint, tile_z, recycle);
   std::snprintf(message, size, "%s", problem.c_str());
   return problem.empty();

@@ -16,11 +16,16 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
   const Int3 step = common_step(in.g);
   Operands gated(in, step), shared(in, step);
   Operands& of_input = input_first ? gated : shared;
-  std::vector<Work> input_pass, passes;
+  std::vector<Work> passes;
+  Split finer{};
   Plan input_plan{}, attention_plan{};
   if (wants_input) {
     input_plan = plan_of(Pass::kGradInput, in);
-    (input_first ? input_pass : passes).push_back(work_of(input_plan, ceil_div(in.g.C, 8 * input_plan.tiles)));
+    const Work work = work_of(input_plan, ceil_div(in.g.C, 8 * input_plan.tiles));
+    if (input_first)
+      finer = split_in_slabs(in.g, input_plan.lattice, work, in.g.K);  // then a_k G takes no more than G
+    else
+      passes.push_back(work);
     of_input.want_grad_output(grad_output, input_first);
     of_input.want_adjoint_weight(input_plan.tiles);
   }
@@ -43,9 +48,8 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
                         int64_t(sizeof(float)));
   }
 
-  const Split finer = split_of(in.g, input_pass, 1), split = split_of(in.g, passes, kLeastRounds);
-  const int64_t of_gated = input_first ? gated.bytes(part_of(in.g, finer, 0)) : 0,
-                of_shared = passes.empty() ? 0 : shared.bytes(part_of(in.g, split, 0));
+  const Split split = split_of(in.g, passes, kLeastRounds);
+  const int64_t of_gated = input_first ? gated.bytes(finer) : 0, of_shared = passes.empty() ? 0 : shared.bytes(split);
   void* memory = context.scratch(of_gated > of_shared ? of_gated : of_shared);
   const auto run_input = [&](const Part& part) {
     launch_grad_input(plan_of_part(input_plan, Pass::kGradInput, part), in, of_input,

@@ -53,6 +53,7 @@ struct Lattice {
   Int3 target_points;               // and of a target class
   Int3 full_classes;                // of the target; those behind them have a point less
   Int3 tiles;                       // tiles of a target class per axis; the last ones may lie outside the target
+  int first_plane, first_target_plane;     // of all; what is packed and where there are tiles may begin further on
   Classes source_classes, target_classes;  // what is packed, and where there are tiles
   int packed_points, packed_targets;       // points of these classes, each in full
   int taps_z;
@@ -144,6 +145,9 @@ AUTOFOCUS_HD inline Tile tile_at(const Lattice& lattice, int number) {
   take_first(&Int3::x, kTileX);
   take_first(&Int3::y, kTileY);
   take_first(&Int3::z, lattice.tile_z);
+  tile.target_first.z += lattice.first_target_plane;
+  tile.target_left.z -= lattice.first_target_plane;
+  tile.source_first.z += lattice.first_target_plane - lattice.first_plane;
   tile.n = rest;
   tile.target_at = packed_number(lattice.target_classes, tile.target_class, lattice.target_points, tile.target_first);
   tile.source_at = packed_number(lattice.source_classes, source_class, lattice.points, tile.source_first);
@@ -183,10 +187,11 @@ AUTOFOCUS_HD inline int packed_index(const Lattice& lattice, const Tile& tile, i
   return tile.source_at + (plane * lattice.points.y + row) * lattice.points.x + column;
 }
 
-// Source position of packed point number `index`, counted with the position fastest and the class per axis inside it,
-// so that neighbouring threads of the packing kernel read neighbouring memory. `packed` is where it goes.
-AUTOFOCUS_HD inline Index3 unpacked_position(const Int3& points, const Int3& step, const Classes& classes,
-                                             int64_t index, int64_t& packed) {
+// Source position of packed point number `index` of those from `first_plane` on, counted with the position fastest and
+// the class per axis inside it, so that neighbouring threads of the packing kernel read neighbouring memory. `packed`
+// is where it goes.
+AUTOFOCUS_HD inline Index3 unpacked_position(const Int3& points, int first_plane, const Int3& step,
+                                             const Classes& classes, int64_t index, int64_t& packed) {
   const Int3& count = classes.count;
   const Index3 size = {int64_t(points.z) * count.z, int64_t(points.y) * count.y, int64_t(points.x) * count.x};
   const Index3 p = unravel(index, size);
@@ -194,7 +199,8 @@ AUTOFOCUS_HD inline Index3 unpacked_position(const Int3& points, const Int3& ste
   const Int3 c = {classes.first.z + int(p.z % count.z), classes.first.y + int(p.y % count.y),
                   classes.first.x + int(p.x % count.x)};
   packed = packed_number(classes, c, points, point);
-  return {int64_t(step.z) * point.z + c.z, int64_t(step.y) * point.y + c.y, int64_t(step.x) * point.x + c.x};
+  return {int64_t(step.z) * (first_plane + point.z) + c.z, int64_t(step.y) * point.y + c.y,
+          int64_t(step.x) * point.x + c.x};
 }
 
 // The plane read by tile plane z through tap tz of branch k.
@@ -314,45 +320,6 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
   const Classes all = {lattice.step, {0, 0, 0}};
   choose_classes(lattice, all, all);
   return lattice;
-}
-
-// A part of a call's positions that the passes can take by itself: some samples, and classes of the output with the
-// classes of the input that they read.
-struct Part {
-  int64_t first_sample, samples;
-  Classes output, input;
-};
-
-// In how many parts the positions are cut: samples (1 or N) and classes (on an axis 1, or the step).
-struct Split {
-  int64_t samples;
-  Int3 classes;
-};
-
-inline int64_t num_parts(const Split& split) { return split.samples * volume(split.classes); }
-
-inline Part part_of(const Problem& g, const Split& split, int64_t index) {
-  const Int3 step = common_step(g);
-  const Index3 c = unravel(index % volume(split.classes), {split.classes.z, split.classes.y, split.classes.x});
-  Part part{};
-  part.samples = g.N / split.samples;
-  part.first_sample = index / volume(split.classes) * part.samples;
-  const auto choose = [&](int Int3::* axis, int64_t Index3::* wide) {
-    const bool one = split.classes.*axis > 1;
-    part.output.count.*axis = part.input.count.*axis = one ? 1 : step.*axis;
-    part.output.first.*axis = one ? int(c.*wide) : 0;
-    part.input.first.*axis = one ? int(input_lattice(g.origin.*wide, c.*wide, step.*axis).phase) : 0;
-  };
-  choose(&Int3::z, &Index3::z);
-  choose(&Int3::y, &Index3::y);
-  choose(&Int3::x, &Index3::x);
-  return part;
-}
-
-inline void restrict_to(Lattice& lattice, const Part& part, Direction direction) {
-  const bool forward = direction == Direction::kForward;
-  lattice.N = part.samples;
-  choose_classes(lattice, forward ? part.input : part.output, forward ? part.output : part.input);
 }
 
 inline Cover cover_of(const Lattice& lattice, const Int3& reach, int threads) {

@@ -21,6 +21,7 @@ struct PackPoints {
   Strided<const T> gates;
   int64_t N, branches, channels, chunks;
   Int3 step, points;
+  int first_plane;
   Classes classes;
   Index3 size;
   void* packed;
@@ -62,7 +63,7 @@ __device__ inline void pack_points(const PackPoints<T>& job, unsigned int block)
   if (index >= job.N * job.chunks * all) return;
   const int64_t chunk = index / all % job.chunks, n = index / all / job.chunks;
   int64_t place;
-  const Index3 p = unpacked_position(job.points, job.step, job.classes, index % all, place);
+  const Index3 p = unpacked_position(job.points, job.first_plane, job.step, job.classes, index % all, place);
   const bool valid = inside(p, job.size);
   const int64_t channels = valid ? job.channels - chunk * kCount : 0;
   const Bits<T>* from = job.source.at(n, chunk * kCount, p);
@@ -156,6 +157,15 @@ __global__ __launch_bounds__(kPackThreads) void pack_kernel(Packing<T> packing) 
 
 }  // namespace
 
+int64_t Operands::bytes(const Split& split) {
+  int64_t most = 0;
+  for (int64_t slab = 0; slab < split.slabs; ++slab) {  // which come first, and are all that differs
+    const int64_t own = pack(part_of(in_.g, split, slab), nullptr, nullptr);
+    most = own > most ? own : most;
+  }
+  return most;
+}
+
 int64_t Operands::pack(const Part& part, void* memory, const Context* context) {
   const Problem& g = in_.g;
   int64_t bytes = 0, blocks = 0;
@@ -183,9 +193,10 @@ int64_t Operands::pack(const Part& part, void* memory, const Context* context) {
       return advanced(tensor, part.first_sample * tensor.n, in_.dtype);
     };
     const auto points = [&](const TensorView& source, const TensorView& gates, int64_t channels, int count,
-                            const Index3& size, const Classes& classes, bool rounds, int64_t& at) {
+                            const Index3& size, const Classes& classes, const Slab& planes, bool rounds, int64_t& at) {
       const int64_t branches = source.k == 0 && gates.data == nullptr ? 1 : g.K, chunks = ceil_div(channels, count);
-      const Int3 class_points = lattice_points(size, step_);
+      Int3 class_points = lattice_points(size, step_);
+      class_points.z = planes.count;
       const int64_t items = part.samples * chunks * volume(classes.count) * volume(class_points);
       at = place(items * branches * count * int64_t(sizeof(T)));
       return PackPoints<T>{blocks_of(items),
@@ -198,12 +209,13 @@ int64_t Operands::pack(const Part& part, void* memory, const Context* context) {
                            chunks,
                            step_,
                            class_points,
+                           planes.first,
                            classes,
                            size,
                            nullptr};
     };
     const PackPoints<T> no_points{
-        0, false, Strided<const Bits<T>>(none), Strided<const T>(none), 0, 0, 0, 0, {}, {}, {}, {}, nullptr};
+        0, false, Strided<const Bits<T>>(none), Strided<const T>(none), 0, 0, 0, 0, {}, {}, 0, {}, {}, nullptr};
     const PackWeight no_weight{0, false, 0, 0, 0, 0, 0, 1, nullptr};
     Packing<T> packing{no_points,
                        no_points,
@@ -213,18 +225,19 @@ int64_t Operands::pack(const Part& part, void* memory, const Context* context) {
                        Strided<const T>(in_.weight),
                        Strided<const T>(in_.scale),
                        g.kernel};
-    // The attention and what it is multiplied by are rounded as a product.
-    if (wants_input_) packing.input = points(in_.input, none, g.C, kChunk<T>, g.input, part.input, true, input_at_);
-    if (grad_output_.data != nullptr)
-      packing.grad_output = points(grad_output_, gates_grad_output_ ? in_.attention : none, g.O, kChunk<T>, g.output,
-                                   part.output, grad_output_.k != 0, grad_output_at_);
-    if (wants_attention_)
-      packing.attention =
-          points(in_.attention, none, g.K, kLatticeBranches, g.output, part.output, false, attention_at_);
+    // What stays, then what each part brings, which may be larger or smaller.
+    scratch_at_ = place(scratch_bytes_);
     if (weight_tiles_ > 0) packing.weight = weight(false, weight_tiles_, weight_at_);
     if (adjoint_tiles_ > 0) packing.adjoint_weight = weight(true, adjoint_tiles_, adjoint_at_);
-    scratch_at_ = place(scratch_bytes_);
-
+    // The attention and what it is multiplied by are rounded as a product.
+    if (wants_input_)
+      packing.input = points(in_.input, none, g.C, kChunk<T>, g.input, part.input, part.input_planes, true, input_at_);
+    if (grad_output_.data != nullptr)
+      packing.grad_output = points(grad_output_, gates_grad_output_ ? in_.attention : none, g.O, kChunk<T>, g.output,
+                                   part.output, part.output_planes, grad_output_.k != 0, grad_output_at_);
+    if (wants_attention_)
+      packing.attention = points(in_.attention, none, g.K, kLatticeBranches, g.output, part.output, part.output_planes,
+                                 false, attention_at_);
     if (memory == nullptr) return;
     if (memory == memory_)  // which has the weights already
       blocks -= packing.weight.blocks + packing.adjoint_weight.blocks;

@@ -6,6 +6,7 @@
 // grad_input's source. Floats that are an operand of a product as they are packed are rounded to TF32 here.
 #pragma once
 
+#include "parts.h"
 #include "staging.h"
 
 namespace autofocus::cuda {
@@ -43,8 +44,8 @@ class Operands {
   // Memory beside them.
   void want_scratch(int64_t bytes) { scratch_bytes_ = bytes; }
 
-  // Bytes of memory for a part; none takes more than the first.
-  int64_t bytes(const Part& part) { return pack(part, nullptr, nullptr); }
+  // Bytes of memory for any part.
+  int64_t bytes(const Split& split);
   void pack(const Part& part, void* memory, const Context& context) { pack(part, memory, &context); }
 
   // [N, chunks, points]

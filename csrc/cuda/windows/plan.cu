@@ -129,20 +129,4 @@ Work work_of(const Plan& plan, int64_t target_blocks) {
   return {tiles, wanted < tiles ? wanted : tiles};
 }
 
-Split split_of(const Problem& g, const std::vector<Work>& passes, int64_t least_rounds) {
-  const Int3 step = common_step(g);
-  const Split finest = {g.N, {step.z, step.y, 1}}, planes = {g.N, {step.z, 1, 1}}, samples = {g.N, {1, 1, 1}};
-  for (const Split& split : {finest, planes, samples}) {
-    const int64_t parts = num_parts(split);
-    bool is_cheap = true;
-    for (const Work& work : passes) {
-      const int64_t rounds = ceil_div(work.tiles, work.at_once);
-      const int64_t of_part = ceil_div(work.tiles / parts, work.at_once);
-      is_cheap = is_cheap && of_part >= least_rounds && 16 * parts * of_part <= 17 * rounds;
-    }
-    if (is_cheap) return split;
-  }
-  return {1, {1, 1, 1}};
-}
-
 }  // namespace autofocus::cuda

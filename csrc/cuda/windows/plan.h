@@ -2,7 +2,6 @@
 #pragma once
 
 #include <type_traits>
-#include <vector>
 
 #include "operands.h"
 
@@ -32,18 +31,8 @@ Plan plan_of_part(Plan plan, Pass pass, const Part& part);
 // That of one branch alone, in the classes and tiles of all: operands packed for one serve the other.
 Plan plan_of_branch(Pass pass, const Inputs& in, const Part& part, int64_t k);
 
-// What a pass runs: tiles, and how many of them at once.
-struct Work {
-  int64_t tiles, at_once;
-};
 // `target_blocks` run through the same tiles.
 Work work_of(const Plan& plan, int64_t target_blocks);
-
-// As many parts as leave every pass at least so many rounds of tiles in each, and hardly more of them in all: only a
-// part's operands are packed at a time. A launch copies its first block of points while nothing is multiplied, and its
-// last tiles leave multiprocessors idle: with kLeastRounds that is a few percent.
-constexpr int64_t kLeastRounds = 4;
-Split split_of(const Problem& g, const std::vector<Work>& passes, int64_t least_rounds);
 
 // A tensor from the first sample of a part on.
 inline TensorView samples_from(const TensorView& tensor, const Part& part, DType dtype) {
