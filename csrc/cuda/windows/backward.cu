@@ -11,7 +11,8 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
   const bool by_branch = grad_output.k != 0, wants_input = gradients.input.data != nullptr,
              wants_attention = gradients.attention.data != nullptr,
              wants_weight = gradients.weight.data != nullptr || gradients.scale != nullptr;
-  // a_k G of every branch is large and for the gradient of the input alone: it comes before the others, in finer parts.
+  // a_k G of every branch is large and for the gradient of the input alone: that comes first, and what the other passes
+  // read takes its place.
   const bool input_first = wants_input && !by_branch;
   const Int3 step = common_step(in.g);
   Operands gated(in, step), shared(in, step);
@@ -21,9 +22,9 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
   Plan input_plan{}, attention_plan{};
   if (wants_input) {
     input_plan = plan_of(Pass::kGradInput, in);
-    const Work work = work_of(input_plan, ceil_div(in.g.C, 8 * input_plan.tiles));
+    const Work work = work_of_multiprocessors(input_plan, ceil_div(in.g.C, 8 * input_plan.tiles));
     if (input_first)
-      finer = split_in_slabs(in.g, input_plan.lattice, work, in.g.K);  // then a_k G takes no more than G
+      finer = split_in_slabs(in.g, input_plan.lattice, work, in.g.K, kForMemory);  // then a_k G takes no more than G
     else
       passes.push_back(work);
     of_input.want_grad_output(grad_output, input_first);
@@ -31,7 +32,7 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
   }
   if (wants_attention) {
     attention_plan = plan_of(Pass::kGradAttention, in);
-    passes.push_back(work_of(attention_plan, 1));
+    passes.push_back(work_of_multiprocessors(attention_plan, 1));
     shared.want_grad_output(grad_output, false);
     shared.want_input();
     shared.want_weight(attention_plan.tiles);
@@ -48,7 +49,7 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
                         int64_t(sizeof(float)));
   }
 
-  const Split split = split_of(in.g, passes, kLeastRounds);
+  const Split split = split_of(in.g, passes, kForMemory);
   const int64_t of_gated = input_first ? gated.bytes(finer) : 0, of_shared = passes.empty() ? 0 : shared.bytes(split);
   void* memory = context.scratch(of_gated > of_shared ? of_gated : of_shared);
   const auto run_input = [&](const Part& part) {

@@ -5,9 +5,9 @@ namespace autofocus::cuda {
 
 namespace {
 
-bool is_cheap(const Work& pass, int64_t parts, int64_t tiles_of_part, int64_t least_rounds) {
+bool is_allowed(const Cost& allowed, const Work& pass, int64_t parts, int64_t tiles_of_part) {
   const int64_t rounds = ceil_div(pass.tiles, pass.at_once), of_part = ceil_div(tiles_of_part, pass.at_once);
-  return of_part >= least_rounds && 16 * parts * of_part <= 17 * rounds;
+  return of_part >= allowed.least_rounds && 100 * parts * of_part <= (100 + allowed.percent) * rounds;
 }
 
 int input_points_z(const Problem& g) { return lattice_points(g.input, common_step(g)).z; }
@@ -60,7 +60,7 @@ void restrict_to(Lattice& lattice, const Part& part, Direction direction) {
   choose_classes(lattice, forward ? part.input : part.output, forward ? part.output : part.input);
 }
 
-Split split_of(const Problem& g, const std::vector<Work>& passes, int64_t least_rounds) {
+Split split_of(const Problem& g, const std::vector<Work>& passes, const Cost& allowed) {
   const Int3 step = common_step(g);
   std::vector<Split> candidates = {{g.N, {step.z, step.y, 1}, 1}, {g.N, {step.z, 1, 1}, 1}};
   for (int64_t groups = g.N; groups > 1; --groups)
@@ -68,19 +68,19 @@ Split split_of(const Problem& g, const std::vector<Work>& passes, int64_t least_
   for (const Split& split : candidates) {
     const int64_t parts = num_parts(split);
     bool all = true;
-    for (const Work& pass : passes) all = all && is_cheap(pass, parts, pass.tiles / parts, least_rounds);
+    for (const Work& pass : passes) all = all && is_allowed(allowed, pass, parts, pass.tiles / parts);
     if (all) return split;
   }
   return {1, {1, 1, 1}, 1};
 }
 
-Split split_in_slabs(const Problem& g, const Lattice& lattice, const Work& pass, int64_t wanted) {
-  Split split = split_of(g, {pass}, 1);
+Split split_in_slabs(const Problem& g, const Lattice& lattice, const Work& pass, int64_t wanted, const Cost& allowed) {
+  Split split = split_of(g, {pass}, allowed);
   const int64_t parts = num_parts(split), points = input_points_z(g);
   for (int64_t slabs = ceil_div(wanted, parts); slabs > 1; --slabs) {
     const int planes = slab_planes(points, slabs), count = int(ceil_div(points, planes));
     const int64_t tiles = pass.tiles / parts / lattice.tiles.z * ceil_div(planes, lattice.tile_z);
-    if (!is_cheap(pass, parts * count, tiles, 1)) continue;
+    if (!is_allowed(allowed, pass, parts * count, tiles)) continue;
     split.slabs = count;
     break;
   }

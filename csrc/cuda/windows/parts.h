@@ -41,12 +41,18 @@ struct Work {
   int64_t tiles, at_once;
 };
 
-// As many parts as leave every pass at least so many rounds of tiles in each, and hardly more of them in all. A launch
-// copies its first block of points while nothing is multiplied, and its last tiles leave multiprocessors idle: with
-// kLeastRounds that is a few percent.
-constexpr int64_t kLeastRounds = 4;
-Split split_of(const Problem& g, const std::vector<Work>& passes, int64_t least_rounds);
+// What parts may cost. A launch copies its first block of points while nothing is multiplied, and its last tiles leave
+// multiprocessors idle: in every part there are at least so many rounds of tiles, and in all of them together at most
+// so many percent more than in one.
+struct Cost {
+  int64_t least_rounds, percent;
+};
+constexpr Cost kNextToNothing{4, 6};  // a few percent of the time
+constexpr Cost kForMemory{1, 15};     // where most of the memory is at stake
+
+// As many parts as all passes allow.
+Split split_of(const Problem& g, const std::vector<Work>& passes, const Cost& allowed);
 // For the gradient of the input alone: slabs as well, if that makes more parts, up to `wanted`.
-Split split_in_slabs(const Problem& g, const Lattice& lattice, const Work& pass, int64_t wanted);
+Split split_in_slabs(const Problem& g, const Lattice& lattice, const Work& pass, int64_t wanted, const Cost& allowed);
 
 }  // namespace autofocus::cuda

@@ -66,7 +66,11 @@ const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan) {
         const int by_registers = is_grad_weight ? 1 : kMaxThreads / threads,
                   by_shared = (limits.shared_bytes + kBlockReserve) / (bytes + kBlockReserve);
         set_threads(lattice, threads);
-        plan = {lattice, kWidths[width], threads, bytes,
+        plan = {lattice,
+                kWidths[width],
+                threads,
+                bytes,
+                limits.multiprocessors,
                 limits.multiprocessors * (by_registers < by_shared ? by_registers : by_shared)};
         return nullptr;
       }
@@ -124,9 +128,19 @@ Plan plan_of_branch(Pass pass, const Inputs& in, const Part& part, int64_t k) {
   return plan_of_part(plan, pass, part);
 }
 
-Work work_of(const Plan& plan, int64_t target_blocks) {
-  const int64_t tiles = num_tiles(plan.lattice), wanted = ceil_div(plan.blocks, target_blocks);
+namespace {
+
+Work work_on(int blocks, const Plan& plan, int64_t target_blocks) {
+  const int64_t tiles = num_tiles(plan.lattice), wanted = ceil_div(blocks, target_blocks);
   return {tiles, wanted < tiles ? wanted : tiles};
+}
+
+}  // namespace
+
+Work work_of(const Plan& plan, int64_t target_blocks) { return work_on(plan.blocks, plan, target_blocks); }
+
+Work work_of_multiprocessors(const Plan& plan, int64_t target_blocks) {
+  return work_on(plan.multiprocessors, plan, target_blocks);
 }
 
 }  // namespace autofocus::cuda

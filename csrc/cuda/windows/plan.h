@@ -20,7 +20,7 @@ struct Plan {
   int tiles;  // target channels of a block, by eights
   int threads;
   int shared_bytes;
-  int blocks;  // that run at once on the device
+  int multiprocessors, blocks;  // that run at once on the device
 };
 
 // The plan for all branches, or why the pass cannot run on the current device.
@@ -33,6 +33,8 @@ Plan plan_of_branch(Pass pass, const Inputs& in, const Part& part, int64_t k);
 
 // `target_blocks` run through the same tiles.
 Work work_of(const Plan& plan, int64_t target_blocks);
+// As if a multiprocessor had one block at a time, where the products of two take it as long as both together.
+Work work_of_multiprocessors(const Plan& plan, int64_t target_blocks);
 
 // A tensor from the first sample of a part on.
 inline TensorView samples_from(const TensorView& tensor, const Part& part, DType dtype) {
