@@ -74,17 +74,24 @@ __device__ inline void expect_bytes(CopyBarrier& barrier, int bytes) {
 __device__ inline void arrive(CopyBarrier& barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
-// Waits until a phase has ended, that before the current one or the current one, by its number modulo 2.
+// Waits until a phase has ended, that before the current one or the current one, by its number modulo 2. A copy that
+// has not landed after four times 2^32 cycles never will: then the GPU does not hang, but the kernel ends with the
+// error of an illegal address (trap would do too, and costs registers).
 __device__ inline void wait_for_copies(CopyBarrier& barrier, uint32_t phase) {
-  uint32_t ended = 0;
-  while (ended == 0)
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}\n"
-        : "=r"(ended)
-        : "r"(shared_address(&barrier)), "r"(phase)
-        : "memory");
+  asm volatile(
+      "{\n.reg .pred ended, late;\n.reg .u32 begun, now;\n.reg .u64 nowhere;\nmov.u64 nowhere, 0;\n"
+      "mov.u32 begun, %%clock_hi;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 ended, [%0], %1;\n"
+      "@ended bra ENDED;\n"
+      "mov.u32 now, %%clock_hi;\n"
+      "sub.u32 now, now, begun;\n"
+      "setp.gt.u32 late, now, 4;\n"
+      "@late st.global.u32 [nowhere], now;\n"
+      "bra WAIT;\n"
+      "ENDED:\n}\n" ::"r"(shared_address(&barrier)),
+      "r"(phase)
+      : "memory");
 }
 // To the memory of this block alone, which has a name of its own since GPUs with clusters and such without share code.
 #if __CUDA_ARCH__ >= 1000
