@@ -10,16 +10,26 @@ constexpr int kPlaneSteps = kTileY / 2;  // products of a plane: two rows of eig
 constexpr int kBlockOutputs = 64;        // 16 a warp
 
 // grad_output of one plane of a tile as operand a, a product each: rows are this warp's 16 output channels, columns the
-// 16 points of a step, zeros outside. A row of eight packed points is an 8x8 matrix with the channels as columns.
+// 16 points of a step, zeros outside. A row of eight packed points is an 8x8 matrix with the channels as columns:
+// loaded so, and turned when it is needed.
+using PlaneGrads = uint32_t[kPlaneSteps][4];
+
 __device__ inline void load_grads(const Lattice& lattice, const Tile& tile, const GradWeightArguments& args,
-                                  int warp_chunk, int z, uint32_t (&grads)[kPlaneSteps][4]) {
+                                  int warp_chunk, int z, PlaneGrads& grads) {
   const int lane = threadIdx.x % 32;
   const GradColumn columns[2] = {{lattice, tile, args, warp_chunk, z, lane / 4},
                                  {lattice, tile, args, warp_chunk + 1, z, lane / 4}};
 #pragma unroll
   for (int step = 0; step < kPlaneSteps; ++step)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) grads[step][i] = transposed(columns[i % 2].word(2 * step + i / 2, lane % 4));
+    for (int i = 0; i < 4; ++i) grads[step][i] = columns[i % 2].word(2 * step + i / 2, lane % 4);
+}
+
+__device__ inline void turn(const PlaneGrads& loaded, PlaneGrads& grads) {
+#pragma unroll
+  for (int step = 0; step < kPlaneSteps; ++step)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) grads[step][i] = transposed(loaded[step][i]);
 }
 
 // The second group hands its sums over where the points were.
@@ -70,16 +80,22 @@ __global__ __launch_bounds__(kGradWeightThreads,
   unsigned char* gates = shared_memory() + pipeline.behind();
   const int tile_points = lattice.tile_z * kTileY * kTileX;
 
+  const int first_z = group * group_planes;
+  PlaneGrads loaded;
   for (pipeline.start([] {}); pipeline.running(); pipeline.advance()) {
+    load_grads(lattice, pipeline.tile(), args, output0 / kChunk<T>, first_z, loaded);
     write_gates(lattice, pipeline.tile(), args, reinterpret_cast<T*>(gates));
 #pragma unroll
     for (int tz = 0; tz < 3; ++tz) {
       pipeline.enter(tz - 1);
       if (group == 0) pipeline.ahead(tz - 1);  // while the other group multiplies
 #pragma unroll 1
-      for (int z = group * group_planes; z < (reads(lattice, tz - 1) ? (group + 1) * group_planes : 0); ++z) {
-        uint32_t grads[kPlaneSteps][4];
-        load_grads(lattice, pipeline.tile(), args, output0 / kChunk<T>, z, grads);
+      for (int z = first_z; z < (reads(lattice, tz - 1) ? first_z + group_planes : 0); ++z) {
+        PlaneGrads grads;
+        turn(loaded, grads);
+        // The next plane, or the first again for the next tz.
+        const int next_z = z + 1 < first_z + group_planes ? z + 1 : first_z;
+        load_grads(lattice, pipeline.tile(), args, output0 / kChunk<T>, next_z, loaded);
 #pragma unroll
         for (int k = 0; k < kLatticeBranches; ++k) {
           if (k >= lattice.K) break;
