@@ -269,6 +269,15 @@ def test_every_tap_of_every_point_of_every_tile(library, adjoint, tile_z, recycl
         assert right, (message, numbers)
 
 
+@pytest.mark.parametrize("origin", [-5, -2, 0, 3])
+def test_slabs_of_long_volumes(library, origin):
+    """The second class of the input reads a plane of its output's class further on, if the origin is odd."""
+    rates = [rate for r in (2, 4) for rate in (r, 1, 1)]
+    for tile_z, recycle in itertools.product((8, 4), (False, True)):
+        numbers = [1, 2, 100, 2, 3, 97, 2, 3, origin, 0, 0, *rates]
+        assert check_lattice(library, numbers, True, tile_z, recycle, apart=True) == (True, "")
+
+
 @pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
 def test_lattice_of_the_papers_rates(library, adjoint):
     rates = [rate for r in (2, 6, 10, 14) for rate in (r, r, r)]
