@@ -35,7 +35,7 @@ __device__ inline void init_barriers() {
   if (threadIdx.x == 0) {
     init_barrier(barrier_of(0));
     init_barrier(barrier_of(1));
-    fence_shared_operands();
+    fence_proxies();
   }
   __syncthreads();
 }

@@ -107,7 +107,7 @@ __device__ inline void copy_points(unsigned char* to, const void* from, int coun
     copy_async<16>(to + i * 16, static_cast<const unsigned char*>(from) + i * 16, true);
   copy_async_commit();
   copy_async_wait<0>();
-  fence_shared_operands();
+  fence_proxies();
   __syncthreads();
 }
 

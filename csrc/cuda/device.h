@@ -59,7 +59,7 @@ __device__ inline void copy_async_wait() {
 // counted by a barrier in shared memory. Its phase ends when it has had its one arrival and every byte that it was told
 // to expect; the next one begins at once.
 using CopyBarrier = uint64_t;
-// Volumes of points of 16 bytes and the plane of them, some columns and rows, that one copy takes.
+// Volumes of points of 16 bytes, and how many columns and rows of a plane of them one copy takes.
 using PlaneMap = CUtensorMap;
 
 #if __CUDA_ARCH__ >= 900
@@ -74,17 +74,24 @@ __device__ inline void expect_bytes(CopyBarrier& barrier, int bytes) {
 __device__ inline void arrive(CopyBarrier& barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
+// Its memory is for other things now.
+__device__ inline void end_barrier(CopyBarrier& barrier) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
 // Waits until a phase has ended, that before the current one or the current one, by its number modulo 2. A copy that
 // has not landed after four times 2^32 cycles never will: then the GPU does not hang, but the kernel ends with the
 // error of an illegal address (trap would do too, and costs registers).
 __device__ inline void wait_for_copies(CopyBarrier& barrier, uint32_t phase) {
   asm volatile(
-      "{\n.reg .pred ended, late;\n.reg .u32 begun, now;\n.reg .u64 nowhere;\nmov.u64 nowhere, 0;\n"
-      "mov.u32 begun, %%clock_hi;\n"
-      "WAIT:\n"
+      "{\n.reg .pred ended, late;\n.reg .u32 begun, now;\n.reg .u64 nowhere;\n"
       "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 ended, [%0], %1;\n"
       "@ended bra ENDED;\n"
+      "mov.u64 nowhere, 0;\n"
+      "mov.u32 begun, %%clock_hi;\n"
+      "WAIT:\n"
       "mov.u32 now, %%clock_hi;\n"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 ended, [%0], %1;\n"
+      "@ended bra ENDED;\n"
       "sub.u32 now, now, begun;\n"
       "setp.gt.u32 late, now, 4;\n"
       "@late st.global.u32 [nowhere], now;\n"
@@ -93,7 +100,8 @@ __device__ inline void wait_for_copies(CopyBarrier& barrier, uint32_t phase) {
       "r"(phase)
       : "memory");
 }
-// To the memory of this block alone, which has a name of its own since GPUs with clusters and such without share code.
+// To this block's own shared memory. The PTX of CUDA 12.6 has no such name yet; that of a cluster's memory means the
+// same for a block alone, but makes code that asks for the block's number where a GPU has no clusters, as sm_120.
 #if __CUDA_ARCH__ >= 1000
 #define AUTOFOCUS_TO_BLOCK "shared::cta"
 #else
@@ -106,7 +114,8 @@ __device__ inline void copy_bulk(unsigned char* to, const void* from, int bytes,
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(&barrier))
                : "memory");
 }
-// The plane of a volume that begins at point (x, y, z), to a multiple of 128 bytes; zeros outside the volume.
+// The map's columns and rows of one plane of a volume, from point (x, y, z) on, row behind row, to a multiple of 128
+// bytes. Points outside the volume are zeros, and counted like all others.
 __device__ inline void copy_plane(unsigned char* to, const PlaneMap& map, int x, int y, int z, int volume,
                                   CopyBarrier& barrier) {
   asm volatile("cp.async.bulk.tensor.4d." AUTOFOCUS_TO_BLOCK
@@ -115,18 +124,19 @@ __device__ inline void copy_plane(unsigned char* to, const PlaneMap& map, int x,
                : "memory");
 }
 #undef AUTOFOCUS_TO_BLOCK
-// What this thread wrote to shared memory, barriers too, copy engine and warpgroup MMA may see behind the next barrier
-// of the block.
-__device__ inline void fence_shared_operands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Copy engine and warpgroup MMA reach shared memory by a way of their own. What they do there behind the next barrier
+// of the block comes after what this thread has done by ordinary instructions: written, read, a barrier set up.
+__device__ inline void fence_proxies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #else
 __device__ constexpr bool has_bulk_copies() { return false; }
 __device__ inline void init_barrier(CopyBarrier&) {}
 __device__ inline void expect_bytes(CopyBarrier&, int) {}
 __device__ inline void arrive(CopyBarrier&) {}
+__device__ inline void end_barrier(CopyBarrier&) {}
 __device__ inline void wait_for_copies(CopyBarrier&, uint32_t) {}
 __device__ inline void copy_bulk(unsigned char*, const void*, int, CopyBarrier&) {}
 __device__ inline void copy_plane(unsigned char*, const PlaneMap&, int, int, int, int, CopyBarrier&) {}
-__device__ inline void fence_shared_operands() {}
+__device__ inline void fence_proxies() {}
 #endif
 
 __device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
@@ -264,6 +274,8 @@ __device__ inline void warpgroup_wait(float (&d)[kCount][kTiles][4]) {
 #undef AUTOFOCUS_MMA
 #undef AUTOFOCUS_MMA_OF
 #undef AUTOFOCUS_MMA_OVER_POINTS
+#else
+__device__ constexpr bool has_warpgroup_mma() { return false; }
 #endif
 
 // a b + c in one instruction, also where the compiler joins what is common to two ways to it.
@@ -335,7 +347,8 @@ inline DeviceLimits device_limits() {
 inline bool device_has_bulk_copies() { return device_limits().capability >= 90; }
 
 // [volume, z, y, x] points in memory one behind the other, and the columns and rows of a copy. By a function of the
-// driver, which has it for every GPU with a copy engine.
+// driver, which has it for every GPU with a copy engine; this thread must have called the runtime before, as every pass
+// has by packing its operands.
 inline PlaneMap plane_map(const void* points, int64_t volumes, int z, int y, int x, int columns, int rows) {
   static const auto encode = [] {
     void* function = nullptr;

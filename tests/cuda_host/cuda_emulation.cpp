@@ -61,7 +61,8 @@ struct Fiber {
   jmp_buf jump;
   std::deque<std::vector<Copy>> groups;  // committed
   std::vector<Copy> open;
-  bool unfenced = false;  // copies have landed that warpgroup MMA may not see yet
+  bool unfenced = false;        // copies have landed that warpgroup MMA may not see yet
+  std::vector<uint32_t> reads;  // rows of 16 bytes since the last fence
 };
 
 struct Product {
@@ -92,6 +93,7 @@ class Block {
     fibers_ = std::vector<Fiber>(threads);
     warps_.assign((threads + 31) / 32, Warp{});
     barriers_.clear();
+    readers_.assign(shared_.size() / 16, 0);
     at_barrier_ = done_ = 0;
     std::vector<int> order(threads);
     std::iota(order.begin(), order.end(), 0);
@@ -157,8 +159,19 @@ class Block {
     barriers_[at] = Barrier{};
     barriers_[at].initialised_by = current_->index;
   }
-  void fence_barriers() {
+  void end_barrier(uint64_t* at) {
+    if (!barrier_of(at).under_way.empty()) error_ = "the end of a barrier with copies under way";
+    barriers_.erase(at);
+  }
+  void fence() {
+    current_->unfenced = false;
     for (auto& entry : barriers_) entry.second.fenced |= entry.second.initialised_by == current_->index;
+    for (const uint32_t row : current_->reads) --readers_[row];
+    current_->reads.clear();
+  }
+  void note_read(uint32_t row) {
+    current_->reads.push_back(row);
+    ++readers_.at(row);
   }
   void expect_bytes(uint64_t* at, int bytes) { barrier_of(at).expected += bytes; }
   void arrive(uint64_t* at) {
@@ -171,6 +184,9 @@ class Block {
   void copy_bulk(uint64_t* at, const std::vector<Copy>& lines) {
     Barrier& barrier = barrier_of(at);
     if (!barrier.fenced) error_ = "a bulk copy whose barrier is not fenced for it";
+    for (const Copy& line : lines)
+      for (int64_t row = (line.to - shared()) / 16; row < (line.to - shared() + line.bytes) / 16; ++row)
+        if (readers_.at(row) > 0) error_ = "a bulk copy to where a thread has read without fence_proxies";
     barrier.under_way.insert(barrier.under_way.end(), lines.begin(), lines.end());
     if (!copies_are_late) land(barrier);
   }
@@ -187,7 +203,7 @@ class Block {
 
   void start_product(Product product) {
     for (const Fiber& fiber : fibers_)
-      if (fiber.unfenced) error_ = "warpgroup MMA after a copy without fence_shared_operands";
+      if (fiber.unfenced) error_ = "warpgroup MMA after a copy without fence_proxies";
     product.warp = int(current_->index) / 32 % 4;
     if (copies_are_late)
       current_warp().open.push_back(product);
@@ -332,6 +348,7 @@ class Block {
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
   std::map<uint64_t*, Barrier> barriers_;
+  std::vector<int> readers_;  // of a row of 16 bytes
   Fiber* current_ = nullptr;
   jmp_buf scheduler_;
   std::string error_;
@@ -382,14 +399,13 @@ void copy_async_wait(int pending) {
   block.current().unfenced = true;
 }
 
-void fence_shared_operands() {
-  block.current().unfenced = false;
-  block.fence_barriers();
-}
+void fence_proxies() { block.fence(); }
 
 void init_barrier(uint64_t& barrier) { block.init_barrier(&barrier); }
 void expect_bytes(uint64_t& barrier, int bytes) { block.expect_bytes(&barrier, bytes); }
 void arrive(uint64_t& barrier) { block.arrive(&barrier); }
+void end_barrier(uint64_t& barrier) { block.end_barrier(&barrier); }
+void note_read(uint32_t row) { block.note_read(row); }
 void wait_for_copies(uint64_t& barrier, uint32_t phase) { block.wait_for_copies(&barrier, phase); }
 
 void copy_bulk(unsigned char* to, const void* from, int bytes, uint64_t& barrier) {

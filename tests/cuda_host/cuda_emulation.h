@@ -8,7 +8,8 @@
 //     all must give the same result; warpgroup MMA reads its operands and writes its sums likewise at once or when
 //     waited for;
 //   * warpgroup MMA while what a thread copied is not fenced for it is an error, and so is a bulk copy whose barrier is
-//     not; a barrier that expects other bytes than come; a block that ends before its copies have landed.
+//     not, or to where a thread has read by load_matrices without a fence since; a barrier that expects other bytes
+//     than come; a block that ends before its copies have landed.
 #pragma once
 
 #include <cstdint>
@@ -56,12 +57,14 @@ unsigned char* shared_memory();
 void copy_async(unsigned char* to, const void* from, int bytes, bool valid);
 void copy_async_commit();
 void copy_async_wait(int pending);
-void fence_shared_operands();
+void fence_proxies();
 void init_barrier(uint64_t& barrier);
 void expect_bytes(uint64_t& barrier, int bytes);
 void arrive(uint64_t& barrier);
+void end_barrier(uint64_t& barrier);
 void wait_for_copies(uint64_t& barrier, uint32_t phase);
 void copy_bulk(unsigned char* to, const void* from, int bytes, uint64_t& barrier);
+void note_read(uint32_t row);  // of 16 bytes of shared memory, by this thread
 
 // Warpgroup MMA: a lane's `d` (kTiles x 4) of its warp's 16 of the 64 rows, which are an operand in shared memory or,
 // if `rows` is not null, an MMA fragment. Run by the warpgroup_wait that waits for it if copies are late.
@@ -131,6 +134,7 @@ inline bool device_has_bulk_copies() { return has_bulk_copies(); }
 inline void init_barrier(CopyBarrier& barrier) { emulation::init_barrier(barrier); }
 inline void expect_bytes(CopyBarrier& barrier, int bytes) { emulation::expect_bytes(barrier, bytes); }
 inline void arrive(CopyBarrier& barrier) { emulation::arrive(barrier); }
+inline void end_barrier(CopyBarrier& barrier) { emulation::end_barrier(barrier); }
 inline void wait_for_copies(CopyBarrier& barrier, uint32_t phase) { emulation::wait_for_copies(barrier, phase); }
 inline void copy_bulk(unsigned char* to, const void* from, int bytes, CopyBarrier& barrier) {
   emulation::copy_bulk(to, from, bytes, barrier);
@@ -208,6 +212,7 @@ void load_matrices(uint32_t (&d)[4], uint32_t row) {
     uint32_t* d;
     uint32_t row;
   } operands{d, row};
+  emulation::note_read(row);
   emulation::warp_instruction(
       [](void* const* lanes) {
         const auto element = [&](int matrix, int row, int column) {
@@ -247,7 +252,7 @@ inline uint32_t transposed(uint32_t pair) {
 
 #define AUTOFOCUS_WARPGROUP_MMA
 bool has_warpgroup_mma();
-inline void fence_shared_operands() { emulation::fence_shared_operands(); }
+inline void fence_proxies() { emulation::fence_proxies(); }
 template <typename T>
 emulation::Elements elements_of() {
   return {16 / int(sizeof(T)), [](const unsigned char* row, float* elements) {

@@ -68,8 +68,8 @@ std::string check_part(const Problem& g, const Part& part, bool adjoint, int til
             for (int column = 0; column < columns(reach); ++column) {
               const Int3& first = tile.source_first;
               const int block_row = first_row(lattice, turn) + row, block_column = first_column(lattice, turn) + column;
-              const bool there = has_plane(lattice, first, plane) && has_row(lattice, first, block_row) &&
-                                 has_column(lattice, first, block_column);
+              const bool there = first.z + plane >= 0 && first.z + plane < lattice.points.z &&
+                                 has_row(lattice, first, block_row) && has_column(lattice, first, block_column);
               held.at(int64_t(slot(lattice, plane)) * lattice.plane_points + row * lattice.pitch[turn] + column) =
                   there ? packed_index(lattice, tile, plane, block_row, block_column) : kZero;
             }
@@ -188,7 +188,7 @@ CopyBarrier& copy_16_bytes(const float* source, bool fenced, int arrivals, int b
   CopyBarrier& barrier = *reinterpret_cast<CopyBarrier*>(shared_memory() + 256);
   if (threadIdx.x == 0) {
     init_barrier(barrier);
-    if (fenced) fence_shared_operands();
+    if (fenced) fence_proxies();
     expect_bytes(barrier, bytes);
     copy_bulk(shared_memory() + at, source, 16, barrier);
     for (int i = 0; i < arrivals; ++i) arrive(barrier);
@@ -218,6 +218,13 @@ void bytes_that_never_come(const float* source, float*) { wait_for_copies(copy_1
 void arrival_that_never_comes(const float* source, float*) { wait_for_copies(copy_16_bytes(source, true, 0, 16), 0); }
 void second_arrival(const float* source, float*) { copy_16_bytes(source, true, 2, 16); }
 void left_under_way(const float* source, float*) { copy_16_bytes(source, true, 1, 16); }
+
+void unfenced_read(const float* source, float*) {
+  uint32_t words[4];
+  load_matrices<false>(words, threadIdx.x);
+  __syncthreads();
+  wait_for_copies(copy_16_bytes(source, true, 1, 16, 64), 0);
+}
 
 void misaligned_plane(const float* source, float*) {
   if (threadIdx.x == 0)
@@ -249,7 +256,8 @@ const NamedKernel kFaulty[] = {NAMED(unfinished_copy),
                                NAMED(arrival_that_never_comes),
                                NAMED(second_arrival),
                                NAMED(left_under_way),
-                               NAMED(misaligned_plane)};
+                               NAMED(misaligned_plane),
+                               NAMED(unfenced_read)};
 
 }  // namespace
 

@@ -18,13 +18,14 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
   Operands gated(in, step), shared(in, step);
   Operands& of_input = input_first ? gated : shared;
   std::vector<Work> passes;
-  Split finer{};
+  Split input_split{};
   Plan input_plan{}, attention_plan{};
   if (wants_input) {
     input_plan = plan_of(Pass::kGradInput, in);
     const Work work = work_of_multiprocessors(input_plan, ceil_div(in.g.C, 8 * input_plan.tiles));
     if (input_first)
-      finer = split_in_slabs(in.g, input_plan.lattice, work, in.g.K, kForMemory);  // then a_k G takes no more than G
+      input_split =
+          split_in_slabs(in.g, input_plan.lattice, work, in.g.K, kForMemory);  // then a_k G takes about as much as G
     else
       passes.push_back(work);
     of_input.want_grad_output(grad_output, input_first);
@@ -49,20 +50,21 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
                         int64_t(sizeof(float)));
   }
 
-  const Split split = split_of(in.g, passes, kForMemory);
-  const int64_t of_gated = input_first ? gated.bytes(finer) : 0, of_shared = passes.empty() ? 0 : shared.bytes(split);
+  const Split shared_split = split_of(in.g, passes, kForMemory);
+  const int64_t of_gated = input_first ? gated.bytes(input_split) : 0,
+                of_shared = passes.empty() ? 0 : shared.bytes(shared_split);
   void* memory = context.scratch(of_gated > of_shared ? of_gated : of_shared);
   const auto run_input = [&](const Part& part) {
     launch_grad_input(plan_of_part(input_plan, Pass::kGradInput, part), in, of_input,
                       samples_from(gradients.input, part, in.dtype), adds, context);
   };
-  for (int64_t i = 0; i < (input_first ? num_parts(finer) : 0); ++i) {
-    const Part part = part_of(in.g, finer, i);
+  for (int64_t i = 0; i < (input_first ? num_parts(input_split) : 0); ++i) {
+    const Part part = part_of(in.g, input_split, i);
     gated.pack(part, memory, context);
     run_input(part);
   }
-  for (int64_t i = 0; i < (passes.empty() ? 0 : num_parts(split)); ++i) {
-    const Part part = part_of(in.g, split, i);
+  for (int64_t i = 0; i < (passes.empty() ? 0 : num_parts(shared_split)); ++i) {
+    const Part part = part_of(in.g, shared_split, i);
     shared.pack(part, memory, context);
     if (wants_input && !input_first) run_input(part);
     if (wants_attention)

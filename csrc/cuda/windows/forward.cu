@@ -116,7 +116,7 @@ void for_parts(const Inputs& in, const Context& context, const Run& run) {
   operands.want_input();
   operands.want_attention();
   operands.want_weight(plan.tiles);
-  const Split split = split_of(in.g, {work_of(plan, ceil_div(in.g.O, 8 * plan.tiles))}, kNextToNothing);
+  const Split split = split_of(in.g, {work_of(plan, ceil_div(in.g.O, 8 * plan.tiles))}, kForTime);
   void* memory = context.scratch(operands.bytes(split));
   for (int64_t i = 0; i < num_parts(split); ++i) {
     const Part part = part_of(in.g, split, i);

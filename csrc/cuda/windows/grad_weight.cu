@@ -129,6 +129,7 @@ __global__ __launch_bounds__(kGradWeightThreads,
       pipeline.leave(tz - 1, [] {});
     }
   }
+  pipeline.finish();
   leave_sums<T>(args, output0, sum);
 }
 

@@ -67,7 +67,7 @@ __global__ __launch_bounds__(kGradWeightThreads,
   float sum[3][kTapPairs][kOutputBlocks][4];  // [tz]
   for (auto& plane : sum) clear(plane);
   const Source source = chunk_of_block(args.source);
-  Pipeline<Readers::kAll> pipeline(lattice, source, planes, 1);
+  Pipeline<Readers::kAll, Reads::kPlain> pipeline(lattice, source, planes, 1);
   float* gates = reinterpret_cast<float*>(shared_memory() + pipeline.behind());
   const int tile_points = lattice.tile_z * kTileY * kTileX;
 
@@ -113,6 +113,7 @@ __global__ __launch_bounds__(kGradWeightThreads,
       pipeline.leave(tz - 1, [] {});
     }
   }
+  pipeline.finish();
   leave_sums(args, output0, sum);
 }
 

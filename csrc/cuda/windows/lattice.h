@@ -35,8 +35,8 @@ struct Classes {
 // thread has one point of every `planes`th plane.
 struct Cover {
   int columns, rows, planes, passes;
-  uint32_t by_columns, by_rows, by_planes;  // for divided()
-  int source_step, shared_step;             // from a thread's point to its next, in packed points and in shared memory
+  uint32_t by_columns, by_rows;  // for divided()
+  int source_step, shared_step;  // from a thread's point to its next, in packed points and in shared memory
 };
 
 struct Lattice {
@@ -170,11 +170,8 @@ AUTOFOCUS_HD inline int packed_target(const Lattice& lattice, const Tile& tile, 
   return tile.target_at + (z * lattice.target_points.y + y) * lattice.target_points.x + x;
 }
 
-// Whether the source lattice has points in a plane, row or column of a block with this source_first; if not, zeros are
-// read there.
-AUTOFOCUS_HD inline bool has_plane(const Lattice& lattice, const Int3& first, int plane) {
-  return uint32_t(first.z + plane) < uint32_t(lattice.points.z);
-}
+// Whether the source lattice has points in a row or column of a block with this source_first; if not, zeros are read
+// there.
 AUTOFOCUS_HD inline bool has_row(const Lattice& lattice, const Int3& first, int row) {
   return uint32_t(first.y + row) < uint32_t(lattice.points.y);
 }
@@ -332,7 +329,6 @@ inline Cover cover_of(const Lattice& lattice, const Int3& reach, int threads) {
           passes,
           inverse_of(columns(reach)),
           inverse_of(in_pass),
-          inverse_of(planes),
           planes * lattice.points.y * lattice.points.x,
           planes * lattice.plane_points};
 }

@@ -42,13 +42,13 @@ struct Work {
 };
 
 // What parts may cost. A launch copies its first block of points while nothing is multiplied, and its last tiles leave
-// multiprocessors idle: in every part there are at least so many rounds of tiles, and in all of them together at most
-// so many percent more than in one.
+// multiprocessors idle: every part has at least so many rounds of tiles, the last of which need not be full, and all of
+// them together have at most so many percent more than the whole.
 struct Cost {
   int64_t least_rounds, percent;
 };
-constexpr Cost kNextToNothing{4, 6};  // a few percent of the time
-constexpr Cost kForMemory{1, 15};     // where most of the memory is at stake
+constexpr Cost kForTime{4, 6};  // a few percent of it
+constexpr Cost kForMemory{1, 15};
 
 // As many parts as all passes allow.
 Split split_of(const Problem& g, const std::vector<Work>& passes, const Cost& allowed);

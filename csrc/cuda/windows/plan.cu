@@ -37,7 +37,7 @@ const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan) {
   // A chunk of channels, or a block of them, is a row of the grid.
   if (g.C > kMaxChannels || g.O > kMaxChannels) return "there are too many channels for the grid of a launch";
   Lattice lattice = make_lattice(g, direction(pass), 0, g.K);
-  // A class of a chunk is a coordinate of a bulk copy.
+  // Sample, branch, chunk and class together are a coordinate of a bulk copy.
   if (g.N * g.K * num_chunks(g.C > g.O ? g.C : g.O, dtype) * volume(lattice.step) > INT32_MAX)
     return "there are too many samples and channels for 32-bit numbers of packed volumes";
   // Blocks of channels, all alike. More than 40 cost spills without warpgroup MMA, whose operands are in no register,

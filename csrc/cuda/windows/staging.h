@@ -29,13 +29,16 @@ struct alignas(kGateBytes<T>) Gates {
 // Which branches read a block of points: all of them, or in the adjoint one each in turn (Lattice::sources).
 enum class Readers { kAll, kOne };
 
+// How: by the product of windows, or by plain loads on every GPU.
+enum class Reads { kByProduct, kPlain };
+
 // A chunk of channels, and if branches read in turn one of them, else 0.
 struct Turn {
   int chunk, branch;
 };
 
-// The packed points that a pass reads, [N, held, packed points], and which of those held a turn reads: number
-// first + branch * chunks + chunk % chunks.
+// The packed points that a pass reads, [N, held, packed points], and which of those held a turn reads: the chunks of a
+// branch lie behind each other, and where output channels are taken in turn a pass goes through them again.
 struct Source {
   const unsigned char* points;
   int held, first, chunks;
@@ -114,11 +117,12 @@ AUTOFOCUS_HD inline int pipeline_bytes(const Lattice& lattice) {
 // channels and, if branches read in turn, in each of these all branches; and the copying that runs ahead of the
 // products.
 //
-// Every thread calls every method: start, then in each turn {enter, ahead, leave} for tz = -1, 0, 1 and advance.
+// Every thread calls every method: start, then in each turn {enter, ahead, leave} for tz = -1, 0, 1 and advance; finish
+// before shared memory is used otherwise.
 // Products of tz are begun behind enter and waited for before leave, in front of ahead, around it or behind. What a
 // kernel copies beside, it copies by copy() in the functions that start and leave take, and that is there from the next
 // turn's enter(-1) on.
-template <Readers kReaders>
+template <Readers kReaders, Reads kReads = Reads::kByProduct>
 class Pipeline {
  public:
   __device__ Pipeline(const Lattice& lattice, const Source& source, const SourcePlanes& maps, int chunks)
@@ -147,12 +151,12 @@ class Pipeline {
 
   template <typename Copies>
   __device__ void start(const Copies& copies) {
-    if (threadIdx.x == 0 && running()) {
-      shared_tile(0) = tile_at(lattice_, tile_);
+    if (threadIdx.x == 0) {
+      if (running()) shared_tile(0) = tile_at(lattice_, tile_);
       if (has_bulk_copies()) {
-        init_barrier(barrier(kMost));
+        init_barrier(barrier(kFromStart));
         init_barrier(barrier(kLastPart));
-        fence_shared_operands();
+        fence_proxies();
       }
     }
     __syncthreads();
@@ -165,14 +169,15 @@ class Pipeline {
 
   __device__ void enter(int tz) {
     if (tz == 0) return;
+    if (tz > 0) finish_reads();
     if (has_bulk_copies())
-      wait_for_copies(barrier(tz < 0 ? kMost : kLastPart), phase_);
+      wait_for_copies(barrier(tz < 0 ? kFromStart : kLastPart), phase_);
     else if (tz > 0 && !recycles())
       copy_async_wait<1>();
     else
       copy_async_wait<0>();
     __syncthreads();
-    // Decoding a tile number takes a dozen divisions: one thread does it, once a tile, when all are done with the last.
+    // Finding a tile takes six divisions: one thread does it, once a tile, when all are done with the last.
     if (tz < 0 && first_turn() && threadIdx.x == 0 && tile_ + int(gridDim.x) < tiles_)
       shared_tile(1 - parity_) = tile_at(lattice_, tile_ + int(gridDim.x));
   }
@@ -189,6 +194,7 @@ class Pipeline {
   template <typename Copies>
   __device__ void leave(int tz, const Copies& copies) {
     if (tz == 0) return;
+    finish_reads();
     __syncthreads();
     if (has_next()) copies();
     if (tz < 0) return;
@@ -201,12 +207,19 @@ class Pipeline {
   __device__ void copy(int to, const unsigned char* from, int bytes) {
     if (has_bulk_copies()) {
       if (threadIdx.x > 0) return;
-      expect_bytes(barrier(kMost), bytes);
-      copy_bulk(shared_memory() + to, from, bytes, barrier(kMost));
+      expect_bytes(barrier(kFromStart), bytes);
+      copy_bulk(shared_memory() + to, from, bytes, barrier(kFromStart));
     } else {
       for (int at = int(threadIdx.x) * 16; at < bytes; at += int(blockDim.x) * 16)
         copy_async<16>(shared_memory() + to + at, from + at, true);
     }
+  }
+
+  // Behind the last turn: from the next barrier on all of shared memory may be used for other things.
+  __device__ void finish() {
+    if (!has_bulk_copies() || threadIdx.x > 0) return;
+    end_barrier(barrier(kFromStart));
+    end_barrier(barrier(kLastPart));
   }
 
   __device__ void advance() {
@@ -220,9 +233,9 @@ class Pipeline {
 
  private:
   enum class Section { kFirst, kMiddle, kFreeMiddle, kOtherMiddle, kLast };
-  // Barriers of bulk copies: each ends a phase a turn, when what a turn reads from tz = -1 on has landed, and its last
-  // part.
-  enum { kMost, kLastPart };
+  // Barriers of bulk copies. Each ends a phase a turn: when what the turn reads from tz = -1 on has landed, and when
+  // its last part has.
+  enum { kFromStart, kLastPart };
 
   __device__ Tile& shared_tile(int parity) const {
     return *reinterpret_cast<Tile*>(shared_memory() + lattice_.ring_bytes + parity * int(sizeof(Tile)));
@@ -256,12 +269,17 @@ class Pipeline {
     }
   }
 
+  // In front of a barrier behind which points that were read are written over.
+  __device__ void finish_reads() const {
+    if (has_bulk_copies() && (kReads == Reads::kPlain || !has_warpgroup_mma())) fence_proxies();
+  }
+
   // What is copied for a turn from tz = -1 on is complete.
   __device__ void commit() {
     if (!has_bulk_copies())
       copy_async_commit();
     else if (threadIdx.x == 0)
-      arrive(barrier(kMost));
+      arrive(barrier(kFromStart));
   }
 
   __device__ void copy_planes(const Planes& planes, bool is_last_part) {
@@ -271,9 +289,9 @@ class Pipeline {
               z = tile.source_first.z;
     const int64_t classes = volume(lattice_.source_classes.count),
                   number = source_.volume(tile, planes.turn) * classes + tile.source_volume;
-    CopyBarrier& landed = barrier(is_last_part ? kLastPart : kMost);
+    CopyBarrier& landed = barrier(is_last_part ? kLastPart : kFromStart);
     expect_bytes(landed, (planes.last - planes.first) * rows(lattice_.reach[k]) * lattice_.pitch[k] * kPointBytes);
-    if (is_last_part) arrive(landed);
+    if (is_last_part) arrive(landed);  // all of it is expected; the other barrier expects more, until commit
 #pragma unroll 1
     for (int plane = planes.first; plane < planes.last; ++plane)
       copy_plane(shared_memory() + slot(lattice_, plane) * lattice_.plane_points * kPointBytes, maps_.of[k], x, y,
