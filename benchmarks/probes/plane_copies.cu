@@ -7,25 +7,33 @@
 
 using namespace probe;
 
-constexpr int kVolumes = 3, kZ = 4, kY = 9, kX = 30;  // of the volumes copied from, in points
-constexpr int kWords = 4;                             // of a point
-constexpr int kPlaneBytes = 22 * 22 * 16;             // the largest
+constexpr int kWords = 4;                  // of a point
+constexpr int kPlaneBytes = 22 * 22 * 16;  // the largest
 constexpr int kSlotBytes = (kPlaneBytes + 127) / 128 * 128;
 constexpr int kSlots = 20;
 constexpr int kSideBytes = 640;  // of the plain copy
 constexpr int kThreads = 128;
 constexpr int kSharedBytes = kSlots * kSlotBytes + kSideBytes + 2 * int(sizeof(CopyBarrier));
 
+// Points of a volume, and how many volumes.
+struct Sizes {
+  int volumes, z, y, x;
+};
 struct Place {
   int x, y, z, volume;
 };
 
 // Place number i of those tried: rows and columns that begin before, in and behind the volume, all planes and two more.
-__host__ __device__ inline Place place_of(int i) {
-  const int x = i % 9, y = i / 9 % 6, z = i / 54 % (kZ + 2);
-  return {7 * x - 23, 7 * y - 23, z - 1, i / (54 * (kZ + 2)) % kVolumes};
+__host__ __device__ inline Place place_of(const Sizes& sizes, int i) {
+  const int x = i % 9, y = i / 9 % 6, z = i / 54 % (sizes.z + 2);
+  return {7 * x - 23, 7 * y - 23, z - 1, i / (54 * (sizes.z + 2)) % sizes.volumes};
 }
-constexpr int kPlaces = 54 * (kZ + 2) * kVolumes;
+__host__ __device__ inline int num_places(const Sizes& sizes) { return 54 * (sizes.z + 2) * sizes.volumes; }
+
+// The same volumes, with the columns and rows of the copy and with one of each, in turn.
+struct Maps {
+  PlaneMap of[2];
+};
 
 __device__ inline CopyBarrier& barrier_of(int which) {
   return reinterpret_cast<CopyBarrier*>(shared_memory() + kSlots * kSlotBytes + kSideBytes)[which];
@@ -40,37 +48,49 @@ __device__ inline void init_barriers() {
   __syncthreads();
 }
 
-// Every place by turns of a barrier and into one slot of three, the next one under way while one is compared; beside
-// each a plain copy of the first words. Counts the words that are wrong.
-__global__ __launch_bounds__(kThreads) void compare(const __grid_constant__ PlaneMap map, const uint32_t* words,
-                                                    int columns, int rows, int* wrong) {
+// Every place by turns of a barrier and into one slot of three, the next one under way while one is compared, by the
+// one map and the other; beside each a plain copy of the first words, and a phase that expects nothing behind. Counts
+// the words that are wrong.
+__global__ __launch_bounds__(kThreads) void compare(const __grid_constant__ Maps maps, const uint32_t* words,
+                                                    Sizes sizes, int columns, int rows, int side_bytes, int* wrong) {
   init_barriers();
-  const int bytes = columns * rows * 16;
+  const int places = num_places(sizes);
   const auto begin = [&](int i) {
     if (threadIdx.x > 0) return;
-    const Place p = place_of(i);
+    const Place p = place_of(sizes, i);
     CopyBarrier& landed = barrier_of(i % 2);
-    expect_bytes(landed, bytes);
-    copy_plane(shared_memory() + i % 3 * kSlotBytes, map, p.x, p.y, p.z, p.volume, landed);
-    expect_bytes(landed, kSideBytes / 2);
-    copy_bulk(shared_memory() + kSlots * kSlotBytes + i % 2 * (kSideBytes / 2), words, kSideBytes / 2, landed);
-    arrive(landed);
+    expect_bytes(landed, i % 3 == 0 ? 16 : columns * rows * 16);
+    if (i % 4 < 2) expect_bytes(landed, side_bytes);
+    if (i % 4 == 0) arrive(landed);
+    copy_plane(shared_memory() + i % 3 * kSlotBytes, maps.of[i % 3 == 0], p.x, p.y, p.z, p.volume, landed);
+    if (i % 4 >= 2) expect_bytes(landed, side_bytes);
+    copy_bulk(shared_memory() + kSlots * kSlotBytes + i % 2 * (kSideBytes / 2), words, side_bytes, landed);
+    if (i % 4 != 0) arrive(landed);
   };
   int own = 0;
   begin(0);
-  for (int i = 0; i < kPlaces; ++i) {
-    if (i + 1 < kPlaces) begin(i + 1);
-    wait_for_copies(barrier_of(i % 2), uint32_t(i / 2 % 2));
-    const Place p = place_of(i);
+  for (int i = 0; i < places; ++i) {
+    if (i + 1 < places) begin(i + 1);
+    wait_for_copies(barrier_of(i % 2), 0);
+    __syncthreads();  // or one that comes late would wait for the phase after the next
+    if (threadIdx.x == 0) {
+      expect_bytes(barrier_of(i % 2), 0);
+      arrive(barrier_of(i % 2));
+    }
+    wait_for_copies(barrier_of(i % 2), 1);
+    const Place p = place_of(sizes, i);
+    const int columns_here = i % 3 == 0 ? 1 : columns, rows_here = i % 3 == 0 ? 1 : rows;
     const uint32_t* slot = reinterpret_cast<const uint32_t*>(shared_memory() + i % 3 * kSlotBytes);
-    for (int at = int(threadIdx.x); at < bytes / 4; at += kThreads) {
-      const int x = p.x + at / kWords % columns, y = p.y + at / kWords / columns;
-      const bool there = x >= 0 && x < kX && y >= 0 && y < kY && p.z >= 0 && p.z < kZ;
-      own += slot[at] != (there ? words[(((p.volume * kZ + p.z) * kY + y) * kX + x) * kWords + at % kWords] : 0u);
+    for (int at = int(threadIdx.x); at < columns_here * rows_here * kWords; at += kThreads) {
+      const int x = p.x + at / kWords % columns_here, y = p.y + at / kWords / columns_here;
+      const bool there = x >= 0 && x < sizes.x && y >= 0 && y < sizes.y && p.z >= 0 && p.z < sizes.z;
+      const int point = ((p.volume * sizes.z + p.z) * sizes.y + y) * sizes.x + x;
+      own += slot[at] != (there ? words[point * kWords + at % kWords] : 0u);
     }
     const uint32_t* side =
         reinterpret_cast<const uint32_t*>(shared_memory() + kSlots * kSlotBytes + i % 2 * (kSideBytes / 2));
-    for (int at = int(threadIdx.x); at < kSideBytes / 8; at += kThreads) own += side[at] != words[at];
+    for (int at = int(threadIdx.x); at < side_bytes / 4; at += kThreads) own += side[at] != words[at];
+    fence_proxies();
     __syncthreads();
   }
   wrong[threadIdx.x] = own;
@@ -94,21 +114,26 @@ __global__ __launch_bounds__(kThreads) void time_planes(const __grid_constant__ 
   if (threadIdx.x == 0) cycles[blockIdx.x] = clock64() - begun;
 }
 
-void compare_all(int columns, int rows) {
-  std::vector<uint32_t> values(size_t(kVolumes) * kZ * kY * kX * kWords);
+void compare_all(const Sizes& sizes, int columns, int rows) {
+  std::vector<uint32_t> values(size_t(sizes.volumes) * sizes.z * sizes.y * sizes.x * kWords);
   for (size_t i = 0; i < values.size(); ++i) values[i] = uint32_t(i) + 1;
   Results<uint32_t> words(values.size());
   check(cudaMemcpy(words.device, values.data(), values.size() * 4, cudaMemcpyHostToDevice), "cudaMemcpy");
   Results<int> wrong(kThreads);
   wrong.clear();
-  launch("compare", &compare, dim3(1), kThreads, kSharedBytes, nullptr,
-         plane_map(words.device, kVolumes, kZ, kY, kX, columns, rows), words.device, columns, rows, wrong.device);
+  Maps maps;
+  maps.of[0] = plane_map(words.device, sizes.volumes, sizes.z, sizes.y, sizes.x, columns, rows);
+  maps.of[1] = plane_map(words.device, sizes.volumes, sizes.z, sizes.y, sizes.x, 1, 1);
+  const int side_bytes = values.size() * 4 < kSideBytes / 2 ? int(values.size() * 4) : kSideBytes / 2;
+  launch("compare", &compare, dim3(1), kThreads, kSharedBytes, nullptr, maps, words.device, sizes, columns, rows,
+         side_bytes, wrong.device);
   wrong.fetch();
   long long all = 0;
   for (const int count : wrong.host) all += count;
   char what[64], numbers[96];
-  std::snprintf(what, sizeof(what), "planes of %d x %d points", rows, columns);
-  std::snprintf(numbers, sizeof(numbers), "%lld words wrong in %d copies", all, kPlaces);
+  std::snprintf(what, sizeof(what), "planes of %d x %d points, volumes of %d x %d x %d", rows, columns, sizes.z,
+                sizes.y, sizes.x);
+  std::snprintf(numbers, sizeof(numbers), "%lld words wrong in %d copies", all, num_places(sizes));
   report(all == 0, what, numbers);
 }
 
@@ -135,8 +160,9 @@ int main() {
   return count_failures([] {
     if (!device_has_bulk_copies())
       return report(true, "planes", "this GPU has no copy engine, and is not asked for one");
-    for (const int columns : {8, 10, 22})
-      for (const int rows : {8, 14, 22}) compare_all(columns, rows);
+    for (const Sizes& sizes : {Sizes{3, 4, 9, 30}, Sizes{2, 1, 1, 1}, Sizes{5, 2, 3, 4}})
+      for (const int columns : {8, 10, 22})
+        for (const int rows : {8, 22}) compare_all(sizes, columns, rows);
     time_all();
   });
 }
