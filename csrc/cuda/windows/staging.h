@@ -5,108 +5,17 @@
 // chunk's own tz = -1, the next chunk's first part during tz = 0 and what tz = +1 leaves of the middle during tz = +1,
 // so that only the rest of the middle is waited for. With a smaller ring the last part takes the slots of the first
 // (docs/cuda.md draws it).
-//
-// Where the GPU has a copy engine one thread asks it for a plane at a time; elsewhere every thread copies its points.
 #pragma once
 
-#include "../elements.h"
-#include "lattice.h"
+#include "source.h"
 
 namespace autofocus::cuda {
-
-// Source channels of a packed point: eight of 16 bits, four floats.
-template <typename T>
-constexpr int kChunk = kPointBytes / int(sizeof(T));
-// The attention of a point.
-template <typename T>
-constexpr int kGateBytes = kLatticeBranches * int(sizeof(T));
-
-template <typename T>
-struct alignas(kGateBytes<T>) Gates {
-  Pair<T> pairs[kLatticeBranches / 2];
-};
 
 // Which branches read a block of points: all of them, or in the adjoint one each in turn (Lattice::sources).
 enum class Readers { kAll, kOne };
 
 // How: by the product of windows, or by plain loads on every GPU.
 enum class Reads { kByProduct, kPlain };
-
-// A chunk of channels, and if branches read in turn one of them, else 0.
-struct Turn {
-  int chunk, branch;
-};
-
-// The packed points that a pass reads, [N, held, packed points], and which of those held a turn reads: the chunks of a
-// branch lie behind each other, and where output channels are taken in turn a pass goes through them again.
-struct Source {
-  const unsigned char* points;
-  int held, first, chunks;
-
-  __device__ int64_t volume(const Tile& tile, const Turn& turn) const {
-    return tile.n * held + first + turn.branch * chunks + turn.chunk % chunks;
-  }
-};
-
-// For the copy engine: a plane of the points that a branch reads, or all of them.
-struct SourcePlanes {
-  PlaneMap of[kLatticeBranches];
-};
-
-inline SourcePlanes planes_of(const Lattice& lattice, const Source& source) {
-  SourcePlanes planes{};
-  if (!device_has_bulk_copies()) return planes;
-  const int64_t volumes = lattice.N * source.held * volume(lattice.source_classes.count);
-  for (int k = 0; k < lattice.sources; ++k)
-    planes.of[k] = plane_map(source.points, volumes, lattice.points.z, lattice.points.y, lattice.points.x,
-                             columns(lattice.reach[k]), rows(lattice.reach[k]));
-  return planes;
-}
-
-// What is written at a time: planes [first, last) of the block under a tile, as a turn reads them.
-struct Planes {
-  const Tile& tile;
-  Turn turn;
-  int first, last;
-};
-
-// A thread's way through the points of a block in one pass of a cover, plane by plane. Beside the products this is what
-// a kernel executes most: what is the same in all planes is found once, and planes that follow are gone on to.
-class Walk {
- public:
-  Walk() = default;
-  __device__ Walk(const Lattice& lattice, const Planes& planes, int pass) {
-    const Tile& tile = planes.tile;
-    const int k = planes.turn.branch;
-    const Cover& cover = lattice.cover[k];
-    const int thread = reread_thread(), line = divided(thread, cover.by_columns), plane = divided(line, cover.by_rows);
-    const int row = line - plane * cover.rows + pass * cover.rows, column = thread - line * cover.columns;
-    const int block_row = first_row(lattice, k) + row, block_column = first_column(lattice, k) + column;
-    plane_ = plane < cover.planes && row < rows(lattice.reach[k]) ? planes.first + plane : kFar;
-    source_first_ =
-        has_row(lattice, tile.source_first, block_row) && has_column(lattice, tile.source_first, block_column)
-            ? tile.source_first.z
-            : -2 * kFar;
-    index_ = packed_index(lattice, tile, planes.first + plane, block_row, block_column);
-    place_ = slot(lattice, planes.first + plane) * lattice.plane_points + row * lattice.pitch[k] + column;
-  }
-
-  // Copies this thread's points of `planes` from the packed ones of their volume.
-  __device__ void copy(const Lattice& lattice, const Planes& planes, const unsigned char* from) {
-    const Cover& cover = lattice.cover[planes.turn.branch];
-    for (; plane_ < planes.last; plane_ += cover.planes) {
-      const bool there = uint32_t(plane_ + source_first_) < uint32_t(lattice.points.z);  // if not, zeros are read
-      copy_async<kPointBytes>(shared_memory() + place_ * kPointBytes, from + int64_t(index_) * kPointBytes, there);
-      index_ += cover.source_step;
-      place_ += cover.shared_step;
-    }
-  }
-
- private:
-  static constexpr int kFar = 1 << 29;  // behind every plane
-
-  int plane_, source_first_, index_, place_;
-};
 
 // Shared memory of a pipeline: the points, two tiles and two barriers.
 AUTOFOCUS_HD inline int pipeline_bytes(const Lattice& lattice) {
@@ -247,6 +156,7 @@ class Pipeline {
   __device__ bool has_next() const { return !last_turn() || tile_ + int(gridDim.x) < tiles_; }
 
   __device__ int branches() const { return kReaders == Readers::kAll ? 1 : lattice_.K; }
+
   // Writes a section of the planes of this turn, or of the next one, if there is one.
   __device__ void write(Section section, bool of_next) {
     if (has_bulk_copies() && reread_thread() > 0) return;  // it is for one thread
@@ -260,7 +170,10 @@ class Pipeline {
     if (section == Section::kLast) first = end, last = end + reach;
     const Planes planes{shared_tile(of_next && last_turn() ? 1 - parity_ : parity_), turn, first, last};
     if (has_bulk_copies()) {
-      copy_planes(planes, section == Section::kLast);
+      CopyBarrier& landed = barrier(section == Section::kLast ? kLastPart : kFromStart);
+      expect_bytes(landed, bytes_of(lattice_, planes));
+      if (section == Section::kLast) arrive(landed);  // that is all of it; the other barrier expects more until commit
+      copy_planes(lattice_, source_, maps_, planes, landed);
     } else {
       // A walk goes on where it is, but for the first planes of a turn and those of a ring that come in another order.
       const bool begins =
@@ -280,22 +193,6 @@ class Pipeline {
       copy_async_commit();
     else if (threadIdx.x == 0)
       arrive(barrier(kFromStart));
-  }
-
-  __device__ void copy_planes(const Planes& planes, bool is_last_part) {
-    const Tile& tile = planes.tile;
-    const int k = planes.turn.branch;
-    const int x = tile.source_first.x + first_column(lattice_, k), y = tile.source_first.y + first_row(lattice_, k),
-              z = tile.source_first.z;
-    const int64_t classes = volume(lattice_.source_classes.count),
-                  number = source_.volume(tile, planes.turn) * classes + tile.source_volume;
-    CopyBarrier& landed = barrier(is_last_part ? kLastPart : kFromStart);
-    expect_bytes(landed, (planes.last - planes.first) * rows(lattice_.reach[k]) * lattice_.pitch[k] * kPointBytes);
-    if (is_last_part) arrive(landed);  // all of it is expected; the other barrier expects more, until commit
-#pragma unroll 1
-    for (int plane = planes.first; plane < planes.last; ++plane)
-      copy_plane(shared_memory() + slot(lattice_, plane) * lattice_.plane_points * kPointBytes, maps_.of[k], x, y,
-                 z + plane, int(number), landed);
   }
 
   // By all threads, pass by pass.
