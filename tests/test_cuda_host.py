@@ -362,9 +362,23 @@ def test_fast_tier(device, case, dtype):
     testing.check("cuda", case, dtype)
 
 
-# Without warpgroup MMA, and with less shared memory: rings, small tiles, narrow blocks of channels.
+# Without warpgroup MMA, the A100 without a copy engine too, and with less shared memory: rings, small tiles, narrow
+# blocks of channels.
 ON_OTHER_GPUS = {
-    A100: ("3d", "branch", "branch_2d", "channels_30_to_50", "halved_rates"),
+    A100: (
+        "3d",
+        "branch",
+        "valid",
+        "dilation_per_axis",
+        "flat_axes",
+        "one_voxel",
+        "1d",
+        "branch_2d",
+        "channels_30_to_50",
+        "halved_rates",
+        "papers_rates_branch",
+        "rates_apart",
+    ),
     RTX_5090: ("branch", "one_channel", "channels_16_to_140", "one_tap_in_y", "halved_rates"),
 }
 
@@ -492,13 +506,17 @@ IN_PARTS = Case("in_parts", (4, 5, 26), 9, 3, batch=2, dilations=((2, 2, 1), (4,
 ONE_BLOCK, MANY = ((44 * KILOBYTE, 90), 1), (H100, 200)
 
 
-@pytest.mark.parametrize("mode, dtype", [("branch", torch.bfloat16), ("plain", torch.float32)], ids=str)
-def test_parts_change_only_how_sums_split(library, tf32, mode, dtype):
+@pytest.mark.parametrize(
+    "mode, dtype, capability",
+    [("branch", torch.bfloat16, 90), ("plain", torch.float32, 90), ("plain", torch.bfloat16, 80)],
+    ids=str,
+)
+def test_parts_change_only_how_sums_split(library, tf32, mode, dtype, capability):
     case = replace(IN_PARTS, mode=mode)
     tensors = make_tensors(case, dtype)
     results, packed = [], []
     for gpu, multiprocessors in (ONE_BLOCK, MANY):
-        tf32(gpu, multiprocessors=multiprocessors)
+        tf32((gpu[0], capability), multiprocessors=multiprocessors)
         results.append(evaluate(lambda **call: autofocus_conv(**call, backend="cuda"), case, tensors))
         packed.append(library.autofocus_emulation_launches(b"pack"))
     assert packed == [3 * 8, 3]  # forward, the gradient of the input, the other gradients
