@@ -28,8 +28,8 @@ bool positions_of_packed(const Int3& class_size, int first_plane, const Int3& st
   std::vector<bool> taken(points, false);
   position.resize(points);
   for (int64_t i = 0; i < points; ++i) {
-    int64_t packed = -1;
-    const Index3 p = unpacked_position(class_size, first_plane, step, classes, i, packed);
+    int packed = -1;
+    const Index3 p = unpacked_position(class_size, first_plane, step, classes, int(i), packed);
     if (packed < 0 || packed >= points || taken[packed]) return false;
     taken[packed] = true;
     position[packed] = p;

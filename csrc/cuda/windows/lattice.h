@@ -188,13 +188,17 @@ AUTOFOCUS_HD inline int packed_index(const Lattice& lattice, const Tile& tile, i
 // the class per axis inside it, so that neighbouring threads of the packing kernel read neighbouring memory. `packed`
 // is where it goes.
 AUTOFOCUS_HD inline Index3 unpacked_position(const Int3& points, int first_plane, const Int3& step,
-                                             const Classes& classes, int64_t index, int64_t& packed) {
-  const Int3& count = classes.count;
-  const Index3 size = {int64_t(points.z) * count.z, int64_t(points.y) * count.y, int64_t(points.x) * count.x};
-  const Index3 p = unravel(index, size);
-  const Int3 point = {int(p.z / count.z), int(p.y / count.y), int(p.x / count.x)};
-  const Int3 c = {classes.first.z + int(p.z % count.z), classes.first.y + int(p.y % count.y),
-                  classes.first.x + int(p.x % count.x)};
+                                             const Classes& classes, int index, int& packed) {
+  uint32_t rest = uint32_t(index);
+  Int3 point, c;
+  const auto take_axis = [&](int Int3::* axis) {
+    uint32_t in_axis = uint32_t(take_remainder(rest, points.*axis * classes.count.*axis));
+    c.*axis = classes.first.*axis + take_remainder(in_axis, classes.count.*axis);
+    point.*axis = int(in_axis);
+  };
+  take_axis(&Int3::x);
+  take_axis(&Int3::y);
+  take_axis(&Int3::z);
   packed = packed_number(classes, c, points, point);
   return {int64_t(step.z) * (first_plane + point.z) + c.z, int64_t(step.y) * point.y + c.y,
           int64_t(step.x) * point.x + c.x};

@@ -1,4 +1,6 @@
-// Packing: a thread a packed point, and a block of threads for one operand of the call.
+// Packing: a thread some chunks of a position, and a block of threads for one operand of the call. Beside what it reads
+// and writes a thread is to do little: positions are 32 bits, found once for its chunks, and points are loaded whole
+// where they lie in memory as such.
 #include "operands.h"
 
 namespace autofocus::cuda {
@@ -6,6 +8,7 @@ namespace autofocus::cuda {
 namespace {
 
 constexpr int kPackThreads = 256;
+constexpr int kPackChunks = 4;
 constexpr int64_t kAlignment = 256;  // of every operand, as torch's allocator gives it to the first
 
 template <typename T>
@@ -16,10 +19,12 @@ using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
 template <typename T>
 struct PackPoints {
   unsigned int blocks;
+  int position_blocks, groups;    // of a sample, and of its chunks
+  int aligned;                    // bytes: channels lie side by side, and those of a point begin at a multiple
   bool rounds;                    // to TF32
   Strided<const Bits<T>> source;  // without a branch stride the same for all branches
   Strided<const T> gates;
-  int64_t N, branches, channels, chunks;
+  int branches, channels, chunks;
   Int3 step, points;
   int first_plane;
   Classes classes;
@@ -55,43 +60,72 @@ __device__ inline uint32_t gated(uint32_t word, T gate) {
   }
 }
 
-template <int kCount, typename T>
-__device__ inline void pack_points(const PackPoints<T>& job, unsigned int block) {
-  constexpr int kInWord = 4 / int(sizeof(T)), kWords = kCount / kInWord;
-  const int64_t all = volume(job.points) * volume(job.classes.count);
-  const int64_t index = int64_t(block) * kPackThreads + threadIdx.x;
-  if (index >= job.N * job.chunks * all) return;
-  const int64_t chunk = index / all % job.chunks, n = index / all / job.chunks;
-  int64_t place;
-  const Index3 p = unpacked_position(job.points, job.first_plane, job.step, job.classes, index % all, place);
-  const bool valid = inside(p, job.size);
-  const int64_t channels = valid ? job.channels - chunk * kCount : 0;
-  const Bits<T>* from = job.source.at(n, chunk * kCount, p);
-  uint32_t words[kWords];
-#pragma unroll 1
-  for (int64_t k = 0; k < job.branches; ++k) {
-    if (k == 0 || job.source.k != 0)
+// The words of a point of which there are `channels` more.
+template <int kWords, typename T>
+__device__ inline void load_point(const PackPoints<T>& job, const Bits<T>* from, int channels,
+                                  uint32_t (&words)[kWords]) {
+  constexpr int kInWord = 4 / int(sizeof(T));
+  if (job.aligned >= 4 * kWords && channels >= kInWord * kWords) {
+    if constexpr (kWords == 4) {
+      const uint4 point = *reinterpret_cast<const uint4*>(from);
+      words[0] = point.x, words[1] = point.y, words[2] = point.z, words[3] = point.w;
+    } else {
+      const uint2 point = *reinterpret_cast<const uint2*>(from);
+      words[0] = point.x, words[1] = point.y;
+    }
+  } else {
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        words[i] = 0;
+    for (int i = 0; i < kWords; ++i) {
+      words[i] = 0;
+      if (job.aligned >= 4 && channels >= kInWord * (i + 1))
+        words[i] = *reinterpret_cast<const uint32_t*>(from + kInWord * i);
+      else
 #pragma unroll
         for (int j = 0; j < kInWord; ++j) {
-          const int64_t channel = kInWord * i + j;
-          if (channel < channels) words[i] |= uint32_t(from[k * job.source.k + channel * job.source.c]) << (16 * j);
+          const int channel = kInWord * i + j;
+          if (channel < channels) words[i] |= uint32_t(from[channel * job.source.c]) << (16 * j);
         }
-        if constexpr (std::is_same_v<T, float>)
-          if (job.rounds) words[i] = tf32(float_of(words[i]));
-      }
-    uint32_t out[kWords];
-    const T gate = job.gates.data != nullptr && valid ? *job.gates.at(n, k, p) : T{};
+    }
+  }
+  if constexpr (std::is_same_v<T, float>)
+    if (job.rounds)
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) out[i] = job.gates.data != nullptr ? gated(words[i], gate) : words[i];
-    const int64_t to = ((n * job.branches + k) * job.chunks + chunk) * all + place;
-    // One store of 8 or 16 bytes.
-    if constexpr (kWords == 4)
-      static_cast<uint4*>(job.packed)[to] = {out[0], out[1], out[2], out[3]};
-    else
-      static_cast<uint2*>(job.packed)[to] = {out[0], out[1]};
+      for (uint32_t& word : words) word = tf32(float_of(word));
+}
+
+template <int kCount, typename T>
+__device__ inline void pack_points(const PackPoints<T>& job, unsigned int block) {
+  constexpr int kWords = kCount * int(sizeof(T)) / 4;
+  using Packed = std::conditional_t<kWords == 4, uint4, uint2>;  // one store
+  uint32_t rest = block;
+  const int index = take_remainder(rest, job.position_blocks) * kPackThreads + int(threadIdx.x);
+  const int first = take_remainder(rest, job.groups) * kPackChunks;
+  const int64_t n = rest, all = volume(job.points) * volume(job.classes.count);
+  if (index >= all) return;
+  int place;
+  const Index3 p = unpacked_position(job.points, job.first_plane, job.step, job.classes, index, place);
+  const int channels = inside(p, job.size) ? job.channels - first * kCount : 0;
+  const Bits<T>* from = job.source.at(n, int64_t(first) * kCount, p);
+  Packed* to = static_cast<Packed*>(job.packed) + (n * job.branches * job.chunks + first) * all + place;
+  uint32_t words[kPackChunks][kWords];
+#pragma unroll 1
+  for (int k = 0; k < job.branches; ++k, to += job.chunks * all) {
+    if (k == 0 || job.source.k != 0)
+#pragma unroll
+      for (int i = 0; i < kPackChunks; ++i)
+        load_point(job, from + k * job.source.k + i * kCount * job.source.c, channels - i * kCount, words[i]);
+    const T gate = job.gates.data != nullptr && channels > 0 ? *job.gates.at(n, k, p) : T{};
+#pragma unroll
+    for (int i = 0; i < kPackChunks; ++i) {
+      if (first + i >= job.chunks) break;
+      Packed point;
+      uint32_t out[kWords];
+#pragma unroll
+      for (int word = 0; word < kWords; ++word)
+        out[word] = job.gates.data != nullptr ? gated(words[i][word], gate) : words[i][word];
+      memcpy(&point, out, sizeof(point));
+      to[i * all] = point;
+    }
   }
 }
 
@@ -155,6 +189,16 @@ __global__ __launch_bounds__(kPackThreads) void pack_kernel(Packing<T> packing) 
   pack_weight(packing.adjoint_weight, packing, block);
 }
 
+// The largest power of two, up to 16, of which all positions are multiples in bytes; 1 where channels are apart.
+int alignment_of(const TensorView& source, int element) {
+  if (source.c != 1) return 1;
+  const int64_t strides = source.n | source.s.z | source.s.y | source.s.x | source.k;
+  int bytes = 16;
+  while (bytes > element && (reinterpret_cast<uintptr_t>(source.data) | uint64_t(strides) * element) % bytes != 0)
+    bytes /= 2;
+  return bytes;
+}
+
 }  // namespace
 
 int64_t Operands::bytes(const Split& split) {
@@ -174,8 +218,7 @@ int64_t Operands::pack(const Part& part, void* memory, const Context* context) {
     bytes += ceil_div(size, kAlignment) * kAlignment;
     return at;
   };
-  const auto blocks_of = [&](int64_t items) {
-    const int64_t count = ceil_div(items, kPackThreads);
+  const auto take_blocks = [&](int64_t count) {
     blocks += count;
     return static_cast<unsigned int>(count);
   };
@@ -184,7 +227,15 @@ int64_t Operands::pack(const Part& part, void* memory, const Context* context) {
     const int64_t chunks = num_chunks(sources, in_.dtype), branches = adjoint && in_.scale.data != nullptr ? g.K : 1;
     const int64_t items = ceil_div(targets, 8 * tiles) * chunks * branches * (chunk_weight_bytes(tiles) / kPointBytes);
     at = place(items * kPointBytes);
-    return PackWeight{blocks_of(items), adjoint, sources, targets, chunks, branches, items, 8 * tiles, nullptr};
+    return PackWeight{take_blocks(ceil_div(items, kPackThreads)),
+                      adjoint,
+                      sources,
+                      targets,
+                      chunks,
+                      branches,
+                      items,
+                      8 * tiles,
+                      nullptr};
   };
   for_matrix_dtype(in_.dtype, [&](auto element) {
     using T = decltype(element);
@@ -197,16 +248,20 @@ int64_t Operands::pack(const Part& part, void* memory, const Context* context) {
       const int64_t branches = source.k == 0 && gates.data == nullptr ? 1 : g.K, chunks = ceil_div(channels, count);
       Int3 class_points = lattice_points(size, step_);
       class_points.z = planes.count;
-      const int64_t items = part.samples * chunks * volume(classes.count) * volume(class_points);
-      at = place(items * branches * count * int64_t(sizeof(T)));
-      return PackPoints<T>{blocks_of(items),
+      const int64_t all = volume(classes.count) * volume(class_points);
+      const int64_t position_blocks = ceil_div(all, kPackThreads), groups = ceil_div(chunks, kPackChunks);
+      const TensorView own = first_of_part(source);
+      at = place(part.samples * branches * chunks * all * count * int64_t(sizeof(T)));
+      return PackPoints<T>{take_blocks(part.samples * groups * position_blocks),
+                           int(position_blocks),
+                           int(groups),
+                           alignment_of(own, int(sizeof(T))),
                            rounds,
-                           Strided<const Bits<T>>(first_of_part(source)),
+                           Strided<const Bits<T>>(own),
                            Strided<const T>(first_of_part(gates)),
-                           part.samples,
-                           branches,
-                           channels,
-                           chunks,
+                           int(branches),
+                           int(channels),
+                           int(chunks),
                            step_,
                            class_points,
                            planes.first,
@@ -215,7 +270,7 @@ int64_t Operands::pack(const Part& part, void* memory, const Context* context) {
                            nullptr};
     };
     const PackPoints<T> no_points{
-        0, false, Strided<const Bits<T>>(none), Strided<const T>(none), 0, 0, 0, 0, {}, {}, 0, {}, {}, nullptr};
+        0, 1, 1, 1, false, Strided<const Bits<T>>(none), Strided<const T>(none), 0, 0, 0, {}, {}, 0, {}, {}, nullptr};
     const PackWeight no_weight{0, false, 0, 0, 0, 0, 0, 1, nullptr};
     Packing<T> packing{no_points,
                        no_points,
