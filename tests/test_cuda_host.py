@@ -349,6 +349,9 @@ FAST_CASES = tuple(
     Case("three_tiles_in_x", (9, 10, 18), channels=4, out_channels=3, dilations=(1, 2)),
     Case("papers_rates_branch", (2, 3, 17), channels=9, out_channels=5, dilations=(2, 6, 10, 14), mode="branch"),
     Case("rates_apart", (10, 9, 24), dilations=((1, 2, 6), (3, 4, 21))),
+    # Points that lie in memory whole, and in words; pairs of channels stored, and added to.
+    Case("whole_points", (5, 4, 9), channels=16, out_channels=10, dilations=(1, 2), layout="channels_last"),
+    Case("pairs", (3, 4, 5), 10, 12, dilations=(1, 2, 3, 4, 2), mode="branch", layout="channels_last"),
     # Slices of four branches, each on lattices of its own.
     Case("five_branches", (5, 6, 9), channels=3, out_channels=9, dilations=(2, 4, 6, 8, 3)),
     Case("six_branches", (6, 5), channels=9, dilations=(1, 2, 3, 4, 5, 5), mode="branch", layout="channels_last"),
@@ -420,6 +423,8 @@ TF32_CASES = {
         "sliced",
         "expanded",
         "papers_rates_branch",
+        "whole_points",
+        "pairs",
         "six_branches",
     ),
     A100: ("channels_3_to_7", "branch_2d", "one_tap_in_y"),

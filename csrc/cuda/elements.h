@@ -32,6 +32,14 @@ __device__ inline void store(float* to, float value) { *to = value; }
 __device__ inline void store(Half* to, float value) { from_float(*to, value); }
 __device__ inline void store(BFloat16* to, float value) { from_float(*to, value); }
 
+template <typename T>
+__device__ inline Pair<T> pack_pair(const float2& values, T) {
+  if constexpr (std::is_same_v<T, float>)
+    return values;
+  else
+    return pack(values.x, values.y, T{});
+}
+
 // A TensorView whose element type is known. Offsets are 64-bit throughout.
 template <typename T>
 struct Strided {
@@ -47,6 +55,17 @@ struct Strided {
     return data + i * n + j * c + p.z * s.z + p.y * s.y + p.x * s.x;
   }
 };
+
+// The largest power of two, up to 16, of which all positions of a volume are multiples in bytes, its channels side by
+// side; 1 where they are apart.
+inline int alignment_of(const TensorView& volume, int element) {
+  if (volume.c != 1) return 1;
+  const int64_t strides = volume.n | volume.s.z | volume.s.y | volume.s.x | volume.k;
+  int bytes = 16;
+  while (bytes > element && (reinterpret_cast<uintptr_t>(volume.data) | uint64_t(strides) * element) % bytes != 0)
+    bytes /= 2;
+  return bytes;
+}
 
 // Element [k, o] of a branch scale or shift.
 template <typename T>

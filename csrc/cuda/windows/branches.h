@@ -17,13 +17,12 @@ struct BranchesArguments {
   int64_t outputs;
   const unsigned char* targets;  // Operands::attention, or grad_output
   Strided<const T> scale, shift;
-  Strided<T> result;
-  bool adds;  // to the result, or replaces it
+  Target<T> result;
 };
 
 template <typename T>
 BranchesArguments<T> branches_arguments(const Inputs& in, const Operands& operands, const unsigned char* targets,
-                                        const TensorView& result, bool adds) {
+                                        const Target<T>& result) {
   const int chunks = num_chunks(in.g.C, in.dtype);
   return {{operands.input(), chunks, 0, chunks},
           operands.weight(),
@@ -31,8 +30,7 @@ BranchesArguments<T> branches_arguments(const Inputs& in, const Operands& operan
           targets,
           Strided<const T>(in.scale),
           Strided<const T>(in.shift),
-          Strided<T>(result),
-          adds};
+          result};
 }
 
 // The branch scale or shift of a block of output channels as [branch, channel], if there is one.

@@ -33,25 +33,25 @@ class WeightedSum {
   }
 
   __device__ void end(const Tile& tile) {
-    store_targets(lattice_, tile, args_.result, args_.outputs, output0(), args_.adds, share_, sum_,
-                  [&](const Int3& point) {
-                    // Not from shared memory: a faster warp may be writing the next tile's.
-                    const Gates<T> packed = packed_attention<T>(lattice_, tile, args_.targets, point);
-                    const float2 low = unpack(packed.pairs[0], T{}), high = unpack(packed.pairs[1], T{});
-                    return [=](int channel) {
-                      const float a[kLatticeBranches] = {low.x, low.y, high.x, high.y};
-                      float2 sum = {0.0f, 0.0f};
-                      if (args_.shift.data != nullptr)
+    store_targets(lattice_, tile, args_.result, output0(), share_, sum_, [&](const Int3& point) {
+      // Not from shared memory: a faster warp may be writing the next tile's.
+      Gates<T> packed{};
+      if (args_.shift.data != nullptr) packed = packed_attention<T>(lattice_, tile, args_.targets, point);
+      const float2 low = unpack(packed.pairs[0], T{}), high = unpack(packed.pairs[1], T{});
+      return [=](int channel) {
+        const float a[kLatticeBranches] = {low.x, low.y, high.x, high.y};
+        float2 sum = {0.0f, 0.0f};
+        if (args_.shift.data != nullptr)
 #pragma unroll
-                        for (int k = 0; k < kLatticeBranches; ++k) {
-                          if (k >= lattice_.K) break;
-                          const float2 shift = *reinterpret_cast<const float2*>(shifts() + k * (8 * kTiles) + channel);
-                          sum.x += a[k] * shift.x;
-                          sum.y += a[k] * shift.y;
-                        }
-                      return sum;
-                    };
-                  });
+          for (int k = 0; k < kLatticeBranches; ++k) {
+            if (k >= lattice_.K) break;
+            const float2 shift = *reinterpret_cast<const float2*>(shifts() + k * (8 * kTiles) + channel);
+            sum.x += a[k] * shift.x;
+            sum.y += a[k] * shift.y;
+          }
+        return sum;
+      };
+    });
   }
 
  private:
@@ -100,7 +100,7 @@ void launch_forward(const char* name, const Plan& plan, const Inputs& in, const 
                     const TensorView& output, bool adds, const Context& context) {
   for_matrix_dtype(in.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto args = branches_arguments<T>(in, operands, operands.attention(), output, adds);
+    const auto args = branches_arguments<T>(in, operands, operands.attention(), Target<T>(output, in.g.O, adds));
     for_tiles(plan.tiles, [&](auto tiles) {
       launch(name, &branches_kernel<T, tiles(), WeightedSum<T, tiles()>>, grid_of(plan, ceil_div(in.g.O, 8 * tiles())),
              plan.threads, plan.shared_bytes, context.stream, plan.lattice, args, planes_of(plan.lattice, args.source));

@@ -70,7 +70,7 @@ class DotWithGrad {
         float total = total_[k][r / 2][r % 2];
         total += shuffle_xor(total, 1);
         total += shuffle_xor(total, 2);
-        if (stores && k < lattice_.K) store(args_.result.at(tile.n, k, p), total);
+        if (stores && k < lattice_.K) store(args_.result.values.at(tile.n, k, p), total);
       }
     }
   }
@@ -134,7 +134,8 @@ void launch_grad_attention(const Plan& plan, const Inputs& in, const Operands& o
                            const TensorView& grad_attention, const Context& context) {
   for_matrix_dtype(in.dtype, [&](auto element) {
     using T = decltype(element);
-    const auto args = branches_arguments<T>(in, operands, operands.grad_output(), grad_attention, false);
+    const auto args =
+        branches_arguments<T>(in, operands, operands.grad_output(), Target<T>(grad_attention, in.g.K, false));
     for_tiles(plan.tiles, [&](auto tiles) {
       // Wider ones, which plan.cu gives no floats, would spill.
       if constexpr (!std::is_same_v<T, float> || tiles() <= kNarrowTiles)

@@ -13,9 +13,7 @@ struct AdjointArguments {
   Source source;                // Operands::grad_output of each branch
   const unsigned char* weight;  // Operands::adjoint_weight
   bool scaled;                  // a weight for each branch
-  int64_t targets;
-  Strided<T> target;
-  bool adds;  // to the target, or replaces it
+  Target<T> target;
 };
 
 // Grid (blocks, blocks of 8 kTiles input channels).
@@ -63,7 +61,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice lattice
       });
     }
     if (pipeline.last_turn())
-      store_targets(lattice, pipeline.tile(), args.target, args.targets, target0, args.adds, share, sum,
+      store_targets(lattice, pipeline.tile(), args.target, target0, share, sum,
                     [](const Int3&) { return [](int) { return float2{0.0f, 0.0f}; }; });
   }
 }
@@ -77,9 +75,7 @@ void launch_grad_input(const Plan& plan, const Inputs& in, const Operands& opera
     const AdjointArguments<T> args{{operands.grad_output(), int(g.K) * chunks, 0, chunks},
                                    operands.adjoint_weight(),
                                    in.scale.data != nullptr,
-                                   g.C,
-                                   Strided<T>(grad_input),
-                                   adds};
+                                   Target<T>(grad_input, g.C, adds)};
     for_tiles(plan.tiles, [&](auto tiles) {
       launch("fast_grad_input", &adjoint_kernel<T, tiles()>, grid_of(plan, ceil_div(g.C, 8 * tiles())), plan.threads,
              plan.shared_bytes, context.stream, plan.lattice, args, planes_of(plan.lattice, args.source));

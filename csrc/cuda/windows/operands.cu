@@ -180,23 +180,14 @@ __device__ inline bool takes(const Job& job, unsigned int& block) {
 }
 
 template <typename T>
-__global__ __launch_bounds__(kPackThreads) void pack_kernel(Packing<T> packing) {
+__global__ __launch_bounds__(kPackThreads) void pack_kernel(const __grid_constant__ Packing<T> packing) {
   unsigned int block = blockIdx.x;
-  if (takes(packing.input, block)) return pack_points<kChunk<T>>(packing.input, block);
-  if (takes(packing.grad_output, block)) return pack_points<kChunk<T>>(packing.grad_output, block);
+  const bool is_input = takes(packing.input, block);
+  if (is_input || takes(packing.grad_output, block))
+    return pack_points<kChunk<T>>(is_input ? packing.input : packing.grad_output, block);
   if (takes(packing.attention, block)) return pack_points<kLatticeBranches>(packing.attention, block);
   if (takes(packing.weight, block)) return pack_weight(packing.weight, packing, block);
   pack_weight(packing.adjoint_weight, packing, block);
-}
-
-// The largest power of two, up to 16, of which all positions are multiples in bytes; 1 where channels are apart.
-int alignment_of(const TensorView& source, int element) {
-  if (source.c != 1) return 1;
-  const int64_t strides = source.n | source.s.z | source.s.y | source.s.x | source.k;
-  int bytes = 16;
-  while (bytes > element && (reinterpret_cast<uintptr_t>(source.data) | uint64_t(strides) * element) % bytes != 0)
-    bytes /= 2;
-  return bytes;
 }
 
 }  // namespace

@@ -59,27 +59,55 @@ __device__ inline Gates<T> packed_attention(const Lattice& lattice, const Tile& 
   return reinterpret_cast<const Gates<T>*>(gates)[point];
 }
 
-// Stores this lane's sums of target channels from `target0` on, of which there are `targets` in all, or if `adds` adds
-// them to what is there. added(p) gives, for the point p of the tile, a function (channel of the block) of what is
-// added to the first of two channels and to the second.
+// A target of sums: [N, channels, *S].
+template <typename T>
+struct Target {
+  Strided<T> values;
+  int64_t channels;
+  bool pairs;  // two channels from an even one on are a pair in memory
+  bool adds;   // to what is there, or replaces it
+
+  Target(const TensorView& tensor, int64_t channels_, bool adds_)
+      : values(tensor),
+        channels(channels_),
+        pairs(alignment_of(tensor, int(sizeof(T))) >= 2 * int(sizeof(T))),
+        adds(adds_) {}
+};
+
+// Stores this lane's sums of target channels from `target0` on. added(p) gives, for the point p of the tile, a function
+// (channel of the block) of what is added to the first of two channels and to the second.
 template <typename T, int kTiles, typename Added>
-__device__ inline void store_targets(const Lattice& lattice, const Tile& tile, const Strided<T>& target,
-                                     int64_t targets, int64_t target0, bool adds, const Share& share,
-                                     const float (&sum)[kGroupPlanes][kTiles][4], const Added& added) {
-  const int left = targets - target0 < 8 * kTiles ? int(targets - target0) : 8 * kTiles;
-  const auto put = [&](T* to, float value) { store(to, adds ? to_float(*to) + value : value); };
+__device__ inline void store_targets(const Lattice& lattice, const Tile& tile, const Target<T>& target, int64_t target0,
+                                     const Share& share, const float (&sum)[kGroupPlanes][kTiles][4],
+                                     const Added& added) {
+  const int left = target.channels - target0 < 8 * kTiles ? int(target.channels - target0) : 8 * kTiles;
+  const auto put = [&](T* to, float value) { store(to, target.adds ? to_float(*to) + value : value); };
+  const auto put_pair = [&](Pair<T>* to, float first, float second) {
+    if (target.adds) {
+      const float2 old = unpack(*to, T{});
+      first += old.x;
+      second += old.y;
+    }
+    *to = pack_pair({first, second}, T{});
+  };
 #pragma unroll
   for (int r = 0; r < kPointsPerLane; ++r) {
     const Int3 point = share.point(r);
     if (!has_target(tile, point.z, point.y, point.x)) continue;
-    T* to = target.at(tile.n, target0 + share.channels, target_position(lattice, tile, point.z, point.y, point.x));
+    T* to =
+        target.values.at(tile.n, target0 + share.channels, target_position(lattice, tile, point.z, point.y, point.x));
     const auto add = added(point);
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i, to += 8 * target.c) {
+    for (int i = 0; i < kTiles; ++i, to += 8 * target.values.c) {
       const int channel = i * 8 + share.channels;
       const float2 more = add(channel);
-      if (channel < left) put(to, sum[r / 2][i][r % 2 * 2] + more.x);
-      if (channel + 1 < left) put(to + target.c, sum[r / 2][i][r % 2 * 2 + 1] + more.y);
+      const float first = sum[r / 2][i][r % 2 * 2] + more.x, second = sum[r / 2][i][r % 2 * 2 + 1] + more.y;
+      if (target.pairs && channel + 1 < left) {
+        put_pair(reinterpret_cast<Pair<T>*>(to), first, second);
+      } else {
+        if (channel < left) put(to, first);
+        if (channel + 1 < left) put(to + target.values.c, second);
+      }
     }
   }
 }
