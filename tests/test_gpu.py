@@ -64,8 +64,10 @@ LARGER = (
     Case("larger_2d", (97, 130), 64, 64, batch=2, dilations=(2, 6, 10, 14)),
     Case("larger_1d", (3001,), 24, 40, batch=2, dilations=(1, 4, 9)),
     Case("large_dilations", (70, 66, 65), 16, 16, dilations=(3, 30, 33)),
-    # Tiles for fourteen rounds of an H100: the windows take it in two parts.
+    # Tiles for fourteen rounds of an H100: the windows' forward takes it in two parts, the backward in four.
     Case("in_parts", (130, 66, 70), 8, 9, dilations=(2, 6, 10, 14)),
+    # Tiles for three rounds, and nothing to cut by but slabs of the gradient of the input.
+    Case("in_slabs", (66, 48, 50), 8, 9, dilations=(1, 2, 3, 4)),
 )
 
 
