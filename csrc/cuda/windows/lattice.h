@@ -71,7 +71,7 @@ struct Lattice {
 };
 
 // One tile: its target class and first target point, of which the target has `target_left` more on each axis, and the
-// source class and point at plane 0, row 0, column 0; what number these two points have among the packed ones.
+// source point at plane 0, row 0, column 0; what number these two points have among the packed ones.
 struct Tile {
   int64_t n;
   Int3 target_class, target_first, target_left, source_first;
@@ -113,7 +113,7 @@ AUTOFOCUS_HD inline int slot(const Lattice& lattice, int plane) {
   return plane < lattice.ring ? plane : plane - lattice.ring;
 }
 
-// Quotient and remainder of a tile's number: the number becomes the one, the other is returned.
+// Division: the number becomes the quotient, the remainder is returned.
 AUTOFOCUS_HD inline int take_remainder(uint32_t& number, int divisor) {
   const uint32_t quotient = number / uint32_t(divisor), remainder = number - quotient * uint32_t(divisor);
   number = quotient;
@@ -126,8 +126,9 @@ AUTOFOCUS_HD inline Tile tile_at(const Lattice& lattice, int number) {
   Tile tile;
   Int3 source_class;
   const auto take_class = [&](int Int3::* axis) {
-    int& of_target = tile.target_class.*axis =
-                         lattice.target_classes.first.*axis + take_remainder(rest, lattice.target_classes.count.*axis);
+    const Classes& classes = lattice.target_classes;
+    const int of_target = classes.first.*axis + take_remainder(rest, classes.count.*axis);
+    tile.target_class.*axis = of_target;
     // The source's classes begin again, a point further on.
     const int of_source = lattice.origin_class.*axis + of_target, wraps = of_source >= lattice.step.*axis ? 1 : 0;
     source_class.*axis = of_source - wraps * lattice.step.*axis;

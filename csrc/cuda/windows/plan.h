@@ -20,7 +20,8 @@ struct Plan {
   int tiles;  // target channels of a block, by eights
   int threads;
   int shared_bytes;
-  int multiprocessors, blocks;  // that run at once on the device
+  int multiprocessors;
+  int blocks;  // that run at once on all of them
 };
 
 // The plan for all branches, or why the pass cannot run on the current device.
