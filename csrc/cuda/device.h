@@ -100,6 +100,10 @@ __device__ inline void wait_for_copies(CopyBarrier& barrier, uint32_t phase) {
       "r"(phase)
       : "memory");
 }
+// Fetches a map, which the first copy would wait for.
+__device__ inline void prefetch_map(const PlaneMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
 // To this block's own shared memory. The PTX of CUDA 12.6 has no such name yet; that of a cluster's memory means the
 // same for a block alone, but makes code that asks for the block's number where a GPU has no clusters, as sm_120.
 #if __CUDA_ARCH__ >= 1000
@@ -133,6 +137,7 @@ __device__ inline void init_barrier(CopyBarrier&) {}
 __device__ inline void expect_bytes(CopyBarrier&, int) {}
 __device__ inline void arrive(CopyBarrier&) {}
 __device__ inline void end_barrier(CopyBarrier&) {}
+__device__ inline void prefetch_map(const PlaneMap&) {}
 __device__ inline void wait_for_copies(CopyBarrier&, uint32_t) {}
 __device__ inline void copy_bulk(unsigned char*, const void*, int, CopyBarrier&) {}
 __device__ inline void copy_plane(unsigned char*, const PlaneMap&, int, int, int, int, CopyBarrier&) {}

@@ -144,6 +144,7 @@ struct PlaneMap {
   int64_t volumes;
   int z, y, x, columns, rows;
 };
+inline void prefetch_map(const PlaneMap&) {}
 PlaneMap plane_map(const void* points, int64_t volumes, int z, int y, int x, int columns, int rows);
 void copy_plane(unsigned char* to, const PlaneMap& map, int x, int y, int z, int volume, CopyBarrier& barrier);
 

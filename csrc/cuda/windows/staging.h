@@ -61,6 +61,8 @@ class Pipeline {
   template <typename Copies>
   __device__ void start(const Copies& copies) {
     if (threadIdx.x == 0) {
+      if (has_bulk_copies())
+        for (int source = 0; source < branches(); ++source) prefetch_map(maps_.of[source]);
       if (running()) shared_tile(0) = tile_at(lattice_, tile_);
       if (has_bulk_copies()) {
         init_barrier(barrier(kFromStart));
