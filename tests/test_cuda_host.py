@@ -973,9 +973,9 @@ def test_fast_tier_says_why_not(device):
     many = refusals(Case("many_channels", (1,), channels=262141, kernel_size=1, dilations=(1,)))
     assert all("too many channels" in reason for reason in many.values())
     many = Case("many_samples", (2, 1, 1), channels=1, kernel_size=1, dilations=(1, 1))
-    volume = call_of(many, make_tensors(many, torch.float16))
-    expanded = volume._replace(input=volume.input.expand(2**30, -1, -1, -1, -1), geometry=volume.geometry)
-    assert "too many samples" in cuda.fast_refusal("forward", expanded)
+    sample = call_of(many, make_tensors(many, torch.float16))
+    samples = sample._replace(input=sample.input.expand(2**30, -1, -1, -1, -1))
+    assert "too many samples" in cuda.fast_refusal("forward", samples)
     device((227 * KILOBYTE, 75))
     assert "older" in refusals(Case("taken", size))["forward"]
 

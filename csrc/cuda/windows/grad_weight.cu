@@ -65,9 +65,8 @@ __device__ inline void leave_sums(const GradWeightArguments& args, int output0, 
 
 // Grid (blocks, chunks of input channels, blocks of kBlockOutputs output channels).
 template <typename T>
-__global__ __launch_bounds__(kGradWeightThreads,
-                             1) void grad_weight_kernel(Lattice lattice, GradWeightArguments args,
-                                                        const __grid_constant__ SourcePlanes planes) {
+__global__ void __launch_bounds__(kGradWeightThreads, 1)
+    grad_weight_kernel(Lattice lattice, GradWeightArguments args, const __grid_constant__ SourcePlanes planes) {
   const int group = uniform(threadIdx.x / kGroupThreads), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int output0 = int(blockIdx.z) * kBlockOutputs + 16 * warp;
   const int group_planes = lattice.tile_z / kGradWeightGroups;

@@ -56,9 +56,8 @@ __device__ inline void leave_sums(const GradWeightArguments& args, int output0,
     }
 }
 
-__global__ __launch_bounds__(kGradWeightThreads,
-                             1) void grad_weight_tf32_kernel(Lattice lattice, GradWeightArguments args,
-                                                             const __grid_constant__ SourcePlanes planes) {
+__global__ void __launch_bounds__(kGradWeightThreads, 1)
+    grad_weight_tf32_kernel(Lattice lattice, GradWeightArguments args, const __grid_constant__ SourcePlanes planes) {
   const int group = uniform(threadIdx.x / kGroupThreads), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int row = lane / 4, column = lane % 4;
   const int output0 = int(blockIdx.z) * (16 * kOutputBlocks);

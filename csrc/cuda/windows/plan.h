@@ -34,7 +34,8 @@ Plan plan_of_branch(Pass pass, const Inputs& in, const Part& part, int64_t k);
 
 // `target_blocks` run through the same tiles.
 Work work_of(const Plan& plan, int64_t target_blocks);
-// As if a multiprocessor had one block at a time, where the products of two take it as long as both together.
+// Counted as one block a multiprocessor at a time: two share its tensor cores, and take about as long as one after the
+// other.
 Work work_of_multiprocessors(const Plan& plan, int64_t target_blocks);
 
 // A tensor from the first sample of a part on.

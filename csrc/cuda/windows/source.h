@@ -77,7 +77,8 @@ __device__ inline void copy_planes(const Lattice& lattice, const Source& source,
 }
 
 // A thread's way through the points of a block in one pass of a cover, plane by plane. Beside the products this is what
-// a kernel executes most: what is the same in all planes is found once, and planes that follow are gone on to.
+// a kernel without the engine executes most: what is the same in all planes is found once, and planes that follow are
+// gone on to.
 class Walk {
  public:
   Walk() = default;

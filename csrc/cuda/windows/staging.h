@@ -27,10 +27,9 @@ AUTOFOCUS_HD inline int pipeline_bytes(const Lattice& lattice) {
 // products.
 //
 // Every thread calls every method: start, then in each turn {enter, ahead, leave} for tz = -1, 0, 1 and advance; finish
-// before shared memory is used otherwise.
-// Products of tz are begun behind enter and waited for before leave, in front of ahead, around it or behind. What a
-// kernel copies beside, it copies by copy() in the functions that start and leave take, and that is there from the next
-// turn's enter(-1) on.
+// before shared memory is used otherwise. Products of tz are begun behind enter and waited for before leave, in front
+// of ahead, around it or behind. What a kernel copies beside, it copies by copy() in the functions that start and leave
+// take, and that is there from the next turn's enter(-1) on.
 template <Readers kReaders, Reads kReads = Reads::kByProduct>
 class Pipeline {
  public:
