@@ -14,6 +14,8 @@ from autofocus_kernels.dispatch import backend_named
 
 pytest.register_assert_rewrite("helpers")
 
+from helpers.cuda_emulation import device, exact_float32, library, tf32  # noqa: F401, fixtures
+
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 settings.load_profile("tests")
 
@@ -22,6 +24,7 @@ settings.load_profile("tests")
 LONGEST = (
     "test_cuda_compile",
     "test_cuda_host",
+    "test_cuda_ptx",
     "test_benchmarks",
     "test_triton_interpreter",
     "test_triton_norm",

@@ -10,22 +10,17 @@ tests/test_cuda_compile.py sees to the machine code.
 
 import ctypes
 import itertools
-import os
 import random
-import runpy
-import shlex
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import plain_norms as layers
+from helpers.cuda_emulation import A100, COMPILER, EMULATION, H100, KILOBYTE, ROOT, RTX_5090, judge_tf32
 
 from autofocus_kernels import autofocus_conv, dispatch, reference, testing, tolerance
-from autofocus_kernels.backends import native
 from autofocus_kernels.backends.cuda import PASSES
 from autofocus_kernels.backends.cuda import backend as cuda
 from autofocus_kernels.backends.interface import Gradients
@@ -33,92 +28,7 @@ from autofocus_kernels.backends.reference import backend as definition
 from autofocus_kernels.call import Call
 from autofocus_kernels.testing import CASES, Case, call_of, evaluate, make_tensors
 
-ROOT = Path(__file__).resolve().parents[1]
-EMULATION = ROOT / "tests" / "cuda_host"
-FLAGS = runpy.run_path(str(ROOT / "csrc" / "flags.py"))
-COMPILER = shlex.split(os.environ.get("CXX", "c++"))
-KILOBYTE = 1024
-# Largest dynamic shared memory of a block and compute capability, by GPU (CUDA C++ programming guide).
-A100, H100, RTX_5090 = (163 * KILOBYTE, 80), (227 * KILOBYTE, 90), (99 * KILOBYTE, 120)
 HALVES = (torch.float16, torch.bfloat16)
-
-
-def compile_emulation(folder: Path) -> Path:
-    torch_folder = Path(torch.__file__).parent
-    flags = [
-        "-std=c++17",
-        "-O2",
-        "-fPIC",
-        "-fno-strict-aliasing",
-        "-Wall",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-        "-Wno-clobbered",
-        FLAGS["STABLE_ABI"],
-        "-DUSE_CUDA",
-        "-DAUTOFOCUS_CUDA_DISPATCH_KEY=CPU",
-        f"-I{ROOT / 'csrc'}",
-        f"-I{EMULATION}",
-        f"-isystem{torch_folder / 'include'}",
-    ]
-    sources = [
-        *(ROOT / "csrc" / "cuda").rglob("*.cu"),
-        ROOT / "csrc" / "binding" / "cuda.cpp",
-        *EMULATION.glob("*.cpp"),
-    ]
-    objects = [folder / ("_".join(source.relative_to(ROOT).parts) + ".o") for source in sources]
-
-    def run(command):
-        result = subprocess.run([*COMPILER, *map(str, command)], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-4000:]
-
-    def compile_one(pair):
-        source, target = pair
-        run([*flags, "-x", "c++", "-c", source, "-o", target])
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, zip(sources, objects)))
-    library = folder / "cuda_emulation.so"
-    # Symbolic: the stubs of tests/cuda_host come before torch's own functions of these names.
-    run(["-shared", "-Wl,-Bsymbolic", "-o", library, *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"])
-    return library
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    if shutil.which(COMPILER[0]) is None:
-        pytest.skip("no C++ compiler")
-    if native.unavailable("cuda") is None:
-        pytest.skip("the real CUDA library is loaded; it defines the same operators")
-    path = compile_emulation(tmp_path_factory.mktemp("cuda_host"))
-    torch.ops.load_library(path)
-    return ctypes.CDLL(str(path))
-
-
-@pytest.fixture
-def exact_float32():
-    """The tolerances are those of float32; tests of TF32 allow it."""
-    precision = torch.backends.cudnn.conv
-    before = precision.fp32_precision
-    precision.fp32_precision = "ieee"
-    yield
-    precision.fp32_precision = before
-
-
-@pytest.fixture
-def device(library, exact_float32, monkeypatch):
-    """Configures the emulated GPU; the cuda backend then takes CPU tensors."""
-    monkeypatch.setattr(cuda, "device_type", "cpu")
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda, "checked", False)  # it would emulate everything twice
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-
-    def configure(gpu=H100, late_copies=True, order=0, multiprocessors=3):
-        library.autofocus_emulation_configure(multiprocessors, *gpu, int(late_copies), order)
-
-    configure()
-    yield configure
-    configure()
 
 
 @pytest.fixture
@@ -129,12 +39,6 @@ def simple_tier(device, monkeypatch):
 @pytest.fixture(params=["simple", "fast"])
 def tier(device, request, monkeypatch):
     monkeypatch.setenv("AUTOFOCUS_CUDA_TIER", request.param)
-
-
-@pytest.fixture
-def tf32(device):
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
-    return device
 
 
 def refusals(case, dtype=torch.float16):
@@ -398,15 +302,6 @@ def test_fast_tier_on_other_gpus(device, gpu, case):
     device(gpu)
     assert refusals(case) == dict.fromkeys(PASSES)
     testing.check("cuda", case, torch.bfloat16)
-
-
-def judge_tf32(results, case, tensors):
-    """Operands are rounded to the nearest, each by at most half of TF32's eps: about a third of it in a sum's norm.
-
-    Not for sums of a few terms that cancel.
-    """
-    for name, expected in testing.truth(case, tensors).items():
-        assert testing.relative_error(results[name], expected) < tolerance.TF32_EPS / 2, name
 
 
 TF32_CASES = {

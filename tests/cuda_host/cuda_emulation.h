@@ -17,6 +17,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -52,6 +53,9 @@ inline float float_of(uint32_t bits) {
 
 namespace emulation {
 
+// Counts a launch. Whether somebody else (autofocus_emulation_run_by) has run it; `parameters` are their addresses.
+bool run_elsewhere(const char* name, const void* kernel, dim3 grid, int threads, int shared_bytes,
+                   const std::vector<const void*>& parameters, const std::vector<size_t>& sizes);
 void run_blocks(const char* name, dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel);
 unsigned char* shared_memory();
 void copy_async(unsigned char* to, const void* from, int bytes, bool valid);
@@ -139,11 +143,13 @@ inline void wait_for_copies(CopyBarrier& barrier, uint32_t phase) { emulation::w
 inline void copy_bulk(unsigned char* to, const void* from, int bytes, CopyBarrier& barrier) {
   emulation::copy_bulk(to, from, bytes, barrier);
 }
-struct PlaneMap {
+// As large as the driver's and aligned like it, so that parameters of kernels lie as they do on a GPU.
+struct alignas(128) PlaneMap {
   const unsigned char* points;
   int64_t volumes;
   int z, y, x, columns, rows;
 };
+static_assert(sizeof(PlaneMap) == 128, "");
 inline void prefetch_map(const PlaneMap&) {}
 PlaneMap plane_map(const void* points, int64_t volumes, int z, int y, int x, int columns, int rows);
 void copy_plane(unsigned char* to, const PlaneMap& map, int x, int y, int z, int volume, CopyBarrier& barrier);
@@ -326,6 +332,12 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int thre
             Arguments... arguments) {
   if (shared_bytes > device_limits().shared_bytes)
     throw std::runtime_error(std::string(name) + " asks for more shared memory than the device has");
+  const std::tuple<Parameters...> parameters(arguments...);
+  const auto elsewhere = [&](const auto&... each) {
+    return emulation::run_elsewhere(name, reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes,
+                                    {&each...}, {sizeof(each)...});
+  };
+  if (std::apply(elsewhere, parameters)) return;
   emulation::run_blocks(name, grid, threads, shared_bytes, [&] { kernel(arguments...); });
 }
 

@@ -1,0 +1,195 @@
+"""Instructions that are a function of their operands.
+
+``PURE``: first part of the opcode -> a function of its other parts, and of the types among them, that gives what to
+compute, the type of the result and those of the operands.
+"""
+
+import operator
+from functools import partial
+
+import numpy as np
+
+from .code import BITS
+from .memory import (
+    PtxError,
+    bfloat16_of_float,
+    dtype_of,
+    float_of_bfloat16,
+    halves,
+    tf32_of_float,
+    words,
+)
+
+SMALL_FLOATS = ("f16x2", "bf16x2", "bf16", "tf32")  # types beside those of code.BITS
+COMPARISONS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+
+
+def _same(function, count):
+    return lambda parts, kinds: (function, kinds[0], kinds * count)
+
+
+def _logic(bitwise, logical, count):
+    return lambda parts, kinds: (logical if kinds[0] == "pred" else bitwise, kinds[0], kinds * count)
+
+
+def _wide(kind):
+    return f"{kind[0]}{2 * BITS[kind]}"
+
+
+def _of_pairs(function, kind):
+    """On two 16-bit floats side by side; the result is rounded once."""
+
+    def on_pairs(*pairs):
+        if kind == "f16x2":
+            results = function(*(halves(pair).view(np.float16).astype(np.float32) for pair in pairs))
+            return words(results.astype(np.float16).view(np.uint16))
+        return words(bfloat16_of_float(function(*(float_of_bfloat16(halves(pair)) for pair in pairs))))
+
+    return on_pairs
+
+
+def _mul(parts, kinds):
+    (kind,) = kinds
+    if kind in SMALL_FLOATS:
+        return _of_pairs(operator.mul, kind), "b32", ["b32"] * 2
+    if "lo" in parts or kind[0] == "f":
+        return operator.mul, kind, [kind] * 2
+    if "wide" in parts:
+        return partial(np.multiply, dtype=dtype_of(_wide(kind))), _wide(kind), [kind] * 2
+    high = np.frompyfunc(lambda a, b: int(a) * int(b) >> BITS[kind], 2, 1)
+    return lambda a, b: high(a, b).astype(dtype_of(kind)), kind, [kind] * 2
+
+
+def _mad(parts, kinds):
+    (kind,) = kinds
+    if parts[0] != "lo":
+        raise PtxError("not known")
+    return lambda a, b, c: a * b + c, kind, [kind] * 3
+
+
+def _fma(parts, kinds):
+    (kind,) = kinds
+    if kind in SMALL_FLOATS:
+        return _of_pairs(lambda a, b, c: a * b + c, kind), "b32", ["b32"] * 3
+    if kind == "f32":  # the product is exact in float64
+        return lambda a, b, c: np.float32(np.multiply(a, b, dtype=np.float64) + c), kind, [kind] * 3
+    return lambda a, b, c: a * b + c, kind, [kind] * 3
+
+
+def _quotient(a, b):
+    """Towards zero; by zero anything."""
+    b = np.where(np.equal(b, 0), np.ones_like(b), b)
+    quotient = np.floor_divide(np.abs(a), np.abs(b))
+    return np.where((a < 0) != (b < 0), np.negative(quotient), quotient)
+
+
+def _div(parts, kinds):
+    return operator.truediv if kinds[0][0] == "f" else _quotient, kinds[0], kinds * 2
+
+
+def _rem(parts, kinds):
+    return lambda a, b: a - _quotient(a, b) * b, kinds[0], kinds * 2
+
+
+def _shift(function, beyond):
+    """``beyond``: what is left after more places than there are bits."""
+
+    def of(parts, kinds):
+        (kind,) = kinds
+        bits, dtype = BITS[kind], dtype_of(kind)
+
+        def shifted(a, places):
+            return np.where(places < bits, function(a, (places % bits).astype(dtype)), beyond(a, dtype.type(bits - 1)))
+
+        return shifted, kind, [kind, "u32"]
+
+    return of
+
+
+def _selp(parts, kinds):
+    return lambda a, b, chosen: np.where(chosen, a, b), kinds[0], [*kinds * 2, "pred"]
+
+
+def _setp(parts, kinds):
+    return COMPARISONS[parts[0]], "pred", kinds * 2
+
+
+def _mask(dtype, length):
+    return dtype.type((1 << int(length)) - 1)
+
+
+def _bfi(parts, kinds):
+    dtype = dtype_of(kinds[0])
+
+    def inserted(a, b, position, length):
+        mask = _mask(dtype, length) << dtype.type(position)
+        return b & ~mask | a << dtype.type(position) & mask
+
+    return inserted, kinds[0], [*kinds * 2, "u32", "u32"]
+
+
+def _bfe(parts, kinds):
+    (kind,) = kinds
+    if kind[0] != "u":
+        raise PtxError("not known")
+    dtype = dtype_of(kind)
+    return lambda a, position, length: a >> dtype.type(position) & _mask(dtype, length), kind, [kind, "u32", "u32"]
+
+
+def _prmt(parts, kinds):
+    def permuted(a, b, selector):
+        both = np.asarray(a).astype(np.uint64) | np.asarray(b).astype(np.uint64) << np.uint64(32)
+        result = np.zeros_like(both)
+        for i in range(4):
+            number = int(selector) >> 4 * i & 15
+            if number > 7:
+                raise PtxError("not known")  # its sign eight times
+            result |= (both >> np.uint64(8 * number) & np.uint64(255)) << np.uint64(8 * i)
+        return result.astype(np.uint32)
+
+    return permuted, "b32", ["b32"] * 3
+
+
+def _cvt(parts, kinds):
+    to, source = kinds
+    if to == "tf32":
+        return tf32_of_float, "b32", ["f32"]
+    if to in ("f16x2", "bf16x2"):
+        rounded = bfloat16_of_float if to == "bf16x2" else lambda value: value.astype(np.float16).view(np.uint16)
+        return lambda high, low: words(np.stack([rounded(low), rounded(high)], axis=-1)), "b32", ["f32"] * 2
+    if to == "bf16":
+        return bfloat16_of_float, "b16", ["f32"]
+    if source == "bf16":
+        return float_of_bfloat16, to, ["b16"]
+    if to[0] != "f" and source[0] == "f":
+        raise PtxError("not known")
+    dtype = dtype_of(to)
+    return lambda value: value.astype(dtype), to, [source]
+
+
+PURE = {
+    "add": _same(operator.add, 2),
+    "sub": _same(operator.sub, 2),
+    "min": _same(np.fmin, 2),
+    "max": _same(np.fmax, 2),
+    "neg": _same(np.negative, 1),
+    "abs": _same(np.abs, 1),
+    "mul": _mul,
+    "mad": _mad,
+    "fma": _fma,
+    "div": _div,
+    "rem": _rem,
+    "and": _logic(np.bitwise_and, np.logical_and, 2),
+    "or": _logic(np.bitwise_or, np.logical_or, 2),
+    "xor": _logic(np.bitwise_xor, np.logical_xor, 2),
+    "not": _logic(np.invert, np.logical_not, 1),
+    "shl": _shift(np.left_shift, lambda a, most: np.zeros_like(a)),
+    # Unsigned, a last place more would leave zero; the sign is left over and over.
+    "shr": _shift(np.right_shift, lambda a, most: a >> most if a.dtype.kind == "i" else np.zeros_like(a)),
+    "selp": _selp,
+    "setp": _setp,
+    "bfi": _bfi,
+    "bfe": _bfe,
+    "prmt": _prmt,
+    "cvt": _cvt,
+}

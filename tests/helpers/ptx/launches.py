@@ -1,0 +1,81 @@
+"""Takes over the launches of the emulation (tests/cuda_host)."""
+
+import ctypes
+import itertools
+import re
+import subprocess
+from pathlib import Path
+
+from .block import Block, Launch
+from .code import Kernel
+from .memory import PtxError
+
+_RUNNER = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.POINTER(ctypes.c_size_t),
+    ctypes.c_int,
+    ctypes.c_void_p,
+)
+
+
+def _demangled(symbols: list[str]) -> list[str]:
+    """As either compiler names a kernel."""
+    text = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
+    text = re.sub(r"_GLOBAL__N__\w+|\(anonymous namespace\)", "{}", text)
+    return (
+        text.replace("autofocus::cuda::Half", "__half")
+        .replace("autofocus::cuda::BFloat16", "__nv_bfloat16")
+        .split("\n")
+    )
+
+
+class Launches:
+    """While entered, kernels of the emulation are executed from their PTX.
+
+    ``late`` is as in block.py. ``executed`` has the opcodes of what was executed, ``launched`` the kernels' symbols.
+    """
+
+    MESSAGE_BYTES = 1000
+
+    def __init__(self, library: ctypes.CDLL, kernels: dict[str, Kernel]):
+        self.library, self.late = library, True
+        self.executed: set[str] = set()
+        self.launched: set[str] = set()
+        self._kernels = dict(zip(_demangled(list(kernels)), kernels.values()))
+        self._names = self._names_by_address(Path(library._name))
+        self._runner = _RUNNER(self._run)  # lives as long as the library may call it
+
+    def __enter__(self):
+        self.library.autofocus_emulation_run_by(self._runner)
+        return self
+
+    def __exit__(self, *error):
+        self.library.autofocus_emulation_run_by(None)
+
+    def _names_by_address(self, path: Path) -> dict[int, str]:
+        listed = subprocess.run(["nm", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+        offsets = {symbol: int(offset, 16) for offset, _, symbol in map(str.split, listed.splitlines())}
+        known = "autofocus_emulation_run_by"
+        base = ctypes.cast(self.library[known], ctypes.c_void_p).value - offsets[known]
+        return {base + offset: name for offset, name in zip(offsets.values(), _demangled(list(offsets)))}
+
+    def _run(self, address, numbers, parameters, sizes, count, message) -> int:
+        """Whether the kernel ran; an exception cannot pass through the library, its message can."""
+        try:
+            kernel = self._kernels[self._names[address]]
+            if list(kernel.parameters.values()) != sizes[:count]:
+                raise PtxError("parameters have other sizes on the GPU")
+            *grid, threads, shared_bytes = numbers[:5]
+            launch = Launch(tuple(grid), threads, shared_bytes, tuple(parameters[:count]), self.late)
+            block = Block(kernel, launch, self.executed)
+            for z, y, x in itertools.product(*map(range, reversed(grid))):
+                block.run((x, y, z))
+            self.launched.add(kernel.name)
+            return 1
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".encode()[: self.MESSAGE_BYTES - 1]
+            ctypes.memmove(message, text + b"\0", len(text) + 1)
+            return 0

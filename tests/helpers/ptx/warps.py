@@ -1,0 +1,190 @@
+"""Instructions of whole warps: shuffles, matrices, MMA. Fragments are those of the PTX manual."""
+
+import re
+
+import numpy as np
+
+from .memory import PtxError, elements, halves, words
+
+_LANES = np.arange(32)
+_ROWS, _MEMBERS = _LANES // 4, _LANES % 4  # of a lane in fragments
+
+
+def _shfl(block, parts, operands, number):
+    _, mode, kind = parts
+    to, source, lane, clamp, members = operands
+    result, *found = to if isinstance(to, list) else [to]
+    write, others = block.write(result, kind), [block.write(register, "pred") for register in found]
+    value, lane = block.by_thread(source, kind), block.by_thread(lane, "u32")
+    clamp, members = block.by_thread(clamp, "u32"), block.by_thread(members, "u32")
+    own = block.lanes % 32
+
+    def shuffle(active):
+        if np.any(clamp[active] != 31) or np.any(members[active] != 0xFFFFFFFF):
+            raise PtxError("a shuffle of a part of a warp")
+        other = {"bfly": own ^ lane, "idx": lane}[mode] % 32
+        write(value[block.lanes - own + other.astype(np.int64)], active)
+        for write_found in others:
+            write_found(True, active)
+
+    return shuffle
+
+
+def _movmatrix(block, parts, operands, number):
+    write, source = block.write(operands[0], "b32"), block.source(operands[1], "b32")
+
+    def transpose(active):
+        matrices = halves(source).reshape(-1, 8, 8).transpose(0, 2, 1)
+        write(words(matrices.reshape(-1, 2)), active)
+
+    return transpose
+
+
+def _ldmatrix(block, parts, operands, number):
+    if parts[:4] != ["sync", "aligned", "m8n8", "x4"]:
+        raise PtxError("not known")
+    writes, address = [block.write(register, "b32") for register in operands[0]], block.address(operands[1])
+
+    def load(active):
+        # Eight lanes name the rows of a matrix: [warps, matrices, rows, elements].
+        matrices = halves(block.shared.load(address()[active], 4, 4)).reshape(-1, 4, 8, 8)
+        if "trans" in parts:
+            matrices = matrices.transpose(0, 1, 3, 2)
+        fragments = words(matrices.reshape(-1, 4, 32, 2))
+        whole = np.zeros((4, block.threads), np.uint32)
+        whole[:, active] = fragments.transpose(1, 0, 2).reshape(4, -1)
+        for write, fragment in zip(writes, whole):
+            write(fragment, active)
+
+    return load
+
+
+def _depth_of(kind: str) -> int:
+    """k of a product: as many elements as 32 bytes have."""
+    return {"tf32": 8, "f16": 16, "bf16": 16}[kind]
+
+
+def _row_operand(registers, kind: str):
+    """Operand a, [warps, 16, k], from its four registers of [warps, 32]."""
+    in_word = _depth_of(kind) // 8
+    operand = np.zeros((registers[0].shape[0], 16, _depth_of(kind)), np.float32)
+    for i, register in enumerate(registers):
+        k = in_word * (_MEMBERS + 4 * (i // 2))[:, None] + np.arange(in_word)
+        operand[:, (_ROWS + 8 * (i % 2))[:, None], k] = elements(register, kind)
+    return operand
+
+
+def _column_operand(registers, kind: str):
+    """Operand b, [warps, k, 8], from its two registers."""
+    in_word = _depth_of(kind) // 8
+    operand = np.zeros((registers[0].shape[0], _depth_of(kind), 8), np.float32)
+    for i, register in enumerate(registers):
+        k = in_word * (_MEMBERS + 4 * i)[:, None] + np.arange(in_word)
+        operand[:, k, _ROWS[:, None]] = elements(register, kind)
+    return operand
+
+
+def _place_of_sum(registers: int):
+    """Row and column of each register of a warp's sums, [registers, 32]."""
+    i = np.arange(registers)[:, None]
+    return _ROWS + 8 * (i % 4 // 2), 8 * (i // 4) + 2 * _MEMBERS + i % 2
+
+
+def _by_warp(block, registers):
+    return [block.source(register, "b32").reshape(-1, 32) for register in registers]
+
+
+def _mma(block, parts, operands, number):
+    shape, kind = parts[2], parts[6]
+    if (
+        parts != ["sync", "aligned", shape, "row", "col", "f32", kind, kind, "f32"]
+        or shape != f"m16n8k{_depth_of(kind)}"
+    ):
+        raise PtxError("not known")
+    writes = [block.write(register, "f32") for register in operands[0]]
+    left, right = (_by_warp(block, registers) for registers in operands[1:3])
+    added = [block.source(register, "f32") for register in operands[3]]
+    rows, columns = _place_of_sum(4)
+
+    def multiply(active):
+        product = _row_operand(left, kind) @ _column_operand(right, kind)
+        sums = product[:, rows, columns].transpose(1, 0, 2).reshape(4, -1) + np.stack(added)
+        for write, values in zip(writes, sums):
+            write(values, active)
+
+    return multiply
+
+
+def _blocks(block, descriptor: int, kind: str, count: int):
+    """``count`` blocks of eight rows of 16 bytes and the next ones along k, [count, 2, 8, elements]."""
+    if descriptor >> 46:
+        raise PtxError("a descriptor with a base offset or swizzling")
+    start, along_k, along_rows = (descriptor >> shift & 0x3FFF for shift in (0, 16, 32))
+    places = start + along_rows * np.arange(count)[:, None, None] + along_k * np.arange(2)[:, None] + np.arange(8)
+    read = elements(block.shared.load(16 * places.astype(np.uint64), 4, 4), kind)
+    return read.reshape(count, 2, 8, -1)
+
+
+def _wgmma(block, parts, operands, number):
+    if parts[0] == "fence":
+        return lambda active: None
+    if parts[0] == "commit_group":
+        return lambda active: block.products.commit(active)
+    if parts[0] == "wait_group":
+        pending = int(operands[0].text)
+        return lambda active: block.products.wait(active, pending)
+    columns, depth = map(int, re.fullmatch(r"m64n(\d+)k(\d+)", parts[3]).groups())
+    kind = parts[5]
+    d, a, b, adds, *flags = operands
+    in_registers = isinstance(a, list)
+    # Signs, then for 16 bits whether operands in shared memory are transposed.
+    flags = [int(flag.text) for flag in flags]
+    known = [[1, 1]] if kind == "tf32" else [[1, 1, 0], [1, 1, 1]] if in_registers else [[1, 1, 0, 0], [1, 1, 0, 1]]
+    if parts[4:] != ["f32", kind, kind] or depth != _depth_of(kind) or len(d) != columns // 2 or flags not in known:
+        raise PtxError("not known")
+    is_turned = kind != "tf32" and flags[-1] == 1
+    sums, numbers = block.files[32].view(np.float32), [register.index for register in d]
+    rows_of_sum, columns_of_sum = _place_of_sum(len(d))
+    left = _by_warp(block, a) if in_registers else block.source(a, "b64")
+    right, adds = block.source(b, "b64"), block.by_thread(adds, "pred")
+
+    def multiply(active):
+        # Descriptors are read now; registers of sums and of operand a belong to the product until it is waited for.
+        names = [right.copy(), adds.copy(), *([] if in_registers else [left.copy()])]
+
+        def run(due):
+            read = {}  # warpgroups mostly share operand b
+
+            def right_operand(name):
+                blocks = _blocks(block, name, kind, columns // 8)  # a row is a column, or turned one of k
+                return blocks.transpose((1, 2, 0, 3) if is_turned else (1, 3, 0, 2)).reshape(depth, columns)
+
+            def left_operand(name):
+                return _blocks(block, name, kind, 8).transpose(0, 2, 1, 3).reshape(4, 16, depth)
+
+            def once(function, name):
+                if (function, name) not in read:
+                    read[function, name] = function(name)
+                return read[function, name]
+
+            warps = np.flatnonzero(due[::32])
+            by_warp = [name.reshape(-1, 32) for name in names]
+            if any((name[warps] != name[warps, :1]).any() for name in by_warp):
+                raise PtxError("the lanes of a warp name different operands")
+            fragments = _row_operand(left, kind) if in_registers else None
+            for warp in warps:
+                name_of_b, is_added, *name_of_a = (name[warp, 0].item() for name in by_warp)
+                own = fragments[warp] if in_registers else once(left_operand, *name_of_a)[warp % 4]
+                lanes = slice(32 * warp, 32 * warp + 32)
+                product = (own @ once(right_operand, name_of_b))[rows_of_sum, columns_of_sum]
+                sums[numbers, lanes] = product + sums[numbers, lanes] if is_added else product
+
+        if block.launch.late:
+            block.products.begin(active, run)
+        else:
+            run(active)
+
+    return multiply
+
+
+BINDERS = {"shfl": _shfl, "movmatrix": _movmatrix, "ldmatrix": _ldmatrix, "mma": _mma, "wgmma": _wgmma}
