@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from autofocus_kernels import AutofocusConv2d, autofocus_conv, reference, testing
@@ -42,12 +42,11 @@ def test_gradcheck(backend, case):
 @each_case
 def test_gradgradcheck(backend, case):
     function, inputs = positional(backend, case)
-    assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
+    assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
 
 
 @each_case
 def test_double_backward_equals_the_references(backend, case):
-    """Through the operators themselves; gradcheck with forward mode goes through the Function."""
     tensors = testing.make_tensors(case, torch.float64)
 
     def second_order(function):
@@ -125,6 +124,74 @@ def test_hessian_of_the_input(backend):
     expected = torch.autograd.functional.hessian(expected_loss, input.detach())
     torch.testing.assert_close(jacrev(grad(loss))(input.detach()), expected)
     torch.testing.assert_close(jacfwd(grad(loss))(input.detach()), expected)
+
+
+def along_itself(function):
+    """The derivative of ``function`` at tensors along a direction that depends on them."""
+    return lambda *tensors: jvp(function, tensors, tuple(tensor.sin() for tensor in tensors))[1]
+
+
+def vectorized_hessian(function, inputs):
+    rows = torch.autograd.functional.hessian(lambda *tensors: function(*tensors).tanh().sum(), inputs, vectorize=True)
+    return [block for row in rows for block in row]
+
+
+# Of the layer as a function of its tensors, and of these: tensors.
+NESTED = {
+    "forward twice": lambda f, x: along_itself(along_itself(f))(*x),
+    "forward three times": lambda f, x: along_itself(along_itself(along_itself(f)))(*x),
+    "forward twice over samples": lambda f, x: vmap(along_itself(along_itself(f)))(*(torch.stack([t, -t]) for t in x)),
+    "reverse over forward": lambda f, x: grad(lambda *t: along_itself(f)(*t).tanh().sum())(*x),
+    "forward over reverse over forward": lambda f, x: along_itself(grad(lambda *t: along_itself(f)(*t).tanh().sum()))(
+        *x
+    ),
+    "forward over reverse twice": lambda f, x: along_itself(
+        grad(lambda *s: grad(lambda *t: f(*t).tanh().sum())(*s).sin().sum())
+    )(*x),
+    "reverse over forward over reverse": lambda f, x: grad(
+        lambda *s: along_itself(grad(lambda *t: f(*t).tanh().sum()))(*s).sum()
+    )(*x),
+    "hessian": lambda f, x: hessian(lambda *t: f(*t).tanh().sum(), tuple(range(len(x))))(*x)[0][1],
+    "jacfwd twice": lambda f, x: jacfwd(jacfwd(lambda *t: f(*t).tanh().sum()))(*x),
+    "jacrev over jacfwd": lambda f, x: jacrev(jacfwd(lambda *t: f(*t).tanh().sum()))(*x),
+    "functionalize": lambda f, x: functionalize(f)(*x),
+    "hessian of torch.autograd, vectorized": lambda f, x: torch.cat([t.flatten() for t in vectorized_hessian(f, x)]),
+    "jacobian of torch.autograd, vectorized, forward": lambda f, x: torch.autograd.functional.jacobian(
+        f, x, vectorize=True, strategy="forward-mode"
+    )[-1],
+}
+
+
+@pytest.mark.parametrize("transforms", NESTED)
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_transforms_nest(backend, case, transforms):
+    names = testing.make_tensors(case).arguments()
+    function, inputs = positional(backend, case)
+    inputs = tuple(tensor.detach() for tensor in inputs)
+
+    def plain(*tensors):
+        return reference.autofocus_conv(**dict(zip(names, tensors)), **case.options)
+
+    result, expected = (NESTED[transforms](f, inputs) for f in (function, plain))
+    assert expected.norm() > 1e-3
+    torch.testing.assert_close(result, expected)
+
+
+def test_forward_over_reverse_twice_without_functorch(backend):
+    function, (input, *others) = positional(backend, CASES[0])
+    names = testing.make_tensors(CASES[0]).arguments()
+
+    def tangent(function):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(input, input.detach().sin())
+            (first,) = torch.autograd.grad(function(dual, *others).tanh().sum(), dual, create_graph=True)
+            (second,) = torch.autograd.grad(first.sin().sum(), dual)
+            return forward_ad.unpack_dual(second).tangent
+
+    def plain(*tensors):
+        return reference.autofocus_conv(**dict(zip(names, tensors)), **CASES[0].options)
+
+    torch.testing.assert_close(tangent(function), tangent(plain))
 
 
 SUBSETS = (

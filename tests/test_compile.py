@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.func import grad, hessian, jvp, vjp, vmap
 from torch.library import opcheck
 
 from autofocus_kernels import (
@@ -125,6 +126,24 @@ def test_dynamic_shapes_compile_once(backend):
             torch.compiler.set_stance("fail_on_recompile")
 
 
+TRANSFORMS = {
+    "grad": lambda f, x: grad(lambda t: f(t).tanh().sum())(x),
+    "grad over samples": lambda f, x: vmap(grad(lambda t: f(t[None]).tanh().sum()))(x),
+    "vjp": lambda f, x: vjp(lambda t: f(t).tanh(), x)[1](torch.ones(2, 3, 4, 5))[0],
+    "jvp": lambda f, x: jvp(lambda t: f(t).tanh(), (x,), (x.sin(),))[1],
+    "hessian": lambda f, x: hessian(lambda t: f(t).tanh().sum())(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_torch_func_compile(transform):
+    layer = AutofocusConv2d(2, 3, dilations=(1, 2)).requires_grad_(False)
+    input = torch.randn(2, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    transformed = partial(TRANSFORMS[transform], layer)
+    compiled = torch.compile(transformed, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(input), transformed(input), rtol=1e-4, atol=1e-5)
+
+
 def test_reference_compiles():
     case = CASES[1]
     tensors = testing.make_tensors(case)
@@ -152,6 +171,23 @@ def test_export_with_dynamic_batch_and_size():
     for shape in ((3, 2, 8, 9), (2, 2, 11, 6)):
         input = torch.randn(shape)
         torch.testing.assert_close(program.module()(input), layer(input))
+
+
+def test_an_exported_layer_has_all_derivatives():
+    """Which its operators hold: nothing of Python is left."""
+    layer = AutofocusConv2d(2, 3, dilations=(1, 2)).eval()
+    input = torch.randn(1, 2, 5, 6, generator=torch.Generator().manual_seed(0))
+    exported = torch.export.export(layer, (input,)).module()
+    for derivative in (TRANSFORMS["jvp"], TRANSFORMS["grad"], TRANSFORMS["hessian"]):
+        torch.testing.assert_close(derivative(exported, input), derivative(layer, input), rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_through_an_exported_branch_norm_is_refused():
+    layer = AutofocusConv2d(2, 3, dilations=(1, 2), branch_norm=True)
+    input = torch.randn(2, 2, 5, 6)
+    exported = torch.export.export(layer, (input,)).module()
+    with pytest.raises(RuntimeError, match="forward mode AD"):
+        jvp(exported, (input,), (input,))
 
 
 def test_export_of_the_reference_is_plain_convolutions():

@@ -131,3 +131,20 @@ def test_a_bundle_converts_monais_unet(parse):
     torch.testing.assert_close(network(input), plain(input), rtol=1e-4, atol=1e-5)
     ak.revert(network)
     assert repr(network) == repr(plain)
+
+
+@pytest.mark.parametrize("branch_norm", [False, True])
+def test_meta_tensors_train(branch_norm):
+    """What MONAI's loaders give: a subclass of Tensor, whose new_empty takes nothing but a tuple."""
+    data = pytest.importorskip("monai.data", reason="MONAI is not installed (pip install '.[monai]')")
+    layer = ak.AutofocusConv2d(2, 3, dilations=(1, 2), branch_norm=branch_norm)
+    input = torch.randn(2, 2, 6, 5)
+    outputs = []
+    for given in (input, data.MetaTensor(input, meta={"name": "scan"})):
+        layer.zero_grad()
+        output = layer(given.requires_grad_())
+        output.square().sum().backward()
+        outputs.append([output.detach(), given.grad, *(p.grad for p in layer.parameters())])
+    for of_tensor, of_meta in zip(*outputs):
+        assert torch.equal(torch.as_tensor(of_meta), of_tensor)
+    assert isinstance(outputs[1][0], data.MetaTensor)

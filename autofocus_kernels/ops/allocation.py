@@ -26,6 +26,6 @@ def allocate_gradients(primals, output_mask) -> list[Tensor]:
     """
     formats = [torch.preserve_format] * 3 + [torch.contiguous_format] * 3
     return [
-        torch.empty_like(primal, memory_format=layout) if wanted else primals[0].new_empty(0)
+        torch.empty_like(primal, memory_format=layout) if wanted else primals[0].new_empty((0,))
         for primal, wanted, layout in zip(primals, output_mask, formats)
     ]

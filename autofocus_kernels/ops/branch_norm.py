@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import dispatch, reference
 from ..call import Call, from_operator, operator_settings
 from .allocation import allocate_gradients, allocate_output, memory_format_of
-from .recording import traced, transforms_active
+from .recording import recorded, register, traced, transforms_active, unrecorded
 
 _PRIMALS = "Tensor input, Tensor weight, Tensor attention"
 _AFFINE = "Tensor norm_weight, Tensor norm_bias"
@@ -85,9 +85,8 @@ def apply(
                 "transforms, forward-mode AD or ONNX"
             )
         return plain(call, bias, norm_weight, norm_bias, eps)
-    output, mean, var, count, _ = torch.ops.autofocus.branch_norm(
-        *call[:3], bias, norm_weight, norm_bias, eps, save_branches, group, *operator_settings(call)
-    )
+    arguments = (*call[:3], bias, norm_weight, norm_bias, eps, save_branches, group, *operator_settings(call))
+    output, mean, var, count, _ = recorded(torch.ops.autofocus.branch_norm, _BranchNorm, _branch_norm, arguments)
     return output, Statistics(mean.detach(), var.detach(), count.detach())
 
 
@@ -163,7 +162,7 @@ def _branch_norm(input, weight, attention, bias, norm_weight, norm_bias, *settin
     if output.numel() > 0:
         _, scale, shift = fold(norm_weight, norm_bias, statistics.mean, statistics.var, settings.eps)
         _run("branch_combine", call, branches, scale, shift, output)
-    return output, *statistics, branches if settings.save_branches else input.new_empty(0)
+    return output, *statistics, branches if settings.save_branches else input.new_empty((0,))
 
 
 @torch.library.register_fake("autofocus::branch_norm")
@@ -174,7 +173,7 @@ def _branch_norm_fake(input, weight, attention, bias, norm_weight, norm_bias, *s
         torch.empty_like(norm_weight),
         torch.empty_like(norm_weight),
         norm_weight.new_empty(()),
-        allocate_branches(input, weight, attention) if save_branches else input.new_empty(0),
+        allocate_branches(input, weight, attention) if save_branches else input.new_empty((0,)),
     )
 
 
@@ -259,64 +258,74 @@ def _branch_norm_backward_fake(
 # ------------------------------------------------------------------ autograd
 
 
-def _save(ctx, inputs, output) -> None:
-    input, weight, attention, bias, norm_weight, norm_bias, *settings = inputs
-    ctx.save_for_backward(input, weight, attention, norm_weight, norm_bias, *output[1:], bias)
-    ctx.settings = NormSettings(*settings)
-    # A gradient for the saved branches would be a tensor of zeros of their size.
-    ctx.set_materialize_grads(False)
+class _BranchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs):
+        return unrecorded(torch.ops.autofocus.branch_norm, _branch_norm, inputs)
 
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        input, weight, attention, bias, norm_weight, norm_bias, *settings = inputs
+        ctx.save_for_backward(input, weight, attention, norm_weight, norm_bias, *output[1:], bias)
+        ctx.settings = NormSettings(*settings)
+        # A gradient for the saved branches would be a tensor of zeros of their size.
+        ctx.set_materialize_grads(False)
 
-def _gradients(ctx, grad_output, *_):
-    if grad_output is None:
-        return (None,) * len(ctx.needs_input_grad)
-    *saved, bias = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad)
-    mask = [*needs[:3], *needs[4:6]]
-    gradients = torch.ops.autofocus.branch_norm_backward(grad_output, *saved, *ctx.settings, mask)
-    wanted = [g if want else None for g, want in zip(gradients, mask)]
-    grad_bias = torch.zeros_like(bias) if needs[3] else None
-    return *wanted[:3], grad_bias, *wanted[3:], *(None,) * len(ctx.settings)
-
-
-torch.library.register_autograd("autofocus::branch_norm", _gradients, setup_context=_save)
-
-
-def _save_for_double_backward(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    *settings, ctx.output_mask = inputs[10:]
-    ctx.settings = NormSettings(*settings)
-    ctx.set_materialize_grads(False)
-
-
-def _double_gradients(ctx, *grad_gradients):
-    """Differentiates the plain definition twice."""
-    if ctx.settings.group is not None:
-        raise RuntimeError("branch_norm that shares statistics between processes cannot be differentiated twice")
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Aliases, because the saved tensors may depend on each other and only the direct paths count here.
-        aliases = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        grad_output, *primals = aliases
-        output, _ = plain(ctx.settings.call(*primals[:3]), None, *primals[3:], ctx.settings.eps)
-        gradients = torch.autograd.grad(output, primals, grad_output, create_graph=True)
-        pairs = [
-            (gradient, grad)
-            for gradient, grad, wanted in zip(gradients, grad_gradients, ctx.output_mask)
-            if wanted and grad is not None
-        ]
-        if not pairs:
+    @staticmethod
+    def backward(ctx, grad_output, *_):
+        if grad_output is None:
             return (None,) * len(ctx.needs_input_grad)
-        results = torch.autograd.grad(
-            [gradient for gradient, _ in pairs],
-            aliases,
-            [grad for _, grad in pairs],
-            allow_unused=True,
-            create_graph=create_graph,
-        )
-    return *results, *(None,) * (len(ctx.needs_input_grad) - len(results))
+        *saved, bias = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad)
+        mask = [*needs[:3], *needs[4:6]]
+        arguments = (grad_output, *saved, *ctx.settings, mask)
+        op = torch.ops.autofocus.branch_norm_backward
+        gradients = recorded(op, _BranchNormBackward, _branch_norm_backward, arguments)
+        wanted = [g if want else None for g, want in zip(gradients, mask)]
+        grad_bias = torch.zeros_like(bias) if needs[3] else None
+        return *wanted[:3], grad_bias, *wanted[3:], *(None,) * len(ctx.settings)
 
 
-torch.library.register_autograd(
-    "autofocus::branch_norm_backward", _double_gradients, setup_context=_save_for_double_backward
-)
+class _BranchNormBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs):
+        return unrecorded(torch.ops.autofocus.branch_norm_backward, _branch_norm_backward, inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:6])
+        *settings, ctx.output_mask = inputs[10:]
+        ctx.settings = NormSettings(*settings)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grad_gradients):
+        """Differentiates the plain definition twice."""
+        if ctx.settings.group is not None:
+            raise RuntimeError("branch_norm that shares statistics between processes cannot be differentiated twice")
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases, because the saved tensors may depend on each other and only the direct paths count here.
+            aliases = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
+            grad_output, *primals = aliases
+            output, _ = plain(ctx.settings.call(*primals[:3]), None, *primals[3:], ctx.settings.eps)
+            gradients = torch.autograd.grad(output, primals, grad_output, create_graph=True)
+            pairs = [
+                (gradient, grad)
+                for gradient, grad, wanted in zip(gradients, grad_gradients, ctx.output_mask)
+                if wanted and grad is not None
+            ]
+            if not pairs:
+                return (None,) * len(ctx.needs_input_grad)
+            results = torch.autograd.grad(
+                [gradient for gradient, _ in pairs],
+                aliases,
+                [grad for _, grad in pairs],
+                allow_unused=True,
+                create_graph=create_graph,
+            )
+        return *results, *(None,) * (len(ctx.needs_input_grad) - len(results))
+
+
+register("autofocus::branch_norm", _BranchNorm)
+register("autofocus::branch_norm_backward", _BranchNormBackward)

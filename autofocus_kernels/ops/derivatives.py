@@ -14,32 +14,23 @@ from .. import reference
 from ..call import Call, operator_arguments
 from . import conv
 from .conv import ATTENTION, BIAS, INPUT, SCALE, SHIFT, WEIGHT
-from .recording import recorded, traced, unrecorded
+from .recording import primals_of, recorded, register, traced, unrecorded
 from .terms import constant_term, constant_term_grad
 
 
 def apply(call: Call) -> Tensor:
     """One differentiable call."""
-    arguments = operator_arguments(call)
-    if traced():
-        if torch.onnx.is_in_onnx_export():  # ONNX has no such operator, but convolutions
-            return reference.weighted_sum(call)
-        return torch.ops.autofocus.forward(*arguments)
+    if traced() and torch.onnx.is_in_onnx_export():  # ONNX has no such operator, but convolutions
+        return reference.weighted_sum(call)
+    return _forward(*operator_arguments(call))
+
+
+def _forward(*arguments) -> Tensor:
     return recorded(torch.ops.autofocus.forward, _Autofocus, conv.forward, arguments)
 
 
-def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.settings = inputs[6:]
-
-
-def _gradients(ctx, grad_output):
-    mask = list(ctx.needs_input_grad[:6])
-    gradients = torch.ops.autofocus.backward(grad_output, *ctx.saved_tensors, *ctx.settings, mask)
-    return *(g if wanted else None for g, wanted in zip(gradients, mask)), None, None, None, None
-
-
-torch.library.register_autograd("autofocus::forward", _gradients, setup_context=_save)
+def _backward(*arguments) -> tuple[Tensor, ...]:
+    return recorded(torch.ops.autofocus.backward, _AutofocusBackward, conv.backward, arguments)
 
 
 def _tangent_terms(primals, tangents):
@@ -58,17 +49,10 @@ def _tangent_terms(primals, tangents):
 
 def _tangent(primals, tangents, settings: tuple) -> Tensor | None:
     """The directional derivative of the forward; None if every tangent is None."""
-    terms = [torch.ops.autofocus.forward(*term, *settings) for _, term in _tangent_terms(primals, tangents)]
+    terms = [_forward(*term, *settings) for _, term in _tangent_terms(primals, tangents)]
     if tangents[BIAS] is not None or tangents[SHIFT] is not None:
         terms.append(constant_term(primals[ATTENTION], tangents[BIAS], tangents[SHIFT], None))
     return sum(terms[1:], terms[0]) if terms else None
-
-
-def _save_for_double_backward(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.settings = inputs[7:11]
-    ctx.output_mask = inputs[11]
-    ctx.set_materialize_grads(False)
 
 
 def _gradients_tangent(grad_output, primals, tangents, settings: tuple, mask):
@@ -86,7 +70,7 @@ def _gradients_tangent(grad_output, primals, tangents, settings: tuple, mask):
             wanted and i != slot and argument is not None for i, (wanted, argument) in enumerate(zip(mask, term))
         ]
         if any(term_mask):
-            gradients = torch.ops.autofocus.backward(grad_output, *term, *settings, term_mask)
+            gradients = _backward(grad_output, *term, *settings, term_mask)
             for i in range(6):
                 if term_mask[i]:
                     accumulate(i, gradients[i])
@@ -98,23 +82,8 @@ def _gradients_tangent(grad_output, primals, tangents, settings: tuple, mask):
     return results
 
 
-def _double_gradients(ctx, *grad_gradients):
-    """With ``t_i`` the gradients of the wanted gradients, the loss is ``<G, tangent(t)>``: differentiate that."""
-    grad_output, *primals = ctx.saved_tensors
-    tangents = [grad if wanted else None for grad, wanted in zip(grad_gradients, ctx.output_mask)]
-    needs_grad_output, *needs = ctx.needs_input_grad[:7]
-    results = _gradients_tangent(grad_output, primals, tangents, ctx.settings, needs)
-    grad_grad_output = _tangent(primals, tangents, ctx.settings) if needs_grad_output else None
-    return grad_grad_output, *results, None, None, None, None, None
-
-
-torch.library.register_autograd("autofocus::backward", _double_gradients, setup_context=_save_for_double_backward)
-
-
 class _Autofocus(torch.autograd.Function):
-    """The forward operator where nothing is compiled (:func:`recorded`)."""
-
-    generate_vmap_rule = True
+    """The forward operator."""
 
     @staticmethod
     def forward(*inputs):
@@ -122,26 +91,24 @@ class _Autofocus(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _save(ctx, inputs, output)
+        ctx.save_for_backward(*inputs[:6])
         ctx.save_for_forward(*inputs[:6])
+        ctx.settings = inputs[6:]
 
     @staticmethod
     def backward(ctx, grad_output):
         mask = list(ctx.needs_input_grad[:6])
-        arguments = (grad_output, *ctx.saved_tensors, *ctx.settings, mask)
-        op = torch.ops.autofocus.backward
-        gradients = op(*arguments) if traced() else recorded(op, _AutofocusBackward, conv.backward, arguments)
+        gradients = _backward(grad_output, *ctx.saved_tensors, *ctx.settings, mask)
         return *(g if wanted else None for g, wanted in zip(gradients, mask)), None, None, None, None
 
     @staticmethod
     def jvp(ctx, *tangents):
-        return _tangent(ctx.saved_tensors, tangents[:6], ctx.settings)
+        with primals_of(ctx.saved_tensors) as primals:
+            return _tangent(primals, tangents[:6], ctx.settings)
 
 
 class _AutofocusBackward(torch.autograd.Function):
-    """The backward operator likewise: the backward of :class:`_Autofocus`, itself differentiable."""
-
-    generate_vmap_rule = True
+    """The backward operator: the backward of :class:`_Autofocus`, itself differentiable."""
 
     @staticmethod
     def forward(*inputs):
@@ -149,22 +116,35 @@ class _AutofocusBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _save_for_double_backward(ctx, inputs, output)
+        ctx.save_for_backward(*inputs[:7])
         ctx.save_for_forward(*inputs[:7])
+        ctx.settings = inputs[7:11]
+        ctx.output_mask = inputs[11]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grad_gradients):
-        return _double_gradients(ctx, *grad_gradients)
+        """With ``t_i`` the gradients of the wanted gradients, the loss is ``<G, tangent(t)>``: differentiate that."""
+        grad_output, *primals = ctx.saved_tensors
+        tangents = [grad if wanted else None for grad, wanted in zip(grad_gradients, ctx.output_mask)]
+        needs_grad_output, *needs = ctx.needs_input_grad[:7]
+        results = _gradients_tangent(grad_output, primals, tangents, ctx.settings, needs)
+        grad_grad_output = _tangent(primals, tangents, ctx.settings) if needs_grad_output else None
+        return grad_grad_output, *results, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx, grad_output_tangent, *tangents):
-        grad_output, *primals = ctx.saved_tensors
         mask = ctx.output_mask
-        results = _gradients_tangent(grad_output, primals, tangents[:6], ctx.settings, mask)
-        if grad_output_tangent is not None:
-            along = torch.ops.autofocus.backward(grad_output_tangent, *primals, *ctx.settings, mask)
-            results = [r if l is None else l if r is None else r + l for r, l in zip(results, along)]
+        with primals_of(ctx.saved_tensors) as (grad_output, *primals):
+            results = _gradients_tangent(grad_output, primals, tangents[:6], ctx.settings, mask)
+            if grad_output_tangent is not None:
+                along = _backward(grad_output_tangent, *primals, *ctx.settings, mask)
+                results = [r if l is None else l if r is None else r + l for r, l in zip(results, along)]
         return tuple(
-            primals[INPUT].new_zeros(0) if not wanted else torch.zeros_like(primal) if result is None else result
+            primals[INPUT].new_zeros((0,)) if not wanted else torch.zeros_like(primal) if result is None else result
             for wanted, primal, result in zip(mask, primals, results)
         )
+
+
+register("autofocus::forward", _Autofocus)
+register("autofocus::backward", _AutofocusBackward)

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 
 
 def traced() -> bool:
-    """Whether a tracer looks at operators, and so at their own autograd, not at Python.
-
-    That own autograd is what torch.compile, torch.export and torch.jit.trace see through. It fails under functorch,
-    gives silent zero tangents in forward mode and takes the host seven times as long as a Function.
-    """
+    """Whether a tracer looks at operators, not at Python: torch.compile, torch.export, torch.jit.trace."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def register(name: str, function: type[torch.autograd.Function]) -> None:
+    """Makes ``function`` the derivative of an operator wherever one is dispatched: traced, in a graph, transformed.
+
+    torch.library.register_autograd would do for reverse mode alone: it is silently zero in forward mode and fails under
+    functorch. As the operator's own kernel for autograd a Function meets functorch level by level, as torch's operators
+    do, so transforms nest. Without a jvp of its own it refuses forward mode.
+    """
+
+    def kernel(*arguments):
+        with enable_single_level_autograd_function():
+            return _record(function, arguments)
+
+    torch.library.impl(name, "Autograd")(kernel)
+
+
+def _record(function: type[torch.autograd.Function], arguments: tuple):
+    # Past Function.apply, which would hand functorch's levels on by itself, and whose binding of arguments to a
+    # signature is most of the time of a small call.
+    return super(torch.autograd.Function, function).apply(*arguments)
+
+
 def recorded(op, function: type[torch.autograd.Function], implementation, arguments: tuple):
-    """``op(*arguments)``, differentiated by ``function``."""
-    if transforms_active():
-        return function.apply(*arguments)
-    if torch.is_grad_enabled():
-        # Past Function.apply, whose binding of arguments to a signature is most of its time.
-        return super(torch.autograd.Function, function).apply(*arguments)
+    """``op(*arguments)``, differentiated by ``function``, its registered derivative."""
+    if traced() or torch._C._are_functorch_transforms_active():
+        return op(*arguments)
+    if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+        return _record(function, arguments)  # without the dispatcher, which takes the host seven times as long
     return unrecorded(op, implementation, arguments)
+
+
+@contextlib.contextmanager
+def primals_of(saved):
+    """For a Function's jvp: the saved tensors without the tangents of its own level; those of other levels count."""
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad._set_fwd_grad_enabled(True):  # torch has switched it off, for all levels
+        yield [None if tensor is None else forward_ad.unpack_dual(tensor, level=0).primal for tensor in saved]
 
 
 def unrecorded(op, implementation, arguments: tuple):
@@ -36,14 +63,19 @@ def unrecorded(op, implementation, arguments: tuple):
         and not torch.autograd.profiler._is_profiler_enabled  # it shows operators by name
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
-        # autograd.grad(is_grads_batched=True) has a vmap of its own, for the gradient that comes first.
-        and not torch._C._functorch.is_legacy_batchedtensor(arguments[0])
+        # autograd.grad(is_grads_batched=True) has a vmap of its own.
+        and not any(_is_batched(argument) for argument in arguments if isinstance(argument, Tensor))
     ):
         return implementation(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+        if not torch._C._are_functorch_transforms_active():
+            return op(*arguments)
+        # A Function's forward runs without derivatives of its own level; the levels below are not meant.
+        with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+            return op(*arguments)
 
 
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 # Types of an operator's arguments: no subclass of Tensor, which may have operators of its own.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), list, tuple, str})
 

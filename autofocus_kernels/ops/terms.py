@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,17 +13,27 @@ from .allocation import memory_format_of
 def constant_term(attention, bias, branch_shift, like: Tensor) -> Tensor:
     """``sum_k a_k h_k`` with ``h_k`` the bias or the branch shift; zeros if there is neither."""
     if branch_shift is not None:
-        return torch.einsum("nk...,ko->no...", attention, branch_shift)
+        return _mixed(attention, branch_shift.t())
     if bias is not None:
-        return torch.einsum("n...,o->no...", attention.sum(1), bias)
+        return _mixed(attention.sum(1, keepdim=True), bias[:, None])
     return torch.zeros_like(like)
 
 
 def constant_term_grad(grad_output, attention, bias, branch_shift) -> Tensor:
     """The gradient of :func:`constant_term` for attention: ``<h_k, G(p)>``."""
     if branch_shift is not None:
-        return torch.einsum("no...,ko->nk...", grad_output, branch_shift)
-    return torch.einsum("no...,o->n...", grad_output, bias).unsqueeze(1).expand_as(attention)
+        return _mixed(grad_output, branch_shift)
+    return _mixed(grad_output, bias[None]).expand_as(attention)
+
+
+def _mixed(volume: Tensor, matrix: Tensor) -> Tensor:
+    """``matrix`` ``[J, I]`` times the channels of ``volume`` ``[N, I, *S]`` at every position: ``[N, J, *S]``.
+
+    By what the vmap of torch.autograd has rules for; it has none for einsum and matmul.
+    """
+    N, channels, *size = volume.shape
+    rows = torch.bmm(matrix.expand(N, *matrix.shape), volume.reshape(N, channels, math.prod(size)))
+    return rows.reshape(N, matrix.shape[0], *size)
 
 
 def attention_weighted_sums(attention: Tensor, grad_output: Tensor) -> Tensor:
