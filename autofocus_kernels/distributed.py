@@ -98,14 +98,12 @@ class SpatiallySharded(nn.Module):
         layer: Any = self.layer
         dim = self.dim
         fused = isinstance(layer, AutofocusConvNd)
-        if fused:
-            check_layer_input(input, layer.weight)
-        elif return_attention:
-            raise TypeError(f"return_attention is for autofocus layers, got a layer of type {type(layer).__name__}")
-        elif not isinstance(input, Tensor) or input.dim() - len(layer.kernel_size) not in (1, 2):
-            raise ValueError(f"input must be a tensor [N, C, *S] or [C, *S] for {layer}, got {_describe(input)}")
-
-        shards = _gather_shards(input, dim, self.process_group)
+        try:
+            self._check_own(input, return_attention)
+            error = None
+        except (TypeError, ValueError) as raised:
+            error = raised  # the others have to know before this rank may leave
+        shards = _gather_shards(input, dim, self.process_group, error, layer.weight.device)
         if fused and layer.branch_norm is not None:
             self._check_norms(layer.branch_norm)
         size = list(input.shape[-len(layer.kernel_size) :])
@@ -141,6 +139,16 @@ class SpatiallySharded(nn.Module):
         padding[dim] += geometry.origin[dim] - axis.reach
         output = layer.blend(part(axis.read_by(outputs[rank])), attention, tuple(padding))
         return (output, attention) if return_attention else output
+
+    def _check_own(self, input, return_attention: bool) -> None:
+        """What a rank can tell by itself."""
+        layer: Any = self.layer
+        if isinstance(layer, AutofocusConvNd):
+            check_layer_input(input, layer.weight)
+        elif return_attention:
+            raise TypeError(f"return_attention is for autofocus layers, got a layer of type {type(layer).__name__}")
+        elif not isinstance(input, Tensor) or input.dim() - len(layer.kernel_size) not in (1, 2):
+            raise ValueError(f"input must be a tensor [N, C, *S] or [C, *S] for {layer}, got {_describe(input)}")
 
     def _check_norms(self, norms: nn.ModuleList) -> None:
         if not uses_batch_statistics(norms):
@@ -178,18 +186,29 @@ def _describe(input) -> str:
 # ------------------------------------------------------------------ what each rank holds, computes and reads
 
 
-def _gather_shards(input: Tensor, dim: int, group: dist.ProcessGroup | None) -> list[Span]:
-    """The shard of every rank of ``group``, after a check that they make one volume, which all ranks fail alike."""
+def _gather_shards(
+    input: Tensor, dim: int, group: dist.ProcessGroup | None, error: Exception | None, device: torch.device
+) -> list[Span]:
+    """The shard of every rank of ``group``, after a check that they make one volume, which all ranks fail alike.
+
+    ``error`` is why this rank cannot go on; ``device`` is where messages may be.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("SpatiallySharded needs torch.distributed.init_process_group to have been called")
     if dist.get_rank(group) < 0:
         raise RuntimeError("SpatiallySharded: this process is not in process_group")
-    wants_gradient = input.requires_grad and torch.is_grad_enabled()
-    facts = [input.dtype.itemsize, input.dtype is torch.bfloat16, wants_gradient, input.dim(), *input.shape]
-    own = torch.tensor(facts + [0] * (9 - len(facts)), device=input.device)
+    facts = []
+    if error is None:
+        wants_gradient = input.requires_grad and torch.is_grad_enabled()
+        facts = [input.dtype.itemsize, input.dtype is torch.bfloat16, wants_gradient, input.dim(), *input.shape]
+    own = torch.tensor(facts + [0] * (9 - len(facts)), device=device)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
     ranks = torch.stack(gathered).tolist()
+    if error is not None:
+        raise error
+    if refused := [number for number, rank in enumerate(ranks) if rank[0] == 0]:
+        raise ValueError(f"input must be one that all ranks take, got one that rank {refused[0]} refuses")
     at = 4 + input.dim() + dim
     sizes = [rank[at] for rank in ranks]
     alike = [rank[:at] + rank[at + 1 :] for rank in ranks]

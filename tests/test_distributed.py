@@ -238,6 +238,8 @@ def check_errors(rank):
         "shapes": error_of(lambda: SpatiallySharded(layer, 2)(torch.randn(1, 3, 6, 6 + rank))),
         "gradients": error_of(lambda: SpatiallySharded(layer, 2)(image.clone().requires_grad_(rank == 1))),
         "dtypes": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3), 2)(image.bfloat16() if rank else image.half())),
+        "refused": error_of(lambda: SpatiallySharded(layer, 2)(image.double() if rank == 1 else image)),
+        "channels": error_of(lambda: SpatiallySharded(layer, 2)(image[:, : 3 - rank])),
         "empty": error_of(lambda: SpatiallySharded(strided, 2)(image[:, :, : 1 if rank else 6])),
         "norms": error_of(lambda: SpatiallySharded(normed, 2)(image)),
         "small": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3, dilation=20), 2)(image)),
@@ -443,6 +445,14 @@ def test_every_rank_refuses_what_no_rank_can_run(ranks):
     for results in ranks:
         for name, pattern in expected.items():
             assert re.match(pattern, results["errors"][name]), results["errors"][name]
+
+
+def test_every_rank_refuses_what_one_rank_refuses(ranks):
+    other = "ValueError: input must be one that all ranks take, got one that rank 1 refuses"
+    of_dtype = [results["errors"]["refused"] for results in ranks]
+    assert [of_dtype[0], of_dtype[2]] == [other] * 2 and "dtype" in of_dtype[1]
+    of_channels = [results["errors"]["channels"] for results in ranks]
+    assert of_channels[0] == other and all("channels" in error for error in of_channels[1:])
 
 
 @pytest.mark.parametrize("name", ["DDP", "FSDP2"])
