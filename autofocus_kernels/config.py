@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import platform
 
 import torch
 
 from . import self_check
 from .backends.cuda import MINIMUM_CAPABILITY
-from .dispatch import CUDA_FIRST, ENVIRONMENT_VARIABLE, PREFERENCE, available_backends
+from .dispatch import BACKENDS, CUDA_FIRST, ENVIRONMENT_VARIABLE, PREFERENCE, available_backends, forced_backend
 from .version import __version__
 
 
 def show_config() -> str:
     """Versions, devices and backends of this process, and what its self-checks found (self_check.py)."""
-    forced = os.environ.get(ENVIRONMENT_VARIABLE)
     lines = [
         f"autofocus_kernels {__version__}",
         f"python            {platform.python_version()} on {platform.platform()}",
@@ -29,12 +27,19 @@ def show_config() -> str:
                 f"cuda device {i}     {torch.cuda.get_device_name(i)}",
                 f"  kernels         {_kernels(i, backends)}",
             ]
-    lines.append(f"{ENVIRONMENT_VARIABLE} {forced if forced else 'not set'}")
+    lines.append(f"{ENVIRONMENT_VARIABLE} {_forced()}")
     lines += [
         f"backend {name:<9} {'available' if reason is None else 'unavailable: ' + reason}"
         for name, reason in backends.items()
     ]
     return "\n".join(lines + self_check.report())
+
+
+def _forced() -> str:
+    name = forced_backend()
+    if name is None or name in BACKENDS:
+        return name or "not set"
+    return f"{name}: every call fails, it must be one of {', '.join(BACKENDS)}"
 
 
 def _kernels(index: int, backends: dict[str, str | None]) -> str:

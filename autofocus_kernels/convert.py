@@ -219,6 +219,9 @@ def _layer_like(name: str, conv: _ConvNd, dilations: Sequence[IntOrTuple]) -> An
         raise ValueError(
             f"dilations must hold a branch of 1 on every axis, the convolution as it was, got {dilations!r}"
         )
+    own = [attribute for attribute in sorted(_settings_of_layers_only() | {"attention"}) if hasattr(conv, attribute)]
+    if own:
+        raise ValueError(f"{name} has attributes of its own that an autofocus layer needs: {', '.join(own)}")
     if not conv.weight.dtype.is_floating_point:
         raise ValueError(f"{name} must have a real floating dtype, got {conv.weight.dtype}")
     try:

@@ -45,6 +45,11 @@ def check_backend_name(name: str | None, source: str = "backend") -> None:
         raise ValueError(f"{source} must be None or one of {', '.join(BACKENDS)}, got {name!r}")
 
 
+def forced_backend() -> str | None:
+    """What the environment variable names, whether there is such a backend or not."""
+    return os.environ.get(ENVIRONMENT_VARIABLE, "").strip().lower() or None
+
+
 def run(function: str, call: Call, *arguments) -> None:
     """Calls ``function(call, *arguments)`` of the backend for this call (backends/interface.py).
 
@@ -55,7 +60,7 @@ def run(function: str, call: Call, *arguments) -> None:
     Raises:
         RuntimeError: a forced backend cannot run this call, or fails its self-check; the message gives the reason.
     """
-    forced = call.backend or os.environ.get(ENVIRONMENT_VARIABLE, "").strip().lower() or None
+    forced = call.backend or forced_backend()
     if forced is None:
         names = preferred(function, call, arguments)
     else:

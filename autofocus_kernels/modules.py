@@ -40,8 +40,11 @@ def require_spatial_dims(value: int) -> int:
 @torch.fx.wrap
 def check_layer_input(input: Tensor, weight: Tensor) -> None:
     """:func:`check_input` for an input with or without a batch axis, of another dtype only under autocast."""
+    mixed = autocasts(input)
+    if isinstance(input, Tensor) and input.dtype != weight.dtype and not mixed:
+        raise TypeError(f"input must have the dtype of the layer's weight, {weight.dtype}, got {input.dtype}")
     unbatched = isinstance(input, Tensor) and input.dim() == weight.dim() - 1
-    check_input(input.unsqueeze(0) if unbatched else input, weight, mixed=autocasts(input))
+    check_input(input.unsqueeze(0) if unbatched else input, weight, mixed=mixed)
 
 
 @torch.fx.wrap
@@ -162,8 +165,8 @@ class AutofocusConvNd(_ConvNd):
         if padding_mode != "zeros":
             raise ValueError(f'padding_mode must be "zeros", got {padding_mode!r}')
         check_backend_name(backend)
-        if attention is not None and not callable(attention):
-            raise TypeError(f"attention must be None or a module, got {type(attention).__name__}")
+        if attention is not None and (not callable(attention) or isinstance(attention, type)):
+            raise TypeError(f"attention must be None or a module, got {_kind(attention)}")
         in_channels = require_count("in_channels", in_channels)
         out_channels = require_count("out_channels", out_channels)
         kernel_size = per_axis("kernel_size", kernel_size, self.spatial_dims, minimum=1)
@@ -217,6 +220,8 @@ class AutofocusConvNd(_ConvNd):
 
     def blend(self, input: Tensor, attention: Tensor, padding: Padding) -> Tensor:
         """The layer's output for the weights that the gate gave, and for a padding of the caller's."""
+        if isinstance(attention, (tuple, list, dict)):  # not: no Tensor, as torch.fx's proxies are
+            raise TypeError(f"attention must return a tensor [N, K, *S_out], got {_kind(attention)}")
         tensors = (input, self.weight, attention.to(input.dtype), self.bias)
         options: dict[str, Any] = {
             "dilations": self.dilations,
@@ -237,6 +242,10 @@ class AutofocusConvNd(_ConvNd):
         if self.backend is not None:
             parts.append(f"backend={self.backend!r}")
         return ", ".join(parts)
+
+
+def _kind(value) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def _short(dilations) -> tuple:

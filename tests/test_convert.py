@@ -275,6 +275,15 @@ def test_weight_norm_by_hooks_is_refused(norm):
         ak.convert(norm(nn.Conv2d(4, 4, 3, padding=1)))
 
 
+@pytest.mark.parametrize("attribute", ["attention", "backend"])
+def test_attributes_that_the_layer_needs_are_refused(attribute):
+    network = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+    setattr(network[0], attribute, "mine")
+    with pytest.raises(ValueError, match=f"^0 has attributes of its own that an autofocus layer needs: {attribute}"):
+        ak.convert(network)
+    assert type(network[0]) is nn.Conv2d and getattr(network[0], attribute) == "mine"
+
+
 @pytest.mark.parametrize(
     "arguments, kind, message",
     [

@@ -199,6 +199,7 @@ def test_unknown_name_in_the_environment(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, "fast")
     with pytest.raises(ValueError, match=f"{ENVIRONMENT} must be .*got 'fast'"):
         call()
+    assert f"{ENVIRONMENT} fast: every call fails, it must be one of reference, " in ak.show_config()
 
 
 def test_a_forced_backend_runs_the_backward_too(backend, monkeypatch):

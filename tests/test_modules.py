@@ -350,6 +350,7 @@ def test_docstring_names_its_dimension(dims):
         ({"in_channels": 3.0}, TypeError, r"in_channels must be an int, got 3\.0"),
         ({"out_channels": 0}, ValueError, r"out_channels must be at least 1, got 0"),
         ({"attention": "softmax"}, TypeError, r"attention must be None or a module, got str"),
+        ({"attention": ScaleAttention}, TypeError, r"attention must be None or a module, got the class ScaleAttention"),
     ],
     ids=str,
 )
@@ -386,9 +387,15 @@ def test_bad_input_shape_names_input(module, shape):
         module(torch.randn(shape))
 
 
+def test_gate_that_returns_no_tensor_is_named():
+    layer = AutofocusConv2d(3, 5, dilations=(1, 2), attention=lambda input: (input[:, :2], None))
+    with pytest.raises(TypeError, match=r"attention must return a tensor \[N, K, \*S_out\], got tuple"):
+        layer(torch.randn(1, 3, 6, 6))
+
+
 def test_gate_names_what_is_no_tensor_or_of_another_dtype():
     gate = ScaleAttention(3, 2, spatial_dims=2)
     with pytest.raises(TypeError, match=r"input must be a torch\.Tensor, got NoneType"):
         gate(None)
-    with pytest.raises(TypeError, match=r"weight must have the dtype of input, torch\.float64, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"input must have the dtype of .* weight, torch\.float32, got torch\.float64"):
         gate(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
