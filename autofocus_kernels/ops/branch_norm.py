@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import dispatch, reference
 from ..call import Call, from_operator, operator_settings
 from .allocation import allocate_gradients, allocate_output, memory_format_of
-from .recording import recorded, register, traced, transforms_active, unrecorded
+from .recording import Derivative, recorded, register, traced, transforms_active, unrecorded
 
 _PRIMALS = "Tensor input, Tensor weight, Tensor attention"
 _AFFINE = "Tensor norm_weight, Tensor norm_bias"
@@ -258,7 +258,7 @@ def _branch_norm_backward_fake(
 # ------------------------------------------------------------------ autograd
 
 
-class _BranchNorm(torch.autograd.Function):
+class _BranchNorm(Derivative):
     @staticmethod
     def forward(*inputs):
         return unrecorded(torch.ops.autofocus.branch_norm, _branch_norm, inputs)
@@ -286,7 +286,7 @@ class _BranchNorm(torch.autograd.Function):
         return *wanted[:3], grad_bias, *wanted[3:], *(None,) * len(ctx.settings)
 
 
-class _BranchNormBackward(torch.autograd.Function):
+class _BranchNormBackward(Derivative):
     @staticmethod
     def forward(*inputs):
         return unrecorded(torch.ops.autofocus.branch_norm_backward, _branch_norm_backward, inputs)

@@ -14,7 +14,7 @@ from .. import reference
 from ..call import Call, operator_arguments
 from . import conv
 from .conv import ATTENTION, BIAS, INPUT, SCALE, SHIFT, WEIGHT
-from .recording import primals_of, recorded, register, traced, unrecorded
+from .recording import Derivative, primals_of, recorded, register, traced, unrecorded
 from .terms import constant_term, constant_term_grad
 
 
@@ -82,7 +82,7 @@ def _gradients_tangent(grad_output, primals, tangents, settings: tuple, mask):
     return results
 
 
-class _Autofocus(torch.autograd.Function):
+class _Autofocus(Derivative):
     """The forward operator."""
 
     @staticmethod
@@ -107,7 +107,7 @@ class _Autofocus(torch.autograd.Function):
             return _tangent(primals, tangents[:6], ctx.settings)
 
 
-class _AutofocusBackward(torch.autograd.Function):
+class _AutofocusBackward(Derivative):
     """The backward operator: the backward of :class:`_Autofocus`, itself differentiable."""
 
     @staticmethod

@@ -14,39 +14,43 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def register(name: str, function: type[torch.autograd.Function]) -> None:
-    """Makes ``function`` the derivative of an operator wherever one is dispatched: traced, in a graph, transformed.
+class Derivative(torch.autograd.function._SingleLevelFunction):
+    """An ``autograd.Function``, written like one with ``setup_context``, for operators that :func:`register` it.
+
+    Under functorch a Function asks for all levels of transforms at once; this is the form without that, which
+    functorch itself makes of one for each level. Its ``apply`` also takes less of the host.
+    """
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+def register(name: str, derivative: type[Derivative]) -> None:
+    """Makes ``derivative`` that of an operator wherever one is dispatched: traced, in a graph, transformed.
 
     torch.library.register_autograd would do for reverse mode alone: it is silently zero in forward mode and fails under
-    functorch. As the operator's own kernel for autograd a Function meets functorch level by level, as torch's operators
-    do, so transforms nest. Without a jvp of its own it refuses forward mode.
+    functorch. As the operator's own kernel for autograd a derivative meets functorch level by level, as those of
+    torch's operators do, so transforms nest. Without a jvp it refuses forward mode.
     """
 
     def kernel(*arguments):
         with enable_single_level_autograd_function():
-            return _record(function, arguments)
+            return derivative.apply(*arguments)
 
     torch.library.impl(name, "Autograd")(kernel)
 
 
-def _record(function: type[torch.autograd.Function], arguments: tuple):
-    # Past Function.apply, which would hand functorch's levels on by itself, and whose binding of arguments to a
-    # signature is most of the time of a small call.
-    return super(torch.autograd.Function, function).apply(*arguments)
-
-
-def recorded(op, function: type[torch.autograd.Function], implementation, arguments: tuple):
-    """``op(*arguments)``, differentiated by ``function``, its registered derivative."""
+def recorded(op, derivative: type[Derivative], implementation, arguments: tuple):
+    """``op(*arguments)``, differentiated by ``derivative``, which is registered for it."""
     if traced() or torch._C._are_functorch_transforms_active():
         return op(*arguments)
     if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
-        return _record(function, arguments)  # without the dispatcher, which takes the host seven times as long
+        return derivative.apply(*arguments)  # without the dispatcher, which takes the host seven times as long
     return unrecorded(op, implementation, arguments)
 
 
 @contextlib.contextmanager
 def primals_of(saved):
-    """For a Function's jvp: the saved tensors without the tangents of its own level; those of other levels count."""
+    """For a jvp: the saved tensors without the tangents of its own level; those of other levels count."""
     forward_ad = torch.autograd.forward_ad
     with forward_ad._set_fwd_grad_enabled(True):  # torch has switched it off, for all levels
         yield [None if tensor is None else forward_ad.unpack_dual(tensor, level=0).primal for tensor in saved]
@@ -70,7 +74,7 @@ def unrecorded(op, implementation, arguments: tuple):
     with torch._C._AutoDispatchBelowAutograd():
         if not torch._C._are_functorch_transforms_active():
             return op(*arguments)
-        # A Function's forward runs without derivatives of its own level; the levels below are not meant.
+        # A derivative's forward runs without those of its own level; the levels below are not meant.
         with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
             return op(*arguments)
 
