@@ -30,9 +30,9 @@ def autofocus_conv(
     ``y_k`` is the convolution of ``input`` with ``weight`` at dilation ``dilations[k]``, zero padded so that all
     branches are centred on the same voxel; ``a_k`` is ``attention[:, k]``. Without ``branch_scale`` and
     ``branch_shift``, ``s_k`` is 1 and ``h_k`` is ``bias``. All branches are computed in one pass and none is kept
-    for backward. Differentiable in every tensor, twice, in reverse and forward mode; works under ``torch.func``,
-    ``torch.compile(fullgraph=True)``, ``torch.fx.symbolic_trace`` (as one node) and autocast (tensors are cast to its
-    dtype, float64 excepted).
+    for backward. Differentiable in every tensor, any number of times, in reverse and forward mode; works under
+    ``torch.func``, ``torch.compile(fullgraph=True)``, ``torch.fx.symbolic_trace`` (as one node) and autocast (tensors
+    are cast to its dtype, float64 excepted).
 
     Source: Qin et al., "Autofocus Layer for Semantic Segmentation", MICCAI 2018, section 2; docs/math.md.
 

@@ -18,6 +18,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import plain_norms as layers
+from helpers import ptx
 from helpers.cuda_emulation import A100, COMPILER, EMULATION, H100, KILOBYTE, ROOT, RTX_5090, judge_tf32
 
 from autofocus_kernels import autofocus_conv, dispatch, reference, testing, tolerance
@@ -474,6 +475,39 @@ def test_a_part_takes_its_share_of_memory(library, device):
         taken.append(allocated.value - before)
     weight = 3 * 10 * 16 * 16 * 4  # of 3 tz, 10 taps, 16 output channels: packed points of 4 chunks
     assert taken[0] - weight < (taken[1] - weight) / 7
+
+
+# Peak of a backward: output, gradients and scratch memory, as a part of 7.2 times the input, which is what the naive
+# layer was measured to take (benchmarks/NOTES.md). Channels on either side, size, and the dilations.
+PEAKS = {
+    "64^3": (Case("peak", (64,) * 3, 32, 32, dilations=(2, 6, 10, 14)), 0.44),
+    "128^3": (Case("peak", (128,) * 3, 32, 32, dilations=(2, 6, 10, 14)), 0.44),
+    "48^3": (Case("peak", (48,) * 3, 64, 64, dilations=(2, 6, 10, 14)), 0.58),
+    "96^3": (Case("peak", (96,) * 3, 64, 64, dilations=(2, 6, 10, 14)), 0.44),
+    "2 x 71^3": (Case("peak", (71,) * 3, 30, 30, batch=2, dilations=(2, 6, 10, 14)), 0.38),
+    "2D": (Case("peak", (128,) * 2, 64, 64, batch=4, dilations=(2, 6, 10, 14)), 0.58),
+    "no common factor": (Case("peak", (64,) * 3, 32, 32, dilations=(1, 2, 3, 4)), 0.63),
+}
+
+
+@pytest.mark.parametrize("case, share", PEAKS.values(), ids=PEAKS.keys())
+def test_peak_memory_on_a_large_gpu(library, device, case, share):
+    """By the plans of an H100; its kernels do nothing here."""
+    device(multiprocessors=132)
+    N, C, O, K = case.batch, case.channels, case.out_channels, case.num_branches
+
+    def volume(channels):
+        return torch.empty(N, channels, *case.size, dtype=torch.bfloat16)
+
+    input, attention, output = volume(C), volume(K), volume(O)
+    call = Call(input, torch.empty(O, C, *case.kernel, dtype=input.dtype), attention, *(None,) * 3, case.geometry, None)
+    gradients = [torch.empty_like(tensor) for tensor in call[:3]]
+    allocated = ctypes.c_int64.in_dll(library, "autofocus_emulation_allocated")
+    before = allocated.value
+    with ptx.NoLaunches(library):
+        cuda.backward(call, output, Gradients(*gradients, None))
+    held = sum(tensor.nbytes for tensor in (output, *gradients))
+    assert held + allocated.value - before < share * 7.2 * input.nbytes
 
 
 def test_nan_stays_where_it_is_read(device):

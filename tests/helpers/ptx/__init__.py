@@ -8,6 +8,6 @@ and apart from the emulation. Not modelled: ptxas, time, and which memory operat
 """
 
 from .code import Kernel, read
-from .launches import Launches
+from .launches import Launches, NoLaunches
 
-__all__ = ["Kernel", "Launches", "read"]
+__all__ = ["Kernel", "Launches", "NoLaunches", "read"]

@@ -32,7 +32,22 @@ def _demangled(symbols: list[str]) -> list[str]:
     )
 
 
-class Launches:
+class NoLaunches:
+    """While entered, kernels of the emulation do nothing."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self.library = library
+        self._runner = _RUNNER(lambda *_: 1)  # lives as long as the library may call it
+
+    def __enter__(self):
+        self.library.autofocus_emulation_run_by(self._runner)
+        return self
+
+    def __exit__(self, *error):
+        self.library.autofocus_emulation_run_by(None)
+
+
+class Launches(NoLaunches):
     """While entered, kernels of the emulation are executed from their PTX.
 
     ``late`` is as in block.py. ``executed`` has the opcodes of what was executed, ``launched`` the kernels' symbols.
@@ -41,19 +56,13 @@ class Launches:
     MESSAGE_BYTES = 1000
 
     def __init__(self, library: ctypes.CDLL, kernels: dict[str, Kernel]):
-        self.library, self.late = library, True
+        super().__init__(library)
+        self._runner = _RUNNER(self._run)
+        self.late = True
         self.executed: set[str] = set()
         self.launched: set[str] = set()
         self._kernels = dict(zip(_demangled(list(kernels)), kernels.values()))
         self._names = self._names_by_address(Path(library._name))
-        self._runner = _RUNNER(self._run)  # lives as long as the library may call it
-
-    def __enter__(self):
-        self.library.autofocus_emulation_run_by(self._runner)
-        return self
-
-    def __exit__(self, *error):
-        self.library.autofocus_emulation_run_by(None)
 
     def _names_by_address(self, path: Path) -> dict[int, str]:
         listed = subprocess.run(["nm", "--defined-only", path], capture_output=True, text=True, check=True).stdout
