@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("autofocus_kernels.segmentation.extra", exc_type=ImportError)
 import nibabel
+from helpers.segmentation_runs import rewrite_header
 
 from autofocus_kernels.segmentation import __main__ as command
 from autofocus_kernels.segmentation.evaluate import (
@@ -264,6 +265,19 @@ def test_bad_input_names_the_file_and_writes_nothing(folders, predicted, affine,
     with pytest.raises(ValueError, match=message):
         evaluate(pred, truth, out, regions)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("folder", [0, 1])
+def test_a_file_without_a_place_is_not_scored(folders, capsys, folder):
+    """Along an axis of no length every distance would be zero."""
+    pred, truth = folders
+    for path in folders:
+        write(path / "a.nii.gz", ORGAN)
+    rewrite_header(folders[folder] / "a.nii.gz", "srow_x", 0, 0)
+    out = pred.parent / "scores.csv"
+    assert command.main(["evaluate", "--pred", str(pred), "--truth", str(truth), "--out", str(out)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {folders[folder] / 'a.nii.gz'}: must have an affine") and not out.exists()
 
 
 def test_a_truncated_file_ends_the_command_with_one_line(folders, capsys):

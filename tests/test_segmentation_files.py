@@ -9,6 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from helpers.segmentation_runs import rewrite_header
 
 from autofocus_kernels import networks
 from autofocus_kernels.segmentation import files
@@ -89,6 +90,41 @@ def test_not_finite(tmp_path, value):
     write_nifti(tmp_path / "image.nii", data, AFFINE)
     with pytest.raises(SegmentationError, match="image.nii: must hold finite numbers, 1 voxels are NaN or infinite"):
         read_nifti(tmp_path / "image.nii")
+
+
+@pytest.mark.parametrize("read", [read_nifti, read_labels])
+@pytest.mark.parametrize(
+    "field, index, value, message",
+    [
+        ("srow_x", 1, 0, "an affine of finite numbers"),  # that of AFFINE's second axis is its only entry
+        ("srow_x", 0, np.nan, "an affine of finite numbers"),
+        ("srow_x", 3, np.inf, "an affine of finite numbers"),
+        ("pixdim", 2, 0, "a spacing of finite numbers other than zero"),
+        ("pixdim", 3, np.nan, "a spacing of finite numbers other than zero"),
+    ],
+)
+def test_voxels_without_a_size_or_a_place(tmp_path, capfd, read, field, index, value, message):
+    write_nifti(tmp_path / "image.nii.gz", np.ones((4, 5, 6), np.uint8), AFFINE)
+    rewrite_header(tmp_path / "image.nii.gz", field, index, value)
+    with pytest.raises(SegmentationError, match=f"image.nii.gz: must have {message}"):
+        read(tmp_path / "image.nii.gz")
+    assert not capfd.readouterr().err  # where nibabel tells what it mends
+
+
+def test_axes_that_are_one(tmp_path):
+    turned = np.array([[1.0, 2, 0, 0], [1, 2, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]])
+    write_nifti(tmp_path / "image.nii", np.ones((4, 5, 6), np.uint8), AFFINE)
+    for row, field in zip(turned, ("srow_x", "srow_y", "srow_z")):
+        rewrite_header(tmp_path / "image.nii", field, slice(None), row)
+    with pytest.raises(SegmentationError, match="image.nii: must have an affine of finite numbers that takes its 3"):
+        read_nifti(tmp_path / "image.nii")
+
+
+def test_an_axis_of_modalities_needs_no_spacing(tmp_path):
+    write_nifti(tmp_path / "image.nii", np.random.default_rng(0).random((4, 5, 2), np.float32), np.diag([1, 2, 3, 1]))
+    rewrite_header(tmp_path / "image.nii", "pixdim", 3, 0)
+    rewrite_header(tmp_path / "image.nii", "srow_z", 2, 0)
+    assert read_case(Case("case", (tmp_path / "image.nii",)), 2, 2).image.shape == (2, 4, 5)
 
 
 @pytest.mark.parametrize("value", [0.5, -1, 1e6])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.segmentation_runs import in_process, kill_before_file
+from helpers.segmentation_runs import in_process, kill_before_file, rewrite_header
 from torch import nn
 
 from autofocus_kernels import networks
@@ -445,6 +445,9 @@ def damage(path, kind):
         nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), path)
     elif kind == "modalities":
         nibabel.save(nibabel.Nifti1Image(np.ones((28, 24, 3), np.float32), np.eye(4)), path)
+    elif kind == "singular":
+        rewrite_header(path, "srow_z", 0, 0)  # the first axis of ROTATED runs along y and z
+        rewrite_header(path, "srow_y", 0, 0)
     elif kind == "empty":
         nibabel.save(nibabel.Nifti1Image(np.zeros((28, 24, 2), np.float32), np.eye(4)), path)
 
@@ -455,6 +458,7 @@ def damage(path, kind):
         ("truncated", "cannot be read"),
         ("nan", "voxels are NaN or infinite"),
         ("modalities", "expected 2 modalities"),
+        ("singular", "must have an affine of finite numbers"),
         ("empty", "every voxel is zero"),
     ],
 )

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers.segmentation_runs import SMALL, in_process, kill_before_file
+from helpers.segmentation_runs import SMALL, in_process, kill_before_file, rewrite_header
 
 from autofocus_kernels import networks
 from autofocus_kernels.segmentation import __main__ as command_line
@@ -427,6 +427,16 @@ def test_a_bad_case_is_found_before_training(finished, phantom_2d, tmp_path, cap
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith(f"error: {data}") and f"{name}.nii.gz: must have the" in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("folder", ["imagesTr", "labelsTr"])
+def test_a_file_without_a_place_is_not_trained_on(phantom_2d, tmp_path, folder):
+    data = tmp_path / "data"
+    shutil.copytree(phantom_2d, data)
+    file = min((data / folder).iterdir())
+    rewrite_header(file, "pixdim", 1, 0)
+    with pytest.raises(SegmentationError, match=f"{file.name}: must have a spacing of finite numbers"):
+        train.train(data, tmp_path / "run", **SMALL)
 
 
 def test_a_case_that_breaks_during_training(phantom_2d, tmp_path):

@@ -222,7 +222,7 @@ def read_images(files: Sequence[Path], num_modalities: int, spatial_dims: int) -
     Raises:
         SegmentationError: a file that cannot be read, or a shape or an affine that does not fit.
     """
-    images = [read_nifti(file) for file in files]
+    images = [read_nifti(file, spatial_dims) for file in files]
     first = images[0]
     if len(files) == 1 and first.data.ndim == spatial_dims + 1 and first.data.shape[-1] == num_modalities:
         return first._replace(data=np.ascontiguousarray(np.moveaxis(first.data, -1, 0)))

@@ -8,8 +8,9 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -66,14 +67,17 @@ def nifti_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def read_nifti(path: str | os.PathLike) -> Image:
+def read_nifti(path: str | os.PathLike, spatial_dims: int = 3) -> Image:
     """An image as float32, without the trailing axes of one voxel beyond the third that some programs add.
 
+    Args:
+        spatial_dims: 2 where a third axis is one of modalities, whose spacing means nothing.
+
     Raises:
-        SegmentationError: the file is missing, unreadable, truncated or empty, or holds colours, complex numbers, a
-            NaN or an infinity.
+        SegmentationError: the file is missing, unreadable, truncated or empty, holds colours, complex numbers, a NaN
+            or an infinity, or does not say how large a voxel is and where it lies.
     """
-    image = _load(path)
+    image, spacing = _load(path)
     if image.get_data_dtype().kind not in "iuf":
         raise SegmentationError(f"{path}: must hold real numbers, got {image.get_data_dtype()}")
     try:
@@ -87,7 +91,24 @@ def read_nifti(path: str | os.PathLike) -> Image:
     bad = data.size - np.count_nonzero(np.isfinite(data))
     if bad:
         raise SegmentationError(f"{path}: must hold finite numbers, {bad} voxels are NaN or infinite")
+    _require_place(path, spacing, image.affine, min(data.ndim, spatial_dims))
     return Image(data, image.affine, image.header)
+
+
+def _require_place(path: str | os.PathLike, spacing: np.ndarray, affine: np.ndarray, dims: int) -> None:
+    """Every distance and every picture would be wrong, or fail, without naming the file."""
+    if not (np.isfinite(spacing[:dims]).all() and spacing[:dims].all()):
+        raise SegmentationError(
+            f"{path}: must have a spacing of finite numbers other than zero, got {spacing[:dims].tolist()}"
+        )
+    axes = affine[:3, :dims]
+    lengths = np.linalg.norm(axes, axis=0)
+    # float32, as sforms are, leaves 1e-7 between axes that are one.
+    if not np.isfinite(affine).all() or not lengths.all() or np.linalg.matrix_rank(axes / lengths, tol=1e-5) < dims:
+        raise SegmentationError(
+            f"{path}: must have an affine of finite numbers that takes its {dims} axes to as many directions, "
+            f"got {affine.round(4).tolist()}"
+        )
 
 
 def read_labels(path: str | os.PathLike) -> Image:
@@ -132,7 +153,7 @@ class Grid(NamedTuple):
         corners = [(*index, *[0] * (3 - len(index)), 1) for index in itertools.product(*((0, n) for n in self.shape))]
         apart = np.linalg.norm((affines[0] - affines[1])[:3] @ np.transpose(corners), axis=0).max()
         spacing = np.linalg.norm(other.affine[:3, : len(self.shape)], axis=0)
-        if not apart <= 0.1 * spacing.min():  # nor if an affine holds a NaN
+        if apart > 0.1 * spacing.min():
             got, expected = (a.diagonal()[: len(spacing)] if name == "spacing" else a for a in affines)
             raise SegmentationError(
                 f"{self.file}: must have the {name} of {other.file}, {expected.round(4).tolist()}, "
@@ -143,15 +164,31 @@ class Grid(NamedTuple):
         return bool(self.header["sform_code"] or self.header["qform_code"])
 
 
-def _load(path: str | os.PathLike):
+def _load(path: str | os.PathLike) -> tuple[Any, np.ndarray]:
+    """nibabel's image, and the spacing that the file holds: nibabel makes ones of zeros."""
     import nibabel
 
     if not is_nifti(path):
         raise SegmentationError(f"{path}: must be a NIfTI file (.nii or .nii.gz)")
     try:
-        return nibabel.load(path)
+        with _silent(nibabel.imageglobals.logger):
+            image = nibabel.load(path)
+        with image.file_map["image"].get_prepare_fileobj("rb") as file:
+            header = type(image.header).from_fileobj(file, check=False)
+        return image, header["pixdim"][1:4]
     except Exception as error:
         raise SegmentationError(f"{path}: cannot be read as NIfTI: {_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    """What nibabel mends in a header it tells on stderr, without naming the file."""
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """What the tests of segmentation share: a training of seconds, and processes that are killed."""
 
 import dataclasses
+import gzip
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,8 @@ import warnings
 import pytest
 
 pytest.importorskip("autofocus_kernels.segmentation.extra", exc_type=ImportError)
+import nibabel
+
 from autofocus_kernels.segmentation.recipe import PUBLISHED
 
 # Of six cases for training five are trained on: two epochs are six iterations, with a validation after three each.
@@ -21,6 +24,17 @@ SMALL = {
     "device": "cpu",
     "progress": False,
 }
+
+
+def rewrite_header(path, field, index, value):
+    """One number of a NIfTI-1 header, in the file: nibabel would write it only as it should be."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as file:
+        content = file.read()
+    header = nibabel.Nifti1Header(content[:348], check=False)
+    header[field][index] = value
+    with opener(path, "wb") as file:
+        file.write(header.binaryblock + content[348:])
 
 
 def in_process(function, *arguments):
