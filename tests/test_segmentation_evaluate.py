@@ -136,6 +136,18 @@ def test_names_of_labels_as_newer_descriptions_have_them(folders):
         evaluate(pred, truth)
 
 
+def test_a_name_of_two_labels_is_refused(folders):
+    """Of the two one would be scored."""
+    pred, truth = folders
+    (truth / "dataset.json").write_text('{"labels": {"0": "background", "1": "tumour", "2": "tumour"}}')
+    for folder in folders:
+        write(folder / "a.nii.gz", box((4, 4), (0, 2)))
+    with pytest.raises(
+        ValueError, match="dataset.json: every label must have a name of its own, got 'tumour' for labels 1 "
+    ):
+        evaluate(pred, truth)
+
+
 def test_a_folder_for_the_scores_is_made_and_one_in_their_place_refused(folders):
     pred, truth = folders
     for folder in folders:

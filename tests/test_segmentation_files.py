@@ -311,6 +311,10 @@ def test_csv_and_json_lists(tmp_path):
     assert [case.name for case in from_csv.validation + from_csv.test] == ["2", "3"]
     with pytest.raises(SegmentationError, match="list.csv: a list names no labels"):
         read_dataset(tmp_path / "list.csv")
+    with pytest.raises(
+        SegmentationError, match="list.csv: every label must have a name of its own, got 'a' for labels"
+    ):
+        read_dataset(tmp_path / "list.csv", ("a", "b", "a"))
     files.write_json(tmp_path / "list.json", [{"image": [], "label": "l/1.nii"}])
     with pytest.raises(SegmentationError, match="list.json: expected one image"):
         read_dataset(tmp_path / "list.json", ["back", "front"])
@@ -359,6 +363,8 @@ def test_decathlon(tmp_path):
     [
         ({"modality": None}, '"modality" must map'),
         ({"labels": {"0": "background", "2": "organ"}}, '"labels" must map'),
+        ({"labels": {"background": 0, "organ": 1, "lesion": 1}}, '"labels" must map'),
+        ({"labels": {"0": "rest", "1": "organ", "2": "organ"}}, "name of its own, got 'organ' for labels 1 and 2"),
         ({"labels": {"0": "background"}}, "must name the background and at least one more label"),
         ({"training": [], "test": []}, "must list at least one case"),
         ({"training": [{"image": "1.nii"}]}, '"training" must have an "image" and a "label"'),

@@ -114,6 +114,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[dict]]:
 def _from_list(path: Path, entries: Any, modalities: Sequence[str] | None, labels: Sequence[str]) -> Dataset:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise SegmentationError(f"{path}: must hold an object (dataset.json) or a list of objects")
+    _require_different(path, labels)
     splits: dict[str, list] = {name: [] for name in _SPLITS}
     for entry in entries:
         split = entry.get("split", "training")
@@ -129,18 +130,36 @@ def _from_list(path: Path, entries: Any, modalities: Sequence[str] | None, label
 def _from_decathlon(path: Path, content: dict) -> Dataset:
     modality = content.get("modality", content.get("channel_names"))
     splits = {name: content.get(name, []) for name in _SPLITS}
-    labels = names_in_order(path, "labels", content.get("labels"))
-    return _dataset(path, names_in_order(path, "modality", modality), labels, splits)
+    labels = label_names(path, content)
+    return _dataset(path, _names_in_order(path, "modality", modality), labels, splits)
 
 
-def names_in_order(path: Path, key: str, table: Any) -> list[str]:
-    """The values of {"0": name, "1": name, ...} in order; also of {name: 0, ...}, as newer files have it.
+def label_names(path: Path, content: dict) -> list[str]:
+    """The names of labels 0, 1, ... in a ``dataset.json``, which are all different.
 
     Raises:
-        SegmentationError: ``table``, the entry ``key`` of ``path``, is of another form.
+        SegmentationError: its "labels" are of another form.
     """
+    names = _names_in_order(path, "labels", content.get("labels"))
+    _require_different(path, names)
+    return names
+
+
+def _require_different(path: Path, labels: Sequence[str]) -> None:
+    """What is kept by name, scores and columns of a log, would be kept for the last label of a name alone."""
+    for label, name in enumerate(labels):
+        if labels.index(name) < label:
+            raise SegmentationError(
+                f"{path}: every label must have a name of its own, got {name!r} for labels {labels.index(name)} and "
+                f"{label}"
+            )
+
+
+def _names_in_order(path: Path, key: str, table: Any) -> list[str]:
+    """The values of {"0": name, "1": name, ...} in order; also of {name: 0, ...}, as newer files have it."""
     if isinstance(table, dict) and all(isinstance(value, int) for value in table.values()):
-        table = {str(value): name for name, value in table.items()}
+        names = {str(value): name for name, value in table.items()}
+        table = names if len(names) == len(table) else table  # two names of one number are of no form
     if not isinstance(table, dict) or not table or set(table) != {str(i) for i in range(len(table))}:
         raise SegmentationError(f'{path}: "{key}" must map "0", "1", ... to names, got {table!r}')
     return [str(table[str(i)]) for i in range(len(table))]

@@ -20,7 +20,7 @@ from . import extra  # noqa: F401
 import numpy as np
 from tqdm import tqdm
 
-from .dataset import names_in_order
+from .dataset import label_names
 from .files import Grid, Image, SegmentationError, make_folder, nifti_files, read_json, read_labels, write_csv
 
 # The labels that BRATS had in 2015; the challenge's later years number theirs otherwise.
@@ -191,8 +191,7 @@ def _label_names(truth: Path) -> dict[int, str] | None:
     for path in (truth / "dataset.json", truth.resolve().parent / "dataset.json"):
         if path.is_file():
             content = read_json(path)
-            labels = content.get("labels") if isinstance(content, dict) else None
-            return dict(enumerate(names_in_order(path, "labels", labels)))
+            return dict(enumerate(label_names(path, content if isinstance(content, dict) else {})))
     return None
 
 
