@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 
 import numpy as np
 import pytest
@@ -157,6 +158,17 @@ def test_a_folder_for_the_scores_is_made_and_one_in_their_place_refused(folders)
     write(pred / "a.nii.gz", ORGAN[:5])  # the place is looked at before the files
     with pytest.raises(ValueError, match="new: must be a file to write, and is a folder"):
         evaluate(pred, truth, pred.parent / "new")
+
+
+@pytest.mark.parametrize("name", ["scores.csv", "scores_summary.csv"])
+def test_a_pipe_in_the_place_of_the_scores_is_refused_before_the_work(folders, name):
+    pred, truth = folders
+    write(truth / "a.nii.gz", ORGAN)
+    write(pred / "a.nii.gz", ORGAN[:5])
+    os.mkfifo(pred.parent / name)
+    with pytest.raises(ValueError, match=f"{name}: must be a file to write, and is no regular file"):
+        evaluate(pred, truth, pred.parent / "scores.csv")
+    assert (pred.parent / name).is_fifo()
 
 
 def test_the_command_writes_both_tables(folders, capsys):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import os
 import shutil
+import stat
 
 import nibabel
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from helpers.segmentation_runs import rewrite_header
 
 from autofocus_kernels import networks
-from autofocus_kernels.segmentation import files
+from autofocus_kernels.segmentation import files, locks
 from autofocus_kernels.segmentation.dataset import Case, normalise, read_case, read_dataset
 from autofocus_kernels.segmentation.files import SegmentationError, read_labels, read_nifti, write_nifti
 from autofocus_kernels.segmentation.recipe import MODERN
@@ -67,6 +68,72 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     with pytest.raises(SegmentationError, match="file.txt: cannot be written: No space left on device"):
         files.write_atomic(path, full)
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(SegmentationError, match=f"{name}: must be a file to write, and is no regular file"):
+            files.write_text(tmp_path / name, "text")
+    with pytest.raises(SegmentationError, match="must be a file to write, and is a folder"):
+        files.write_text(tmp_path, "text")
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode) and sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+def test_what_a_link_leads_to_is_written(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for content in ("new", "replaced"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to("folder/file")
+        files.write_text(tmp_path / "link", content)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "file").read_text() == content
+    assert os.listdir(tmp_path / "folder") == ["file"]
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(SegmentationError, match="round: must be a file to write, and is a link that leads nowhere"):
+        files.write_text(tmp_path / "round", "text")
+
+
+def test_two_that_write_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "file.txt"
+
+    def write(file):
+        file.write(b"outer")
+        files.write_text(path, "inner")
+        assert path.read_text() == "inner"
+
+    files.write_atomic(path, write)
+    assert path.read_text() == "outer" and os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next(tmp_path):
+    left = tmp_path / f".file.txt.{'0' * 16}.tmp"
+    left.write_text("half")
+    files.write_text(tmp_path / "other.txt", "text")
+    assert left.exists()
+    files.write_text(tmp_path / "file.txt", "text")
+    assert sorted(os.listdir(tmp_path)) == ["file.txt", "other.txt"]
+
+
+def test_a_new_file_that_was_taken_for_one_left_behind(tmp_path, monkeypatch):
+    """Another process finds it before it is locked."""
+    lock, taken = files.lock_file, []
+
+    def late(file):
+        if not taken:
+            taken.append(file.name)
+            os.unlink(file.name)
+        return lock(file)
+
+    monkeypatch.setattr(files, "lock_file", late)
+    files.write_text(tmp_path / "file.txt", "text")
+    assert taken and (tmp_path / "file.txt").read_text() == "text"
+
+
+def test_without_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "fcntl", None)
+    files.write_text(tmp_path / "file.txt", "text")
+    assert (tmp_path / "file.txt").read_text() == "text" and os.listdir(tmp_path) == ["file.txt"]
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])

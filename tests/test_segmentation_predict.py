@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import logging
+import os
 import signal
 
 import nibabel
@@ -369,6 +370,15 @@ def test_inputs_are_not_overwritten(run, images):
     with pytest.raises(ValueError, match="a.nii.gz: is an input"):
         predict(run, images, images, overwrite=True)
     assert (images / "a.nii.gz").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["b.nii.gz", "b.png"])
+def test_a_pipe_in_the_place_of_an_output_is_refused_before_the_work(run, images, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / name)
+    with pytest.raises(ValueError, match=f"{name}: must be a file to write, and is no regular file"):
+        predict(run, images, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
 
 
 @pytest.mark.usefixtures("quick_pictures")

@@ -21,7 +21,17 @@ import numpy as np
 from tqdm import tqdm
 
 from .dataset import label_names
-from .files import Grid, Image, SegmentationError, make_folder, nifti_files, read_json, read_labels, write_csv
+from .files import (
+    Grid,
+    Image,
+    SegmentationError,
+    make_folder,
+    nifti_files,
+    read_json,
+    read_labels,
+    target_of,
+    write_csv,
+)
 
 # The labels that BRATS had in 2015; the challenge's later years number theirs otherwise.
 PRESETS = {"brats2015": {"whole": (1, 2, 3, 4), "core": (1, 3, 4), "enhancing": (4,)}}
@@ -77,7 +87,8 @@ def evaluate(
         raise SegmentationError(f"{truth}: no label but 0 in any file, so there is nothing to score")
 
     if out is not None:  # before the work
-        _require_place(Path(out))
+        for file in (Path(out), summary_path(Path(out))):
+            make_folder(target_of(file).parent)
 
     scores = []
     for case, (pred_path, truth_path) in tqdm(pairs.items(), desc="evaluate", unit="case", disable=None):
@@ -228,12 +239,6 @@ def _read_labels(path: Path, known: set[int] | None = None) -> Image:
     if strangers:
         raise SegmentationError(f"{path} must hold labels of {sorted(known)} only, got {sorted(strangers)}")
     return image
-
-
-def _require_place(out: Path) -> None:
-    if out.is_dir():
-        raise SegmentationError(f"{out}: must be a file to write, and is a folder")
-    make_folder(out.parent)
 
 
 def summary_path(out: Path) -> Path:

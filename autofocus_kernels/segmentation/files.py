@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import gzip
 import io
 import itertools
 import json
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -17,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from . import extra  # noqa: F401
+from .locks import lock_file
 
 SUFFIXES = (".nii", ".nii.gz")
 
@@ -228,26 +231,64 @@ def write_nifti(path: str | os.PathLike, data: np.ndarray, affine: np.ndarray, h
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
     """Makes the file that ``write(file)`` fills; one that was there is replaced at once or, on any failure, kept.
 
-    It is filled under another name in the same folder, ``.NAME.tmp``: all that a kill can leave behind.
+    It is filled under another name in the same folder, ``.NAME.RANDOM.tmp``: all that a kill can leave behind, until
+    the same file is written again.
 
     Raises:
         SegmentationError: the file cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, (OSError, RuntimeError)):  # torch.save makes the latter of the former
-            raise SegmentationError(f"{path}: cannot be written: {_reason(error)}") from error
-        raise
+        target = target_of(path)
+        _remove_left(target)
+        with _temporary(target) as file:
+            try:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                if os.name != "posix":
+                    file.close()  # Windows renames no open file; elsewhere it keeps its lock until it has its name
+                os.replace(file.name, target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(file.name)
+                raise
+        _sync_folder(target.parent)
+    except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former
+        raise SegmentationError(f"{path}: cannot be written: {_reason(error)}") from error
+
+
+def target_of(path: str | os.PathLike) -> Path:
+    """The file to be written under this name: the one that a link leads to, there or not.
+
+    Raises:
+        SegmentationError: a device, a pipe or a folder is there, in whose place no file may come.
+    """
+    path = Path(path)
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():  # links that lead to each other
+        raise SegmentationError(f"{path}: must be a file to write, and is a link that leads nowhere")
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file"
+        raise SegmentationError(f"{path}: must be a file to write, and is {what}")
+    return target
+
+
+def _temporary(target: Path) -> BinaryIO:
+    """A new file beside the target, locked as long as it is written."""
+    while True:
+        file = open(target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp"), "xb")
+        locked = lock_file(file)
+        if locked is None or (locked and os.path.exists(file.name)):
+            return file
+        file.close()  # between the two lines another process took it for left behind
+
+
+def _remove_left(target: Path) -> None:
+    """The temporary files of this target that killed processes left: those that nobody has locked."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 16}.tmp"):
+        with contextlib.suppress(OSError), open(path, "r+b") as file:
+            if lock_file(file):
+                path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

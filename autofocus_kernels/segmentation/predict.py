@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .dataset import Case, Sample, read_case, read_dataset
-from .files import SegmentationError, make_folder, nifti_files, read_nifti, stem, write_nifti
+from .files import SegmentationError, make_folder, nifti_files, read_nifti, stem, target_of, write_nifti
 from .parallel import find_device
 from .pictures import write_attention, write_overlay
 from .run import Config, load_model
@@ -69,7 +69,7 @@ def predict(
     windows = Windows(network, window, tiling, find_device(device))
     cases = find_cases(Path(input), config)
     files = {case.name: Path(output) / f"{case.name}.nii.gz" for case in cases}
-    _keep_inputs(cases, files.values())
+    _require_places(cases, files.values())
     origin = f"autofocus_kernels {_fingerprint(network)} {tiling} {'x'.join(map(str, window))}"
     done = set() if overwrite else {name for name, file in files.items() if _is_done(file, attention, origin)}
     make_folder(output)
@@ -99,10 +99,12 @@ def find_cases(input: Path, config: Config) -> list[Case]:
     return [Case(name, (file,)) for name, file in files.items()]
 
 
-def _keep_inputs(cases: Sequence[Case], files: Iterable[Path]) -> None:
+def _require_places(cases: Sequence[Case], files: Iterable[Path]) -> None:
+    """Before the work: the outputs replace no input, and nothing that is no file."""
     inputs = {file.resolve() for case in cases for file in (*case.images, case.label, case.mask) if file is not None}
     for file in files:
-        if file.resolve() in inputs:
+        target_of(_picture(file))
+        if target_of(file) in inputs:
             raise SegmentationError(f"{file}: is an input; choose another folder for the output")
 
 
