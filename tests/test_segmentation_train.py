@@ -197,6 +197,53 @@ def test_killed_twice(finished, phantom_2d, tmp_path):
     assert_same_run(finished[0], tmp_path / "run")
 
 
+def trains_until_killed(started, data, run):
+    """Stops in its second iteration, while other processes make its crops."""
+    step = train._Training._step
+
+    def stopped(self, *arguments):
+        if self.done:
+            started.set()
+            signal.pause()
+        return step(self, *arguments)
+
+    train._Training._step = stopped
+    train.train(data, run, **SMALL, workers=1)
+
+
+def test_a_run_that_is_being_trained_is_refused(finished, phantom_2d, tmp_path, capsys):
+    run, context = tmp_path / "run", multiprocessing.get_context("fork")
+    started = context.Event()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks, as above
+        process = context.Process(target=trains_until_killed, args=(started, phantom_2d, run))
+        process.start()
+    try:
+        assert started.wait(60)
+        before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+        with pytest.raises(SegmentationError, match=rf"run: is being trained by process {process.pid} on .*; wait for"):
+            train.train(phantom_2d, run, **SMALL)
+        assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+    finally:
+        process.kill()
+        process.join()
+    train.train(phantom_2d, run, **SMALL)  # at once, while those that made crops may still be there
+    assert_same_run(finished[0], run)
+
+
+def test_of_two_that_begin_a_run_one_is_refused(finished, phantom_2d, tmp_path, monkeypatch):
+    """The other was faster with reading the cases."""
+
+    def other(*arguments):
+        shutil.copytree(finished[0], tmp_path / "run", dirs_exist_ok=True)
+        return Crops(*arguments)
+
+    monkeypatch.setattr(train, "Crops", other)
+    with pytest.raises(SegmentationError, match="run: was begun by another process meanwhile"):
+        train.train(phantom_2d, tmp_path / "run", **SMALL)
+    assert_same_run(finished[0], tmp_path / "run")
+
+
 def test_a_finished_run_stays(finished, phantom_2d):
     before = (finished[0] / "last.pt").read_bytes()
     assert_same(train.train(phantom_2d, finished[0], **SMALL), finished[1], "history")

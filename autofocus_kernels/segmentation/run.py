@@ -1,12 +1,13 @@
-"""A run, the folder that training writes: config.json, last.pt, best.pt, log.csv, tensorboard/. And models to load."""
+"""A run, the folder that training writes: config.json, last.pt, best.pt, log.csv, tensorboard/, lock; its models."""
 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from .. import networks
 from ..networks.models import SegmentationNetwork, resolve_arguments
 from .files import SegmentationError, read_checkpoint, read_json, write_json
+from .locks import lock_process
 from .recipe import Recipe
 
 # The last layer of each original network, whose shape tells the number of classes.
@@ -48,6 +50,42 @@ class Config:
     seed: int | None = None
     training: tuple[str, ...] | None = None
     validation: tuple[str, ...] | None = None
+
+
+class Lock:
+    """What one process holds to train a run. The file stays, as one that went could be locked under two processes.
+
+    Not the lock of the open file: processes that make crops would hold it for seconds after a killed training.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.file: IO | None = None
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def take(self) -> None:
+        """
+        Raises:
+            SegmentationError: another process trains the run, or there can be no file in its folder.
+        """
+        path = self.run / "lock"
+        try:
+            self.file = open(path, "a+", encoding="utf-8")
+            if lock_process(self.file) is False:
+                self.file.seek(0)
+                holder = self.file.readline() or "another process"
+                raise SegmentationError(f"{self.run}: is being trained by {holder}; wait for it to end, or end it")
+            self.file.truncate(0)
+            self.file.write(f"process {os.getpid()} on {platform.node()}")
+            self.file.flush()
+        except OSError as error:
+            raise SegmentationError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def write_config(run: Path, config: Config) -> None:

@@ -25,7 +25,7 @@ from .dataset import Case, Dataset, read_case, read_dataset
 from .files import SegmentationError, make_folder, read_checkpoint, write_checkpoint, write_csv
 from .parallel import Place, gather, mean_over_processes, parallel, processes
 from .recipe import PUBLISHED, RECIPES, Recipe, make_loss, make_optimiser, make_scheduler
-from .run import Config, build_network, load_weights, require_same, write_config
+from .run import Config, Lock, build_network, load_weights, require_same, write_config
 from .windows import Windows, one_an_axis, out_of_memory
 
 
@@ -107,8 +107,8 @@ def train(
         tuple(case.name for case in validation),
     )
     run = Path(run)
-    with processes(device) as place:
-        training_run = _Training(run, config, dataset, training, validation, place, cache)
+    with processes(device) as place, Lock(run) as lock:
+        training_run = _Training(run, config, dataset, training, validation, place, lock, cache)
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             return training_run(workers, progress)
 
@@ -138,6 +138,7 @@ class _Training:
         training: Sequence[Case],
         validation: Sequence[Case],
         place: Place,
+        lock: Lock,
         cache: int | None,
     ) -> None:
         self.run, self.config, self.dataset, self.place = run, config, dataset, place
@@ -155,7 +156,10 @@ class _Training:
         self.optimiser = make_optimiser(recipe, self.network.parameters())
         self.scheduler = make_scheduler(recipe, self.optimiser, config.iterations)
         self.done, self.history = 0, []
-        if (run / "config.json").exists():
+        begun = (run / "config.json").exists()
+        if begun:
+            if place.rank == 0:
+                lock.take()
             require_same(run, config)
         if (run / "last.pt").exists():
             self._resume(run / "last.pt")
@@ -166,6 +170,12 @@ class _Training:
             self._read(case)  # before training, rather than after the first round, an error
         if place.rank == 0:
             make_folder(run)
+            if not begun:  # only now is all that was given known to be good, and a folder worth to be made
+                lock.take()
+                if (run / "config.json").exists():
+                    raise SegmentationError(
+                        f"{run}: was begun by another process meanwhile; the same command resumes it"
+                    )
             write_config(run, config)
         self.wrapped = parallel(self.network, place)
 
