@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import os
+import re
 import shutil
 import stat
 
@@ -521,6 +522,21 @@ def test_load_model_of_the_authors(tmp_path, arch):
         load_model(tmp_path / "original.pth")
     with pytest.raises(SegmentationError, match="original.pth: "):
         load_model(tmp_path / "original.pth", "AFN-2")
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("fc.weight", torch.tensor(1.0), "fc.weight must have 5 axes, as conv1.weight, got []"),
+        ("fc.weight", torch.zeros(0, 50, 1, 1, 1), "num_classes must be at least 1, got 0"),
+        ("conv1.weight", torch.zeros(30, 0, 3, 3, 3), "in_channels must be at least 1, got 0"),
+    ],
+)
+def test_weights_of_the_authors_of_no_shape(tmp_path, name, value, message):
+    weights = networks.original_state_dict(networks.build("AFN-1"))
+    torch.save(weights | {name: value}, tmp_path / "original.pth")
+    with pytest.raises(SegmentationError, match=re.escape(f"original.pth: {message}")):
+        load_model(tmp_path / "original.pth", "AFN-1")
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04" * 20])

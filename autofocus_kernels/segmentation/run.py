@@ -216,13 +216,18 @@ def _original(checkpoint: Mapping[str, Any], arch: str | None, path: Path) -> tu
     if arch not in networks.NAMES:
         raise ValueError(f"arch must be one of {', '.join(networks.NAMES)}, got {arch!r}")
     weights = checkpoint.get("state_dict", checkpoint)
-    first, last = (_weight(weights, layer, path) for layer in ("conv1", _CLASSES.get(arch, "fc")))
+    last_layer = _CLASSES.get(arch, "fc")
+    first, last = (_weight(weights, layer, path) for layer in ("conv1", last_layer))
     spatial_dims = first.dim() - 2
     if spatial_dims not in (2, 3):
         raise SegmentationError(f"{path}: conv1.weight must have 4 or 5 axes, got {list(first.shape)}")
+    if last.dim() != first.dim():  # its first axis is that of the classes
+        raise SegmentationError(
+            f"{path}: {last_layer}.weight must have {first.dim()} axes, as conv1.weight, got {list(last.shape)}"
+        )
     modalities, labels = (tuple(str(i) for i in range(count)) for count in (first.shape[1], last.shape[0]))
     config = Config(arch, spatial_dims, modalities, labels, window=(75,) * spatial_dims)
-    network = build_network(config)
+    network = _built(config, path)
     try:
         networks.load_original_state_dict(network, checkpoint)
     except (TypeError, ValueError) as error:
