@@ -400,7 +400,25 @@ def test_a_list_from_a_spreadsheet(tmp_path):
         read_dataset(tmp_path / "list.csv", ["back", "front"])
 
 
-@pytest.mark.parametrize("name", ["", "../p1", "a/p1", ".p1", 1])
+@pytest.mark.parametrize("cell", ["", " ", '" "'])
+def test_a_list_with_an_empty_cell(tmp_path, cell):
+    """Which would name the folder."""
+    lines = ["case,t1,t2,label", "p1,1.nii,2.nii,l.nii", "", f"p2,3.nii,{cell},m.nii"]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    with pytest.raises(SegmentationError, match='list.csv: line 4 must name a file in the column "t2"'):
+        read_dataset(tmp_path / "list.csv", ["back", "front"])
+
+
+@pytest.mark.parametrize("name", ["", "a\0.nii", "\ud800.nii"])
+@pytest.mark.parametrize("key", ["image", "label", "mask"])
+def test_names_that_no_file_can_have(tmp_path, key, name):
+    files.write_json(tmp_path / "list.json", [{"image": "a.nii", "label": "b.nii", key: name}])
+    message = f"list.json: cases and files must be given by names that a file can have, got .*{re.escape(repr(name))}"
+    with pytest.raises(SegmentationError, match=message):
+        read_dataset(tmp_path / "list.json", ["back", "front"])
+
+
+@pytest.mark.parametrize("name", ["", "../p1", "a/p1", ".p1", 1, "p\0"])
 def test_names_of_cases_that_are_no_names_of_files(tmp_path, name):
     files.write_json(tmp_path / "list.json", [{"image": "a.nii", "split": "test", "case": name}])
     with pytest.raises(SegmentationError, match=r"list.json: .* name"):

@@ -92,21 +92,25 @@ def read_dataset(path: str | os.PathLike, labels: Sequence[str] | None = None) -
 def _read_csv(path: Path) -> tuple[list[str], list[dict]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin a text with a mark
-            rows = list(csv.DictReader(file, skipinitialspace=True))
+            reader = csv.DictReader(file, skipinitialspace=True)
+            rows = [(reader.line_num, row) for row in reader]  # empty lines are passed over, cells may have several
     except (OSError, ValueError, csv.Error) as error:
         raise SegmentationError(f"{path}: cannot be read as CSV: {error}") from error
-    modalities = [column for column in (rows[0] if rows else []) if column not in _COLUMNS]
-    if not modalities:
+    modalities = [column for column in reader.fieldnames or [] if column not in _COLUMNS]
+    if not rows or not modalities:
         raise SegmentationError(f"{path}: must have rows, and columns of images beside {', '.join(_COLUMNS)}")
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         if None in row or None in row.values():
             raise SegmentationError(f"{path}: line {number} must have as many columns as the first")
+        for modality in modalities:
+            if not row[modality].strip():
+                raise SegmentationError(f'{path}: line {number} must name a file in the column "{modality}"')
     entries = [
         {
             "image": [row[modality] for modality in modalities],
             **{key: row[key] for key in _COLUMNS if row.get(key)},
         }
-        for row in rows
+        for _, row in rows
     ]
     return modalities, entries
 
@@ -196,8 +200,8 @@ def _case(path: Path, entry: Any, num_modalities: int, split: str) -> Case:
         )
     images = entry["image"] if isinstance(entry["image"], list) else [entry["image"]]
     optional = [entry.get(key) for key in ("case", "label", "mask")]
-    if not all(isinstance(file, str) for file in images + [file for file in optional if file is not None]):
-        raise SegmentationError(f"{path}: cases and files must be given by name, got {entry!r}")
+    if not all(_is_name(file) for file in images + [file for file in optional if file is not None]):
+        raise SegmentationError(f"{path}: cases and files must be given by names that a file can have, got {entry!r}")
     if not images or len(images) not in (1, num_modalities):
         raise SegmentationError(f"{path}: expected one image or {num_modalities} (one a modality), got {images}")
     files = tuple(path.parent / image for image in images)
@@ -205,9 +209,17 @@ def _case(path: Path, entry: Any, num_modalities: int, split: str) -> Case:
     label, mask = (None if file is None else path.parent / file for file in optional[1:])
     if name is None:
         name = stem(label if label is not None else files[0])
-    elif name != os.path.basename(name) or name.startswith(".") or not name:
+    elif name != os.path.basename(name) or name.startswith("."):
         raise SegmentationError(f"{path}: the name of a case must be one that a file can have, got {name!r}")
     return Case(name, files, label, mask)
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it can be that of a file: no NUL, and no half of a character, as JSON may hold."""
+    try:
+        return isinstance(value, str) and value != "" and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def read_case(case: Case, num_modalities: int, spatial_dims: int, num_labels: int | None = None) -> Sample:
