@@ -82,6 +82,15 @@ def test_a_slice_stored_as_a_volume_has_the_scores_of_the_slice():
     assert score(predicted[:, None], true[:, None], (2.0, 5.0, 1.0)) == flat
 
 
+@pytest.mark.parametrize("shapes", [((6, 6), (6, 6, 1)), ((6, 6, 1), (6, 6)), ((6, 6, 1), (6, 6, 1))])
+def test_one_of_two_slices_may_be_stored_as_a_volume(folders, shapes):
+    organ = box((6, 6), (1, 4), (1, 4))
+    for folder, shape in zip(folders, shapes):
+        write(folder / "a.nii.gz", organ.reshape(shape))
+    (of_a,) = evaluate(*folders)
+    assert (of_a.dice, of_a.hausdorff95) == (1.0, 0.0)
+
+
 @pytest.mark.parametrize(
     "in_prediction,in_truth,dice,empty",
     [(False, False, math.nan, "both empty"), (False, True, 0.0, "missed"), (True, False, 0.0, "spurious")],

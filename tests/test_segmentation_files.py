@@ -292,6 +292,25 @@ def placed(tmp_path):
     return Case("case", (paths["first"], paths["second"]), paths["label"], paths["mask"]), place
 
 
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1)])
+def test_a_slice_may_be_stored_as_a_volume(tmp_path, shape):
+    paths = [tmp_path / f"{name}.nii" for name in ("image", "label", "mask")]
+    for path, stored in zip(paths, (shape, (4, 5, 1), (4, 5))):
+        write_nifti(path, np.random.default_rng(0).integers(0, 2, (4, 5), np.uint8).reshape(stored), AFFINE)
+    write_nifti(paths[0], np.random.default_rng(1).random(shape, np.float32), AFFINE)
+    sample = read_case(Case("case", (paths[0],), *paths[1:]), 1, 2, 2)
+    assert sample.image.shape == (1, 4, 5) and sample.label.shape == sample.mask.shape == (4, 5)
+    assert sample.shape == shape
+    paths.append(tmp_path / "other.nii")
+    write_nifti(paths[3], np.random.default_rng(2).random((4, 5, 1), np.float32), AFFINE)
+    assert read_case(Case("case", (paths[0], paths[3])), 2, 2).image.shape == (2, 4, 5)
+    write_nifti(paths[1], np.ones((4, 5, 2), np.uint8), AFFINE)
+    with pytest.raises(
+        SegmentationError, match=r"label.nii: must have the shape of .*image.nii, \[4, 5\], got \[4, 5, 2"
+    ):
+        read_case(Case("case", (paths[0],), *paths[1:3]), 1, 2, 2)
+
+
 @pytest.mark.parametrize("name", ["second", "label", "mask"])
 @pytest.mark.parametrize("wrong", ["moved", "spacing", "turned"])
 def test_files_of_a_case_that_lie_elsewhere(placed, name, wrong):

@@ -295,6 +295,23 @@ def test_attention_as_files(run, images, tmp_path):
     assert (out / "attention" / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("shape", [(28, 24), (28, 24, 1)])
+def test_a_slice_stored_as_a_volume_keeps_its_shape(tmp_path, shape):
+    config = dataclasses.replace(CONFIG, modalities=("CT",))
+    run, image = tmp_path / "run", tmp_path / "in" / "a.nii.gz"
+    for folder in (run, image.parent):
+        folder.mkdir()
+    write_config(run, config)
+    write_checkpoint(run / "best.pt", {"model": randomise(build_network(config)).state_dict()})
+    pixels = np.random.default_rng(0).normal(100, 20, (28, 24)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(pixels.reshape(shape), ROTATED), image)
+    (file,) = predict(run, image.parent, tmp_path / "out", attention=True)
+    weights, dilation = (
+        tmp_path / f"out/attention/a/blocks.2.layer1_{kind}.nii.gz" for kind in ("weights", "dilation")
+    )
+    assert [labels_of(path).shape for path in (file, weights, dilation)] == [shape, (*shape, 3), shape]
+
+
 @pytest.mark.usefixtures("quick_pictures")
 def test_what_is_there_is_kept_and_what_is_missing_made(run, images, tmp_path, monkeypatch):
     out = tmp_path / "out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,13 +51,17 @@ class Dataset:
 
 
 class Sample(NamedTuple):
-    """A case in memory: normalised float32 ``[M, *S]``, int16 ``[*S]`` or None, bool ``[*S]``, and where it lies."""
+    """A case in memory: normalised float32 ``[M, *S]``, int16 ``[*S]`` or None, bool ``[*S]``, and where it lies.
+
+    ``shape`` is that of label files: S, or what the image's file has of it, a third axis of one voxel for a slice.
+    """
 
     image: np.ndarray
     label: np.ndarray | None
     mask: np.ndarray
     affine: np.ndarray
     header: Any
+    shape: tuple[int, ...]
 
 
 def read_dataset(path: str | os.PathLike, labels: Sequence[str] | None = None) -> Dataset:
@@ -242,7 +247,9 @@ def read_case(case: Case, num_modalities: int, spatial_dims: int, num_labels: in
             unknown = sorted(int(value) for value in np.unique(label[label >= num_labels]))
             raise SegmentationError(f"{case.label}: labels must be 0 to {num_labels - 1}, got {unknown}")
     files = case.images if len(case.images) > 1 else case.images * num_modalities
-    return Sample(normalise(image.data, mask, files), label, mask, image.affine, image.header)
+    stored = tuple(image.header.get_data_shape()[:3])
+    shape = stored if math.prod(stored) == mask.size else mask.shape
+    return Sample(normalise(image.data, mask, files), label, mask, image.affine, image.header, shape)
 
 
 def read_images(files: Sequence[Path], num_modalities: int, spatial_dims: int) -> Image:
@@ -254,6 +261,8 @@ def read_images(files: Sequence[Path], num_modalities: int, spatial_dims: int) -
         SegmentationError: a file that cannot be read, or a shape or an affine that does not fit.
     """
     images = [read_nifti(file, spatial_dims) for file in files]
+    if spatial_dims == 2 and len(files) == num_modalities:
+        images = [_plane(image) for image in images]
     first = images[0]
     if len(files) == 1 and first.data.ndim == spatial_dims + 1 and first.data.shape[-1] == num_modalities:
         return first._replace(data=np.ascontiguousarray(np.moveaxis(first.data, -1, 0)))
@@ -266,6 +275,11 @@ def read_images(files: Sequence[Path], num_modalities: int, spatial_dims: int) -
     for grid in grids[1:]:
         grid.require_same(grids[0])
     return first._replace(data=np.stack([image.data for image in images]))
+
+
+def _plane(image: Image) -> Image:
+    """A slice that is stored as a volume, as one of two axes."""
+    return image._replace(data=image.data[..., 0]) if image.data.shape[2:] == (1,) else image
 
 
 def _read_mask(file: Path | None, image: np.ndarray, grid: Grid) -> np.ndarray:
@@ -285,7 +299,7 @@ def _read_labels_on(file: Path, grid: Grid) -> np.ndarray:
     """A label map or a mask whose voxels are those of the image."""
     image = read_labels(file)
     Grid.of(file, image).require_same(grid)
-    return image.data
+    return image.data.reshape(grid.shape)
 
 
 def normalise(image: np.ndarray, mask: np.ndarray, files: Sequence[Path]) -> np.ndarray:

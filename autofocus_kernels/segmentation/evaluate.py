@@ -228,7 +228,7 @@ def _read_pair(pred: Path, truth: Path, known: set[int] | None) -> tuple[np.ndar
     predicted, true = _read_labels(pred, known), _read_labels(truth, known)
     Grid.of(pred, predicted).require_same(Grid.of(truth, true))
     spacing = np.linalg.norm(true.affine[:3, :3], axis=0)
-    return predicted.data, true.data, spacing[: true.data.ndim].tolist()
+    return predicted.data.reshape(true.data.shape), true.data, spacing[: true.data.ndim].tolist()
 
 
 def _read_labels(path: Path, known: set[int] | None = None) -> Image:

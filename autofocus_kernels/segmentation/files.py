@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -144,18 +145,20 @@ class Grid(NamedTuple):
     def require_same(self, other: Grid) -> None:
         """
         Raises:
-            SegmentationError: the shapes differ, or a voxel lies more than a tenth of a voxel from that of ``other``.
+            SegmentationError: the shapes differ, but for a third axis of one voxel that one of them has, or a voxel
+                lies more than a tenth of a voxel from that of ``other``.
         """
-        if self.shape != other.shape:
+        shape = self.shape[: len(other.shape)]  # a slice may be stored as a volume
+        if shape != other.shape[: len(shape)] or math.prod(self.shape) != math.prod(other.shape):
             raise SegmentationError(
                 f"{self.file}: must have the shape of {other.file}, {list(other.shape)}, got {list(self.shape)}"
             )
         name, affines = "affine", [self.affine, other.affine]
         if not self._is_placed() or not other._is_placed():  # nibabel makes an affine up: the spacing is all there is
             name, affines = "spacing", [np.diag(np.linalg.norm(affine, axis=0)) for affine in affines]
-        corners = [(*index, *[0] * (3 - len(index)), 1) for index in itertools.product(*((0, n) for n in self.shape))]
+        corners = [(*index, *[0] * (3 - len(index)), 1) for index in itertools.product(*((0, n) for n in shape))]
         apart = np.linalg.norm((affines[0] - affines[1])[:3] @ np.transpose(corners), axis=0).max()
-        spacing = np.linalg.norm(other.affine[:3, : len(self.shape)], axis=0)
+        spacing = np.linalg.norm(other.affine[:3, : len(shape)], axis=0)
         if apart > 0.1 * spacing.min():
             got, expected = (a.diagonal()[: len(spacing)] if name == "spacing" else a for a in affines)
             raise SegmentationError(

@@ -158,20 +158,20 @@ def _predict_case(case: Case, windows: Windows, config: Config, file: Path, atte
     write_overlay(_picture(file), image, labels, sample.affine, dict(enumerate(config.labels)))
     header = sample.header.copy()
     header["descrip"] = origin
-    write_nifti(file, labels, sample.affine, header)
+    write_nifti(file, labels.reshape(sample.shape), sample.affine, header)
 
 
 def _write_attention_files(
     folder: Path, layer: str, weights: np.ndarray, rates: Sequence[int], box: tuple[slice, ...], sample: Sample
 ) -> None:
     """Of ``weights``, ``[K, *B]``, with zeros around the box B."""
-    shape = sample.mask.shape
-    whole = np.zeros((*shape, len(rates)), np.float32)
+    whole = np.zeros((*sample.mask.shape, len(rates)), np.float32)
     whole[box] = np.moveaxis(weights, 0, -1)
+    whole = whole.reshape(*sample.shape, len(rates))
     write_nifti(folder / f"{layer}_weights.nii.gz", whole, sample.affine, sample.header)
-    dilation = np.zeros(shape, np.int16)
+    dilation = np.zeros(sample.mask.shape, np.int16)
     dilation[box] = np.array(rates)[weights.argmax(0)]
-    write_nifti(folder / f"{layer}_dilation.nii.gz", dilation, sample.affine, sample.header)
+    write_nifti(folder / f"{layer}_dilation.nii.gz", dilation.reshape(sample.shape), sample.affine, sample.header)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
