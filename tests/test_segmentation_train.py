@@ -27,7 +27,7 @@ from autofocus_kernels.segmentation.crops import Crops
 from autofocus_kernels.segmentation.dataset import read_case, read_dataset
 from autofocus_kernels.segmentation.files import SegmentationError
 from autofocus_kernels.segmentation.parallel import Place
-from autofocus_kernels.segmentation.recipe import MODERN, PUBLISHED, load_states, make_optimiser, make_scheduler
+from autofocus_kernels.segmentation.recipe import MODERN, PUBLISHED, make_optimiser, make_scheduler
 from autofocus_kernels.segmentation.run import build_network, load_model, read_config
 from autofocus_kernels.segmentation.windows import Windows
 
@@ -432,66 +432,17 @@ def test_bad_last_checkpoint(finished, phantom_2d, tmp_path, damage):
     assert not (tmp_path / "ran").exists()
 
 
-def without(state, *names):
-    return {name: value for name, value in state.items() if name not in names}
-
-
-def changed(state, **changes):
-    return {**state, "param_groups": [{**group, **changes} for group in state["param_groups"]]}
-
-
-def each(state, change):
-    return {**state, "state": {number: change(of_one) for number, of_one in state["state"].items()}}
-
-
-FORMS = [
-    ("iteration", lambda _: "6", "iteration must be a whole number from 1 to 6, got '6'"),
-    ("iteration", lambda _: 7, "iteration must be a whole number from 1 to 6, got 7"),
-    ("history", lambda _: [], "history must be the rows of log.csv"),
-    ("history", lambda rows: rows[:1], "history must be the rows of log.csv, .* the last of iteration 6"),
-    ("history", lambda rows: [without(row, "dice") for row in rows], "history must be the rows of log.csv"),
-    ("history", lambda rows: [{**row, "dice": "high"} for row in rows], "history must be the rows of log.csv"),
-    ("history", lambda _: 3, "history must be the rows of log.csv, .* got 3"),
-    ("optimiser", lambda _: None, "optimiser must be the state of one as this"),
-    ("optimiser", lambda _: {}, "optimiser must be the state of one as this: KeyError"),
-    ("optimiser", lambda state: {**state, "param_groups": []}, "optimiser must be the state of one as this"),
-    ("optimiser", lambda state: changed(state, lr="high"), "optimiser must be .* param_groups have another form"),
-    ("optimiser", lambda state: {**state, "state": {}}, "optimiser must be .* holds of the parameters"),
-    ("optimiser", lambda state: each(state, lambda one: without(one, "square_avg")), "optimiser must .* holds of"),
-    (
-        "optimiser",
-        lambda state: each(state, lambda one: {**one, "square_avg": torch.ones(99)}),
-        "optimiser must .* hol",
-    ),
-    ("scheduler", lambda _: None, "scheduler must be the state of one as this: TypeError"),
-    ("scheduler", lambda _: {}, "scheduler must be the state of one as this after 6 steps"),
-    ("scheduler", lambda state: {**state, "power": "0.9"}, "scheduler must be the state of one as this after 6 steps"),
-]
-
-
-@pytest.mark.parametrize("entry, change, message", FORMS, ids=[f"{name}-{i}" for i, (name, *_) in enumerate(FORMS)])
-def test_a_last_checkpoint_of_another_form(finished, phantom_2d, tmp_path, entry, change, message):
+@pytest.mark.parametrize(
+    "entry, value",
+    [("iteration", "six"), ("history", []), ("history", [{"dice": "high"}]), ("optimiser", {}), ("scheduler", None)],
+    ids=str,
+)
+def test_a_last_checkpoint_of_another_form(finished, phantom_2d, tmp_path, entry, value):
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
-    saved = files.read_checkpoint(run / "last.pt")
-    torch.save(saved | {entry: change(saved[entry])}, run / "last.pt")
-    with pytest.raises(SegmentationError, match=f"last.pt: {message}"):
+    torch.save(files.read_checkpoint(run / "last.pt") | {entry: value}, run / "last.pt")
+    with pytest.raises(SegmentationError, match=r"last.pt: is no last.pt of this run: \w+Error: "):
         train.train(phantom_2d, run, **SMALL)
-
-
-def test_states_of_the_modern_recipe_are_taken_back():
-    recipe = dataclasses.replace(MODERN, learning_rate=1)
-    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((), (3, 2))]
-    first, second = (make_optimiser(recipe, parameters) for _ in range(2))
-    schedulers = [make_scheduler(recipe, optimiser, 5) for optimiser in (first, second)]
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    first.step()
-    schedulers[0].step()
-    states = {"optimiser": first.state_dict(), "scheduler": schedulers[0].state_dict()}
-    load_states(recipe, second, schedulers[1], states, 1)
-    assert_same(second.state_dict(), first.state_dict(), "optimiser")
-    assert_same(schedulers[1].state_dict(), schedulers[0].state_dict(), "scheduler")
 
 
 class RunsCode:
@@ -543,8 +494,9 @@ def test_a_file_without_a_place_is_not_trained_on(phantom_2d, tmp_path, folder):
     data = tmp_path / "data"
     shutil.copytree(phantom_2d, data)
     file = min((data / folder).iterdir())
-    rewrite_header(file, "pixdim", 1, 0)
-    with pytest.raises(SegmentationError, match=f"{file.name}: must have a spacing of finite numbers"):
+    for row in ("srow_x", "srow_y", "srow_z"):
+        rewrite_header(file, row, 0, 0)
+    with pytest.raises(SegmentationError, match=f"{file.name}: must have an affine of finite numbers"):
         train.train(data, tmp_path / "run", **SMALL)
 
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import glob
 import gzip
 import io
 import itertools
 import json
-import logging
 import math
 import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from . import extra  # noqa: F401
-from .locks import lock_file
+from .locks import lock
 
 SUFFIXES = (".nii", ".nii.gz")
 
@@ -81,7 +78,7 @@ def read_nifti(path: str | os.PathLike, spatial_dims: int = 3) -> Image:
         SegmentationError: the file is missing, unreadable, truncated or empty, holds colours, complex numbers, a NaN
             or an infinity, or does not say how large a voxel is and where it lies.
     """
-    image, spacing = _load(path)
+    image = _load(path)
     if image.get_data_dtype().kind not in "iuf":
         raise SegmentationError(f"{path}: must hold real numbers, got {image.get_data_dtype()}")
     try:
@@ -95,16 +92,12 @@ def read_nifti(path: str | os.PathLike, spatial_dims: int = 3) -> Image:
     bad = data.size - np.count_nonzero(np.isfinite(data))
     if bad:
         raise SegmentationError(f"{path}: must hold finite numbers, {bad} voxels are NaN or infinite")
-    _require_place(path, spacing, image.affine, min(data.ndim, spatial_dims))
+    _require_place(path, image.affine, min(data.ndim, spatial_dims))
     return Image(data, image.affine, image.header)
 
 
-def _require_place(path: str | os.PathLike, spacing: np.ndarray, affine: np.ndarray, dims: int) -> None:
+def _require_place(path: str | os.PathLike, affine: np.ndarray, dims: int) -> None:
     """Every distance and every picture would be wrong, or fail, without naming the file."""
-    if not (np.isfinite(spacing[:dims]).all() and spacing[:dims].all()):
-        raise SegmentationError(
-            f"{path}: must have a spacing of finite numbers other than zero, got {spacing[:dims].tolist()}"
-        )
     axes = affine[:3, :dims]
     lengths = np.linalg.norm(axes, axis=0)
     # float32, as sforms are, leaves 1e-7 between axes that are one.
@@ -170,31 +163,15 @@ class Grid(NamedTuple):
         return bool(self.header["sform_code"] or self.header["qform_code"])
 
 
-def _load(path: str | os.PathLike) -> tuple[Any, np.ndarray]:
-    """nibabel's image, and the spacing that the file holds: nibabel makes ones of zeros."""
+def _load(path: str | os.PathLike):
     import nibabel
 
     if not is_nifti(path):
         raise SegmentationError(f"{path}: must be a NIfTI file (.nii or .nii.gz)")
     try:
-        with _silent(nibabel.imageglobals.logger):
-            image = nibabel.load(path)
-        with image.file_map["image"].get_prepare_fileobj("rb") as file:
-            header = type(image.header).from_fileobj(file, check=False)
-        return image, header["pixdim"][1:4]
+        return nibabel.load(path)
     except Exception as error:
         raise SegmentationError(f"{path}: cannot be read as NIfTI: {_reason(error)}") from error
-
-
-@contextlib.contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
-    """What nibabel mends in a header it tells on stderr, without naming the file."""
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _reason(error: Exception) -> str:
@@ -234,15 +211,13 @@ def write_nifti(path: str | os.PathLike, data: np.ndarray, affine: np.ndarray, h
 def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
     """Makes the file that ``write(file)`` fills; one that was there is replaced at once or, on any failure, kept.
 
-    It is filled under another name in the same folder, ``.NAME.RANDOM.tmp``: all that a kill can leave behind, until
-    the same file is written again.
+    It is filled under another name in the same folder, ``.NAME.tmp``: all that a kill can leave behind.
 
     Raises:
-        SegmentationError: the file cannot be written.
+        SegmentationError: the file cannot be written, or another process is writing it.
     """
     try:
         target = target_of(path)
-        _remove_left(target)
         with _temporary(target) as file:
             try:
                 write(file)
@@ -250,10 +225,10 @@ def write_atomic(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -
                 os.fsync(file.fileno())
                 if os.name != "posix":
                     file.close()  # Windows renames no open file; elsewhere it keeps its lock until it has its name
-                os.replace(file.name, target)
+                os.replace(_temporary_name(target), target)
             except BaseException:
                 with contextlib.suppress(OSError):
-                    os.unlink(file.name)
+                    _temporary_name(target).unlink()
                 raise
         _sync_folder(target.parent)
     except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former
@@ -276,22 +251,22 @@ def target_of(path: str | os.PathLike) -> Path:
     return target
 
 
+def _temporary_name(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")
+
+
 def _temporary(target: Path) -> BinaryIO:
-    """A new file beside the target, locked as long as it is written."""
+    """An empty file beside the target, locked as long as it is open."""
+    path = _temporary_name(target)
     while True:
-        file = open(target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp"), "xb")
-        locked = lock_file(file)
-        if locked is None or (locked and os.path.exists(file.name)):
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
+        if not lock(file):
+            file.close()
+            raise SegmentationError(f"{target}: is being written by another process")
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file.truncate()
             return file
-        file.close()  # between the two lines another process took it for left behind
-
-
-def _remove_left(target: Path) -> None:
-    """The temporary files of this target that killed processes left: those that nobody has locked."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 16}.tmp"):
-        with contextlib.suppress(OSError), open(path, "r+b") as file:
-            if lock_file(file):
-                path.unlink()
+        file.close()  # another process gave it its name between the lines
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,7 +1,4 @@
-"""Locks on files, which the kernel gives up when a process ends, however it ends.
-
-Where there are none, on Windows and on some file systems, nothing is locked, and work goes on as if alone.
-"""
+"""A lock on a file, which the kernel gives up when the process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -13,27 +10,18 @@ except ImportError:  # Windows
     fcntl = None
 
 
-def lock_file(file: IO) -> bool | None:
-    """Locks an open file against every other opening of it; processes that are forked meanwhile hold it too.
+def lock(file: IO) -> bool:
+    """Locks an open file against other processes: False if one of them holds it.
 
-    Returns:
-        whether it is locked now: False if it was by somebody else, None where there are no locks.
+    Forked processes do not hold it: those that make crops may outlive a killed training for seconds. Where there are no
+    locks, on Windows and on some file systems, nothing is locked, and work goes on as if alone.
     """
-    return _try("flock", file)
-
-
-def lock_process(file: IO) -> bool | None:
-    """As :func:`lock_file`, against other processes: forked ones do not hold it, and may outlive this one."""
-    return _try("lockf", file)
-
-
-def _try(how: str, file: IO) -> bool | None:
     if fcntl is None:
-        return None
+        return True
     try:
-        getattr(fcntl, how)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the latter of lockf on some systems
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter on some systems
         return False
     except OSError:
-        return None
+        pass
     return True

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,58 +56,6 @@ def make_optimiser(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.
 
 def make_scheduler(recipe: Recipe, optimiser: torch.optim.Optimizer, iterations: int):
     return _SCHEDULES[recipe.schedule](optimiser, iterations)
-
-
-def load_states(recipe: Recipe, optimiser: torch.optim.Optimizer, scheduler, states: Mapping, iteration: int) -> None:
-    """Both as they were after ``iteration`` steps: of the form that a later step relies on.
-
-    Args:
-        states: "optimiser" and "scheduler", as their ``state_dict`` gave them.
-
-    Raises:
-        ValueError: one has another form; the message names it.
-    """
-    groups, schedule = copy.deepcopy((optimiser.state_dict()["param_groups"], scheduler.state_dict()))
-    for name, target in (("optimiser", optimiser), ("scheduler", scheduler)):
-        try:
-            target.load_state_dict(states[name])
-        except Exception as error:  # of whatever a state of another form leads to
-            raise ValueError(f"{name} must be the state of one as this: {type(error).__name__} {error}") from error
-    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    expected = _forms(recipe, parameters)
-    if not _has_form(optimiser.state_dict()["param_groups"], groups):
-        raise ValueError("optimiser must be the state of one as this: its param_groups have another form")
-    if [_shapes(optimiser.state.get(parameter)) for parameter in parameters] != expected:
-        raise ValueError("optimiser must be the state of one as this: what it holds of the parameters has another form")
-    if not _has_form(scheduler.state_dict(), schedule) or scheduler.last_epoch != iteration:
-        raise ValueError(f"scheduler must be the state of one as this after {iteration} steps")
-
-
-def _forms(recipe: Recipe, parameters: Sequence[nn.Parameter]) -> list[dict[str, tuple[int, ...]]]:
-    """The shapes of what an optimiser holds of each parameter, once it has made a step."""
-    probe = nn.Parameter(torch.zeros(2))
-    probe.grad = torch.zeros(2)
-    optimiser = make_optimiser(recipe, [probe])
-    optimiser.step()
-    held = {name: value.shape == probe.shape for name, value in optimiser.state[probe].items()}
-    return [{name: tuple(p.shape) if like_it else () for name, like_it in held.items()} for p in parameters]
-
-
-def _shapes(state: Any) -> dict[str, tuple[int, ...] | None]:
-    if not isinstance(state, dict):
-        return {}
-    return {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in state.items()}
-
-
-def _has_form(value: Any, expected: Any) -> bool:
-    """Whether its types are those expected, and its keys, but for what another release of PyTorch has more."""
-    if isinstance(expected, dict):
-        return isinstance(value, dict) and all(k in value and _has_form(value[k], v) for k, v in expected.items())
-    if isinstance(expected, (list, tuple)):
-        return type(value) is type(expected) and len(value) == len(expected) and all(map(_has_form, value, expected))
-    if isinstance(expected, (int, float)):  # a learning rate of 1 becomes one of 0.9
-        return isinstance(value, (int, float))
-    return type(value) is type(expected)
 
 
 def make_loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:

@@ -15,7 +15,7 @@ from torch import nn
 from .. import networks
 from ..networks.models import SegmentationNetwork, resolve_arguments
 from .files import SegmentationError, read_checkpoint, read_json, write_json
-from .locks import lock_process
+from .locks import lock
 from .recipe import Recipe
 
 # The last layer of each original network, whose shape tells the number of classes.
@@ -53,10 +53,7 @@ class Config:
 
 
 class Lock:
-    """What one process holds to train a run. The file stays, as one that went could be locked under two processes.
-
-    Not the lock of the open file: processes that make crops would hold it for seconds after a killed training.
-    """
+    """What one process holds to train a run. The file stays: one that went could be locked under two processes."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -77,7 +74,7 @@ class Lock:
         path = self.run / "lock"
         try:
             self.file = open(path, "a+", encoding="utf-8")
-            if lock_process(self.file) is False:
+            if not lock(self.file):
                 self.file.seek(0)
                 holder = self.file.readline() or "another process"
                 raise SegmentationError(f"{self.run}: is being trained by {holder}; wait for it to end, or end it")

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import math
 import os
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from .crops import Crops
 from .dataset import Case, Dataset, read_case, read_dataset
 from .files import SegmentationError, make_folder, read_checkpoint, write_checkpoint, write_csv
 from .parallel import Place, gather, mean_over_processes, parallel, processes
-from .recipe import PUBLISHED, RECIPES, Recipe, load_states, make_loss, make_optimiser, make_scheduler
+from .recipe import PUBLISHED, RECIPES, Recipe, make_loss, make_optimiser, make_scheduler
 from .run import Config, Lock, build_network, load_weights, require_same, write_config
 from .windows import Windows, one_an_axis, out_of_memory
 
@@ -187,32 +186,13 @@ class _Training:
         if not {"model", "optimiser", "scheduler", "iteration", "history"} <= set(saved):
             raise SegmentationError(f"{path}: is no last.pt of a run")
         load_weights(self.network, saved["model"], path)
-        self.done, self.history = saved["iteration"], saved["history"]
-        if not isinstance(self.done, int) or not 0 < self.done <= self.config.iterations:
-            raise SegmentationError(
-                f"{path}: iteration must be a whole number from 1 to {self.config.iterations}, got {self.done!r}"
-            )
-        if not self._is_history():
-            raise SegmentationError(
-                f"{path}: history must be the rows of log.csv, {', '.join(self._columns())}, the last of iteration "
-                f"{self.done}, got {reprlib.repr(self.history)}"
-            )
         try:
-            load_states(self.config.recipe, self.optimiser, self.scheduler, saved, self.done)
-        except ValueError as error:
-            raise SegmentationError(f"{path}: {error}") from error
-
-    def _columns(self) -> list[str]:
-        return ["iteration", "learning_rate", "loss", "dice", *(f"dice {name}" for name in self.config.labels[1:])]
-
-    def _is_history(self) -> bool:
-        rows = self.history
-        return (
-            isinstance(rows, list)
-            and all(isinstance(row, dict) and list(row) == self._columns() for row in rows)
-            and all(isinstance(value, (int, float)) for row in rows for value in row.values())
-            and [row["iteration"] for row in rows[-1:]] == [self.done]
-        )
+            self.optimiser.load_state_dict(saved["optimiser"])
+            self.scheduler.load_state_dict(saved["scheduler"])
+            self.done, self.history = int(saved["iteration"]), list(saved["history"])
+            self.history[-1]["dice"] + 0.0
+        except Exception as error:  # of whatever other forms lead to
+            raise SegmentationError(f"{path}: is no last.pt of this run: {type(error).__name__}: {error}") from error
 
     def __call__(self, workers: int, progress: bool) -> list[dict[str, float]]:
         config, first = self.config, self.place.rank == 0
@@ -280,8 +260,15 @@ class _Training:
         scores = np.array(gather([self._dice(case) for case in self.validation], self.place))
         self.network.to(self.place.device)  # out of memory, a window leaves it on the CPU
         by_label = [_mean(column) for column in scores.T]
-        row = (self.done, self.scheduler.get_last_lr()[0], loss, _mean(by_label), *by_label)
-        self.history.append(dict(zip(self._columns(), row)))
+        self.history.append(
+            {
+                "iteration": self.done,
+                "learning_rate": self.scheduler.get_last_lr()[0],
+                "loss": loss,
+                "dice": _mean(by_label),
+                **{f"dice {name}": dice for name, dice in zip(self.config.labels[1:], by_label)},
+            }
+        )
 
     def _read(self, case: Case):
         return read_case(case, len(self.config.modalities), self.config.spatial_dims, len(self.config.labels))
