@@ -30,6 +30,7 @@ LONGEST = (
     "test_triton_norm",
     "test_packaging",
     "test_triton_aot",
+    "test_triton_ptx",
     "test_examples",
     "test_segmentation_train",
     "test_compile",

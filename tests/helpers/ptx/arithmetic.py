@@ -20,12 +20,16 @@ from .memory import (
     words,
 )
 
-SMALL_FLOATS = ("f16x2", "bf16x2", "bf16", "tf32")  # types beside those of code.BITS
+OTHER_KINDS = ("f16x2", "bf16x2", "f32x2", "bf16", "tf32")  # types beside those of code.BITS
 COMPARISONS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 
 
 def _same(function, count):
-    return lambda parts, kinds: (function, kinds[0], kinds * count)
+    def of(parts, kinds):
+        (kind,) = kinds
+        return _of_floats(function, kind, count) if kind in OTHER_KINDS else (function, kind, kinds * count)
+
+    return of
 
 
 def _logic(bitwise, logical, count):
@@ -36,22 +40,39 @@ def _wide(kind):
     return f"{kind[0]}{2 * BITS[kind]}"
 
 
-def _of_pairs(function, kind):
-    """On two 16-bit floats side by side; the result is rounded once."""
+def _of_floats(function, kind, count):
+    """What to compute with ``count`` operands that are small floats, or two floats side by side; rounded once."""
 
-    def on_pairs(*pairs):
-        if kind == "f16x2":
-            results = function(*(halves(pair).view(np.float16).astype(np.float32) for pair in pairs))
-            return words(results.astype(np.float16).view(np.uint16))
-        return words(bfloat16_of_float(function(*(float_of_bfloat16(halves(pair)) for pair in pairs))))
+    def on_halves(*operands):
+        return words(
+            function(*(halves(pair).view(np.float16).astype(np.float32) for pair in operands))
+            .astype(np.float16)
+            .view(np.uint16)
+        )
 
-    return on_pairs
+    def on_bfloat16(*operands):
+        return bfloat16_of_float(function(*map(float_of_bfloat16, operands)))
+
+    def on_pairs(*operands):
+        return words(on_bfloat16(*map(halves, operands)))
+
+    def on_floats(*operands):
+        pairs = (np.ascontiguousarray(pair)[..., None].view(np.float32) for pair in operands)
+        return np.ascontiguousarray(function(*pairs)).view(np.uint64)[..., 0]
+
+    compute, bits = {
+        "f16x2": (on_halves, "b32"),
+        "bf16x2": (on_pairs, "b32"),
+        "bf16": (on_bfloat16, "b16"),
+        "f32x2": (on_floats, "b64"),
+    }[kind]
+    return compute, bits, [bits] * count
 
 
 def _mul(parts, kinds):
     (kind,) = kinds
-    if kind in SMALL_FLOATS:
-        return _of_pairs(operator.mul, kind), "b32", ["b32"] * 2
+    if kind in OTHER_KINDS:
+        return _of_floats(operator.mul, kind, 2)
     if "lo" in parts or kind[0] == "f":
         return operator.mul, kind, [kind] * 2
     if "wide" in parts:
@@ -62,6 +83,12 @@ def _mul(parts, kinds):
 
 def _mad(parts, kinds):
     (kind,) = kinds
+    if parts[0] == "wide":
+        return (
+            lambda a, b, c: np.multiply(a, b, dtype=dtype_of(_wide(kind))) + c,
+            _wide(kind),
+            [kind] * 2 + [_wide(kind)],
+        )
     if parts[0] != "lo":
         raise PtxError("not known")
     return lambda a, b, c: a * b + c, kind, [kind] * 3
@@ -69,8 +96,10 @@ def _mad(parts, kinds):
 
 def _fma(parts, kinds):
     (kind,) = kinds
-    if kind in SMALL_FLOATS:
-        return _of_pairs(lambda a, b, c: a * b + c, kind), "b32", ["b32"] * 3
+    if kind in OTHER_KINDS:
+        return _of_floats(lambda a, b, c: a * b + c, kind, 3)
+    if kind == "f16":
+        return lambda a, b, c: (a.astype(np.float32) * b + c).astype(np.float16), kind, [kind] * 3
     if kind == "f32":  # the product is exact in float64
         return lambda a, b, c: np.float32(np.multiply(a, b, dtype=np.float64) + c), kind, [kind] * 3
     return lambda a, b, c: a * b + c, kind, [kind] * 3
@@ -130,21 +159,26 @@ def _bfi(parts, kinds):
 
 def _bfe(parts, kinds):
     (kind,) = kinds
-    if kind[0] != "u":
-        raise PtxError("not known")
     dtype = dtype_of(kind)
-    return lambda a, position, length: a >> dtype.type(position) & _mask(dtype, length), kind, [kind, "u32", "u32"]
+
+    def extracted(a, position, length):
+        if kind[0] == "u":
+            return a >> dtype.type(position) & _mask(dtype, length)
+        above = BITS[kind] - int(position) - int(length)  # the highest bit of the field is the sign
+        return a << dtype.type(above) >> dtype.type(above + int(position))
+
+    return extracted, kind, [kind, "u32", "u32"]
 
 
 def _prmt(parts, kinds):
     def permuted(a, b, selector):
-        both = np.asarray(a).astype(np.uint64) | np.asarray(b).astype(np.uint64) << np.uint64(32)
-        result = np.zeros_like(both)
+        a, b, selector = (np.asarray(value).astype(np.uint64) for value in (a, b, selector))
+        both, result = a | b << np.uint64(32), np.uint64(0)
         for i in range(4):
-            number = int(selector) >> 4 * i & 15
-            if number > 7:
-                raise PtxError("not known")  # its sign eight times
-            result |= (both >> np.uint64(8 * number) & np.uint64(255)) << np.uint64(8 * i)
+            number = selector >> np.uint64(4 * i) & np.uint64(15)
+            byte = both >> (number & np.uint64(7)) * np.uint64(8) & np.uint64(255)
+            byte = np.where(number < 8, byte, (byte >> np.uint64(7)) * np.uint64(255))  # its sign eight times
+            result = result | byte << np.uint64(8 * i)
         return result.astype(np.uint32)
 
     return permuted, "b32", ["b32"] * 3

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from . import copies, warps
-from .arithmetic import PURE, SMALL_FLOATS
+from .arithmetic import OTHER_KINDS, PURE
 from .code import BITS, Immediate, Kernel, Memory, Register, Symbol
 from .memory import PROCESS, SHARED_BASE, PtxError, dtype_of
 from .memory import Memory as Bytes
@@ -127,15 +127,17 @@ class Block:
             return np.uint64(self.parameters[operand.name])
         if operand.name in self.kernel.variables:
             return np.uint64(self.kernel.variables[operand.name].ctypes.data)
-        if operand.name.endswith("autofocus_sharedE"):
+        if operand.name.endswith(("autofocus_sharedE", "global_smem")):
             return dtype.type(SHARED_BASE)
         raise PtxError(f"what is {operand.name}?")
 
     def by_thread(self, operand, kind: str):
         return np.broadcast_to(self.source(operand, kind), self.threads)
 
-    def write(self, register: Register, kind: str):
+    def write(self, register: Register | Symbol, kind: str):
         """A function of values and ``active``; values of fewer bits than the register's are extended."""
+        if register == Symbol("_"):  # nobody wants them
+            return lambda values, active: None
         row = self.files[register.bits][register.index]
         if register.bits > 1:
             row = row.view(f"{dtype_of(kind).kind if BITS[kind] == register.bits or kind[0] == 's' else 'u'}"
@@ -162,7 +164,7 @@ class Block:
         except (PtxError, KeyError, ValueError) as error:  # for instructions that nothing executes
             return partial(_fail, f"{instruction.text}: {error!r}")
         if name in warps.BINDERS:
-            step = self._whole_warps(step, number)
+            step = self.whole_warps(step, number)
         return self._guarded(self._noted(step, instruction.opcode), instruction.guard, number)
 
     def _noted(self, step, opcode: str):
@@ -191,7 +193,7 @@ class Block:
 
         return guarded
 
-    def _whole_warps(self, step, number: int):
+    def whole_warps(self, step, number: int):
         """Those of which a part has come wait for the rest of it, as a GPU lets them."""
 
         def whole_warps(active):
@@ -212,7 +214,7 @@ def _fail(message, active):
 
 
 def _pure(block: Block, name, parts, operands):
-    kinds = [part for part in parts if part in BITS or part in SMALL_FLOATS]
+    kinds = [part for part in parts if part in BITS or part in OTHER_KINDS]
     function, result, sources = PURE[name](parts, kinds)
     write = block.write(operands[0], result)
     values = [block.source(operand, kind) for operand, kind in zip(operands[1:], sources, strict=True)]
@@ -283,6 +285,8 @@ def _ret(block: Block, parts, operands, number):
 
 
 def _bar(block: Block, parts, operands, number):
+    if parts == ["warp", "sync"]:
+        return block.whole_warps(lambda active: None, number)
     if parts != ["sync"] or operands != [Immediate("0")]:
         raise PtxError("a barrier of some threads")
 

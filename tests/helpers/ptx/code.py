@@ -55,7 +55,7 @@ class Kernel:
 
 def read(text: str) -> dict[str, Kernel]:
     """The kernels of a PTX file by their symbols."""
-    text = re.sub(r"//[^\n]*", "", text)
+    text = re.sub(r"//[^\n]*|^\s*\.loc\s[^\n]*", "", text, flags=re.MULTILINE)
     variables = {
         name: np.zeros(int(size), np.uint8)
         for name, size in re.findall(r"\.global \.align \d+ \.b8 (\S+)\[(\d+)\];", text)
@@ -64,14 +64,14 @@ def read(text: str) -> dict[str, Kernel]:
     for entry in re.finditer(r"\.entry\s+(\S+?)\s*\((.*?)\)[^{]*\{", text, re.DOTALL):
         name, listed = entry.groups()
         parameters = {
-            parameter: BITS[kind] // 8 * int(count or 1)
-            for kind, parameter, count in re.findall(r"\.param (?:\.align \d+ )?\.(\w+) (\w+)(?:\[(\d+)\])?", listed)
+            parameter: BITS[kind] // 8 * int(count or 1) for kind, parameter, count in _PARAMETER.findall(listed)
         }
         kernels[name] = Kernel(name, parameters, variables)
         _Body(kernels[name], text, entry.end())
     return kernels
 
 
+_PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.(\w+) (?:\.ptr \.global \.align \d+ )?(\w+)(?:\[(\d+)\])?")
 # A brace that opens or closes a scope, a label, or a statement, which may have vectors in braces.
 _TOKEN = re.compile(r"\s*(?:(\{)|(\})|([\w$]+):(?!:)|([^;{}]*(?:\{[^{}]*\}[^;{}]*)*);)")
 
@@ -126,7 +126,7 @@ class _Body:
             return [self._operand(part, scopes) for part in _split(text[1:-1])]
         if text.startswith("["):
             place, *coordinates = _split(text[1:-1])
-            base, offset = re.fullmatch(r"(\S+?)(?:\+(-?\d+))?", place).groups()
+            base, offset = re.fullmatch(r"(\S+?)\s*(?:\+\s*(-?\d+))?", place).groups()
             coordinates = self._operand(coordinates[0], scopes) if coordinates else []
             return Memory(self._operand(base, scopes), int(offset or 0), coordinates)
         if "|" in text:

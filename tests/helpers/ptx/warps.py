@@ -41,22 +41,41 @@ def _movmatrix(block, parts, operands, number):
 
 
 def _ldmatrix(block, parts, operands, number):
-    if parts[:4] != ["sync", "aligned", "m8n8", "x4"]:
+    if parts[:3] != ["sync", "aligned", "m8n8"] or "b16" not in parts:
         raise PtxError("not known")
     writes, address = [block.write(register, "b32") for register in operands[0]], block.address(operands[1])
+    count = len(writes)
 
     def load(active):
-        # Eight lanes name the rows of a matrix: [warps, matrices, rows, elements].
-        matrices = halves(block.shared.load(address()[active], 4, 4)).reshape(-1, 4, 8, 8)
+        # Eight lanes name the rows of a matrix, those of the first ones: [warps, matrices, rows, elements].
+        rows = address()[active].reshape(-1, 32)[:, : 8 * count]
+        matrices = halves(block.shared.load(rows, 4, 4)).reshape(-1, count, 8, 8)
         if "trans" in parts:
             matrices = matrices.transpose(0, 1, 3, 2)
-        fragments = words(matrices.reshape(-1, 4, 32, 2))
-        whole = np.zeros((4, block.threads), np.uint32)
-        whole[:, active] = fragments.transpose(1, 0, 2).reshape(4, -1)
+        fragments = words(matrices.reshape(-1, count, 32, 2))
+        whole = np.zeros((count, block.threads), np.uint32)
+        whole[:, active] = fragments.transpose(1, 0, 2).reshape(count, -1)
         for write, fragment in zip(writes, whole):
             write(fragment, active)
 
     return load
+
+
+def _stmatrix(block, parts, operands, number):
+    if parts[:3] != ["sync", "aligned", "m8n8"] or "b16" not in parts:
+        raise PtxError("not known")
+    address, sources = block.address(operands[0]), [block.by_thread(register, "b32") for register in operands[1]]
+    count = len(sources)
+
+    def store(active):
+        fragments = np.stack([source[active].reshape(-1, 32) for source in sources], axis=1)
+        matrices = halves(fragments).reshape(-1, count, 8, 8)
+        if "trans" in parts:
+            matrices = matrices.transpose(0, 1, 3, 2)
+        rows = address()[active].reshape(-1, 32)[:, : 8 * count]
+        block.shared.store(rows, words(matrices.reshape(-1, 8 * count, 4, 2)), 4)
+
+    return store
 
 
 def _depth_of(kind: str) -> int:
@@ -115,14 +134,32 @@ def _mma(block, parts, operands, number):
     return multiply
 
 
-def _blocks(block, descriptor: int, kind: str, count: int):
-    """``count`` blocks of eight rows of 16 bytes and the next ones along k, [count, 2, 8, elements]."""
-    if descriptor >> 46:
-        raise PtxError("a descriptor with a base offset or swizzling")
-    start, along_k, along_rows = (descriptor >> shift & 0x3FFF for shift in (0, 16, 32))
-    places = start + along_rows * np.arange(count)[:, None, None] + along_k * np.arange(2)[:, None] + np.arange(8)
+def _blocks(block, descriptor: int, kind: str, count: int, turned: bool):
+    """Operand of warpgroup MMA: [count, 2, 8, elements], blocks of eight rows of 16 bytes, two along k.
+
+    A row is one of the operand or, turned, one of k, along which then the eight rows of a block lie.
+    """
+    start, leading, stride = (descriptor >> shift & 0x3FFF for shift in (0, 16, 32))
+    swizzle = descriptor >> 62
+    if descriptor >> 46 & 0xFFFF:
+        raise PtxError("a descriptor with a base offset")
+    blocks, along_k, rows = np.arange(count)[:, None, None], np.arange(2)[:, None], np.arange(8)
+    if swizzle == 0:
+        places = start + stride * blocks + leading * along_k + rows
+    else:  # rows of 128, 64 or 32 bytes, whose parts of 16 bytes change places with the row
+        width = {1: 8, 2: 4, 3: 2}[swizzle]
+        if turned:
+            places = start + blocks % width + leading * (blocks // width) + stride * along_k + width * rows
+        else:
+            places = start + stride * blocks + along_k + width * rows
+        places = places ^ places >> 3 & width - 1
     read = elements(block.shared.load(16 * places.astype(np.uint64), 4, 4), kind)
     return read.reshape(count, 2, 8, -1)
+
+
+def _turned(blocks):
+    """The same blocks with rows and elements exchanged: of 16 bits, eight each."""
+    return blocks.transpose(0, 1, 3, 2)
 
 
 def _wgmma(block, parts, operands, number):
@@ -138,11 +175,12 @@ def _wgmma(block, parts, operands, number):
     d, a, b, adds, *flags = operands
     in_registers = isinstance(a, list)
     # Signs, then for 16 bits whether operands in shared memory are transposed.
-    flags = [int(flag.text) for flag in flags]
-    known = [[1, 1]] if kind == "tf32" else [[1, 1, 0], [1, 1, 1]] if in_registers else [[1, 1, 0, 0], [1, 1, 0, 1]]
-    if parts[4:] != ["f32", kind, kind] or depth != _depth_of(kind) or len(d) != columns // 2 or flags not in known:
+    signs, turned = flags[:2], [flag.text == "1" for flag in flags[2:]]
+    if [sign.text for sign in signs] != ["1", "1"] or len(turned) != (0 if kind == "tf32" else 2 - in_registers):
         raise PtxError("not known")
-    is_turned = kind != "tf32" and flags[-1] == 1
+    if parts[4:] != ["f32", kind, kind] or depth != _depth_of(kind) or len(d) != columns // 2:
+        raise PtxError("not known")
+    turned_a, turned_b = [False] * (2 - len(turned)) + turned
     sums, numbers = block.files[32].view(np.float32), [register.index for register in d]
     rows_of_sum, columns_of_sum = _place_of_sum(len(d))
     left = _by_warp(block, a) if in_registers else block.source(a, "b64")
@@ -155,12 +193,16 @@ def _wgmma(block, parts, operands, number):
         def run(due):
             read = {}  # warpgroups mostly share operand b
 
+            def operand(name, size, turned):
+                """[size, k]"""
+                blocks = _blocks(block, name, kind, size // 8, turned)
+                return (_turned(blocks) if turned else blocks).transpose(0, 2, 1, 3).reshape(size, depth)
+
             def right_operand(name):
-                blocks = _blocks(block, name, kind, columns // 8)  # a row is a column, or turned one of k
-                return blocks.transpose((1, 2, 0, 3) if is_turned else (1, 3, 0, 2)).reshape(depth, columns)
+                return operand(name, columns, turned_b).T
 
             def left_operand(name):
-                return _blocks(block, name, kind, 8).transpose(0, 2, 1, 3).reshape(4, 16, depth)
+                return operand(name, 64, turned_a).reshape(4, 16, depth)
 
             def once(function, name):
                 if (function, name) not in read:
@@ -187,4 +229,11 @@ def _wgmma(block, parts, operands, number):
     return multiply
 
 
-BINDERS = {"shfl": _shfl, "movmatrix": _movmatrix, "ldmatrix": _ldmatrix, "mma": _mma, "wgmma": _wgmma}
+BINDERS = {
+    "shfl": _shfl,
+    "movmatrix": _movmatrix,
+    "ldmatrix": _ldmatrix,
+    "stmatrix": _stmatrix,
+    "mma": _mma,
+    "wgmma": _wgmma,
+}
