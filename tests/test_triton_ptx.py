@@ -14,14 +14,13 @@ pytest.importorskip("triton")
 
 ALWAYS = {
     80: ("ragged-float16", "branch-bfloat16", "rows-float32"),
-    90: ("rows-float16", "ragged-bfloat16", "branch-float16", "rows-float32"),
+    90: ("norm-bfloat16", "rows-float16", "ragged-bfloat16", "branch-float16", "rows-float32"),
 }
-EVERY = [
-    (capability, f"{case}-{dtype}")
-    for capability, case, dtype in itertools.product(
-        triton_ptx_worker.SHARED_BYTES, triton_ptx_worker.CASES, triton_ptx_worker.DTYPES
-    )
+NAMES = [
+    *(f"{case}-{dtype}" for case, dtype in itertools.product(triton_ptx_worker.CASES, triton_ptx_worker.DTYPES)),
+    *(f"{triton_ptx_worker.NORM}-{dtype}" for dtype in ("float16", "bfloat16")),
 ]
+EVERY = list(itertools.product(triton_ptx_worker.SHARED_BYTES, NAMES))
 
 
 @pytest.fixture(scope="module")

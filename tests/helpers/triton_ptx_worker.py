@@ -24,6 +24,7 @@ CASES = {
         Case("branch", (3, 4, 6), 9, 8, dilations=(1, 2), mode="branch"),
     )
 }
+NORM = "norm"  # a training step by batch statistics
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}  # the last as TF32
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 
@@ -34,6 +35,21 @@ def results(capability, names):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
     return dict(json.loads(line) for line in output.splitlines() if line.startswith("["))
+
+
+def problem_of_norm(dtype):
+    import test_branch_norm
+
+    from autofocus_kernels.branch_norm import normed_autofocus_conv
+
+    case = Case(NORM, (3, 4, 6), 5, 8, dilations=(1, 2), batch=2, layout="channels_last")
+    step = partial(normed_autofocus_conv, save_branches=False, backend="triton")
+    norms = test_branch_norm.make_norms(case, torch.float32)
+    try:
+        test_branch_norm.compare(step, case, testing.make_tensors(case, dtype), norms)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def problem_of(case, dtype):
@@ -65,7 +81,8 @@ def main(capability, names):
     backend.checked = False
     for name in names:
         case, dtype = name.split("-")
-        print(json.dumps([name, problem_of(CASES[case], DTYPES[dtype])]), flush=True)
+        problem = problem_of_norm(DTYPES[dtype]) if case == NORM else problem_of(CASES[case], DTYPES[dtype])
+        print(json.dumps([name, problem]), flush=True)
 
 
 if __name__ == "__main__":
