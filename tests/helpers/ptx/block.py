@@ -13,6 +13,7 @@ from .arithmetic import OTHER_KINDS, PURE
 from .code import BITS, Immediate, Kernel, Memory, Register, Symbol
 from .memory import PROCESS, SHARED_BASE, PtxError, dtype_of
 from .memory import Memory as Bytes
+from .races import Races
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Block:
         for file in self.files.values():  # NaN, as everything that nobody has written yet
             file.view(np.uint8).fill(1 if file.dtype == bool else 0xFF)
         self.shared.bytes.fill(0xFF)
+        self.races = Races(self.launch.shared_bytes, self.threads)
         self.bulk = copies.Bulk(self)
         self.copies, self.products = copies.Groups(self.threads), copies.Groups(self.threads)
         self.alive = np.ones(self.threads, bool)
@@ -99,6 +101,7 @@ class Block:
         for part in self.at_barrier:
             self.make_ready(*part)
         self.at_barrier = []
+        self.races.barrier()
         return True
 
     # ------------------------------------------------------------------ operands
@@ -251,6 +254,8 @@ def _ld(block: Block, parts, operands, number):
     whole = np.zeros((block.threads, len(registers)), dtype)
 
     def load(active):
+        if memory is block.shared:
+            block.races.access(address()[active], dtype.itemsize * len(registers), active, writes=False)
         whole[active] = memory.load(address()[active], dtype.itemsize, len(registers)).view(dtype)
         for i, write in enumerate(writes):
             write(whole[:, i], active)
@@ -266,6 +271,8 @@ def _st(block: Block, parts, operands, number):
     values = [block.by_thread(source, f"b{BITS[kind]}") for source in sources]
 
     def store(active):
+        if memory is block.shared:
+            block.races.access(address()[active], BITS[kind] // 8 * len(values), active, writes=True)
         memory.store(address()[active], np.stack([value[active] for value in values], axis=-1), len(values))
 
     return store

@@ -48,8 +48,10 @@ class Bulk:
         self.sleeping = []  # threads at a barrier: (number of an instruction, mask)
         self.may_rouse = True
 
-    def begin(self, barrier: int, to, content):
-        self.under_way.append((self.barriers[barrier], to, content))
+    def begin(self, barrier: int, to: int, content, thread: int):
+        counted_by = self.barriers[barrier]
+        self.block.races.copy(to, len(content), thread, barrier, counted_by.phases)
+        self.under_way.append((counted_by, self.block.shared.part(to, len(content)), content))
         if not self.block.launch.late:
             self.land_all()
 
@@ -122,10 +124,19 @@ def _cp(block, parts, operands, number):
         if np.any(given[active & ~there]):
             raise PtxError("a part of an asynchronous copy")
 
+        begun = [
+            (warp, block.races.begin(targets[lanes][active[lanes]], size, warp, writes=True))
+            for warp in np.unique(np.flatnonzero(active) // 32)
+            for lanes in [slice(32 * warp, 32 * warp + 32)]
+        ]
+
         def run(threads):
             values = np.zeros((len(targets), size // 8), np.uint64)
             values[threads & there] = PROCESS.load(sources[threads & there], 8, size // 8)
             block.shared.store(targets[threads], values[threads], size // 8)
+            for warp, later in begun:
+                if threads[32 * warp : 32 * warp + 32].any():
+                    block.races.end(later)
 
         if block.launch.late:
             block.copies.begin(active, run)
@@ -166,7 +177,7 @@ def _bulk_copy(block, to, barrier, alignment, content):
         if to()[thread] % alignment:
             raise PtxError(f"a bulk copy to no multiple of {alignment} bytes")
         copied = content(thread)
-        block.bulk.begin(int(barrier()[thread]), block.shared.part(int(to()[thread]), len(copied)), copied)
+        block.bulk.begin(int(barrier()[thread]), int(to()[thread]), copied, thread)
 
     return copy
 
@@ -194,6 +205,7 @@ def _mbarrier(block, parts, operands, number):
         def inval(active):
             (place,) = np.unique(address()[active])
             del block.bulk.barriers[int(place)]
+            block.races.forget(int(place))
 
         return inval
     if action == "expect_tx":
@@ -220,9 +232,11 @@ def _mbarrier(block, parts, operands, number):
     def try_wait(active):
         """Whether the phase of that parity has ended. If not, threads sleep until one does, and look again."""
         (asked,) = np.unique(parity[active])
-        ended = barrier_of(active).phases % 2 != asked
+        phases = barrier_of(active).phases
+        ended = phases % 2 != asked
         write(ended, active)
         if ended:
+            block.races.know(int(address()[active][0]), phases, active)
             return None
         block.bulk.sleeping.append((number + 1, active))
         return []

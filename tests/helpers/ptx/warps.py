@@ -49,6 +49,7 @@ def _ldmatrix(block, parts, operands, number):
     def load(active):
         # Eight lanes name the rows of a matrix, those of the first ones: [warps, matrices, rows, elements].
         rows = address()[active].reshape(-1, 32)[:, : 8 * count]
+        block.races.access(rows.reshape(-1), 16, active & (block.lanes % 32 < 8 * count), writes=False)
         matrices = halves(block.shared.load(rows, 4, 4)).reshape(-1, count, 8, 8)
         if "trans" in parts:
             matrices = matrices.transpose(0, 1, 3, 2)
@@ -73,6 +74,7 @@ def _stmatrix(block, parts, operands, number):
         if "trans" in parts:
             matrices = matrices.transpose(0, 1, 3, 2)
         rows = address()[active].reshape(-1, 32)[:, : 8 * count]
+        block.races.access(rows.reshape(-1), 16, active & (block.lanes % 32 < 8 * count), writes=True)
         block.shared.store(rows, words(matrices.reshape(-1, 8 * count, 4, 2)), 4)
 
     return store
@@ -134,8 +136,8 @@ def _mma(block, parts, operands, number):
     return multiply
 
 
-def _blocks(block, descriptor: int, kind: str, count: int, turned: bool):
-    """Operand of warpgroup MMA: [count, 2, 8, elements], blocks of eight rows of 16 bytes, two along k.
+def _block_addresses(descriptor: int, count: int, turned: bool):
+    """Of an operand of warpgroup MMA: [count, 2, 8], the rows of 16 bytes of blocks of eight, two blocks along k.
 
     A row is one of the operand or, turned, one of k, along which then the eight rows of a block lie.
     """
@@ -153,8 +155,7 @@ def _blocks(block, descriptor: int, kind: str, count: int, turned: bool):
         else:
             places = start + stride * blocks + along_k + width * rows
         places = places ^ places >> 3 & width - 1
-    read = elements(block.shared.load(16 * places.astype(np.uint64), 4, 4), kind)
-    return read.reshape(count, 2, 8, -1)
+    return 16 * places.astype(np.uint64)
 
 
 def _turned(blocks):
@@ -189,13 +190,21 @@ def _wgmma(block, parts, operands, number):
     def multiply(active):
         # Descriptors are read now; registers of sums and of operand a belong to the product until it is waited for.
         names = [right.copy(), adds.copy(), *([] if in_registers else [left.copy()])]
+        begun = {}
+        for warp in np.flatnonzero(active[::32]):
+            reads = [_block_addresses(int(right[32 * warp]), columns // 8, turned_b)]
+            if not in_registers:
+                own_rows = _block_addresses(int(left[32 * warp]), 8, turned_a)
+                reads.append(own_rows if turned_a else own_rows[2 * (warp % 4) : 2 * (warp % 4) + 2])
+            begun[warp] = [block.races.begin(addresses, 16, warp, writes=False) for addresses in reads]
 
         def run(due):
             read = {}  # warpgroups mostly share operand b
 
             def operand(name, size, turned):
                 """[size, k]"""
-                blocks = _blocks(block, name, kind, size // 8, turned)
+                addresses = _block_addresses(name, size // 8, turned)
+                blocks = elements(block.shared.load(addresses, 4, 4), kind).reshape(size // 8, 2, 8, -1)
                 return (_turned(blocks) if turned else blocks).transpose(0, 2, 1, 3).reshape(size, depth)
 
             def right_operand(name):
@@ -218,6 +227,8 @@ def _wgmma(block, parts, operands, number):
                 name_of_b, is_added, *name_of_a = (name[warp, 0].item() for name in by_warp)
                 own = fragments[warp] if in_registers else once(left_operand, *name_of_a)[warp % 4]
                 lanes = slice(32 * warp, 32 * warp + 32)
+                for later in begun[warp]:
+                    block.races.end(later)
                 product = (own @ once(right_operand, name_of_b))[rows_of_sum, columns_of_sum]
                 sums[numbers, lanes] = product + sums[numbers, lanes] if is_added else product
 

@@ -1,0 +1,94 @@
+"""Accesses to a block's shared memory that nothing orders: what one order of execution need not show.
+
+Threads of different warps are ordered by the block's barriers alone. So from one to the next no two warps may access
+the same place if one of them writes, in whatever order they happened to do it here. What is asynchronous belongs to the
+warp that began it until it is waited for. A bulk copy writes from where it is asked for until a thread knows, from its
+barrier or from a thread that knew at a barrier of the block, that the phase has ended.
+"""
+
+import numpy as np
+
+from .memory import SHARED_BASE, PtxError
+
+_CELL = 2  # bytes, the smallest access
+
+
+class Races:
+    def __init__(self, shared_bytes: int, threads: int):
+        cells = -(-shared_bytes // _CELL)
+        # Of each cell, a bit for each warp, since the last barrier of the block.
+        self._readers, self._writers = np.zeros((2, cells), np.uint32)
+        self._under_way: list[tuple[np.ndarray, int, bool]] = []  # cells, warp, whether they are written
+        self._copy = np.full(cells, -1)  # the last bulk copy to a cell, of:
+        self._copies: list[tuple[int, int]] = []  # barrier, number of the phase
+        self._ended: dict[int, np.ndarray] = {}  # by barrier, phases that a thread knows to have ended
+        self._threads = threads
+
+    def access(self, addresses, size: int, active, writes: bool):
+        """By every active thread, ``size`` bytes; ``addresses`` are theirs alone."""
+        warps = np.flatnonzero(active) // 32
+        cells = _cells(addresses, size)
+        for warp in np.unique(warps):
+            own = cells[warps == warp]
+            self._require_known(own, np.flatnonzero(active)[warps == warp])
+            self._access(own, warp, writes)
+
+    def begin(self, addresses, size: int, warp: int, writes: bool):
+        """By a warp, until :meth:`end`."""
+        later = _cells(addresses, size), warp, writes
+        self._require_known(later[0].reshape(1, -1), np.array([32 * warp]))
+        self._access(*later)
+        self._under_way.append(later)
+        return later
+
+    def end(self, later):
+        self._under_way = [other for other in self._under_way if other is not later]
+
+    def copy(self, address: int, size: int, thread: int, barrier: int, phase: int):
+        cells = _cells(np.array([address], np.uint64), size)
+        self._require_known(cells, np.array([thread]))
+        others = (self._readers | self._writers)[cells] & ~np.uint32(1 << thread // 32)
+        if others.any():
+            raise PtxError("a bulk copy to where another warp has been since the last barrier")
+        self._copy[cells] = len(self._copies)
+        self._copies.append((barrier, phase))
+
+    def know(self, barrier: int, phases: int, active):
+        """Threads learn how many phases of a barrier have ended."""
+        ended = self._ended.setdefault(barrier, np.zeros(self._threads, np.int64))
+        ended[active] = phases
+
+    def forget(self, barrier: int):
+        """The barrier is no more, and what it has counted is known."""
+        self._ended.pop(barrier, None)
+        gone = [number for number, (of, _) in enumerate(self._copies) if of == barrier]
+        self._copy[np.isin(self._copy, gone)] = -1
+
+    def barrier(self):
+        """All threads are at the block's."""
+        self._readers[:] = self._writers[:] = 0
+        for later in self._under_way:
+            self._access(*later)
+        for ended in self._ended.values():
+            ended[:] = ended.max()
+
+    def _access(self, cells, warp: int, writes: bool):
+        own = np.uint32(1 << int(warp))
+        others = self._writers[cells] | self._readers[cells] if writes else self._writers[cells]
+        if (others & ~own).any():
+            raise PtxError(f"two warps access one place and {'this' if writes else 'the other'} one writes")
+        (self._writers if writes else self._readers)[cells] |= own
+
+    def _require_known(self, cells, threads):
+        """``cells`` are [threads, ...]."""
+        numbers = self._copy[cells]
+        for number in np.unique(numbers[numbers >= 0]):
+            barrier, phase = self._copies[number]
+            here = threads[(numbers == number).reshape(len(threads), -1).any(axis=1)]
+            if barrier not in self._ended or (self._ended[barrier][here] <= phase).any():
+                raise PtxError("an access to where a bulk copy may still be under way")
+
+
+def _cells(addresses, size: int):
+    first = (addresses.astype(np.int64) - SHARED_BASE) // _CELL
+    return first[..., None] + np.arange(max(1, size // _CELL))
