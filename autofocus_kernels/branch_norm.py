@@ -133,8 +133,8 @@ def _affine(norms: Norms, input: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and biases of the norms, ``[K, O]``, in the precision of statistics."""
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     O = norms[0].num_features
-    weights = [norm.weight if norm.affine else input.new_ones(O, dtype=dtype) for norm in norms]
-    biases = [norm.bias if norm.affine else input.new_zeros(O, dtype=dtype) for norm in norms]
+    weights = [input.new_ones((O,), dtype=dtype) if norm.weight is None else norm.weight for norm in norms]
+    biases = [input.new_zeros((O,), dtype=dtype) if norm.bias is None else norm.bias for norm in norms]
     return torch.stack([w.to(dtype) for w in weights]), torch.stack([b.to(dtype) for b in biases])
 
 
@@ -159,10 +159,13 @@ def _update_running_statistics(norms: Norms, statistics: ops.Statistics | None, 
     for k, norm in enumerate(norms):
         if not (norm.training and norm.track_running_stats):
             continue
-        norm.num_batches_tracked.add_(1)
-        if statistics is None:
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        if statistics is None or norm.running_mean is None:
             continue
-        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        momentum = norm.momentum
+        if momentum is None:
+            momentum = 0.0 if norm.num_batches_tracked is None else 1 / float(norm.num_batches_tracked)
         mean = statistics.mean[k] if k > 0 or bias is None else statistics.mean[k] + bias
         unbiased = statistics.var[k] * (statistics.count / (statistics.count - 1))
         norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)

@@ -142,7 +142,10 @@ def make_layer(backend=None, dtype=torch.float64, **options):
     return AutofocusConv2d(3, 4, dilations=(1, 2, 3), branch_norm=True, backend=backend, dtype=dtype, **options)
 
 
-@pytest.mark.parametrize("change", ["momentum", "cumulative", "no_affine", "mixed_affine", "no_tracking", "eps"])
+CHANGES = ("momentum", "cumulative", "no_affine", "mixed_affine", "no_bias", "no_tracking", "no_count", "eps")
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_three_steps_and_evaluation(backend, change):
     """Running statistics and optimiser steps as in the plain layer, whatever is set on the norms."""
     layer = make_layer(backend)
@@ -154,6 +157,10 @@ def test_three_steps_and_evaluation(backend, change):
     for k, norm in enumerate(layer.branch_norm):
         norm.momentum = {"momentum": 0.2 + 0.1 * k, "cumulative": None}.get(change, norm.momentum)
         norm.eps = 0.1 * (k + 1) if change == "eps" else norm.eps
+        if change == "no_bias" and k > 0:
+            norm.register_parameter("bias", None)
+        if change == "no_count":
+            norm.num_batches_tracked = None
     other = copy.deepcopy(layer)
     optimisers = [
         torch.optim.RMSprop(
