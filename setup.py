@@ -29,7 +29,8 @@ MODE = os.environ.get("AUTOFOCUS_BUILD") or "auto"
 CSRC = Path(__file__).resolve().parent / "csrc"
 FLAGS = runpy.run_path(str(CSRC / "flags.py"))
 # These commands only read metadata; probing the machine for them would cost seconds.
-BUILDING = not {"egg_info", "dist_info", "sdist"} & set(sys.argv)
+READS = {"egg_info", "dist_info", "sdist"}
+BUILDING = not READS & set(sys.argv) or any(command.startswith(("build", "bdist", "install")) for command in sys.argv)
 
 
 class CannotBuild(Exception):
@@ -40,7 +41,7 @@ def find_torch():
     """torch and its build helpers, also from within pip's build isolation."""
     # An isolated build sees only its own packages. The torch that the library will meet at run
     # time is in the site-packages of the interpreter that pip serves, so look there last.
-    sys.path.extend(path for path in site.getsitepackages() if path not in sys.path)
+    sys.path.extend(path for path in [*site.getsitepackages(), site.getusersitepackages()] if path not in sys.path)
     try:
         import torch
         from torch.utils import cpp_extension
@@ -154,7 +155,9 @@ class BuildLibraries(BuildExtension):
             outcome = f"skipped: {entry['skipped']}" if "skipped" in entry else "built"
             print(f"autofocus_kernels: {name} library: {outcome}", file=sys.stderr)
         package.mkdir(parents=True, exist_ok=True)
-        Path(package, "_build.json").write_text(json.dumps(RECORD, indent=1) + "\n")
+        note, whole = package / "_build.json", package / "_build.json.new"
+        whole.write_text(json.dumps(RECORD, indent=1) + "\n")
+        whole.replace(note)
 
     def build_extensions(self):
         wanted, built = self.extensions, []
@@ -172,7 +175,11 @@ class BuildLibraries(BuildExtension):
                 RECORD[name] = {"skipped": f"its compilation failed ({error})"}
             else:
                 built.append(extension)
-                RECORD[name] = {"torch": torch.__version__, "flags": flags}
+                RECORD[name] = {
+                    "torch": torch.__version__,
+                    "flags": flags,
+                    "sources": FLAGS["source_digest"]("csrc"),
+                }
         self.extensions = built
 
 

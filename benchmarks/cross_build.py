@@ -10,7 +10,6 @@ build/cross; where that lies beside the same sources on a machine with a GPU, gp
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import os
@@ -34,13 +33,7 @@ TORCH_LIBRARIES = ("torch_cuda", "torch_cpu", "c10")
 
 
 def source_digest() -> str:
-    """Of everything that is compiled here."""
-    digest = hashlib.sha1()
-    files = [path for folder in ("csrc", "benchmarks/probes") for path in (ROOT / folder).rglob("*") if path.is_file()]
-    for path in sorted(files):
-        if path.suffix in (".cu", ".cpp", ".h", ".py"):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
+    return FLAGS["source_digest"]("csrc", "benchmarks/probes")
 
 
 def nvcc() -> Path | None:
@@ -126,7 +119,11 @@ def install(package: Path, folder: Path = FOLDER) -> None:
     built = json.loads(note.read_text()) if note.exists() else {}
     record = json.loads((folder / "record.json").read_text())
     shutil.copy(folder / LIBRARY, package / LIBRARY)
-    built["cuda"] = {"torch": record["torch"], "flags": {"architectures": record["architectures"]}}
+    built["cuda"] = {
+        "torch": record["torch"],
+        "flags": {"architectures": record["architectures"]},
+        "sources": FLAGS["source_digest"]("csrc"),  # refusal() has compared those it was built of
+    }
     note.write_text(json.dumps(built, indent=1) + "\n")
 
 

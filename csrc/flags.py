@@ -1,5 +1,10 @@
 """Build flags of the compiled libraries, for setup.py and for tests that call a compiler."""
 
+import hashlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
 # Torch's stable ABI as of 2.10: a library built with a newer torch still loads with an older one.
 MINIMUM_TORCH = (2, 10)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -28,3 +33,13 @@ def gencode(architectures=CUDA_ARCHITECTURES):
     newest = max(map(generation, architectures))
     machine_code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     return [*machine_code, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def source_digest(*folders):
+    """Of all that is compiled in ``folders``, and how."""
+    digest = hashlib.sha1()
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    for path in sorted(files):
+        if path.suffix in (".cu", ".cpp", ".h", ".py"):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -50,6 +50,44 @@ def test_does_not_load(package):
     assert native.unavailable("cpu").startswith(expected)
 
 
+def test_a_library_of_other_sources(package, monkeypatch):
+    """As after a pull without a build."""
+    (package / "_cpu.abi3.so").write_bytes(b"a library")
+    (package / "_build.json").write_text(json.dumps({"cpu": {"torch": torch.__version__, "sources": "old"}}))
+    monkeypatch.setattr(native, "_digest_of_checkout", lambda: "new")
+    assert native.unavailable("cpu").startswith("_cpu.abi3.so was built from other sources than csrc has now; reinst")
+    native.unavailable.cache_clear()
+    monkeypatch.setattr(native, "_digest_of_checkout", lambda: None)  # an installed package has none to compare
+    assert "does not load" in native.unavailable("cpu")
+
+
+def test_what_was_built_is_of_these_sources():
+    digests = {native.build_record()[name]["sources"] for name in BUILT}
+    assert digests <= {native._digest_of_checkout()}
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_a_library_without_operators(package):
+    subprocess.run(["cc", "-shared", "-x", "c", "-", "-o", package / "_spare.abi3.so"], input=b"", check=True)
+    assert native.unavailable("spare").startswith("_spare.abi3.so has no operators")
+
+
+def test_a_library_that_is_gone(package):
+    (package / "_build.json").write_text(json.dumps({"cpu": {"torch": "2.13.0"}}))
+    assert native.unavailable("cpu").startswith("not built: its library is gone; reinstall")
+
+
+def test_a_damaged_note(package):
+    (package / "_build.json").write_text("")
+    assert native.unavailable("cpu").startswith("not built: the package was never installed")
+
+
+def test_the_library_for_every_python_comes_first(package):
+    for name in ("_cpu.abi3.so", f"_cpu{native.EXTENSION_SUFFIXES[0]}"):
+        (package / name).write_bytes(b"")
+    assert native._find("cpu").name == "_cpu.abi3.so"
+
+
 def test_reason_is_remembered(package):
     before = native.unavailable("cpu")
     (package / "_cpu.abi3.so").write_bytes(b"no library")

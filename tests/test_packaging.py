@@ -225,7 +225,7 @@ def test_build_in_place_replaces_an_earlier_one(tree):
 
     only_source(tree, TINY)
     run(tree, *in_place, AUTOFOCUS_BUILD="cpu")
-    assert run(tree, *ask, PYTHONPATH=str(tree)).stdout.strip() == "None"
+    assert run(tree, *ask, PYTHONPATH=str(tree)).stdout.startswith("_cpu.abi3.so has no operators")
 
     run(tree, *in_place, AUTOFOCUS_BUILD="none")
     assert not library.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -23,7 +24,11 @@ def unavailable(name: str) -> str | None:
     how = f"reinstall from source with AUTOFOCUS_BUILD={name} to build it or to see why that fails"
     library = _find(name)
     if library is None:
-        return f"not built: {built.get('skipped', 'the package was never installed')}; {how}"
+        gone = "its library is gone" if "torch" in built else "the package was never installed"
+        return f"not built: {built.get('skipped', gone)}; {how}"
+    digest = _digest_of_checkout()
+    if digest is not None and built.get("sources") not in (None, digest):
+        return f"{library.name} was built from other sources than csrc has now; {how}"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -32,6 +37,8 @@ def unavailable(name: str) -> str | None:
             f"{library.name} was built for torch {built.get('torch')}, you have "
             f"{torch.__version__}, and it does not load: {error.__cause__ or error}; {how}"
         )
+    if not hasattr(getattr(torch.ops, f"autofocus_{name}"), "forward"):
+        return f"{library.name} has no operators: it is no library of this package; {how}"
     return None
 
 
@@ -39,13 +46,25 @@ def build_record() -> dict:
     """What setup.py noted of the build.
 
     Returns:
-        library name -> ``{"torch": version, "flags": {compiler: options}}`` if it was built,
-        ``{"skipped": reason}`` if not; empty if there was no build.
+        library name -> ``{"torch": version, "flags": {compiler: options}, "sources": digest}`` if it was built,
+        ``{"skipped": reason}`` if not; empty if there was no build, or its note is damaged.
     """
-    record = PACKAGE / "_build.json"
-    return json.loads(record.read_text()) if record.exists() else {}
+    try:
+        return json.loads((PACKAGE / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _digest_of_checkout() -> str | None:
+    """Of the sources beside the package, which a build may be older than; None for one that was installed."""
+    root = PACKAGE.parent
+    if not (root / "setup.py").exists() or not (root / "csrc" / "flags.py").exists():
+        return None
+    return runpy.run_path(str(root / "csrc" / "flags.py"))["source_digest"]("csrc")
 
 
 def _find(name: str) -> Path | None:
-    candidates = (PACKAGE / f"_{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
+    # As setup.py builds them first: one for a single Python is another's, or old.
+    suffixes = sorted(EXTENSION_SUFFIXES, key=lambda suffix: "abi3" not in suffix)
+    candidates = (PACKAGE / f"_{name}{suffix}" for suffix in suffixes)
     return next((path for path in candidates if path.exists()), None)
