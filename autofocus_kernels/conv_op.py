@@ -6,10 +6,12 @@ that fits a dilation of 1, and ask whether it is a subclass of ``nn.ConvNd``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from .convert import RELATIVE_DILATIONS
-from .geometry import per_axis, resolve_dilations
+from .geometry import IntOrTuple, per_axis, resolve_dilations
 from .modules import AUTOFOCUS, CONV
 
 
@@ -17,7 +19,7 @@ class _ConvOp:
     """What the three classes share; mixed in front of ``nn.Conv1d/2d/3d``, of which no instance is ever made."""
 
     spatial_dims: int
-    dilations = RELATIVE_DILATIONS
+    dilations: Sequence[IntOrTuple] = RELATIVE_DILATIONS
 
     def __new__(cls, in_channels, out_channels, kernel_size, *arguments, **keywords):
         sizes = per_axis("kernel_size", kernel_size, cls.spatial_dims, minimum=1)

@@ -25,7 +25,7 @@ RELATIVE_DILATIONS = (1, 3, 5, 7)
 _SATURATED = 1000.0
 
 Conv = TypeVar("Conv", bound=_ConvNd)
-Select = Sequence[str] | Callable[[str, nn.Module], bool] | None
+Select = Sequence[str] | Callable[[str, Any], bool] | None  # the latter of a name and its convolution
 
 
 def convert(

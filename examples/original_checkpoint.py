@@ -27,11 +27,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a folder for the labels")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp()) if options.out is None else options.out
+    folder.mkdir(parents=True, exist_ok=True)
     if options.checkpoint is None:
         options.checkpoint = folder / "untrained.pth"
         torch.save(untrained(options.arch), options.checkpoint)
     if options.image is None:
-        make_phantom(folder / "phantom", cases=4, size=(20, 23, 18), modalities=4)
+        if not (folder / "phantom").exists():
+            make_phantom(folder / "phantom", cases=4, size=(20, 23, 18), modalities=4)
         options.image = folder / "phantom" / "imagesTs" / "A_003.nii.gz"
     for written in predict(options.checkpoint, options.image, folder / "labels", arch=options.arch, window=(51,)):
         print("labels:", written)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 # Absolute: nnU-Net imports this file by its bare name, outside of the package.
 from autofocus_kernels.convert import RELATIVE_DILATIONS, convert
+from autofocus_kernels.geometry import IntOrTuple
 
 try:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -26,7 +29,7 @@ class nnUNetTrainerAutofocus(nnUNetTrainer):
     """
 
     # In units of a voxel of the stage; 1 must be among them (autofocus_kernels.convert).
-    dilations = RELATIVE_DILATIONS
+    dilations: Sequence[IntOrTuple] = RELATIVE_DILATIONS
 
     @classmethod
     def select(cls, network: nn.Module):
