@@ -44,32 +44,50 @@ COLUMNS = (
 class Rows:
     """A CSV file that grows group by group (case, dtype, pass), so that a run that was killed can go on.
 
-    Rows of an existing file are kept if they were measured in the same environment and by the same sources.
+    Raises:
+        ValueError: the file is no such table; or, unless ``anew``, has rows of another environment or other sources.
     """
 
     def __init__(self, path: Path, environment: dict, anew: bool = False) -> None:
         self.path = path
         self.environment = {name: str(value) for name, value in environment.items()}
-        self.rows = (
-            []
-            if anew or not path.exists()
-            else [row for row in read(path) if all(str(row[name]) == text for name, text in self.environment.items())]
-        )
+        self.rows = self._kept(anew) if path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
+        whole = path.with_name(f".{path.name}.new")  # killed here, the old file is still there
+        with whole.open("w", newline="") as file:
             csv.DictWriter(file, COLUMNS).writeheader()
-        self._append(self.rows)
+        self._append(self.rows, whole)
+        whole.replace(path)
+
+    def _kept(self, anew: bool) -> list[dict]:
+        try:
+            rows = read(self.path)
+        except (OSError, ValueError, csv.Error):
+            rows = [{}]
+        if any("case" not in row or "contender" not in row for row in rows):
+            raise ValueError(f"{self.path}: is no table of measurements; choose another file")
+        if anew:
+            return []
+        for row in rows:
+            for name, text in self.environment.items():
+                if str(row.get(name)) != text:
+                    raise ValueError(
+                        f"{self.path}: has rows of another {name}, {row.get(name)} where this is {text}: --anew "
+                        "replaces them, another file keeps them"
+                    )
+        return rows
 
     def has(self, case: str, dtype: str, pass_name: str) -> bool:
         return any((r["case"], r["dtype"], r["pass"]) == (case, dtype, pass_name) for r in self.rows)
 
     def add(self, rows: list[dict]) -> None:
         rows = [{**row, **self.environment, "command": command_line()} for row in rows]
-        self._append(rows)
+        self._append(rows, self.path)
         self.rows += rows
 
-    def _append(self, rows: list[dict]) -> None:
-        with self.path.open("a", newline="") as file:
+    @staticmethod
+    def _append(rows: list[dict], path: Path) -> None:
+        with path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerows(
                 {name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()} for row in rows
             )

@@ -93,7 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     here = environment(options.device)
     print("\n".join(f"{name:<8} {value}" for name, value in here.items()))
-    store = Rows(options.out, here, options.anew)
+    try:
+        store = Rows(options.out, here, options.anew)
+    except ValueError as error:
+        sys.exit(str(error))
     jobs = plan(options)
     todo = [
         (case, dtype, compiled, [p for p in options.passes if not store.has(case.name, dtype, p)])

@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
+    require_same(options)
     for site in SITES:
         if not (options.work / site / "dataset.json").exists():
             make_phantom(options.work / site, options.cases, seed=SITES.index(site), dims=2, size=SIZE, site=site)
@@ -69,6 +70,20 @@ def main(arguments: list[str] | None = None) -> int:
             done.result()
     report(options.work, options.out, todo, recipe)
     return 0
+
+
+def require_same(options: argparse.Namespace) -> None:
+    """What an earlier call made stays: it must have been made by these settings, and these sources."""
+    settings = {name: getattr(options, name) for name in ("iterations", "batch", "recipe", "cases")}
+    settings["commit"] = environment("cpu")["commit"]
+    file = options.work / "settings.json"
+    if file.exists():
+        if (made := read_json(file)) != settings:
+            sys.exit(f"{options.work}: holds runs of {made}, not {settings}; --work names another folder")
+    elif (options.work / "runs").exists():
+        sys.exit(f"{options.work}: holds runs of unknown settings; --work names another folder")
+    options.work.mkdir(parents=True, exist_ok=True)
+    write_json(file, settings)
 
 
 def folder(work: Path, variant: str, seed: int) -> Path:
