@@ -279,6 +279,8 @@ def profile(case: Case, dtype: str, options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda needs a GPU that torch sees")
     chosen = chosen_cases(options)
     if options.warm:
         for case in chosen:

@@ -78,6 +78,10 @@ def plan(options: argparse.Namespace) -> list[tuple]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda needs a GPU that torch sees")
+    if options.threads is not None and options.threads < 1:
+        sys.exit(f"--threads must be at least 1, got {options.threads}")
     if options.threads:
         torch.set_num_threads(options.threads)
     began = time.monotonic()
