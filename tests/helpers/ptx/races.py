@@ -27,7 +27,7 @@ class Races:
     def access(self, addresses, size: int, active, writes: bool):
         """By every active thread, ``size`` bytes; ``addresses`` are theirs alone."""
         warps = np.flatnonzero(active) // 32
-        cells = _cells(addresses, size)
+        cells = self._cells(addresses, size)
         for warp in np.unique(warps):
             own = cells[warps == warp]
             self._require_known(own, np.flatnonzero(active)[warps == warp])
@@ -35,7 +35,7 @@ class Races:
 
     def begin(self, addresses, size: int, warp: int, writes: bool):
         """By a warp, until :meth:`end`."""
-        later = _cells(addresses, size), warp, writes
+        later = self._cells(addresses, size), warp, writes
         self._require_known(later[0].reshape(1, -1), np.array([32 * warp]))
         self._access(*later)
         self._under_way.append(later)
@@ -45,7 +45,7 @@ class Races:
         self._under_way = [other for other in self._under_way if other is not later]
 
     def copy(self, address: int, size: int, thread: int, barrier: int, phase: int):
-        cells = _cells(np.array([address], np.uint64), size)
+        cells = self._cells(np.array([address], np.uint64), size)
         self._require_known(cells, np.array([thread]))
         others = (self._readers | self._writers)[cells] & ~np.uint32(1 << thread // 32)
         if others.any():
@@ -88,7 +88,9 @@ class Races:
             if barrier not in self._ended or (self._ended[barrier][here] <= phase).any():
                 raise PtxError("an access to where a bulk copy may still be under way")
 
-
-def _cells(addresses, size: int):
-    first = (addresses.astype(np.int64) - SHARED_BASE) // _CELL
-    return first[..., None] + np.arange(max(1, size // _CELL))
+    def _cells(self, addresses, size: int):
+        first = (addresses.astype(np.int64) - SHARED_BASE) // _CELL
+        count = max(1, size // _CELL)
+        if first.size and (first.min() < 0 or first.max() + count > len(self._copy)):
+            raise PtxError("an access outside of the memory")
+        return first[..., None] + np.arange(count)
