@@ -130,6 +130,16 @@ def test_bulk_copies(late):
         run(BULK.format(""), late=late)  # also where it has landed, which this run does not show
 
 
+def test_bulk_copies_want_a_fence_after_ordinary_accesses():
+    """And a barrier, unless the warp itself made them."""
+    before = "st.shared.u32 [%r3], %r0; {} bar.sync 0;" + BULK.format(WAIT)
+    assert run(before.format("fence.proxy.async.shared::cta;")).tolist() == [i + 5 for i in range(64)]
+    with pytest.raises(PtxError, match="where a warp has been without fence.proxy.async since"):
+        run(before.format(""))
+    with pytest.raises(PtxError, match="where another warp has been since the last barrier"):
+        run("st.shared.u32 [%r3], %r0; fence.proxy.async.shared::cta;" + BULK.format(WAIT))
+
+
 @pytest.mark.parametrize(
     "body, error",
     [

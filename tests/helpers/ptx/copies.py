@@ -244,9 +244,15 @@ def _mbarrier(block, parts, operands, number):
     return try_wait
 
 
+def _fence(block, parts, operands, number):
+    if parts[:2] != ["proxy", "async"]:
+        raise PtxError("not known")
+    return lambda active: block.races.fence(active)
+
+
 def _nothing(block, parts, operands, number):
     """What changes nothing that is modelled here."""
     return lambda active: None
 
 
-BINDERS = {"cp": _cp, "mbarrier": _mbarrier, "fence": _nothing, "prefetch": _nothing}
+BINDERS = {"cp": _cp, "mbarrier": _mbarrier, "fence": _fence, "prefetch": _nothing}

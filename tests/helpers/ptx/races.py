@@ -4,6 +4,9 @@ Threads of different warps are ordered by the block's barriers alone. So from on
 the same place if one of them writes, in whatever order they happened to do it here. What is asynchronous belongs to the
 warp that began it until it is waited for. A bulk copy writes from where it is asked for until a thread knows, from its
 barrier or from a thread that knew at a barrier of the block, that the phase has ended.
+
+Bulk copies and warpgroup MMA reach shared memory by a proxy of their own: what comes after ordinary accesses to a place
+wants fence.proxy.async by those who made them.
 """
 
 import numpy as np
@@ -18,6 +21,8 @@ class Races:
         cells = -(-shared_bytes // _CELL)
         # Of each cell, a bit for each warp, since the last barrier of the block.
         self._readers, self._writers = np.zeros((2, cells), np.uint32)
+        # The same, since the warp's last fence for the other proxy.
+        self._unfenced_readers, self._unfenced_writers = np.zeros((2, cells), np.uint32)
         self._under_way: list[tuple[np.ndarray, int, bool]] = []  # cells, warp, whether they are written
         self._copy = np.full(cells, -1)  # the last bulk copy to a cell, of:
         self._copies: list[tuple[int, int]] = []  # barrier, number of the phase
@@ -32,12 +37,17 @@ class Races:
             own = cells[warps == warp]
             self._require_known(own, np.flatnonzero(active)[warps == warp])
             self._access(own, warp, writes)
+            self._leave_unfenced(own, warp, writes)
 
     def begin(self, addresses, size: int, warp: int, writes: bool):
-        """By a warp, until :meth:`end`."""
+        """By a warp, until :meth:`end`: a copy of its threads that writes, or warpgroup MMA that reads."""
         later = self._cells(addresses, size), warp, writes
         self._require_known(later[0].reshape(1, -1), np.array([32 * warp]))
         self._access(*later)
+        if writes:
+            self._leave_unfenced(*later)
+        elif self._unfenced_writers[later[0]].any():
+            raise PtxError("warpgroup MMA of what was written without fence.proxy.async since")
         self._under_way.append(later)
         return later
 
@@ -50,6 +60,8 @@ class Races:
         others = (self._readers | self._writers)[cells] & ~np.uint32(1 << thread // 32)
         if others.any():
             raise PtxError("a bulk copy to where another warp has been since the last barrier")
+        if (self._unfenced_readers | self._unfenced_writers)[cells].any():
+            raise PtxError("a bulk copy to where a warp has been without fence.proxy.async since")
         self._copy[cells] = len(self._copies)
         self._copies.append((barrier, phase))
 
@@ -63,6 +75,13 @@ class Races:
         self._ended.pop(barrier, None)
         gone = [number for number, (of, _) in enumerate(self._copies) if of == barrier]
         self._copy[np.isin(self._copy, gone)] = -1
+
+    def fence(self, active):
+        """Whole warps have executed fence.proxy.async."""
+        whole = np.flatnonzero(active.reshape(-1, 32).all(axis=1))
+        others = ~np.bitwise_or.reduce(np.uint32(1) << whole.astype(np.uint32), initial=np.uint32(0))
+        self._unfenced_readers &= others
+        self._unfenced_writers &= others
 
     def barrier(self):
         """All threads are at the block's."""
@@ -78,6 +97,9 @@ class Races:
         if (others & ~own).any():
             raise PtxError(f"two warps access one place and {'this' if writes else 'the other'} one writes")
         (self._writers if writes else self._readers)[cells] |= own
+
+    def _leave_unfenced(self, cells, warp: int, writes: bool):
+        (self._unfenced_writers if writes else self._unfenced_readers)[cells] |= np.uint32(1 << int(warp))
 
     def _require_known(self, cells, threads):
         """``cells`` are [threads, ...]."""
