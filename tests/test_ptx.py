@@ -105,6 +105,7 @@ BULK = """
   setp.ne.u32 %p1, %r0, 0;
   @%p1 bra WAIT;
   mbarrier.init.shared::cta.b64 [%r1+512], 1;
+  fence.proxy.async.shared::cta;
   mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r1+512], 256;
   cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd0], 256, [%r1+512];
   mbarrier.arrive.release.cta.shared::cta.b64 _, [%r1+512];
@@ -138,6 +139,8 @@ def test_bulk_copies_want_a_fence_after_ordinary_accesses():
         run(before.format(""))
     with pytest.raises(PtxError, match="where another warp has been since the last barrier"):
         run("st.shared.u32 [%r3], %r0; fence.proxy.async.shared::cta;" + BULK.format(WAIT))
+    with pytest.raises(PtxError, match="whose barrier was made without fence.proxy.async since"):
+        run(BULK.format(WAIT).replace("fence.proxy.async.shared::cta;", ""))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ class Launch:
     shared_bytes: int
     parameters: tuple[int, ...]  # their addresses
     late: bool  # what is asynchronous happens when it is waited for; else at once
+    repeats: bool = False  # threads may store what another has stored there: Triton does, of what several hold
 
 
 class Block:
@@ -103,6 +104,19 @@ class Block:
         self.at_barrier = []
         self.races.barrier()
         return True
+
+    def note_store(self, addresses, values, active):
+        """To shared memory, ``values`` [threads, elements] of the active ones."""
+        count = values.shape[-1]
+        if self.launch.repeats:
+            new = (self.shared.load(addresses, values.itemsize, count) != values).any(axis=-1)
+            _, first, group = np.unique(addresses, return_index=True, return_inverse=True)
+            again = first[group] != np.arange(len(addresses))
+            new &= ~(again & (values == values[first[group]]).all(axis=-1))
+            active = active.copy()
+            active[active] = new
+            addresses = addresses[new]
+        self.races.access(addresses, values.itemsize * count, active, writes=True)
 
     # ------------------------------------------------------------------ operands
 
@@ -271,9 +285,10 @@ def _st(block: Block, parts, operands, number):
     values = [block.by_thread(source, f"b{BITS[kind]}") for source in sources]
 
     def store(active):
+        stored = np.stack([value[active] for value in values], axis=-1)
         if memory is block.shared:
-            block.races.access(address()[active], BITS[kind] // 8 * len(values), active, writes=True)
-        memory.store(address()[active], np.stack([value[active] for value in values], axis=-1), len(values))
+            block.note_store(address()[active], stored, active)
+        memory.store(address()[active], stored, len(values))
 
     return store
 

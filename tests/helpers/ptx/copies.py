@@ -33,9 +33,10 @@ class Groups:
 class _Barrier:
     """Its phase ends when all have arrived and all bytes that it expects have come."""
 
-    def __init__(self, arrivals: int):
+    def __init__(self, arrivals: int, thread: int):
         self.arrivals = self.missing = arrivals
         self.expected = self.phases = 0
+        self.thread, self.is_fenced = thread, False  # who made it, and whether bulk copies may see it
 
 
 class Bulk:
@@ -50,6 +51,8 @@ class Bulk:
 
     def begin(self, barrier: int, to: int, content, thread: int):
         counted_by = self.barriers[barrier]
+        if not counted_by.is_fenced:
+            raise PtxError("a bulk copy whose barrier was made without fence.proxy.async since")
         self.block.races.copy(to, len(content), thread, barrier, counted_by.phases)
         self.under_way.append((counted_by, self.block.shared.part(to, len(content)), content))
         if not self.block.launch.late:
@@ -197,7 +200,7 @@ def _mbarrier(block, parts, operands, number):
             (place,) = np.unique(address()[active])
             if place % 8:
                 raise PtxError("a barrier at no multiple of 8 bytes")
-            block.bulk.barriers[int(place)] = _Barrier(arrivals)
+            block.bulk.barriers[int(place)] = _Barrier(arrivals, np.flatnonzero(active)[0])
 
         return init
     if action == "inval":
@@ -247,7 +250,13 @@ def _mbarrier(block, parts, operands, number):
 def _fence(block, parts, operands, number):
     if parts[:2] != ["proxy", "async"]:
         raise PtxError("not known")
-    return lambda active: block.races.fence(active)
+
+    def fence(active):
+        block.races.fence(active)
+        for barrier in block.bulk.barriers.values():
+            barrier.is_fenced |= bool(active[barrier.thread])
+
+    return fence
 
 
 def _nothing(block, parts, operands, number):

@@ -55,7 +55,7 @@ class Driver:
             addresses = tuple(value.ctypes.data for value in values)
             block = Block(
                 kernel,
-                Launch((x, y, z), 32 * metadata.num_warps, metadata.shared, addresses, self.late),
+                Launch((x, y, z), 32 * metadata.num_warps, metadata.shared, addresses, self.late, repeats=True),
                 set(),
             )
             for index in itertools.product(range(z), range(y), range(x)):

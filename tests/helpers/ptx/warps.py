@@ -73,9 +73,10 @@ def _stmatrix(block, parts, operands, number):
         matrices = halves(fragments).reshape(-1, count, 8, 8)
         if "trans" in parts:
             matrices = matrices.transpose(0, 1, 3, 2)
-        rows = address()[active].reshape(-1, 32)[:, : 8 * count]
-        block.races.access(rows.reshape(-1), 16, active & (block.lanes % 32 < 8 * count), writes=True)
-        block.shared.store(rows, words(matrices.reshape(-1, 8 * count, 4, 2)), 4)
+        rows = address()[active].reshape(-1, 32)[:, : 8 * count].reshape(-1)
+        stored = words(matrices.reshape(-1, 4, 2))
+        block.note_store(rows, stored, active & (block.lanes % 32 < 8 * count))
+        block.shared.store(rows, stored, 4)
 
     return store
 
