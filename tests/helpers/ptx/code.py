@@ -71,7 +71,7 @@ def read(text: str) -> dict[str, Kernel]:
     return kernels
 
 
-_PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.(\w+) (?:\.ptr \.global \.align \d+ )?(\w+)(?:\[(\d+)\])?")
+_PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.(\w+) (?:\.ptr (?:\.global )?\.align \d+ )?(\w+)(?:\[(\d+)\])?")
 # A brace that opens or closes a scope, a label, or a statement, which may have vectors in braces.
 _TOKEN = re.compile(r"\s*(?:(\{)|(\})|([\w$]+):(?!:)|([^;{}]*(?:\{[^{}]*\}[^;{}]*)*);)")
 
