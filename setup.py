@@ -30,7 +30,8 @@ CSRC = Path(__file__).resolve().parent / "csrc"
 FLAGS = runpy.run_path(str(CSRC / "flags.py"))
 # These commands only read metadata; probing the machine for them would cost seconds.
 READS = {"egg_info", "dist_info", "sdist"}
-BUILDING = not READS & set(sys.argv) or any(command.startswith(("build", "bdist", "install")) for command in sys.argv)
+BUILDS = {"build", "build_ext", "bdist", "bdist_wheel", "install"}
+BUILDING = not READS & set(sys.argv) or bool(BUILDS & set(sys.argv))
 
 
 class CannotBuild(Exception):

@@ -44,7 +44,7 @@ def recorded(op, derivative: type[Derivative], implementation, arguments: tuple)
     if traced() or torch._C._are_functorch_transforms_active():
         return op(*arguments)
     if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
-        return derivative.apply(*arguments)  # without the dispatcher, which takes the host seven times as long
+        return derivative.apply(*arguments)  # without the dispatcher, a fifth of the time of a small call
     return unrecorded(op, implementation, arguments)
 
 

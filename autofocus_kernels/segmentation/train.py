@@ -190,7 +190,7 @@ class _Training:
             self.optimiser.load_state_dict(saved["optimiser"])
             self.scheduler.load_state_dict(saved["scheduler"])
             self.done, self.history = int(saved["iteration"]), list(saved["history"])
-            self.history[-1]["dice"] + 0.0
+            self.history[-1]["dice"] + 0.0  # a row, of numbers
         except Exception as error:  # of whatever other forms lead to
             raise SegmentationError(f"{path}: is no last.pt of this run: {type(error).__name__}: {error}") from error
 

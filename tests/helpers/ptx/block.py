@@ -135,9 +135,8 @@ class Block:
                 return np.array(int(operand.text[2:], 16), f"u{dtype.itemsize}").view(dtype)[()]
             if dtype.kind in "fb":
                 return dtype.type(int(operand.text))
-            return np.array(int(operand.text.rstrip("U"), 0) & (1 << BITS[kind]) - 1, f"u{dtype.itemsize}").view(dtype)[
-                ()
-            ]
+            bits = int(operand.text.rstrip("U"), 0) & (1 << BITS[kind]) - 1
+            return np.array(bits, f"u{dtype.itemsize}").view(dtype)[()]
         if operand.name in self.special:
             return self.special[operand.name]
         if operand.name in self.parameters:

@@ -48,9 +48,8 @@ class Driver:
             kernel = self.kernels[function]
             values = [value for pair in zip(kinds, arguments, strict=True) for value in _given(*pair)]
             sizes = list(kernel.parameters.values())
-            values += [np.zeros(1, np.uint64)] * (
-                len(sizes) - len(values)
-            )  # Triton's own scratch memory, of which is none
+            # Behind them the addresses of Triton's own scratch memory, of which there is none.
+            values += [np.zeros(1, np.uint64)] * (len(sizes) - len(values))
             assert [value.nbytes for value in values] == sizes
             addresses = tuple(value.ctypes.data for value in values)
             block = Block(
