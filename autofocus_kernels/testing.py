@@ -136,6 +136,10 @@ CASES = (
     Case("lattices", (3, 27, 50), dilations=(3, 6, 12), layout="channels_last"),
     Case("lattices_branch", (33, 40), channels=9, out_channels=10, dilations=(2, 6), mode="branch", padding=3),
     Case("lattices_stride", (36, 35), dilations=(2, 4), stride=2, padding=1),
+    # One lattice, large enough to be cut into slabs.
+    Case("slabs", (13, 7, 8), out_channels=20, dilations=(1, 2) * 4),
+    Case("slabs_branch", (3, 25, 8), out_channels=20, dilations=(1, 2) * 4, mode="branch"),
+    Case("slabs_stride", (47, 23), out_channels=20, dilations=(1, 2, 3) * 4, stride=(2, 1), padding=1, mode="scale"),
     Case("channels_last", (7, 9, 11), layout="channels_last", batch=2),
     Case("channels_last_2d", (13, 9), layout="channels_last", channels=7, batch=2),
     Case("channels_last_branch", (7, 8, 5), layout="channels_last", mode="branch", channels=8, out_channels=9),

@@ -215,6 +215,9 @@ def test_repeats_bit_for_bit(backend, mode, dtype, threads):
 THREADED = (
     Case("threaded", (9, 15, 16), 16, 20, batch=2, dilations=(2, 6, 10)),
     Case("threaded_branch", (9, 15, 16), 16, 20, batch=2, dilations=(2, 6, 10), mode="branch"),
+    Case("slabs", (29, 12, 13), 5, 20, dilations=(1, 2, 3)),
+    Case("slabs_branch", (29, 12, 13), 5, 20, dilations=(1, 2, 3), mode="branch"),
+    Case("slabs_of_two_samples", (13, 60), 5, 33, batch=2, dilations=(1, 2, 3), mode="branch"),
     # A problem with less to share out than there are threads.
     Case("one_row", (1, 1, 70), 40, 33, dilations=(1, 2)),
     Case("one_voxel", (1, 1), 3, 70, dilations=(1, 2), mode="branch"),

@@ -11,6 +11,9 @@ namespace autofocus {
 // Runs body(begin, end) over [0, count) on the caller's thread pool.
 using ParallelFor = void (*)(int64_t count, const std::function<void(int64_t, int64_t)>& body);
 
+// In the thread that calls it.
+inline void serial(int64_t count, const std::function<void(int64_t, int64_t)>& body) { body(0, count); }
+
 // The convolution that every branch is.
 template <typename T>
 struct Convolution {

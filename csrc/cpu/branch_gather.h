@@ -34,73 +34,100 @@ class BranchGather {
         grad_input_(grad_input),
         grad_weight_(grad_weight),
         weight_size_(num_taps(g_) * plan.groups * plan.width * g_.C),
-        partials_(std::clamp<int64_t>((int64_t(1) << 23) / weight_size_, 1, plan.lattices.count())),
+        partials_(
+            std::clamp<int64_t>((int64_t(1) << 23) / weight_size_, 1, plan.together ? kSplits : plan.lattices.count())),
+        sets_(plan.together ? 1 : partials_),
         weight_(grad_input.data ? transposed_weight() : Scratch<A>(0)),
         finite_weight_(!grad_input.data ||
                        all_finite<A>(weight_, plan.groups * num_taps(g_) * plan.width * plan.in_width)),
         sums_(grad_weight.data ? partials_ * weight_size_ : 0) {}
 
-  // produce(block, tile, lattice index) fills a block with dy_k; the tile is memory for it to use.
+  // produce(block, tile, slab index) fills a block with dy_k; the tile is memory for it to use.
   template <typename Produce>
   void run(const Produce& produce) const {
-    conv_.parallel(partials_, [&](int64_t begin, int64_t end) {
-      Workspace w(*this);
-      for (int64_t partial = begin; partial < end; ++partial) {
-        A* sum = sums_ + partial * weight_size_;
-        if (grad_weight_.data) std::fill(sum, sum + weight_size_, A(0));
-        for (int64_t index = partial; index < plan_.lattices.count(); index += partials_)
-          run_lattice(index, produce, sum, w);
-      }
+    if (grad_weight_.data)
+      conv_.parallel(partials_, [&](int64_t begin, int64_t end) {
+        std::fill(sums_ + begin * weight_size_, sums_ + end * weight_size_, A(0));
+      });
+    plan_.over_lattices(conv_.parallel)(sets_, [&](int64_t begin, int64_t end) {
+      const Scratch<A> values(plan_.lattice_size);
+      const Scratch<A> dx(grad_input_.data ? plan_.lattices.input_points() * plan_.in_width : 0);
+      for (int64_t set = begin; set < end; ++set)
+        for (int64_t index = set; index < plan_.lattices.count(); index += sets_)
+          run_lattice(index, produce, set, values, dx);
     });
     if (grad_weight_.data) reduce_grad_weight();
   }
 
  private:
+  static constexpr int64_t kSplits = 32;
+
   struct Workspace {
-    explicit Workspace(const BranchGather& b)
-        : tile(b.plan_),
-          values(b.plan_.block_size),
-          dx(b.grad_input_.data ? b.plan_.lattices.input_points() * b.plan_.in_width : 0),
-          is_read(b.plan_.voxels * b.g_.kernel.x) {}
+    explicit Workspace(const BranchGather& b) : tile(b.plan_), is_read(b.plan_.voxels * b.g_.kernel.x) {}
     BranchTile<A> tile;
-    Scratch<A> values, dx;
     std::vector<char> is_read;  // [voxel of the tile][tap x]
   };
 
+  template <typename Body>
+  void within(int64_t count, const Body& body) const {
+    plan_.within_lattice(conv_.parallel)(count, body);
+  }
+
   template <typename Produce>
-  void run_lattice(int64_t index, const Produce& produce, A* sum, Workspace& w) const {
+  void run_lattice(int64_t index, const Produce& produce, int64_t set, A* values, A* dx) const {
     const Lattice lattice = plan_.lattices.at(index);
     const Index3& size = lattice.problem.input;
-    if (grad_input_.data) std::fill(w.dx.get(), w.dx + volume(size) * plan_.in_width, A(0));
+    const int64_t rows = size.z * size.y, row_size = size.x * plan_.in_width;
+    if (grad_input_.data)
+      within(rows, [&](int64_t begin, int64_t end) { std::fill(dx + begin * row_size, dx + end * row_size, A(0)); });
     for (int64_t group = 0; group < plan_.groups; ++group) {
-      const BranchBlock<A> block(plan_, lattice, group, w.values);
-      produce(block, w.tile, index);
-      if (grad_input_.data || grad_weight_.data) gather(block, sum, w);
+      const BranchBlock<A> block(plan_, lattice, group, values);
+      within(plan_.slabs.count(), [&](int64_t begin, int64_t end) {
+        BranchTile<A> tile(plan_);
+        for (int64_t i = begin; i < end; ++i) {
+          const Lattice slab = plan_.slabs.at(lattice, i);
+          produce(BranchBlock<A>(block, slab), tile, index * plan_.slabs.count() + i);
+        }
+      });
+      if (grad_input_.data || grad_weight_.data) gather(block, set, dx);
     }
     if (grad_input_.data)
-      for_each_row(size, [&](int64_t z, int64_t y) {
-        unpack_row(w.dx + ravel({z, y, 0}, size) * plan_.in_width, plan_.in_width, size.x, g_.C,
-                   lattice.input_row(grad_input_, 0, {z, y, 0}));
+      within(rows, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+          unpack_row(dx + row * row_size, plan_.in_width, size.x, g_.C,
+                     lattice.input_row(grad_input_, 0, {row / size.y, row % size.y, 0}));
       });
   }
 
-  // Adds a block's part of dx and dW, tile by tile of input points. A voxel adds a zero for a tap that nothing reads,
-  // which must not meet NaN or Inf: where there are any, each voxel goes through its own taps only.
-  void gather(const BranchBlock<A>& block, A* sum, Workspace& w) const {
-    const Problem& sub = block.lattice.problem;
-    const TileGrid grid(sub.input, plan_.voxels);
-    for (int64_t index = 0; index < grid.count(); ++index) {
-      const int64_t voxels = grid.at(index, w.tile.segments);
-      if (grad_weight_.data) w.tile.load(block.lattice, conv_.input);
-      const bool finite = finite_weight_ && (!grad_weight_.data || all_finite<A>(w.tile.x, voxels * plan_.in_width));
-      for (int64_t row = 0; row < plan_.tap_rows; ++row) {
-        const TilePart part = w.tile.part_read(sub, tap_offset(sub, row * sub.kernel.x));
-        if (part.begin == part.end) continue;
-        gather_row(block, row, part, !finite, w);
-        const int64_t tap_row = block.group * plan_.tap_rows + row;
-        if (grad_input_.data) add_input(block, tap_row, part, finite, w);
-        if (grad_weight_.data) add_weight(block, tap_row, part, finite, sum, w);
+  // Adds a block's part of dx and dW.
+  void gather(const BranchBlock<A>& block, int64_t set, A* dx) const {
+    const TileGrid grid(block.lattice.problem.input, plan_.voxels);
+    const int64_t splits = partials_ / sets_;
+    within(splits, [&](int64_t first, int64_t last) {
+      Workspace w(*this);
+      for (int64_t split = first; split < last; ++split) {
+        A* sum = sums_ + (set * splits + split) * weight_size_;
+        for (int64_t tile = grid.count() * split / splits; tile < grid.count() * (split + 1) / splits; ++tile)
+          gather_tile(block, grid, tile, sum, dx, w);
       }
+    });
+  }
+
+  // Of a tile of input points. A voxel adds a zero for a tap that nothing reads, which must not meet NaN or Inf: where
+  // there are any, each voxel goes through its own taps only.
+  void gather_tile(const BranchBlock<A>& block, const TileGrid& grid, int64_t index, A* sum, A* dx,
+                   Workspace& w) const {
+    const Problem& sub = block.lattice.problem;
+    const int64_t voxels = grid.at(index, w.tile.segments);
+    if (grad_weight_.data) w.tile.load(block.lattice, conv_.input);
+    const bool finite = finite_weight_ && (!grad_weight_.data || all_finite<A>(w.tile.x, voxels * plan_.in_width));
+    for (int64_t row = 0; row < plan_.tap_rows; ++row) {
+      const TilePart part = w.tile.part_read(sub, tap_offset(sub, row * sub.kernel.x));
+      if (part.begin == part.end) continue;
+      gather_row(block, row, part, !finite, w);
+      const int64_t tap_row = block.group * plan_.tap_rows + row;
+      if (grad_input_.data) add_input(block, tap_row, part, finite, dx, w);
+      if (grad_weight_.data) add_weight(block, tap_row, part, finite, sum, w);
     }
   }
 
@@ -121,8 +148,9 @@ class BranchGather {
   }
 
   // dx(q) += sum_t W_t^T v_t(q)
-  void add_input(const BranchBlock<A>& block, int64_t tap_row, const TilePart& part, bool finite, Workspace& w) const {
-    A* to = w.dx + ravel(w.tile.segments.front().first(), block.lattice.problem.input) * plan_.in_width;
+  void add_input(const BranchBlock<A>& block, int64_t tap_row, const TilePart& part, bool finite, A* dx,
+                 const Workspace& w) const {
+    A* to = dx + ravel(w.tile.segments.front().first(), block.lattice.problem.input) * plan_.in_width;
     for_each_product(block, part, finite, w, [&](int64_t voxel, int64_t voxels, int64_t first, int64_t columns) {
       gemm<A>({w.tile.columns + voxel * plan_.tap_columns + first, plan_.tap_columns, 1,
                weight_ + (tap_row * plan_.tap_columns + first) * plan_.in_width, plan_.in_width,
@@ -180,6 +208,7 @@ class BranchGather {
   const BranchPlan<A>& plan_;
   const View<T> grad_input_, grad_weight_;
   const int64_t weight_size_, partials_;
+  const int64_t sets_;  // of lattices; a partial sum is of a set, or of a part of every lattice
   const Scratch<A> weight_;
   const bool finite_weight_;
   const Scratch<A> sums_;

@@ -29,7 +29,7 @@ void sum_rows(const A* values, const Index3& size, int64_t width, double* total,
   }
 }
 
-// The mean and biased variance of every branch over batch and space, from those of each lattice.
+// The mean and biased variance of every branch over batch and space, from those of each slab.
 template <typename A>
 class BranchMoments {
  public:
@@ -37,17 +37,17 @@ class BranchMoments {
       : g_(g),
         plan_(plan),
         size_(plan.groups * g.K * plan.width),
-        means_(plan.lattices.count() * size_),
-        squares_(plan.lattices.count() * size_) {}
+        means_(plan.slab_count() * size_),
+        squares_(plan.slab_count() * size_) {}
 
   // Of branch k of a block. Two passes over a buffer in the cache: no difference of large sums.
   void add(const BranchBlock<A>& block, int64_t index, int64_t k) const {
     const Index3& size = block.lattice.problem.output;
     const int64_t width = plan_.width, at = index * size_ + (block.group * g_.K + k) * width;
     double* means = means_ + at;
-    sum_rows(block.branch(k), size, width, means, [](A value, int64_t) { return value; });
+    sum_rows(block.row(k, 0, 0), size, width, means, [](A value, int64_t) { return value; });
     for (int64_t lane = 0; lane < width; ++lane) means[lane] /= std::max<int64_t>(volume(size), 1);
-    sum_rows(block.branch(k), size, width, squares_ + at, [&](A value, int64_t lane) {
+    sum_rows(block.row(k, 0, 0), size, width, squares_ + at, [&](A value, int64_t lane) {
       const A distance = value - A(means[lane]);
       return distance * distance;
     });
@@ -56,8 +56,8 @@ class BranchMoments {
   // Merged by the parallel rule of Chan, Golub and LeVeque.
   void store(A* mean_of, A* var_of) const {
     std::vector<double> points;
-    for (int64_t index = 0; index < plan_.lattices.count(); ++index)
-      points.push_back(double(volume(plan_.lattices.at(index).problem.output)));
+    for (int64_t index = 0; index < plan_.slab_count(); ++index)
+      points.push_back(double(volume(plan_.slab(index).problem.output)));
     for (int64_t k = 0; k < g_.K; ++k)
       for (int64_t o = 0; o < g_.O; ++o) {
         double count = 0, mean = 0, square = 0;
@@ -77,7 +77,7 @@ class BranchMoments {
  private:
   const Problem& g_;
   const BranchPlan<A>& plan_;
-  const int64_t size_;  // of a lattice: [group][k][width]
+  const int64_t size_;  // of a slab: [group][k][width]
   const Scratch<double> means_, squares_;
 };
 

@@ -1,7 +1,10 @@
 // How branch mode is cut: blocks of branches, and tiles of input points with the outputs that read them.
 //
-// A block holds the branches of one lattice and one group of output channels, the only place where a branch exists
-// (docs/math.md, section 6). It is computed from, and taken back to, tiles of input points.
+// A block holds the branches of one lattice, or of a slab of one, and one group of output channels, the only place
+// where a branch exists (docs/math.md, section 6). It is computed from, and taken back to, tiles of input points.
+//
+// Many lattices are shared out whole. Few are cut into slabs, each of which projects all inputs that its outputs read
+// (docs/math.md, section 5), and their branches are taken back together.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +15,7 @@
 #include "lattice.h"
 #include "pack.h"
 #include "scratch.h"
+#include "slabs.h"
 #include "tile.h"
 
 namespace autofocus {
@@ -24,26 +28,42 @@ constexpr int kMaxBlockBytes = 256;
 template <typename A>
 struct BranchPlan {
   explicit BranchPlan(const Problem& g)
-      : lattices(g, {lattice_step(g, &Index3::z, 8), lattice_step(g, &Index3::y, 8), lattice_step(g, &Index3::x, 16)}) {
-    // All channels, so that rows of tensors are read and written whole, unless there are few lattices to share out.
+      : lattices(g, {lattice_step(g, &Index3::z, 8), lattice_step(g, &Index3::y, 8), lattice_step(g, &Index3::x, 16)}),
+        slabs(lattices.at(0).problem, lattices.count() < 4 ? kJobs / lattices.count() : 1,
+              [](const Reach& reach) { return 3 * (reach.most - reach.least); }) {
+    // All channels, so that rows of tensors are read and written whole, unless there is little else to share out.
     const int64_t all = vectors<A>(g.O);
     const int64_t parts =
-        std::max(ceil_div(16, lattices.count()), ceil_div(all, kMaxBlockBytes / AUTOFOCUS_VECTOR_BYTES));
+        std::max(ceil_div(kJobs, slab_count()), ceil_div(all, kMaxBlockBytes / AUTOFOCUS_VECTOR_BYTES));
     width = ceil_div(all, parts) * Vec<A>::kLanes;
     groups = ceil_div(g.O, width);
     in_width = padded<A>(g.C);
     tap_rows = g.kernel.z * g.kernel.y;
     tap_columns = g.kernel.x * width;
-    block_size = g.K * lattices.output_points() * width;
+    const Index3& largest = lattices.at(0).problem.output;
+    lattice_size = g.K * volume(largest) * width;
+    slab_size = g.K * slabs.largest(largest) * width;
+    together = (slabs.count() > 1 || lattices.count() == 1) && lattice_size >= kWorthSharing;
     constexpr int64_t kTileBytes = 32 * 1024;
     voxels = std::clamp<int64_t>(kTileBytes / sizeof(A) / (tap_columns + in_width), 12, 64);
   }
+  // All threads at one lattice after another, or a lattice for each.
+  ParallelFor over_lattices(ParallelFor parallel) const { return together ? serial : parallel; }
+  ParallelFor within_lattice(ParallelFor parallel) const { return together ? parallel : serial; }
+
+  // The slabs of all lattices, one lattice after another.
+  int64_t slab_count() const { return lattices.count() * slabs.count(); }
+  Lattice slab(int64_t index) const { return slabs.at(lattices.at(index / slabs.count()), index % slabs.count()); }
+
+  static constexpr int64_t kJobs = 16;  // that there should be
   Lattices lattices;
+  Slabs slabs;
+  bool together;
   int64_t width;   // output channels of a block
   int64_t groups;  // of output channels
   int64_t in_width, tap_rows, tap_columns;
-  int64_t block_size;
-  int64_t voxels;  // of a tile
+  int64_t lattice_size, slab_size;  // of the largest block of a lattice, and of a slab
+  int64_t voxels;                   // of a tile
 };
 
 // values[k][output point][width]
@@ -55,10 +75,21 @@ struct BranchBlock {
         first(group * plan.width),
         channels(std::min(plan.width, lattice.problem.O - first)),
         width(plan.width),
+        size(lattice.problem.output),
         values(values) {}
 
-  A* branch(int64_t k) const { return values + k * volume(lattice.problem.output) * width; }
-  A* row(int64_t k, int64_t z, int64_t y) const { return branch(k) + ravel({z, y, 0}, lattice.problem.output) * width; }
+  // A slab of the block, where that has it.
+  BranchBlock(const BranchBlock& block, const Lattice& slab)
+      : lattice(slab),
+        group(block.group),
+        first(block.first),
+        channels(block.channels),
+        width(block.width),
+        size(block.size),
+        values(block.row(0, (slab.first_output.z - block.lattice.first_output.z) / slab.step.z,
+                         (slab.first_output.y - block.lattice.first_output.y) / slab.step.y)) {}
+
+  A* row(int64_t k, int64_t z, int64_t y) const { return values + (k * volume(size) + ravel({z, y, 0}, size)) * width; }
   // The same row in a tensor of the output's size that has the block's channels.
   template <typename T>
   Row<T> row_of(const View<T>& view, int64_t z, int64_t y) const {
@@ -67,6 +98,7 @@ struct BranchBlock {
 
   const Lattice& lattice;
   const int64_t group, first, channels, width;
+  const Index3 size;  // of what the values are of
   A* const values;
 };
 

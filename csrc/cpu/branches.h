@@ -17,17 +17,18 @@ class Branches {
   Branches(const Convolution<T>& conv, const BranchPlan<A>& plan)
       : conv_(conv), plan_(plan), weight_(pack_tap_columns<A>(conv.g, conv.weight, false, plan.width)) {}
 
-  // Computes every block and calls consume(block, lattice index) in the thread that computed it.
+  // Computes every block and calls consume(block, slab index) in the thread that computed it.
   template <typename Consume>
   void for_each_block(const Consume& consume) const {
-    conv_.parallel(plan_.lattices.count() * plan_.groups, [&](int64_t begin, int64_t end) {
-      const Scratch<A> values(plan_.block_size);
+    conv_.parallel(plan_.slab_count() * plan_.groups, [&](int64_t begin, int64_t end) {
+      const Scratch<A> values(plan_.slab_size);
       BranchTile<A> tile(plan_);
       for (int64_t job = begin; job < end; ++job) {
-        const Lattice lattice = plan_.lattices.at(job / plan_.groups);
-        const BranchBlock<A> block(plan_, lattice, job % plan_.groups, values);
+        const int64_t index = job / plan_.groups;
+        const Lattice slab = plan_.slab(index);
+        const BranchBlock<A> block(plan_, slab, job % plan_.groups, values);
         compute(block, tile);
-        consume(block, job / plan_.groups);
+        consume(block, index);
       }
     });
   }
@@ -35,7 +36,11 @@ class Branches {
   // y_k of a block, tile by tile of input points.
   void compute(const BranchBlock<A>& block, BranchTile<A>& tile) const {
     const Problem& sub = block.lattice.problem;
-    std::fill(block.values, block.branch(sub.K), A(0));
+    for (int64_t k = 0; k < sub.K; ++k)
+      for_each_row(sub.output, [&](int64_t z, int64_t y) {
+        A* row = block.row(k, z, y);
+        std::fill(row, row + sub.output.x * plan_.width, A(0));
+      });
     const TileGrid grid(sub.input, plan_.voxels);
     for (int64_t index = 0; index < grid.count(); ++index) {
       grid.at(index, tile.segments);

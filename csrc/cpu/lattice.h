@@ -24,6 +24,11 @@ struct Lattice {
   Index3 input_at(const Index3& q) const {
     return {first_input.z + step.z * q.z, first_input.y + step.y * q.y, first_input.x + step.x * q.x};
   }
+  // The inverse, of an input position of the lattice.
+  Index3 input_point(const Index3& position) const {
+    return {(position.z - first_input.z) / step.z, (position.y - first_input.y) / step.y,
+            (position.x - first_input.x) / step.x};
+  }
   // From lattice point p (or q) on, in a tensor of the output's (or the input's) size.
   template <typename T>
   Row<T> output_row(const View<T>& view, int64_t channel, const Index3& p) const {

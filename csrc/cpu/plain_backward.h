@@ -7,7 +7,8 @@
 //   dW_t      = sum_p u_t(p) G(p)^T                 the second GEMM
 //
 // A job owns one lattice and one group of input channels: no other job touches its part of dx, so the scatter needs no
-// atomics. Partial sums of dW and da are kept per job group.
+// atomics. Where there are few lattices a job has a slab of one, and the dx of slabs are added where they overlap.
+// Partial sums of dW and da are kept per job group.
 #pragma once
 
 #include <algorithm>
@@ -19,6 +20,7 @@
 #include "gemm.h"
 #include "operands.h"
 #include "partial_sums.h"
+#include "slabs.h"
 #include "tap_pass.h"
 
 namespace autofocus {
@@ -29,27 +31,48 @@ template <typename A>
 struct PlainBackwardPlan {
   explicit PlainBackwardPlan(const Problem& g)
       // The x axis is cut too: smaller lattices keep x and dx of a job in the cache and give more jobs.
-      : lattices(g, {lattice_step(g, &Index3::z, 8), lattice_step(g, &Index3::y, 8), lattice_step(g, &Index3::x, 16)}) {
-    // Channels are shared out evenly among groups of 128 bytes a voxel, or three vectors, or of 64 bytes where there
-    // are few lattices to share out.
-    const int64_t all = vectors<A>(g.C);
-    const int64_t few = 64 / AUTOFOCUS_VECTOR_BYTES;
-    const int64_t most = std::min<int64_t>(lattices.count() < 16 ? few : all == 3 ? 3 : 2 * few, kMaxTapVectors);
-    group_vectors = ceil_div(all, ceil_div(all, most));
-    group_width = group_vectors * Vec<A>::kLanes;
-    groups = ceil_div(g.C, group_width);
+      : lattices(g, {lattice_step(g, &Index3::z, 8), lattice_step(g, &Index3::y, 8), lattice_step(g, &Index3::x, 16)}),
+        group_vectors(vectors_of_group(g.C, lattices.count())),
+        group_width(group_vectors * Vec<A>::kLanes),
+        groups(ceil_div(g.C, group_width)),
+        // A slab is at least as thick as what it reads beyond its outputs, so that dx is held twice at most.
+        slabs(lattices.at(0).problem, wanted_slabs(g), [](const Reach& reach) { return 2 * reach.most; }),
+        slab_points(slabs.count() > 1 ? 0 : lattices.input_points()) {
+    if (slabs.count() > 1)
+      for (int64_t index = 0; index < slab_count(); ++index)
+        slab_points = std::max(slab_points, volume(slab(index).problem.input));
     constexpr int64_t kPartials = 32;
-    partials = std::clamp<int64_t>(kPartials / groups, 1, lattices.count());
+    partials = std::clamp<int64_t>(kPartials / groups, 1, slab_count());
     constexpr int64_t kTileBytes = (AUTOFOCUS_VECTOR_BYTES == 64 ? 20 : 36) * 1024;
     const int64_t row = 2 * g.kernel.x * group_width + padded<A>(g.O) + g.K * Vec<A>::kLanes;
     voxels = std::clamp<int64_t>(kTileBytes / sizeof(A) / row, 12, 64);
   }
+  // The slabs of all lattices, one lattice after another.
+  int64_t slab_count() const { return lattices.count() * slabs.count(); }
+  Lattice slab(int64_t index) const { return slabs.at(lattices.at(index / slabs.count()), index % slabs.count()); }
+
   Lattices lattices;
   int64_t group_vectors;  // input channels of a job, in vectors
   int64_t group_width;
   int64_t groups;
-  int64_t partials;  // partial sums of dW per channel group
-  int64_t voxels;    // of a tile
+  Slabs slabs;
+  int64_t slab_points;  // input points of the largest
+  int64_t partials;     // partial sums of dW per channel group
+  int64_t voxels;       // of a tile
+
+ private:
+  // Channels are shared out evenly among groups of 128 bytes a voxel, or three vectors, or of 64 bytes where there are
+  // few lattices to share out.
+  static int64_t vectors_of_group(int64_t channels, int64_t lattices) {
+    const int64_t all = vectors<A>(channels);
+    const int64_t few = 64 / AUTOFOCUS_VECTOR_BYTES;
+    const int64_t most = std::min<int64_t>(lattices < 16 ? few : all == 3 ? 3 : 2 * few, kMaxTapVectors);
+    return ceil_div(all, ceil_div(all, most));
+  }
+  int64_t wanted_slabs(const Problem& g) const {
+    const int64_t jobs = lattices.count() * groups;
+    return jobs < 8 && g.K * lattices.output_points() * group_width >= kWorthSharing ? 16 / jobs : 1;
+  }
 };
 
 template <typename T, typename A>
@@ -70,11 +93,13 @@ class PlainBackward {
         tap_columns_(g_.kernel.x * plan_.group_width),
         weight_size_(num_taps(g_) * plan_.group_width * out_width_),
         attention_size_(g_.N * g_.K * volume(g_.output)),
+        slab_size_(plan_.slab_points * plan_.group_width),
         low_precision_(use_brgemm<T>()),
         low_depth_(even(g_.O)),
         weight_(projects_ ? pack_tap_columns<A>(g_, args.weight, true, plan_.group_width) : Scratch<A>(0)),
         low_weight_(low_precision_ && projects_ ? plan_.groups * tap_rows_ * low_depth_ * tap_columns_ : 0),
         bias_(pack_bias<A>(args.bias, g_.O)),
+        slab_grads_(wanted_ & kInput && plan_.slabs.count() > 1 ? plan_.slab_count() * plan_.groups * slab_size_ : 0),
         grad_weight_(wanted_ & kWeight ? plan_.groups * plan_.partials * weight_size_ : 0),
         grad_attention_(wanted_ & kAttention ? plan_.groups * attention_size_ : 0) {
     if constexpr (std::is_same_v<T, BFloat16>)
@@ -85,27 +110,29 @@ class PlainBackward {
   }
 
   void run() const {
-    // Jobs of one partial sum follow each other in one thread: lattices partial, partial + partials, ...
+    // Jobs of one partial sum follow each other in one thread: slabs partial, partial + partials, ...
     args_.parallel(plan_.groups * plan_.partials, [&](int64_t begin, int64_t end) {
       Workspace workspace(*this);
       for (int64_t job = begin; job < end; ++job) {
         const int64_t group = job % plan_.groups, partial = job / plan_.groups;
         A* grad_weight = grad_weight_ + (group * plan_.partials + partial) * weight_size_;
         if (wanted_ & kWeight) std::fill(grad_weight, grad_weight + weight_size_, A(0));
-        for (int64_t index = partial; index < plan_.lattices.count(); index += plan_.partials) {
-          const Lattice lattice = plan_.lattices.at(index);
-          run_job(Job(lattice, plan_, group), grad_weight, workspace);
+        for (int64_t index = partial; index < plan_.slab_count(); index += plan_.partials) {
+          const Lattice slab = plan_.slab(index);
+          A* slab_grad = plan_.slabs.count() > 1 ? slab_grads_ + (index * plan_.groups + group) * slab_size_ : nullptr;
+          run_job(Job(slab, plan_, group), slab_grad, grad_weight, workspace);
         }
       }
       if (low_precision_) brgemm_done();
     });
+    if (wanted_ & kInput && plan_.slabs.count() > 1) add_slab_grads();
     if (wanted_ & kWeight) reduce_grad_weight();
     if (wanted_ & kAttention)
       reduce_attention(g_, args_.parallel, plan_.groups, grad_attention_.get(), args_.grad_attention);
   }
 
  private:
-  // One lattice and one group of input channels.
+  // One lattice, or a slab of one, and one group of input channels.
   struct Job {
     Job(const Lattice& lattice, const PlainBackwardPlan<A>& plan, int64_t group)
         : lattice(lattice),
@@ -122,8 +149,8 @@ class PlainBackward {
 
   struct Workspace {
     explicit Workspace(const PlainBackward& b)
-        : x(b.reads_input_ ? b.plan_.lattices.input_points() * b.plan_.group_width : 0),
-          dx(b.wanted_ & kInput ? b.plan_.lattices.input_points() * b.plan_.group_width : 0),
+        : x(b.reads_input_ ? b.slab_size_ : 0),
+          own_dx(b.wanted_ & kInput && b.plan_.slabs.count() == 1 ? b.slab_size_ : 0),
           attention((b.g_.K + 1) * b.plan_.voxels),
           grad_output(b.plan_.voxels * b.out_width_),
           projected(b.plan_.voxels * b.tap_columns_),
@@ -132,14 +159,16 @@ class PlainBackward {
           low_grad(b.low_precision_ ? b.plan_.voxels * b.low_depth_ : 0),
           low_transposed(b.low_precision_ ? even(b.plan_.voxels) * b.g_.O : 0),
           low_blended(b.low_precision_ ? even(b.plan_.voxels) * b.tap_columns_ : 0) {}
-    Scratch<A> x, dx, attention, grad_output, projected, blended, grad_attention;
+    Scratch<A> x, own_dx, attention, grad_output, projected, blended, grad_attention;
     // The tile in bfloat16: G by voxel, G by channel, and the blended input in pairs of voxels.
     Scratch<uint16_t> low_grad, low_transposed, low_blended;
+    A* dx;
     std::vector<Segment> segments;
     std::vector<TapRow> rows;
   };
 
-  void run_job(const Job& job, A* grad_weight, Workspace& w) const {
+  // dx goes to `slab_grad`, or where there is none to the tensor.
+  void run_job(const Job& job, A* slab_grad, A* grad_weight, Workspace& w) const {
     const Lattice& lattice = job.lattice;
     const Index3& size = lattice.problem.input;
     const int64_t row_size = size.x * plan_.group_width;
@@ -147,9 +176,10 @@ class PlainBackward {
       for (int64_t row = 0; row < size.z * size.y; ++row)
         pack_row(lattice.input_row(args_.input, job.first, {row / size.y, row % size.y, 0}), size.x, job.channels,
                  w.x + row * row_size, plan_.group_width);
-    if (wanted_ & kInput) std::fill(w.dx.get(), w.dx + size.z * size.y * row_size, A(0));
+    w.dx = slab_grad ? slab_grad : w.own_dx.get();
+    if (wanted_ & kInput) std::fill(w.dx, w.dx + size.z * size.y * row_size, A(0));
     for (int64_t tile = 0; tile < job.grid.count(); ++tile) run_tile(job, tile, grad_weight, w);
-    if (wanted_ & kInput)
+    if (wanted_ & kInput && !slab_grad)
       for (int64_t row = 0; row < size.z * size.y; ++row)
         unpack_row(w.dx + row * row_size, plan_.group_width, size.x, job.channels,
                    lattice.input_row(args_.grad_input, job.first, {row / size.y, row % size.y, 0}));
@@ -258,6 +288,34 @@ class PlainBackward {
       }
   }
 
+  void add_slab_grads() const {
+    for (int64_t index = 0; index < plan_.lattices.count(); ++index) {
+      const Lattice lattice = plan_.lattices.at(index);
+      const Index3& size = lattice.problem.input;
+      const int64_t row_size = size.x * plan_.group_width;
+      std::vector<Lattice> slabs;
+      for (int64_t i = 0; i < plan_.slabs.count(); ++i) slabs.push_back(plan_.slabs.at(lattice, i));
+      args_.parallel(size.z * size.y * plan_.groups, [&](int64_t begin, int64_t end) {
+        const Scratch<A> sum(row_size);
+        for (int64_t job = begin; job < end; ++job) {
+          const int64_t group = job % plan_.groups, row = job / plan_.groups;
+          const Index3 first{row / size.y, row % size.y, 0};
+          std::fill(sum.get(), sum + row_size, A(0));
+          for (int64_t i = 0; i < plan_.slabs.count(); ++i) {
+            const Index3 at = lattice.input_point(slabs[i].first_input), in_slab{first.z - at.z, first.y - at.y, 0};
+            if (!inside(in_slab, slabs[i].problem.input)) continue;
+            const A* grad = slab_grads_ + ((index * plan_.slabs.count() + i) * plan_.groups + group) * slab_size_ +
+                            ravel(in_slab, slabs[i].problem.input) * plan_.group_width;
+            for (int64_t e = 0; e < row_size; ++e) sum[e] += grad[e];
+          }
+          const int64_t channel = group * plan_.group_width;
+          unpack_row(sum.get(), plan_.group_width, size.x, std::min(plan_.group_width, g_.C - channel),
+                     lattice.input_row(args_.grad_input, channel, first));
+        }
+      });
+    }
+  }
+
   void reduce_grad_weight() const {
     const auto first = [&](int64_t tap, int64_t o, int64_t c) {
       const int64_t group = c / plan_.group_width, row = tap / g_.kernel.x;
@@ -277,11 +335,14 @@ class PlainBackward {
   const int64_t tap_rows_, out_width_;
   const int64_t tap_columns_;                   // of a tile's voxel: [tap x][channel of the group]
   const int64_t weight_size_, attention_size_;  // of a partial sum
+  const int64_t slab_size_;                     // of the input of a job
   const bool low_precision_;                    // products in bfloat16
   const int64_t low_depth_;
   const Scratch<A> weight_;
   const Scratch<uint16_t> low_weight_;
-  const Scratch<A> bias_, grad_weight_, grad_attention_;
+  const Scratch<A> bias_;
+  const Scratch<A> slab_grads_;  // [slab][group][slab_size_], where there are several slabs
+  const Scratch<A> grad_weight_, grad_attention_;
 };
 
 }  // namespace AUTOFOCUS_ISA

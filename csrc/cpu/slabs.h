@@ -1,0 +1,69 @@
+// Slabs of a lattice, where there are too few lattices for the threads: some planes of outputs each, along z or y, and
+// all planes of the input that these read (docs/math.md, section 5).
+#pragma once
+
+#include <algorithm>
+
+#include "lattice.h"
+
+namespace autofocus {
+
+// How far the outermost tap of an axis reads from the centre, in the narrowest and in the widest branch.
+struct Reach {
+  Reach(const Problem& g, int64_t Index3::* axis) : least(g.dilation[0].*axis), most(least) {
+    for (int64_t k = 1; k < g.K; ++k) {
+      least = std::min(least, g.dilation[k].*axis);
+      most = std::max(most, g.dilation[k].*axis);
+    }
+    least *= g.kernel.*axis / 2;
+    most *= g.kernel.*axis / 2;
+  }
+  int64_t least, most;
+};
+
+// Branch values that a lattice has at least where its slabs are worth more than handing them to threads costs.
+constexpr int64_t kWorthSharing = 1 << 16;
+
+// The same cut for every lattice of a problem.
+class Slabs {
+ public:
+  // As many as wanted, each at least as thick as thickness(reach of an axis) planes of the input.
+  template <typename Thickness>
+  Slabs(const Problem& lattice, int64_t wanted, const Thickness& thickness) {
+    const auto most = [&](int64_t Index3::* axis) {
+      const int64_t planes = std::max<int64_t>(4, thickness(Reach(lattice, axis)));
+      return std::min(lattice.output.*axis, lattice.output.*axis * lattice.stride.*axis / planes);
+    };
+    const int64_t z = most(&Index3::z), y = most(&Index3::y);
+    axis_ = z >= y ? &Index3::z : &Index3::y;
+    count_ = std::clamp<int64_t>(std::max(z, y), 1, std::max<int64_t>(1, wanted));
+  }
+
+  int64_t count() const { return count_; }
+  // The share of a lattice's planes that the thickest slab has.
+  int64_t largest(const Index3& size) const {
+    return volume(size) == 0 ? 0 : volume(size) / (size.*axis_) * ceil_div(size.*axis_, count_);
+  }
+
+  Lattice at(const Lattice& lattice, int64_t index) const {
+    Lattice slab = lattice;
+    Problem& g = slab.problem;
+    const int64_t size = g.output.*axis_, begin = size * index / count_, end = size * (index + 1) / count_;
+    const int64_t reach = Reach(g, axis_).most;
+    const int64_t first = g.origin.*axis_ + g.stride.*axis_ * begin, last = first + g.stride.*axis_ * (end - begin - 1);
+    const int64_t low = std::clamp<int64_t>(first - reach, 0, g.input.*axis_);
+    const int64_t high = std::clamp<int64_t>(last + reach + 1, low, g.input.*axis_);
+    slab.first_output.*axis_ += slab.step.*axis_ * begin;
+    slab.first_input.*axis_ += slab.step.*axis_ * low;
+    g.origin.*axis_ = first - low;
+    g.output.*axis_ = end - begin;
+    g.input.*axis_ = high - low;
+    return slab;
+  }
+
+ private:
+  int64_t Index3::* axis_;
+  int64_t count_;
+};
+
+}  // namespace autofocus
