@@ -8,6 +8,8 @@ from torch import Tensor
 from .call import Call
 from .geometry import Geometry, once, resolve
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def check_call(
     input: Tensor,
@@ -24,7 +26,7 @@ def check_call(
     """Checks batched arguments (input ``[N, C, *S]``) and returns the call that they make.
 
     Raises:
-        TypeError: an argument is no tensor, or dtypes are not one shared floating dtype.
+        TypeError: an argument is no tensor, or dtypes are not one of :data:`DTYPES`, the same for all.
         ValueError: shapes, devices, layouts or numbers do not fit; the message names the argument.
     """
     _check_tensor("input", input, input)
@@ -113,8 +115,8 @@ def _check_tensor(name: str, tensor: Tensor, input: Tensor, mixed: bool = False)
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise ValueError(f"{name} must be a dense (strided) tensor, got {kind}")
-    if not tensor.dtype.is_floating_point:
-        raise TypeError(f"{name} must have a real floating dtype, got {tensor.dtype}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     if tensor.dtype != input.dtype and not mixed:
         raise TypeError(
             f"{name} must have the dtype of input, {input.dtype}, got {tensor.dtype} "

@@ -21,7 +21,7 @@ import torch
 
 IntOrTuple = int | Sequence[int]
 Padding = int | Sequence[int] | str
-# Of any stride, dilation or padding: no product with a tap or with another of them overflows the kernels' 64 bits.
+# Of any stride, dilation or padding, and of what a kernel reaches: nothing made of them overflows the kernels' 64 bits.
 LARGEST = 2**48
 
 
@@ -207,13 +207,19 @@ def resolve(
     cut from a larger volume needs.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong form, an even kernel size, ``padding="same"`` with a
-            stride, or an input too small for an unpadded kernel; the message names the argument.
+        TypeError, ValueError: an argument of the wrong form, an even kernel size, a kernel that reaches farther than
+            :data:`LARGEST`, ``padding="same"`` with a stride, or an input too small for an unpadded kernel; the
+            message names the argument.
     """
     input_size, kernel_size = tuple(input_size), tuple(kernel_size)
     spatial_dims = len(input_size)
     require_odd("the kernel of weight", kernel_size)
     branches = resolve_dilations(dilations, spatial_dims)
+    for k, dilation in enumerate(branches):
+        if any(r * (size // 2) > LARGEST for r, size in zip(dilation, kernel_size)):
+            raise ValueError(
+                f"dilations[{k}] must keep kernel {kernel_size} within 2**48 voxels of its centre, got {dilation}"
+            )
     stride = per_axis("stride", stride, spatial_dims, minimum=1)
     smallest = tuple(min(axis) for axis in zip(*branches))
     reach = tuple(r * (size - 1) // 2 for r, size in zip(smallest, kernel_size))

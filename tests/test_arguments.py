@@ -29,22 +29,22 @@ BAD_TENSORS = [
     (
         {"input": zeros(2, 3, 6, 7, dtype=torch.int64)},
         TypeError,
-        r"input must have a real floating dtype, got torch\.int64",
+        r"input must be float16, bfloat16, float32 or float64, got torch\.int64",
     ),
     (
         {"weight": zeros(4, 3, 3, 3, dtype=torch.bool)},
         TypeError,
-        r"weight must have a real floating dtype, got torch\.bool",
+        r"weight must be float16, bfloat16, float32 or float64, got torch\.bool",
     ),
     (
         {"input": zeros(2, 3, 6, 7, dtype=torch.complex64)},
         TypeError,
-        r"input must have a real floating dtype, got torch\.complex64",
+        r"input must be float16, bfloat16, float32 or float64, got torch\.complex64",
     ),
     (
         {"attention": zeros(2, 2, 6, 7, dtype=torch.uint8)},
         TypeError,
-        r"attention must have a real floating dtype, got torch\.uint8",
+        r"attention must be float16, bfloat16, float32 or float64, got torch\.uint8",
     ),
     (
         {"weight": zeros(4, 3, 3, 3, dtype=torch.float64)},
@@ -180,6 +180,7 @@ BAD_NUMBERS = [
         ValueError,
         r"dilations\[1\] must be at most 2\*\*48 on every axis, got 281474976710657",
     ),
+    ({"dilations": (1, 2**48), "weight": zeros(4, 3, 5, 3)}, ValueError, r"dilations\[1\] must keep kernel \(5, 3\) "),
     ({"stride": 2**63}, ValueError, r"stride must be at most 2\*\*48 on every axis, got 9223372036854775808"),
     (
         {"dilations": ()},
@@ -270,7 +271,10 @@ def test_unbatched_input_needs_an_unbatched_attention():
 
 
 def test_autocast_does_not_hide_an_integer_dtype():
-    with torch.autocast("cpu"), pytest.raises(TypeError, match="attention must have a real floating dtype"):
+    with (
+        torch.autocast("cpu"),
+        pytest.raises(TypeError, match="attention must be float16, bfloat16, float32 or float64"),
+    ):
         call(autofocus_conv, {"attention": zeros(2, 2, 6, 7, dtype=torch.int32)})
 
 

@@ -241,6 +241,23 @@ def test_per_sample_gradients(backend, dilations):
             torch.testing.assert_close(per_sample[name][i], parameter.grad)
 
 
+@pytest.mark.parametrize("dims", [(0, None, 0), (None, 0, None), (0, 0, 0)], ids=str)
+def test_vmap_over_nothing(backend, dims):
+    """Results and gradients have the shapes that a longer axis gives them."""
+    tensors = testing.make_tensors(CASES[0])[:3]
+    arguments = [t if dim is None else t.new_zeros(0, *t.shape) for t, dim in zip(tensors, dims)]
+
+    def function(*tensors):
+        return autofocus_conv(*tensors, **CASES[0].options, backend=backend)
+
+    def total(*tensors):
+        return function(*tensors).sum()
+
+    assert vmap(function, dims)(*arguments).shape == (0, *function(*tensors).shape)
+    for i, tensor in enumerate(tensors):
+        assert vmap(grad(total, i), dims)(*arguments).shape == (0, *tensor.shape)
+
+
 def test_vmap_of_backward_over_each_gradient(backend):
     """A batch of incoming gradients (is_grads_batched), for every argument at once and for the input alone."""
     function, inputs = positional(backend, CASES[0])

@@ -120,6 +120,30 @@ def test_a_wrong_call_raises(name, changes):
         getattr(torch.ops.autofocus_cpu, name)(**{**CALLS[name](), **changes})
 
 
+TOO_LARGE = {
+    "weight must end within 281474976710656 voxels": {
+        "weight": zeros(3, 2, 7, 3, 3),
+        "dilations": [1, 1, 1, 2**47, 1, 1],
+    },
+    "must have at most 281474976710656 elements": {"input": zeros(1).expand(1, 2, 2**24, 2**24, 5)},
+}
+
+
+@pytest.mark.parametrize("message", TOO_LARGE)
+def test_what_would_overflow_raises(message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.autofocus_cpu.forward(**{**forward_arguments(), **TOO_LARGE[message]})
+
+
+def test_memory_that_there_is_not_is_named():
+    """One voxel of every 2^20 is read, but a lattice is packed whole."""
+    volume = zeros(1).expand(1, 1, 2**40)
+    arguments = {"dilations": (1,), "stride": 2**38, "padding": 0, "backend": "cpu"}
+    attention = torch.ones(1, 1, 4)
+    with pytest.raises(RuntimeError, match=r"cannot allocate \d+ bytes"):
+        autofocus_conv(volume, torch.ones(1, 1, 1), attention, **arguments)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_a_tensor_on_another_device_raises(name):
     arguments = CALLS[name]()

@@ -21,13 +21,18 @@ def _vmap(op, per_sample: tuple[int, ...], foldable: bool, batch_size: int, in_d
         for slot in per_sample:
             if slot not in batched:
                 tensors[slot] = tensors[slot].expand(batch_size, *tensors[slot].shape)
+        # Gradients that are not wanted have no samples; -1 of nothing at all is no number.
+        samples = -1 if batch_size > 0 else tensors[per_sample[0]].shape[1]
+        for slot in per_sample:
             tensors[slot] = tensors[slot].flatten(0, 1)
-        return [result.unflatten(0, (batch_size, -1)) for result in _as_list(op(*tensors, *settings))]
-    samples = [
+        return [result.unflatten(0, (batch_size, samples)) for result in _as_list(op(*tensors, *settings))]
+    if batch_size == 0:  # the shapes of results are those of any sample's
+        tensors = [t.new_zeros(1, *t.shape[1:]) if slot in batched else t for slot, t in enumerate(tensors)]
+    results = [
         _as_list(op(*(t[i] if slot in batched else t for slot, t in enumerate(tensors)), *settings))
-        for i in range(batch_size)
+        for i in range(max(batch_size, 1))
     ]
-    return [torch.stack(column) for column in zip(*samples)]
+    return [torch.stack(column)[:batch_size] for column in zip(*results)]
 
 
 def _as_list(result) -> list[Tensor]:

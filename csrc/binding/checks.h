@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../call.h"
@@ -102,12 +103,19 @@ inline TensorView branches_of(const char* name, const Tensor& tensor, const Tens
           tensor.stride(0)};
 }
 
+// Of elements of a tensor, which views that repeat memory may have more of, and of voxels from the centre of a kernel
+// to its end, so that nothing computed from them overflows: LARGEST of autofocus_kernels/geometry.py.
+constexpr int64_t kLargest = int64_t(1) << 48;
+
 // `largest` is what the kernels' arithmetic takes of any dilation, stride, origin or output size.
 inline Problem problem_of(const Tensor& input, const Tensor& weight, const Ints& output_size, const Ints& dilations,
                           const Ints& stride, const Ints& origin, int64_t largest) {
   for (const Tensor* tensor : {&input, &weight})
     STD_TORCH_CHECK(tensor->dim() == 5, "input and weight must have five axes, got ", tensor->dim());
   STD_TORCH_CHECK(input.numel() > 0 && weight.numel() > 0, "input and weight must not be empty");
+  for (const Tensor* tensor : {&input, &weight})
+    STD_TORCH_CHECK(tensor->numel() <= kLargest, "input and weight must have at most ", kLargest, " elements, got ",
+                    tensor->numel());
   Problem g{};
   g.N = input.size(0);
   g.C = input.size(1);
@@ -123,7 +131,12 @@ inline Problem problem_of(const Tensor& input, const Tensor& weight, const Ints&
   g.output = index3("the output size", output_size, 0, 1, largest);
   g.stride = index3("stride", stride, 0, 1, largest);
   g.origin = index3("origin", origin, 0, -largest, largest);
-  for (int64_t k = 0; k < g.K; ++k) g.dilation[k] = index3("dilations", dilations, 3 * k, 1, largest);
+  for (int64_t k = 0; k < g.K; ++k) {
+    const Index3 r = g.dilation[k] = index3("dilations", dilations, 3 * k, 1, largest);
+    for (const auto& [size, dilation] : {std::pair(g.kernel.z, r.z), {g.kernel.y, r.y}, {g.kernel.x, r.x}})
+      STD_TORCH_CHECK(size / 2 <= kLargest / dilation, "weight must end within ", kLargest,
+                      " voxels of its centre, got size ", size, " at dilation ", dilation);
+  }
   check_tensor("weight", weight, input, weight_shape(g));
   return g;
 }

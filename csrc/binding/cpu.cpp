@@ -36,7 +36,7 @@ const Kernels& kernels() {
 std::string isa() { return kernels().name; }
 
 struct Cpu {
-  static constexpr int64_t kLargest = int64_t(1) << 48;  // LARGEST of autofocus_kernels/geometry.py
+  static constexpr int64_t kLargest = binding::kLargest;
 
   static void check_device(const Tensor& input) { STD_TORCH_CHECK(input.is_cpu(), "input must be a CPU tensor"); }
 
