@@ -89,7 +89,13 @@ def check_input(input: Tensor, weight: Tensor, mixed: bool = False) -> None:
     _check_input_shape(input.shape, weight.shape)
 
 
-def _check_input_shape(input_shape: torch.Size, weight_shape: torch.Size) -> None:
+def check_input_shape(input: Tensor, weight_shape: tuple[int, ...]) -> None:
+    """:func:`check_input` of what needs no weight, but its shape."""
+    _check_tensor("input", input, input)
+    _check_input_shape(input.shape, weight_shape)
+
+
+def _check_input_shape(input_shape: torch.Size, weight_shape: tuple[int, ...]) -> None:
     spatial_dims = len(weight_shape) - 2
     if not 1 <= spatial_dims <= 3:
         raise ValueError(

@@ -69,7 +69,7 @@ def normed_autofocus_conv(
         )
     call, unbatched = prepare(*tensors, None, None, dilations, stride, padding, backend)
     call = call._replace(bias=None)  # where it goes the norms decide, and in their own dtype
-    _check_norms(norms, call.geometry.num_branches, call.weight.shape[0])
+    _check_norms(norms, call.geometry.num_branches, call.weight)
     if uses_batch_statistics(norms):
         output = _by_batch_statistics(call, bias, norms, save_branches)
     else:
@@ -77,14 +77,19 @@ def normed_autofocus_conv(
     return output.squeeze(0) if unbatched else output
 
 
-def _check_norms(norms: Norms, K: int, O: int) -> None:
+def _check_norms(norms: Norms, K: int, weight: Tensor) -> None:
     if len(norms) != K:
         raise ValueError(f"branch_norm must hold one norm for each of the {K} dilations, got {len(norms)}")
     for k, norm in enumerate(norms):
         if not isinstance(norm, _BatchNorm):
-            raise TypeError(f"branch_norm[{k}] must be a batch norm, got {type(norm).__name__}")
-        if norm.num_features != O:
-            raise ValueError(f"branch_norm[{k}] must have num_features = {O}, got {norm.num_features}")
+            raise TypeError(
+                f"branch_norm[{k}] must be a batch norm, got {type(norm).__name__} (wrap the layer, not its norms)"
+            )
+        if norm.num_features != weight.shape[0]:
+            raise ValueError(f"branch_norm[{k}] must have num_features = {weight.shape[0]}, got {norm.num_features}")
+        if norm.weight is not None and hasattr(norm.weight, "full_tensor") and not hasattr(weight, "full_tensor"):
+            # Whole only in the norm's own forward, which is not called.
+            raise RuntimeError(f"branch_norm[{k}] must not be sharded without its layer: fully_shard the layer alone")
 
 
 def uses_batch_statistics(norms: Norms) -> bool:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .arguments import check_input
+from .arguments import check_input, check_input_shape
 from .branch_norm import BATCH_NORM, normed_autofocus_conv
 from .dispatch import check_backend_name
 from .functional import autocasts, autofocus_conv
@@ -43,8 +43,16 @@ def check_layer_input(input: Tensor, weight: Tensor) -> None:
     mixed = autocasts(input)
     if isinstance(input, Tensor) and input.dtype != weight.dtype and not mixed:
         raise TypeError(f"input must have the dtype of the layer's weight, {weight.dtype}, got {input.dtype}")
-    unbatched = isinstance(input, Tensor) and input.dim() == weight.dim() - 1
-    check_input(input.unsqueeze(0) if unbatched else input, weight, mixed=mixed)
+    check_input(_batched(input, weight.dim()), weight, mixed=mixed)
+
+
+@torch.fx.wrap
+def _check_gate_input(input: Tensor, weight_shape: tuple[int, ...]) -> None:
+    check_input_shape(_batched(input, len(weight_shape)), weight_shape)
+
+
+def _batched(input: Tensor, dims: int) -> Tensor:
+    return input.unsqueeze(0) if isinstance(input, Tensor) and input.dim() == dims - 1 else input
 
 
 @torch.fx.wrap
@@ -118,9 +126,11 @@ class ScaleAttention(nn.Module):
             **options,
         )
         self.conv2 = conv(hidden_channels, num_branches, 1, **options)
+        self.weight_shape = (hidden_channels, in_channels, *self.kernel_size)
 
     def forward(self, input: Tensor) -> Tensor:
-        check_layer_input(input, self.conv1.weight)
+        # Not conv1's own weight: FSDP, offloading and quantisation make it what it should be in conv1's forward.
+        _check_gate_input(input, self.weight_shape)
         spatial_dims = len(self.kernel_size)
         size = input.shape[-spatial_dims:]
         resolve(size, self.kernel_size, (self.dilation,), self.stride, self.padding)  # raises if it is too small

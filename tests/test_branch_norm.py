@@ -17,6 +17,7 @@ from helpers.plain_norms import (
     run_both,
 )
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.library import opcheck
 
 from autofocus_kernels import AutofocusConv2d, AutofocusConv3d, testing
@@ -292,6 +293,19 @@ def test_errors_say_what_is_needed(backend):
     layer.branch_norm = layer.branch_norm[:1]
     with pytest.raises(ValueError, match="one norm for each of the 3 dilations, got 1"):
         layer(input)
+
+
+def test_norms_that_are_sharded_without_their_layer_are_named(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        layer = make_layer("reference")
+        fully_shard(layer.branch_norm[1])
+        with pytest.raises(RuntimeError, match=r"branch_norm\[1\] must not be sharded without its layer"):
+            layer(torch.randn(2, 3, 6, 7, dtype=torch.float64))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # ------------------------------------------------------------------ derivatives of every kind

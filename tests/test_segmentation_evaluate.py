@@ -169,6 +169,17 @@ def test_a_folder_for_the_scores_is_made_and_one_in_their_place_refused(folders)
         evaluate(pred, truth, pred.parent / "new")
 
 
+@pytest.mark.parametrize("of", [0, 1], ids=["prediction", "truth"])
+def test_inputs_are_not_overwritten(folders, of):
+    for folder in folders:
+        write(folder / "a.nii.gz", ORGAN)
+    file = folders[of] / "a.nii.gz"
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="a.nii.gz: is an input"):
+        evaluate(*folders, file)
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["scores.csv", "scores_summary.csv"])
 def test_a_pipe_in_the_place_of_the_scores_is_refused_before_the_work(folders, name):
     pred, truth = folders

@@ -412,6 +412,28 @@ def test_a_list_from_a_spreadsheet(tmp_path):
         read_dataset(tmp_path / "list.csv", ["back", "front"])
 
 
+def test_a_list_with_blanks_and_capitals(tmp_path):
+    (tmp_path / "list.csv").write_text("Case ,t1 ,Label, SPLIT\np1 ,a.nii ,b.nii ,training \n")
+    dataset = read_dataset(tmp_path / "list.csv", ["back", "front"])
+    assert dataset.modalities == ("t1",)
+    assert dataset.training == (Case("p1", (tmp_path / "a.nii",), tmp_path / "b.nii"),)
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("case;t1;label\np1;a.nii;b.nii", "columns must be separated by commas, got 'case;t1;label'"),
+        ("case,t1,t1 ,label\np1,a.nii,b.nii,c.nii", "every column must have a name of its own"),
+        ("case,t1,label\np1,a.nii,b.nii,c.nii", "line 2 must have as many columns as the first"),
+        ("case,t1,label\np1,a.nii", "line 2 must have as many columns as the first"),
+    ],
+)
+def test_lists_that_are_none(tmp_path, lines, message):
+    (tmp_path / "list.csv").write_text(lines)
+    with pytest.raises(SegmentationError, match=f"list.csv: {message}"):
+        read_dataset(tmp_path / "list.csv", ["back", "front"])
+
+
 @pytest.mark.parametrize("cell", ["", " ", '" "'])
 def test_a_list_with_an_empty_cell(tmp_path, cell):
     """Which would name the folder."""
@@ -476,6 +498,12 @@ def test_decathlon(tmp_path):
 def test_bad_descriptions(tmp_path, changes, message):
     files.write_json(tmp_path / "dataset.json", GOOD | changes)
     with pytest.raises(SegmentationError, match=f"dataset.json: .*{message}"):
+        read_dataset(tmp_path)
+
+
+def test_a_description_without_lists(tmp_path):
+    files.write_json(tmp_path / "dataset.json", {key: GOOD[key] for key in ("modality", "labels")})
+    with pytest.raises(SegmentationError, match='must list cases, as "training", .* got modality, labels'):
         read_dataset(tmp_path)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from autofocus_kernels import networks
 from autofocus_kernels.segmentation import __main__ as command
+from autofocus_kernels.segmentation import pictures
 from autofocus_kernels.segmentation import predict as predict_module
 from autofocus_kernels.segmentation.files import write_atomic, write_checkpoint, write_json
 from autofocus_kernels.segmentation.predict import predict
@@ -219,7 +220,7 @@ def quick_pictures(monkeypatch):
     """Those that nobody looks at take most of a test's time."""
 
     def write_overlay(path, *_):
-        write_atomic(path, lambda file: file.write(b"a picture"))
+        write_atomic(path, lambda file: file.write(pictures._SOFTWARE.encode()))
 
     monkeypatch.setattr(predict_module, "write_overlay", write_overlay)
 
@@ -389,6 +390,18 @@ def test_inputs_are_not_overwritten(run, images):
     assert (images / "a.nii.gz").read_bytes() == before
 
 
+@pytest.mark.usefixtures("quick_pictures")
+def test_pictures_of_others_are_not_overwritten(run, images, tmp_path):
+    picture = tmp_path / "out" / "a.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="a.png: is there already, and no picture of a prediction"):
+        predict(run, images, tmp_path / "out")
+    assert picture.read_bytes() == b"mine"
+    predict(run, images, tmp_path / "out", overwrite=True)
+    assert picture.read_bytes() != b"mine"
+
+
 @pytest.mark.parametrize("name", ["b.nii.gz", "b.png"])
 def test_a_pipe_in_the_place_of_an_output_is_refused_before_the_work(run, images, tmp_path, name):
     (tmp_path / "out").mkdir()
@@ -430,10 +443,19 @@ def test_a_list_of_test_cases_with_a_file_a_modality(run, images, paired, tmp_pa
         np.testing.assert_array_equal(labels_of(file), labels_of(expected))
 
 
-def test_modalities_in_another_order_than_in_training(run, paired, tmp_path):
-    paired.write_text("case,T2,T1,split\na,a/T2.nii,a/T1.nii,test\n")
-    with pytest.raises(ValueError, match="list.csv: modalities must be in the order of training, T1, T2, got T2, T1"):
+@pytest.mark.parametrize("names", [("T2", "T1"), ("t2", "t1"), ("T2", "FLAIR"), ("FLAIR", "T1")], ids=",".join)
+def test_modalities_in_another_order_than_in_training(run, paired, tmp_path, names):
+    paired.write_text(f"case,{','.join(names)},split\na,a/T2.nii,a/T1.nii,test\n")
+    message = f"list.csv: modalities must be in the order of training, T1, T2, got {', '.join(names)}"
+    with pytest.raises(ValueError, match=message):
         predict(run, paired, tmp_path / "out")
+
+
+def test_labels_in_another_order_than_in_training(run, images, tmp_path):
+    labels = {str(i): name for i, name in enumerate(reversed(CONFIG.labels))}
+    write_json(images / "dataset.json", {"modality": {"0": "T1", "1": "T2"}, "labels": labels, "test": ["./a.nii.gz"]})
+    with pytest.raises(ValueError, match="dataset.json: labels must be in the order of training"):
+        predict(run, images, tmp_path / "out")
 
 
 @pytest.mark.usefixtures("quick_pictures")

@@ -100,6 +100,16 @@ def test_best_is_the_best(phantom_2d, tmp_path, monkeypatch):
     assert any(not torch.equal(best["model"][name], value) for name, value in last["model"].items())
 
 
+def test_validation_that_scores_nothing(phantom_2d, tmp_path, monkeypatch, capsys):
+    """The best is the first, and no number."""
+    monkeypatch.setattr(train._Training, "_dice", lambda self, case: [math.nan] * 4)
+    command = ["train", "--data", phantom_2d, "--out", tmp_path, "--arch", "AFN-1", "--device", "cpu", "--window", 24]
+    command += ["--widths", 3, 3, 3, 4, "--dilations", 1, 2, "--batch-size", 2, "--iterations", 2]
+    assert command_line.main([str(word) for word in [*command, "--validate-every", 1]]) == 0
+    assert "no case for validation holds a label, so best.pt is of iteration 1" in capsys.readouterr().out
+    assert files.read_checkpoint(tmp_path / "best.pt")["iteration"] == 1
+
+
 def test_validation_is_the_dice_of_whole_images(phantom_2d, tmp_path, monkeypatch):
     monkeypatch.setattr(train._Training, "_dice", REAL_DICE)
     row = train.train(phantom_2d, tmp_path, **SMALL | {"iterations": 3})[-1]
@@ -564,6 +574,11 @@ def test_command_line(phantom_2d, tmp_path, capsys, finished):
 def test_learning_rates_that_are_none(rate):
     with pytest.raises(ValueError, match="learning_rate must be a number above 0"):
         dataclasses.replace(PUBLISHED, learning_rate=rate)
+
+
+def test_labels_that_are_not_those_of_the_description(phantom_2d, tmp_path):
+    with pytest.raises(SegmentationError, match="labels must be None or those of .*dataset.json"):
+        train.train(phantom_2d, tmp_path / "run", labels=["background", "tumour"], **SMALL)
 
 
 def test_a_data_set_without_cases_to_train_on(phantom_2d, tmp_path):

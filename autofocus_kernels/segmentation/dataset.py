@@ -98,17 +98,24 @@ def _read_csv(path: Path) -> tuple[list[str], list[dict]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin a text with a mark
             reader = csv.DictReader(file, skipinitialspace=True)
-            rows = [(reader.line_num, row) for row in reader]  # empty lines are passed over, cells may have several
+            columns = [_column(name) for name in reader.fieldnames or []]
+            reader.fieldnames = columns
+            # Empty lines are passed over, cells may have several lines.
+            rows = [(reader.line_num, {key: _stripped(cell) for key, cell in row.items()}) for row in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise SegmentationError(f"{path}: cannot be read as CSV: {error}") from error
-    modalities = [column for column in reader.fieldnames or [] if column not in _COLUMNS]
+    modalities = [column for column in columns if column not in _COLUMNS]
     if not rows or not modalities:
         raise SegmentationError(f"{path}: must have rows, and columns of images beside {', '.join(_COLUMNS)}")
+    if len(columns) == 1 and ";" in columns[0]:
+        raise SegmentationError(f"{path}: columns must be separated by commas, got {columns[0]!r}")
+    if len(set(columns)) < len(columns):
+        raise SegmentationError(f"{path}: every column must have a name of its own, got {columns}")
     for number, row in rows:
         if None in row or None in row.values():
             raise SegmentationError(f"{path}: line {number} must have as many columns as the first")
         for modality in modalities:
-            if not row[modality].strip():
+            if not row[modality]:
                 raise SegmentationError(f'{path}: line {number} must name a file in the column "{modality}"')
     entries = [
         {
@@ -118,6 +125,16 @@ def _read_csv(path: Path) -> tuple[list[str], list[dict]]:
         for _, row in rows
     ]
     return modalities, entries
+
+
+def _column(name: str) -> str:
+    """Those that are known by name, however they are written."""
+    name = name.strip()
+    return name.lower() if name.lower() in _COLUMNS else name
+
+
+def _stripped(cell: Any) -> Any:
+    return cell.rstrip() if isinstance(cell, str) else cell  # None where a row is short, a list where it is long
 
 
 def _from_list(path: Path, entries: Any, modalities: Sequence[str] | None, labels: Sequence[str]) -> Dataset:
@@ -138,6 +155,11 @@ def _from_list(path: Path, entries: Any, modalities: Sequence[str] | None, label
 
 def _from_decathlon(path: Path, content: dict) -> Dataset:
     modality = content.get("modality", content.get("channel_names"))
+    if not any(name in content for name in _SPLITS):
+        raise SegmentationError(
+            f'{path}: must list cases, as "training", "validation" or "test" (nnU-Net\'s own has no lists), got '
+            f"{', '.join(content)}"
+        )
     splits = {name: content.get(name, []) for name in _SPLITS}
     labels = label_names(path, content)
     return _dataset(path, _names_in_order(path, "modality", modality), labels, splits)

@@ -87,7 +87,10 @@ def evaluate(
         raise SegmentationError(f"{truth}: no label but 0 in any file, so there is nothing to score")
 
     if out is not None:  # before the work
+        inputs = {path.resolve() for pair in pairs.values() for path in pair}
         for file in (Path(out), summary_path(Path(out))):
+            if target_of(file) in inputs:
+                raise SegmentationError(f"{file}: is an input; choose another name for the scores")
             make_folder(target_of(file).parent)
 
     scores = []

@@ -340,8 +340,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise SegmentationError(
-            f"{path}: must be a checkpoint of tensors and plain values only; it is damaged, or holds objects, which "
-            "could run code as they load"
+            f"{path}: must be a checkpoint of tensors and plain values only; it is none, is damaged, or holds objects, "
+            "which could run code as they load"
         ) from error
     except Exception as error:  # zip, pickle and the operating system each have their own
         raise SegmentationError(f"{path}: cannot be read as a checkpoint: {_reason(error)}") from error

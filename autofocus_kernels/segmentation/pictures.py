@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 
 from .files import write_atomic
 
+_SOFTWARE = "autofocus_kernels.segmentation"
 _PLANES = {0: "sagittal", 1: "coronal", 2: "axial"}  # by the axis that a slice cuts, of left-right, back-front, up
 
 
@@ -169,5 +170,11 @@ def _colour(label: int):
     return colormaps["tab10"]((label - 1) % 10)
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a picture is there that this module wrote."""
+    with path.open("rb") as file:
+        return _SOFTWARE.encode() in file.read(1024)  # PNG's texts come before the pixels
+
+
 def _save(figure: Figure, path: str | Path) -> None:
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110, metadata={"Software": _SOFTWARE}))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .dataset import Case, Sample, read_case, read_dataset
 from .files import SegmentationError, make_folder, nifti_files, read_nifti, stem, target_of, write_nifti
 from .parallel import find_device
-from .pictures import write_attention, write_overlay
+from .pictures import is_ours, write_attention, write_overlay
 from .run import Config, load_model
 from .windows import TILINGS, Windows, autofocus_layers, one_an_axis
 
@@ -69,7 +69,7 @@ def predict(
     windows = Windows(network, window, tiling, find_device(device))
     cases = find_cases(Path(input), config)
     files = {case.name: Path(output) / f"{case.name}.nii.gz" for case in cases}
-    _require_places(cases, files.values())
+    _require_places(cases, files.values(), overwrite)
     origin = f"autofocus_kernels {_fingerprint(network)} {tiling} {'x'.join(map(str, window))}"
     done = set() if overwrite else {name for name, file in files.items() if _is_done(file, attention, origin)}
     make_folder(output)
@@ -83,15 +83,13 @@ def find_cases(input: Path, config: Config) -> list[Case]:
     """The cases of a file or a folder, as :func:`predict` takes them.
 
     Raises:
-        SegmentationError: nothing there, two files of one case, or modalities in another order than in training.
+        SegmentationError: nothing there, two files of one case, or modalities or labels in another order than in
+            training.
     """
     if (input.is_dir() and (input / "dataset.json").is_file()) or input.suffix in (".json", ".csv"):
         dataset = read_dataset(input, config.labels)
-        if dataset.modalities != config.modalities and sorted(dataset.modalities) == sorted(config.modalities):
-            raise SegmentationError(
-                f"{dataset.source}: modalities must be in the order of training, {', '.join(config.modalities)}, "
-                f"got {', '.join(dataset.modalities)}"
-            )
+        _require_order(dataset.source, "modalities", dataset.modalities, config.modalities)
+        _require_order(dataset.source, "labels", dataset.labels, config.labels)
         return list(dataset.test or dataset.training + (dataset.validation or ()))
     if not input.exists():
         raise SegmentationError(f"{input}: no such file or folder")
@@ -99,11 +97,24 @@ def find_cases(input: Path, config: Config) -> list[Case]:
     return [Case(name, (file,)) for name, file in files.items()]
 
 
-def _require_places(cases: Sequence[Case], files: Iterable[Path]) -> None:
-    """Before the work: the outputs replace no input, and nothing that is no file."""
+def _require_order(source: Path, kind: str, names: Sequence[str], trained: Sequence[str]) -> None:
+    """Names that training did not have may be other words for the same; one that it had must have its number."""
+    number_of = {name.casefold(): number for number, name in enumerate(trained)}
+    if any(number_of.get(name.casefold(), number) != number for number, name in enumerate(names)):
+        raise SegmentationError(
+            f"{source}: {kind} must be in the order of training, {', '.join(trained)}, got {', '.join(names)}"
+        )
+
+
+def _require_places(cases: Sequence[Case], files: Iterable[Path], overwrite: bool) -> None:
+    """Before the work: the outputs replace no input, nothing that is no file, and no picture of somebody else's."""
     inputs = {file.resolve() for case in cases for file in (*case.images, case.label, case.mask) if file is not None}
     for file in files:
-        target_of(_picture(file))
+        picture = target_of(_picture(file))
+        if picture.exists() and not overwrite and not is_ours(picture):
+            raise SegmentationError(
+                f"{picture}: is there already, and no picture of a prediction: choose another folder"
+            )
         if target_of(file) in inputs:
             raise SegmentationError(f"{file}: is an input; choose another folder for the output")
 

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import extra  # noqa: F401
 
@@ -83,6 +84,10 @@ def train(
         if value is not None and not least <= value < 2**63:
             raise ValueError(f"{name} must be at least {least} and below 2^63, got {value}")
     dataset = read_dataset(data, labels)
+    if labels is not None and tuple(labels) != dataset.labels:
+        raise SegmentationError(
+            f"labels must be None or those of {dataset.source}, {list(dataset.labels)}, got {list(labels)}"
+        )
     training, validation = _split(dataset, seed)
     spatial_dims = dataset.spatial_dims()
     round_length = math.ceil(len(training) / recipe.batch_size)
@@ -289,9 +294,9 @@ class _Training:
 
     def _save(self) -> None:
         """last.pt at last: killed before it is there, the run repeats the round and writes the others again, alike."""
-        row, earlier = self.history[-1], self.history[:-1]
+        row = self.history[-1]
         weights = self.network.state_dict()
-        if not any(row["dice"] <= other["dice"] for other in earlier):
+        if best_row(self.history) is row:
             write_checkpoint(self.run / "best.pt", {"model": weights, "iteration": self.done, "dice": row["dice"]})
         write_csv(self.run / "log.csv", self.history)
         write_checkpoint(
@@ -304,6 +309,11 @@ class _Training:
                 "history": self.history,
             },
         )
+
+
+def best_row(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the best validation, the first if several are; one that scored nothing (NaN) is none."""
+    return max(history, key=lambda row: -math.inf if math.isnan(row["dice"]) else row["dice"])
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -384,5 +394,10 @@ def main(options: argparse.Namespace) -> None:
         options.data, options.out, options.arch, recipe=recipe, **{name: getattr(options, name) for name in names}
     )
     if int(os.environ.get("RANK", 0)) == 0:
-        best = max(history, key=lambda row: row["dice"])
-        print(f"{options.out}: best Dice {best['dice']:.4f} in iteration {best['iteration']}")
+        best = best_row(history)
+        if math.isnan(best["dice"]):
+            print(
+                f"{options.out}: no case for validation holds a label, so best.pt is of iteration {best['iteration']}"
+            )
+        else:
+            print(f"{options.out}: best Dice {best['dice']:.4f} in iteration {best['iteration']}")
