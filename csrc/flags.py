@@ -11,8 +11,12 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 # No -march=native: the instruction set is chosen at run time. No -ffast-math: NaN and Inf must
 # travel; the parts of it that help vectorising and change no value are named instead. -g0: many a
-# Python asks for debug information, which makes the library seven times as large.
-CXX = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI]
+# Python asks for debug information, which makes the library seven times as large. Errors of
+# the binding name their line, in a file of this folder and not of where it was built.
+CXX = [
+    *("-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", STABLE_ABI),
+    f"-fmacro-prefix-map={ROOT}/=",
+]
 
 # USE_CUDA uncovers the CUDA part of the stable ABI (the current stream).
 CXX_CUDA = [*CXX, "-DUSE_CUDA"]

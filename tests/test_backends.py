@@ -23,6 +23,28 @@ def test_truth(backend, case, dtype):
     testing.check(backend, case, dtype)
 
 
+# Where loops go round once more than in testing.CASES: past the branches or channels that are taken at a time, the
+# parts of a row, the partial sums that there are.
+BEYOND = (
+    Case("9_branches", (9, 8), dilations=tuple(range(1, 10))),
+    Case("9_branches_branch", (9, 8), dilations=tuple(range(1, 10)), mode="branch"),
+    Case("32_branches", (7, 6), dilations=tuple(range(1, 33))),
+    Case("channels_15", (7, 8), 15, 15, layout="channels_last"),
+    Case("channels_200", (5, 6), 200),
+    Case("channels_60_and_7_taps", (20,), 60, kernel_size=7),
+    Case("channels_260_to_300", (4, 3), 260, 300, batch=14, mode="branch"),
+    Case("long_row", (300,)),
+    Case("long_row_branch", (300,), mode="branch"),
+    Case("many_lattices", (16, 16), dilations=(2, 4), batch=40),
+    Case("many_lattices_branch", (16, 16), dilations=(2, 4), batch=40, mode="branch"),
+)
+
+
+@pytest.mark.parametrize("case", BEYOND, ids=str)
+def test_truth_beyond_the_usual_sizes(backend, case):
+    testing.check(backend, case)
+
+
 # ------------------------------------------------------------------ drawn geometry
 
 

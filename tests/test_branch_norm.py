@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.library import opcheck
 
-from autofocus_kernels import AutofocusConv2d, AutofocusConv3d, testing
+from autofocus_kernels import AutofocusConv1d, AutofocusConv2d, AutofocusConv3d, testing
 from autofocus_kernels.branch_norm import normed_autofocus_conv
 from autofocus_kernels.call import Call
 from autofocus_kernels.ops import branch_norm as branch_norm_ops
@@ -271,6 +271,22 @@ def test_input_of_which_only_padding_is_left(backend):
     torch.testing.assert_close(output, expected)
     output.sum().backward()
     assert torch.equal(tensors.weight.grad, torch.zeros_like(tensors.weight))
+
+
+@pytest.mark.parametrize("size", [(10**6,), (1000, 1000)], ids=str)
+def test_statistics_of_many_voxels_far_from_zero(backend, size):
+    """Sums of 10^6 numbers around 0.1 +- 0.001, in float32, which gives these numbers to 1e-5 of their deviation."""
+    layer = (AutofocusConv1d, AutofocusConv2d)[len(size) - 1](
+        1, 1, 1, dilations=(1, 2), branch_norm=True, bias=False, backend=backend
+    )
+    nn.init.ones_(layer.weight)
+    input = 0.1 + 1e-3 * torch.randn(1, 1, *size, generator=torch.Generator().manual_seed(0))
+    output = layer.blend(input, torch.full((1, 2, *size), 0.5), "same")
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d)[len(size) - 1](1, dtype=torch.float64)
+    assert relative_error(output, norm(input.double())) < 1e-5
+    output.backward(0.1 * torch.ones_like(output))
+    for norm in layer.branch_norm:
+        assert norm.bias.grad.item() == pytest.approx(0.05e6, rel=1e-5)
 
 
 # ------------------------------------------------------------------ errors

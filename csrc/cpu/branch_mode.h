@@ -69,9 +69,9 @@ class BranchBackward {
   void differentiate(const BranchBlock<A>& block, int64_t index) const {
     const Index3& size = block.lattice.problem.output;
     const int64_t width = plan_.width;
-    const Scratch<A> attention(size.x), grad_output(size.x * width), grad_attention(size.x);
-    A* grad_scale = grad_scale_ + index * grad_scale_size_ + block.group * g_.K * width;
-    if (args_.grad_scale) std::fill(grad_scale, grad_scale + g_.K * width, A(0));
+    const Scratch<A> attention(size.x), grad_output(size.x * width), grad_attention(size.x), sums(2 * width);
+    double* grad_scale = grad_scale_ + index * grad_scale_size_ + block.group * g_.K * width;
+    if (args_.grad_scale) std::fill(grad_scale, grad_scale + g_.K * width, 0.0);
     for_each_row(size, [&](int64_t z, int64_t y) {
       pack_row(block.row_of(args_.grad_output, z, y), size.x, block.channels, grad_output.get(), width);
       for (int64_t k = 0; k < g_.K; ++k) {
@@ -80,7 +80,7 @@ class BranchBackward {
         const int64_t at = (block.group * g_.K + k) * width;
         if (branches_) {
           differentiate_branch<A>({values, attention, scale_ + at, shift_ + at, size.x, width}, grad_output, no_mean_,
-                                  {grad_attention, args_.grad_scale ? grad_scale + k * width : nullptr, nullptr});
+                                  {grad_attention, args_.grad_scale ? grad_scale + k * width : nullptr, nullptr}, sums);
           if (args_.grad_attention.data) add_attention(block, k, {z, y, 0}, grad_attention);
         }
         for (int64_t p = 0; p < size.x; ++p)
@@ -104,10 +104,10 @@ class BranchBackward {
     const int64_t width = plan_.width;
     for (int64_t k = 0; k < g_.K; ++k)
       for (int64_t o = 0; o < g_.O; ++o) {
-        A total = 0;
+        double total = 0;
         for (int64_t index = 0; index < plan_.slab_count(); ++index)
           total += grad_scale_[index * grad_scale_size_ + (o / width * g_.K + k) * width + o % width];
-        from_accumulator(total, args_.grad_scale[k * g_.O + o]);
+        from_accumulator(A(total), args_.grad_scale[k * g_.O + o]);
       }
   }
 
@@ -116,7 +116,7 @@ class BranchBackward {
   const BranchPlan<A> plan_;
   const Scratch<A> scale_, shift_, no_mean_;
   const int64_t grad_scale_size_;
-  const Scratch<A> grad_scale_;             // of each slab [group][k][width], added in a fixed order at the end
+  const Scratch<double> grad_scale_;        // of each slab [group][k][width], added in a fixed order at the end
   const Scratch<A> grad_attention_;         // [N, K, D, H, W], in the accumulator's precision
   std::optional<Branches<T, A>> branches_;  // where da or ds is wanted
 };

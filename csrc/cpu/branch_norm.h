@@ -16,16 +16,16 @@
 namespace autofocus {
 namespace AUTOFOCUS_ISA {
 
-// Sums term(value, lane) over the voxels of a dense volume: rows in the accumulator's type, their sums in double.
+// Sums term(value, lane) over the voxels of a dense volume.
 template <typename A, typename Term>
-void sum_rows(const A* values, const Index3& size, int64_t width, double* total, const Term& term) {
-  const Scratch<A> row(width);
+void sum_voxels(const A* values, int64_t voxels, int64_t width, double* total, const Term& term) {
+  const Scratch<A> sum(width);
   std::fill(total, total + width, 0.0);
-  for (int64_t r = 0; r < size.z * size.y; ++r, values += size.x * width) {
-    std::fill(row.get(), row + width, A(0));
-    for (int64_t p = 0; p < size.x; ++p)
-      for (int64_t lane = 0; lane < width; ++lane) row[lane] += term(values[p * width + lane], lane);
-    for (int64_t lane = 0; lane < width; ++lane) total[lane] += row[lane];
+  for (int64_t first = 0; first < voxels; first += kVoxelsOfASum) {
+    std::fill(sum.get(), sum + width, A(0));
+    for (int64_t p = first; p < std::min(first + kVoxelsOfASum, voxels); ++p)
+      for (int64_t lane = 0; lane < width; ++lane) sum[lane] += term(values[p * width + lane], lane);
+    for (int64_t lane = 0; lane < width; ++lane) total[lane] += sum[lane];
   }
 }
 
@@ -42,12 +42,12 @@ class BranchMoments {
 
   // Of branch k of a block. Two passes over a buffer in the cache: no difference of large sums.
   void add(const BranchBlock<A>& block, int64_t index, int64_t k) const {
-    const Index3& size = block.lattice.problem.output;
+    const int64_t voxels = volume(block.lattice.problem.output);
     const int64_t width = plan_.width, at = index * size_ + (block.group * g_.K + k) * width;
     double* means = means_ + at;
-    sum_rows(block.row(k, 0, 0), size, width, means, [](A value, int64_t) { return value; });
-    for (int64_t lane = 0; lane < width; ++lane) means[lane] /= std::max<int64_t>(volume(size), 1);
-    sum_rows(block.row(k, 0, 0), size, width, squares_ + at, [&](A value, int64_t lane) {
+    sum_voxels(block.row(k, 0, 0), voxels, width, means, [](A value, int64_t) { return value; });
+    for (int64_t lane = 0; lane < width; ++lane) means[lane] /= std::max<int64_t>(voxels, 1);
+    sum_voxels(block.row(k, 0, 0), voxels, width, squares_ + at, [&](A value, int64_t lane) {
       const A distance = value - A(means[lane]);
       return distance * distance;
     });
@@ -153,20 +153,20 @@ void branch_reduce(const ExistingBranches<T>& in, const A* mean, const A* scale,
   const Scratch<A> shifts = pack_vectors<A>(shift, 0, g.K, g.O, 1, width);
   const int64_t rows = g.N * g.output.z * g.output.y;
   const int64_t slices = std::min<int64_t>(rows, 64);
-  const Scratch<A> sums(slices * 2 * size);  // of grad_scale, then of grad_shift
+  const Scratch<double> totals(slices * 2 * size);  // of grad_scale, then of grad_shift
   in.parallel(slices, [&](int64_t begin, int64_t end) {
     ExistingRow<T, A> row(in);
-    const Scratch<A> grad_output(row.size.x * width), da(row.size.x);
+    const Scratch<A> grad_output(row.size.x * width), da(row.size.x), sums(2 * width);
     for (int64_t slice = begin; slice < end; ++slice) {
-      A* of_scale = sums + slice * 2 * size;
-      A* of_shift = of_scale + size;
-      std::fill(of_scale, of_scale + 2 * size, A(0));
+      double* of_scale = totals + slice * 2 * size;
+      double* of_shift = of_scale + size;
+      std::fill(of_scale, of_scale + 2 * size, 0.0);
       for (int64_t r = rows * slice / slices; r < rows * (slice + 1) / slices; ++r) {
         row.move_to(r);
         pack_row(in.grad_output.row(row.sample, 0, row.first), row.size.x, g.O, grad_output.get(), width);
         for (int64_t k = 0; k < g.K; ++k) {
           differentiate_branch<A>(row.load(k, scales, shifts), grad_output, means + k * width,
-                                  {da, of_scale + k * width, of_shift + k * width});
+                                  {da, of_scale + k * width, of_shift + k * width}, sums);
           if (!grad_attention.data) continue;
           const Row<T> to = grad_attention.row(row.sample, k, row.first);
           for (int64_t p = 0; p < row.size.x; ++p) from_accumulator(da[p], to.data[p * to.x]);
@@ -178,7 +178,7 @@ void branch_reduce(const ExistingBranches<T>& in, const A* mean, const A* scale,
     for (int64_t o = 0; o < g.O; ++o) {
       double of_scale = 0, of_shift = 0;
       for (int64_t slice = 0; slice < slices; ++slice) {
-        const A* at = sums + slice * 2 * size + k * width + o;
+        const double* at = totals + slice * 2 * size + k * width + o;
         of_scale += at[0];
         of_shift += at[size];
       }

@@ -1,8 +1,9 @@
 // C[m][n] (+)= sum_k A[m][k] B[k][n] for operands that sit in the L1/L2 cache: the "project" of every kernel.
 //
 // A is read one scalar at a time and may have any strides (a blended tile or its transpose); B and C have rows of whole
-// vectors. Each register tile of MR x NR vectors is summed over all of k before it is written. With AVX-512 the last
-// vector may be half a one, which saves a step on CPUs that run 512 bits in two.
+// vectors. Each register tile of MR x NR vectors is summed over all of k before it is written, or added to C: a long
+// sum, as that of the weight's gradient, is a sum of sums, and rounded as often as there are of them. With AVX-512 the
+// last vector may be half a one, which saves a step on CPUs that run 512 bits in two.
 #pragma once
 
 #include <algorithm>
@@ -36,9 +37,8 @@ void gemm_tile(const GemmOperands<A>& op, int64_t row, int64_t column) {
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < NR; ++n)
-      acc[m][n] = accumulate ? V::load(c + m * op.c_row + n * V::kLanes) : typename V::Native{};
-    if (half) acc_half[m] = accumulate ? V::load_half(c + m * op.c_row + NR * V::kLanes) : typename V::HalfNative{};
+    for (int n = 0; n < NR; ++n) acc[m][n] = typename V::Native{};
+    if (half) acc_half[m] = typename V::HalfNative{};
   }
   for (int64_t k = 0; k < op.depth; ++k, a += op.a_k, b += op.b_k) {
     typename V::Native bk[NR > 0 ? NR : 1];
@@ -57,8 +57,14 @@ void gemm_tile(const GemmOperands<A>& op, int64_t row, int64_t column) {
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < NR; ++n) V::store(c + m * op.c_row + n * V::kLanes, acc[m][n]);
-    if (half) V::store_half(c + m * op.c_row + NR * V::kLanes, acc_half[m]);
+    for (int n = 0; n < NR; ++n) {
+      A* to = c + m * op.c_row + n * V::kLanes;
+      V::store(to, accumulate ? V::load(to) + acc[m][n] : acc[m][n]);
+    }
+    if (half) {
+      A* to = c + m * op.c_row + NR * V::kLanes;
+      V::store_half(to, accumulate ? V::load_half(to) + acc_half[m] : acc_half[m]);
+    }
   }
 }
 

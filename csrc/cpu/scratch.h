@@ -17,7 +17,7 @@ class Scratch {
     constexpr int64_t kAlignment = 64;
     const int64_t bytes = (count * int64_t(sizeof(A)) + 2 * kAlignment - 1) / kAlignment * kAlignment;
     data_.reset(static_cast<A*>(std::aligned_alloc(kAlignment, bytes)));
-    if (!data_) throw std::runtime_error("cannot allocate " + std::to_string(bytes) + " bytes to compute with");
+    if (!data_) throw std::runtime_error("out of memory: " + std::to_string(bytes) + " bytes to compute with");
   }
   A* get() const { return data_.get(); }
   operator A*() const { return data_.get(); }
