@@ -70,6 +70,21 @@ def test_clang_format():
     assert sources and result.returncode == 0, result.stdout
 
 
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "generic"])
+def test_what_instruction_sets_share_is_compiled_before_any(isa):
+    """The linker keeps one copy of an inline function, and AVX-512's would end a process on a lesser CPU."""
+    include = re.compile(r'#include ["<](?:\.\./)?([^">]+)[">]')
+    headers = {path.name: path.read_text() for path in (ROOT / "csrc" / "cpu").glob("*.h")}
+    shared = {name for name, text in headers.items() if "AUTOFOCUS_ISA" not in text}
+    shared |= {name for text in headers.values() for name in include.findall(text) if name not in headers}
+    before, after = (ROOT / "csrc" / "cpu" / f"kernels_{isa}.cpp").read_text().split('#include "kernels_isa.h"')
+    included, new = set(), set(include.findall(before))
+    while new:
+        included |= new
+        new = {name for header in new for name in include.findall(headers.get(header, ""))} - included
+    assert include.findall(after) == [] and shared <= included, sorted(shared - included)
+
+
 def test_private_names_stay_in_their_file():
     found = []
     for path in (ROOT / "autofocus_kernels").rglob("*.py"):

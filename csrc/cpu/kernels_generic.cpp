@@ -16,6 +16,7 @@
 #include "kernels.h"
 #include "lattice.h"
 #include "scratch.h"
+#include "slabs.h"
 #include "tile.h"
 #include "view.h"
 
