@@ -62,10 +62,13 @@ __global__ __launch_bounds__(kWeightThreads) void simple_weight_partial(Problem 
       blends[lane * kTile + row + i * kRows] = blended[i];
     }
     __syncthreads();
+    A staged[2][2] = {};  // a sum of its own: a split may have 10^5 positions, and float32 would round as often
 #pragma unroll 4
     for (int i = 0; i < kPositions; ++i)
       for (int a = 0; a < 2; ++a)
-        for (int b = 0; b < 2; ++b) sum[a][b] += grads[i * kTile + o + a] * blends[i * kTile + c + b];
+        for (int b = 0; b < 2; ++b) staged[a][b] += grads[i * kTile + o + a] * blends[i * kTile + c + b];
+    for (int a = 0; a < 2; ++a)
+      for (int b = 0; b < 2; ++b) sum[a][b] += staged[a][b];
   }
 
   A* block = partial + (int64_t(blockIdx.y) * gridDim.z + blockIdx.z) * g.O * g.C * taps;
