@@ -82,11 +82,11 @@ class BranchGather {
       within(rows, [&](int64_t begin, int64_t end) { std::fill(dx + begin * row_size, dx + end * row_size, A(0)); });
     for (int64_t group = 0; group < plan_.groups; ++group) {
       const BranchBlock<A> block(plan_, lattice, group, values);
-      within(plan_.slabs.count(), [&](int64_t begin, int64_t end) {
+      within(plan_.slabs.each(), [&](int64_t begin, int64_t end) {
         BranchTile<A> tile(plan_);
         for (int64_t i = begin; i < end; ++i) {
-          const Lattice slab = plan_.slabs.at(lattice, i);
-          produce(BranchBlock<A>(block, slab), tile, index * plan_.slabs.count() + i);
+          const Lattice slab = plan_.slabs.of(lattice, i);
+          produce(BranchBlock<A>(block, slab), tile, index * plan_.slabs.each() + i);
         }
       });
       if (grad_input_.data || grad_weight_.data) gather(block, set, dx);

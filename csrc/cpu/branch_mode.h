@@ -49,7 +49,7 @@ class BranchBackward {
         shift_(pack_vectors<A>(args.shift, 0, g_.K, g_.O, plan_.groups, plan_.width)),
         no_mean_(pack_vectors<A, T>(nullptr, 0, 1, plan_.width, 1, plan_.width)),
         grad_scale_size_(plan_.groups * g_.K * plan_.width),
-        grad_scale_(args.grad_scale ? plan_.slab_count() * grad_scale_size_ : 0),
+        grad_scale_(args.grad_scale ? plan_.slabs.count() * grad_scale_size_ : 0),
         grad_attention_(args.grad_attention.data ? g_.N * g_.K * volume(g_.output) : 0) {
     if (args.grad_attention.data || args.grad_scale) branches_.emplace(args, plan_);
   }
@@ -105,7 +105,7 @@ class BranchBackward {
     for (int64_t k = 0; k < g_.K; ++k)
       for (int64_t o = 0; o < g_.O; ++o) {
         double total = 0;
-        for (int64_t index = 0; index < plan_.slab_count(); ++index)
+        for (int64_t index = 0; index < plan_.slabs.count(); ++index)
           total += grad_scale_[index * grad_scale_size_ + (o / width * g_.K + k) * width + o % width];
         from_accumulator(A(total), args_.grad_scale[k * g_.O + o]);
       }

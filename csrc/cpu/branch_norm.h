@@ -37,8 +37,8 @@ class BranchMoments {
       : g_(g),
         plan_(plan),
         size_(plan.groups * g.K * plan.width),
-        means_(plan.slab_count() * size_),
-        squares_(plan.slab_count() * size_) {}
+        means_(plan.slabs.count() * size_),
+        squares_(plan.slabs.count() * size_) {}
 
   // Of branch k of a block. Two passes over a buffer in the cache: no difference of large sums.
   void add(const BranchBlock<A>& block, int64_t index, int64_t k) const {
@@ -56,8 +56,8 @@ class BranchMoments {
   // Merged by the parallel rule of Chan, Golub and LeVeque.
   void store(A* mean_of, A* var_of) const {
     std::vector<double> points;
-    for (int64_t index = 0; index < plan_.slab_count(); ++index)
-      points.push_back(double(volume(plan_.slab(index).problem.output)));
+    for (int64_t index = 0; index < plan_.slabs.count(); ++index)
+      points.push_back(double(volume(plan_.slabs.at(index).problem.output)));
     for (int64_t k = 0; k < g_.K; ++k)
       for (int64_t o = 0; o < g_.O; ++o) {
         double count = 0, mean = 0, square = 0;

@@ -29,12 +29,12 @@ template <typename A>
 struct BranchPlan {
   explicit BranchPlan(const Problem& g)
       : lattices(g, {lattice_step(g, &Index3::z, 8), lattice_step(g, &Index3::y, 8), lattice_step(g, &Index3::x, 16)}),
-        slabs(lattices.at(0).problem, lattices.count() < 4 ? kJobs / lattices.count() : 1,
+        slabs(lattices, lattices.count() < 4 ? kJobs / lattices.count() : 1,
               [](const Reach& reach) { return 3 * (reach.most - reach.least); }) {
     // All channels, so that rows of tensors are read and written whole, unless there is little else to share out.
     const int64_t all = vectors<A>(g.O);
     const int64_t parts =
-        std::max(ceil_div(kJobs, slab_count()), ceil_div(all, kMaxBlockBytes / AUTOFOCUS_VECTOR_BYTES));
+        std::max(ceil_div(kJobs, slabs.count()), ceil_div(all, kMaxBlockBytes / AUTOFOCUS_VECTOR_BYTES));
     width = ceil_div(all, parts) * Vec<A>::kLanes;
     groups = ceil_div(g.O, width);
     in_width = padded<A>(g.C);
@@ -43,17 +43,13 @@ struct BranchPlan {
     const Index3& largest = lattices.at(0).problem.output;
     lattice_size = g.K * volume(largest) * width;
     slab_size = g.K * slabs.largest(largest) * width;
-    together = (slabs.count() > 1 || lattices.count() == 1) && lattice_size >= kWorthSharing;
+    together = (slabs.each() > 1 || lattices.count() == 1) && lattice_size >= kWorthSharing;
     constexpr int64_t kTileBytes = 32 * 1024;
     voxels = std::clamp<int64_t>(kTileBytes / sizeof(A) / (tap_columns + in_width), 12, 64);
   }
   // All threads at one lattice after another, or a lattice for each.
   ParallelFor over_lattices(ParallelFor parallel) const { return together ? serial : parallel; }
   ParallelFor within_lattice(ParallelFor parallel) const { return together ? parallel : serial; }
-
-  // The slabs of all lattices, one lattice after another.
-  int64_t slab_count() const { return lattices.count() * slabs.count(); }
-  Lattice slab(int64_t index) const { return slabs.at(lattices.at(index / slabs.count()), index % slabs.count()); }
 
   static constexpr int64_t kJobs = 16;  // that there should be
   Lattices lattices;

@@ -20,12 +20,12 @@ class Branches {
   // Computes every block and calls consume(block, slab index) in the thread that computed it.
   template <typename Consume>
   void for_each_block(const Consume& consume) const {
-    conv_.parallel(plan_.slab_count() * plan_.groups, [&](int64_t begin, int64_t end) {
+    conv_.parallel(plan_.slabs.count() * plan_.groups, [&](int64_t begin, int64_t end) {
       const Scratch<A> values(plan_.slab_size);
       BranchTile<A> tile(plan_);
       for (int64_t job = begin; job < end; ++job) {
         const int64_t index = job / plan_.groups;
-        const Lattice slab = plan_.slab(index);
+        const Lattice slab = plan_.slabs.at(index);
         const BranchBlock<A> block(plan_, slab, job % plan_.groups, values);
         compute(block, tile);
         consume(block, index);

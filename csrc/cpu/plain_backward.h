@@ -36,21 +36,17 @@ struct PlainBackwardPlan {
         group_width(group_vectors * Vec<A>::kLanes),
         groups(ceil_div(g.C, group_width)),
         // A slab is at least as thick as what it reads beyond its outputs, so that dx is held twice at most.
-        slabs(lattices.at(0).problem, wanted_slabs(g), [](const Reach& reach) { return 2 * reach.most; }),
-        slab_points(slabs.count() > 1 ? 0 : lattices.input_points()) {
-    if (slabs.count() > 1)
-      for (int64_t index = 0; index < slab_count(); ++index)
-        slab_points = std::max(slab_points, volume(slab(index).problem.input));
+        slabs(lattices, wanted_slabs(g), [](const Reach& reach) { return 2 * reach.most; }),
+        slab_points(slabs.each() > 1 ? 0 : lattices.input_points()) {
+    if (slabs.each() > 1)
+      for (int64_t index = 0; index < slabs.count(); ++index)
+        slab_points = std::max(slab_points, volume(slabs.at(index).problem.input));
     constexpr int64_t kPartials = 32;
-    partials = std::clamp<int64_t>(kPartials / groups, 1, slab_count());
+    partials = std::clamp<int64_t>(kPartials / groups, 1, slabs.count());
     constexpr int64_t kTileBytes = (AUTOFOCUS_VECTOR_BYTES == 64 ? 20 : 36) * 1024;
     const int64_t row = 2 * g.kernel.x * group_width + padded<A>(g.O) + g.K * Vec<A>::kLanes;
     voxels = std::clamp<int64_t>(kTileBytes / sizeof(A) / row, 12, 64);
   }
-  // The slabs of all lattices, one lattice after another.
-  int64_t slab_count() const { return lattices.count() * slabs.count(); }
-  Lattice slab(int64_t index) const { return slabs.at(lattices.at(index / slabs.count()), index % slabs.count()); }
-
   Lattices lattices;
   int64_t group_vectors;  // input channels of a job, in vectors
   int64_t group_width;
@@ -99,7 +95,7 @@ class PlainBackward {
         weight_(projects_ ? pack_tap_columns<A>(g_, args.weight, true, plan_.group_width) : Scratch<A>(0)),
         low_weight_(low_precision_ && projects_ ? plan_.groups * tap_rows_ * low_depth_ * tap_columns_ : 0),
         bias_(pack_bias<A>(args.bias, g_.O)),
-        slab_grads_(wanted_ & kInput && plan_.slabs.count() > 1 ? plan_.slab_count() * plan_.groups * slab_size_ : 0),
+        slab_grads_(wanted_ & kInput && plan_.slabs.each() > 1 ? plan_.slabs.count() * plan_.groups * slab_size_ : 0),
         grad_weight_(wanted_ & kWeight ? plan_.groups * plan_.partials * weight_size_ : 0),
         grad_attention_(wanted_ & kAttention ? plan_.groups * attention_size_ : 0) {
     if constexpr (std::is_same_v<T, BFloat16>)
@@ -117,15 +113,15 @@ class PlainBackward {
         const int64_t group = job % plan_.groups, partial = job / plan_.groups;
         A* grad_weight = grad_weight_ + (group * plan_.partials + partial) * weight_size_;
         if (wanted_ & kWeight) std::fill(grad_weight, grad_weight + weight_size_, A(0));
-        for (int64_t index = partial; index < plan_.slab_count(); index += plan_.partials) {
-          const Lattice slab = plan_.slab(index);
-          A* slab_grad = plan_.slabs.count() > 1 ? slab_grads_ + (index * plan_.groups + group) * slab_size_ : nullptr;
+        for (int64_t index = partial; index < plan_.slabs.count(); index += plan_.partials) {
+          const Lattice slab = plan_.slabs.at(index);
+          A* slab_grad = plan_.slabs.each() > 1 ? slab_grads_ + (index * plan_.groups + group) * slab_size_ : nullptr;
           run_job(Job(slab, plan_, group), slab_grad, grad_weight, workspace);
         }
       }
       if (low_precision_) brgemm_done();
     });
-    if (wanted_ & kInput && plan_.slabs.count() > 1) add_slab_grads();
+    if (wanted_ & kInput && plan_.slabs.each() > 1) add_slab_grads();
     if (wanted_ & kWeight) reduce_grad_weight();
     if (wanted_ & kAttention)
       reduce_attention(g_, args_.parallel, plan_.groups, grad_attention_.get(), args_.grad_attention);
@@ -150,7 +146,7 @@ class PlainBackward {
   struct Workspace {
     explicit Workspace(const PlainBackward& b)
         : x(b.reads_input_ ? b.slab_size_ : 0),
-          own_dx(b.wanted_ & kInput && b.plan_.slabs.count() == 1 ? b.slab_size_ : 0),
+          own_dx(b.wanted_ & kInput && b.plan_.slabs.each() == 1 ? b.slab_size_ : 0),
           attention((b.g_.K + 1) * b.plan_.voxels),
           grad_output(b.plan_.voxels * b.out_width_),
           projected(b.plan_.voxels * b.tap_columns_),
@@ -294,17 +290,17 @@ class PlainBackward {
       const Index3& size = lattice.problem.input;
       const int64_t row_size = size.x * plan_.group_width;
       std::vector<Lattice> slabs;
-      for (int64_t i = 0; i < plan_.slabs.count(); ++i) slabs.push_back(plan_.slabs.at(lattice, i));
+      for (int64_t i = 0; i < plan_.slabs.each(); ++i) slabs.push_back(plan_.slabs.of(lattice, i));
       args_.parallel(size.z * size.y * plan_.groups, [&](int64_t begin, int64_t end) {
         const Scratch<A> sum(row_size);
         for (int64_t job = begin; job < end; ++job) {
           const int64_t group = job % plan_.groups, row = job / plan_.groups;
           const Index3 first{row / size.y, row % size.y, 0};
           std::fill(sum.get(), sum + row_size, A(0));
-          for (int64_t i = 0; i < plan_.slabs.count(); ++i) {
+          for (int64_t i = 0; i < plan_.slabs.each(); ++i) {
             const Index3 at = lattice.input_point(slabs[i].first_input), in_slab{first.z - at.z, first.y - at.y, 0};
             if (!inside(in_slab, slabs[i].problem.input)) continue;
-            const A* grad = slab_grads_ + ((index * plan_.slabs.count() + i) * plan_.groups + group) * slab_size_ +
+            const A* grad = slab_grads_ + ((index * plan_.slabs.each() + i) * plan_.groups + group) * slab_size_ +
                             ravel(in_slab, slabs[i].problem.input) * plan_.group_width;
             for (int64_t e = 0; e < row_size; ++e) sum[e] += grad[e];
           }

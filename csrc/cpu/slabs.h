@@ -24,31 +24,35 @@ struct Reach {
 // Branch values that a lattice has at least where its slabs are worth more than handing them to threads costs.
 constexpr int64_t kWorthSharing = 1 << 16;
 
-// The same cut for every lattice of a problem.
+// The slabs of a problem, one lattice after another, each cut alike.
 class Slabs {
  public:
-  // As many as wanted, each at least as thick as thickness(reach of an axis) planes of the input.
+  // As many of a lattice as wanted, each at least as thick as thickness(reach of an axis) planes of the input.
   template <typename Thickness>
-  Slabs(const Problem& lattice, int64_t wanted, const Thickness& thickness) {
+  Slabs(const Lattices& lattices, int64_t wanted, const Thickness& thickness) : lattices_(lattices) {
+    const Problem lattice = lattices.at(0).problem;
     const auto most = [&](int64_t Index3::* axis) {
       const int64_t planes = std::max<int64_t>(4, thickness(Reach(lattice, axis)));
       return std::min(lattice.output.*axis, lattice.output.*axis * lattice.stride.*axis / planes);
     };
     const int64_t z = most(&Index3::z), y = most(&Index3::y);
     axis_ = z >= y ? &Index3::z : &Index3::y;
-    count_ = std::clamp<int64_t>(std::max(z, y), 1, std::max<int64_t>(1, wanted));
+    each_ = std::clamp<int64_t>(std::max(z, y), 1, std::max<int64_t>(1, wanted));
   }
 
-  int64_t count() const { return count_; }
+  int64_t count() const { return lattices_.count() * each_; }
+  Lattice at(int64_t index) const { return of(lattices_.at(index / each_), index % each_); }
+
+  // Of one lattice.
+  int64_t each() const { return each_; }
   // The share of a lattice's planes that the thickest slab has.
   int64_t largest(const Index3& size) const {
-    return volume(size) == 0 ? 0 : volume(size) / (size.*axis_) * ceil_div(size.*axis_, count_);
+    return volume(size) == 0 ? 0 : volume(size) / (size.*axis_) * ceil_div(size.*axis_, each_);
   }
-
-  Lattice at(const Lattice& lattice, int64_t index) const {
+  Lattice of(const Lattice& lattice, int64_t index) const {
     Lattice slab = lattice;
     Problem& g = slab.problem;
-    const int64_t size = g.output.*axis_, begin = size * index / count_, end = size * (index + 1) / count_;
+    const int64_t size = g.output.*axis_, begin = size * index / each_, end = size * (index + 1) / each_;
     const int64_t reach = Reach(g, axis_).most;
     const int64_t first = g.origin.*axis_ + g.stride.*axis_ * begin, last = first + g.stride.*axis_ * (end - begin - 1);
     const int64_t low = std::clamp<int64_t>(first - reach, 0, g.input.*axis_);
@@ -62,8 +66,9 @@ class Slabs {
   }
 
  private:
+  const Lattices lattices_;
   int64_t Index3::* axis_;
-  int64_t count_;
+  int64_t each_;
 };
 
 }  // namespace autofocus
