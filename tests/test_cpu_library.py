@@ -137,9 +137,9 @@ def test_what_would_overflow_raises(message):
 
 
 def test_memory_that_there_is_not_is_named():
-    """One voxel of every 2^20 is read, but a lattice is packed whole."""
-    volume = zeros(1).expand(1, 1, 2**40)
-    arguments = {"dilations": (1,), "stride": 2**38, "padding": 0, "backend": "cpu"}
+    """Four voxels are read, but a lattice is packed whole: more than a process can address, whoever overcommits."""
+    volume = zeros(1).expand(1, 1, 2**46)
+    arguments = {"dilations": (1,), "stride": 2**44, "padding": 0, "backend": "cpu"}
     attention = torch.ones(1, 1, 4)
     with pytest.raises(torch.OutOfMemoryError, match=r"out of memory: \d+ bytes"):
         autofocus_conv(volume, torch.ones(1, 1, 1), attention, **arguments)
