@@ -51,7 +51,6 @@ struct BranchPlan {
   ParallelFor over_lattices(ParallelFor parallel) const { return together ? serial : parallel; }
   ParallelFor within_lattice(ParallelFor parallel) const { return together ? parallel : serial; }
 
-  static constexpr int64_t kJobs = 16;  // that there should be
   Lattices lattices;
   Slabs slabs;
   bool together;

@@ -67,7 +67,7 @@ struct PlainBackwardPlan {
   }
   int64_t wanted_slabs(const Problem& g) const {
     const int64_t jobs = lattices.count() * groups;
-    return jobs < 8 && g.K * lattices.output_points() * group_width >= kWorthSharing ? 16 / jobs : 1;
+    return 2 * jobs < kJobs && g.K * lattices.output_points() * group_width >= kWorthSharing ? kJobs / jobs : 1;
   }
 };
 

@@ -21,6 +21,9 @@ struct Reach {
   int64_t least, most;
 };
 
+// That there should be, for threads to share.
+constexpr int64_t kJobs = 16;
+
 // Branch values that a lattice has at least where its slabs are worth more than handing them to threads costs.
 constexpr int64_t kWorthSharing = 1 << 16;
 
