@@ -12,7 +12,7 @@ import torch
 import autofocus_kernels as ak
 from autofocus_kernels import dispatch, testing
 from autofocus_kernels.backends.cuda import backend as cuda
-from autofocus_kernels.backends.interface import Backend, CannotRun, Gradients
+from autofocus_kernels.backends.interface import Backend, CannotRun, Gradients, compute
 from autofocus_kernels.call import Call
 from autofocus_kernels.geometry import resolve
 from autofocus_kernels.testing import Case
@@ -52,6 +52,24 @@ def refuse(monkeypatch):
         monkeypatch.setattr(dispatch.backend_named(name), "refusal", lambda call: reason)
 
     return set_reason
+
+
+def test_what_a_kernel_did_to_the_gpu_is_not_taken_for_a_lack_of_memory(monkeypatch):
+    def no_memory(call):
+        raise RuntimeError("out of memory: torch gives no 8 bytes of scratch memory")
+
+    def find(device):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    backend = SimpleNamespace(forward=no_memory)
+    on_gpu = SimpleNamespace(input=SimpleNamespace(is_cuda=True, device="cuda:0"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with pytest.raises(torch.OutOfMemoryError, match="no 8 bytes"):
+        compute(backend, "forward", on_gpu, ())
+    monkeypatch.setattr(torch.cuda, "synchronize", find)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        compute(backend, "forward", on_gpu, ())
 
 
 # ------------------------------------------------------------------ the choice

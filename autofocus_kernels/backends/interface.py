@@ -23,6 +23,9 @@ def compute(backend: Backend, function: str, call: Call, arguments: tuple) -> No
         getattr(backend, function)(call, *arguments)
     except RuntimeError as error:
         if type(error) is RuntimeError and "out of memory" in str(error):
+            # Asking for memory is also how a library meets what an earlier kernel did to the GPU: then that is raised.
+            if call.input.is_cuda and not torch.cuda.is_current_stream_capturing():
+                torch.cuda.synchronize(call.input.device)
             raise torch.OutOfMemoryError(str(error)) from error
         raise
 
