@@ -65,9 +65,11 @@ def source_digest() -> str:
 
 
 def _commit() -> str:
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # there is no git
+        return "unknown"
     return result.stdout.strip() or "unknown"
 
 

@@ -26,6 +26,7 @@ from benchmarks import (
     networks,
     plot,
     profiling,
+    provenance,
     roofline,
     run,
     tables,
@@ -247,6 +248,11 @@ def test_the_default_plan_covers_every_case_the_results_are_quoted_for():
     assert len(full) == 2 * len(cases.CPU_CASES) and all(compiled for *_, compiled in full)
     on_gpu = run.plan(run.parse(["--device", "cuda"]))
     assert {case for case, *_ in on_gpu} == set(cases.GPU_CASES)
+
+
+def test_rows_are_made_where_there_is_no_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.environment("cpu")["commit"] == "unknown"
 
 
 # ------------------------------------------------------------------ memory
