@@ -161,6 +161,15 @@ class Judge:
         ]
 
 
+def verdict_on(error: Exception) -> dict:
+    """The columns status and note of a contender that raised: out of memory, a compiler's; the next may be fine."""
+    note = " ".join(str(error).split())
+    if not (isinstance(error, RuntimeError) and "cannot run this call" in note):
+        return {"status": "failed", "note": f"{type(error).__name__}: {note}"[:300]}
+    # Whole: the end says what the self-check found.
+    return {"status": "wrong" if "its self-check fails" in note else "refused", "note": note}
+
+
 # ------------------------------------------------------------------ time
 
 

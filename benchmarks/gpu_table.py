@@ -25,7 +25,7 @@ from autofocus_kernels import testing, tolerance
 from autofocus_kernels.testing import Case, Tensors
 
 from . import cases, memory
-from .contenders import DTYPES, LAYOUTS, NAIVE, Contender, backends_of, lay_out, layer, precision, runner
+from .contenders import DTYPES, LAYOUTS, NAIVE, Contender, backends_of, lay_out, layer, precision, runner, verdict_on
 from .profiling import PASSES, by_counter, by_kernel
 from .provenance import ENVIRONMENT, ROOT, command_line, environment
 
@@ -94,10 +94,8 @@ def judge(contender: Contender, case: Case, tensors: Tensors, expected: dict, al
     """The columns status, note and error_of_limit."""
     try:
         results = testing.evaluate(layer(contender.name), case, tensors)
-    except Exception as error:  # out of memory, a compiler's: the next one may be fine
-        note = " ".join(str(error).split())[:200]
-        refused = isinstance(error, RuntimeError) and "cannot run this call" in note
-        return {"status": "refused" if refused else "failed", "note": note}
+    except Exception as error:
+        return verdict_on(error)
     errors = {name: testing.relative_error(results[name], value) for name, value in expected.items()}
     wrong = [f"{n} is off by {e:.1e}, allowed {allowed[n]:.1e}" for n, e in errors.items() if not e <= allowed[n]]
     worst = max(error / allowed[name] for name, error in errors.items())

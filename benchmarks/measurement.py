@@ -13,7 +13,19 @@ from autofocus_kernels import testing
 from autofocus_kernels.testing import Case, Tensors
 
 from . import memory
-from .contenders import NAIVE, Contender, Judge, clock, interleave, lay_out, layer, make_tensors, precision, runner
+from .contenders import (
+    NAIVE,
+    Contender,
+    Judge,
+    clock,
+    interleave,
+    lay_out,
+    layer,
+    make_tensors,
+    precision,
+    runner,
+    verdict_on,
+)
 from .roofline import Ceilings, costs
 
 
@@ -90,13 +102,7 @@ def _judge(judge: Judge, contender: Contender, function: Callable, tensors) -> d
     try:
         errors = judge.errors(contender, function, tensors)
     except Exception as error:
-        # One that cannot run (out of memory, no compiler, a refusal) must not end the whole run.
-        refused = isinstance(error, RuntimeError) and "cannot run this call" in str(error)
-        reason = " ".join(str(error).split())[:300]
-        return {
-            "status": "refused" if refused else "failed",
-            "note": reason if refused else f"{type(error).__name__}: {reason}",
-        }
+        return verdict_on(error)
     complaints = judge.complaints(errors)
     fractions = [error / judge.limits[name] for name, error in errors.items()]
     return {

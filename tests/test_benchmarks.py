@@ -140,15 +140,22 @@ def test_a_wrong_contender_gets_no_time(monkeypatch, ceilings, where):
 def test_a_contender_that_raises_does_not_end_the_run(monkeypatch, ceilings):
     def layer(name):
         def refusing(**arguments):
-            raise RuntimeError("backend 'x' cannot run this call: not today" if name == "x" else "boom")
+            raise RuntimeError(messages[name])
 
         return contenders.layer(name) if name == NAIVE else refusing
 
+    found = f"forward for {'many channels, ' * 50}: output is off by 0.3"
+    messages = {"x": "not today", "w": f"its self-check fails, {found}"}
+    messages = {name: f"backend {name!r} cannot run this call: {why}" for name, why in messages.items()} | {"y": "boom"}
     monkeypatch.setattr(measurement, "layer", layer)
-    (rows,) = measure(TINY, [NAIVE, "x", "y"], ceilings, passes=("inference",))
-    assert [row["status"] for row in rows] == ["ok", "ok", "refused", "refused", "failed", "failed"]
-    assert "not today" in rows[2]["note"] and "boom" in rows[4]["note"]
-    assert len(measurement.failures(rows)) == 2  # a refusal is no failure
+    (rows,) = measure(TINY, [NAIVE, "x", "y", "w"], ceilings, passes=("inference",))
+    assert [row["status"] for row in rows[::2]] == ["ok", "refused", "failed", "wrong"]
+    assert "not today" in rows[2]["note"] and "boom" in rows[4]["note"] and "off by 0.3" in rows[6]["note"]
+    assert len(measurement.failures(rows)) == 4  # a refusal is no failure
+    monkeypatch.setattr(gpu_table, "layer", layer)
+    tensors = gpu_table.make_tensors(TINY, "float32", "cpu")
+    verdict = gpu_table.judge(Contender("w", "contiguous"), TINY, tensors, {}, {})
+    assert verdict["status"] == "wrong" and verdict["note"].endswith("off by 0.3")
 
 
 def test_the_judge_knows_every_layout_and_mode(ceilings):
