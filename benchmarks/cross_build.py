@@ -36,8 +36,9 @@ def source_digest() -> str:
     return FLAGS["source_digest"]("csrc", "benchmarks/probes")
 
 
-def nvcc() -> Path | None:
-    found = shutil.which("nvcc") or next(iter(sorted(Path("/usr/local").glob("cuda*/bin/nvcc"))), None)
+def tool(name: str, toolkits: Path = Path("/usr/local")) -> Path | None:
+    """A program of CUDA's, which many a machine has beside the PATH; None if it is not there."""
+    found = shutil.which(name) or next(iter(sorted(toolkits.glob(f"cuda*/bin/{name}"))), None)
     return None if found is None else Path(found)
 
 
@@ -55,7 +56,7 @@ def run(command: list) -> None:
 
 def build(architectures: list[str], torch: Path, folder: Path = FOLDER) -> None:
     """Fills ``folder`` anew; the record comes last, so that what is half done is not used."""
-    compiler = nvcc()
+    compiler = tool("nvcc")
     if compiler is None:
         sys.exit("there is no nvcc")
     if not (torch / "include" / "torch" / "csrc" / "stable").is_dir():

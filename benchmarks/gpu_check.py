@@ -20,7 +20,6 @@ import argparse
 import csv
 import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -172,7 +171,7 @@ def probes(session: Session, device: str) -> None:
     if device == "cpu":
         session.note("probes", "not run", "they ask a GPU")
         return
-    folder, compiler = cross_build.FOLDER / "probes", cross_build.nvcc()
+    folder, compiler = cross_build.FOLDER / "probes", cross_build.tool("nvcc")
     if cross_build.refusal(architecture()) is not None:
         if compiler is None:
             session.note("probes", "not run", f"no nvcc, and {cross_build.refusal(architecture())}")
@@ -194,7 +193,7 @@ def build(session: Session, device: str) -> None:
     if reason is None:
         cross_build.install(ROOT / "autofocus_kernels")
         session.note("build", "ok", "the cross-built library")
-    elif cross_build.nvcc() is None:
+    elif cross_build.tool("nvcc") is None:
         session.note("build", "not run", f"no nvcc, and {reason}: the cuda backend runs if it is built already")
     else:
         major, minor = torch.cuda.get_device_capability()
@@ -255,9 +254,7 @@ def networks(session: Session, device: str) -> None:
 
 
 def sanitize(session: Session, device: str, names: list[str]) -> None:
-    sanitizer = shutil.which("compute-sanitizer") or next(
-        iter(Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None
-    )
+    sanitizer = cross_build.tool("compute-sanitizer")
 
     def judge(status: int, output: str) -> tuple[str, str]:
         if status == SANITIZER_ERROR:

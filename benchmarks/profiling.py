@@ -5,10 +5,12 @@ What ``python -m benchmarks.gpu_table --profile`` prints. This file run by itsel
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,6 +21,7 @@ from autofocus_kernels.testing import Case
 
 from . import cases
 from .contenders import lay_out, layer, make_tensors, precision, runner
+from .cross_build import tool
 from .provenance import ROOT
 
 PASSES = ("inference", "training")
@@ -74,19 +77,25 @@ def _calls(case: Case, dtype: str, device: str, name: str, layout: str):
 def by_counter(case: Case, dtype: str, name: str, layout: str) -> str:
     """What Nsight Compute counts in each kernel of a training call, a line a kernel; or why there is nothing."""
     title = f"\n{case.name}, {dtype}, training, {name}: Nsight Compute"
-    ncu = shutil.which("ncu")
+    ncu = tool("ncu")
     if ncu is None:
         return f"{title}: there is no ncu"
     sections = [option for section in SECTIONS for option in ("--section", section)]
     counted = [sys.executable, "-m", "benchmarks.profiling", json.dumps([case.name, dtype, name, layout])]
-    command = [ncu, "--csv", "--page", "raw", "--profile-from-start", "off", *sections, *counted]
-    try:
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return f"{title}: not done in {SECONDS} s"
-    kernels = list(read_counters(result.stdout.splitlines()))
+    # Clocks as they are when calls are timed: by itself ncu holds them at their base.
+    options = ["--csv", "--page", "raw", "--profile-from-start", "off", "--clock-control", "none", *sections]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([ncu, *options, *counted], cwd=ROOT, start_new_session=True, **pipes) as process:
+        try:
+            output, errors = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"{title}: not done in {SECONDS} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # what ncu looks into would go on using the GPU
+                os.killpg(process.pid, signal.SIGKILL)
+    kernels = list(read_counters(output.splitlines()))
     if not kernels:
-        return f"{title}: {(result.stdout + result.stderr).strip()[-400:]}"
+        return f"{title}: {(output + errors).strip()[-400:]}"
     head = f"{'kernel':<44}" + "".join(f"{name:>11}" for name in COUNTERS) + "  stalls, warps a scheduler's issue"
     return "\n".join([title, head, *map(_line, kernels)])
 

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -334,7 +335,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(gpu_check.Session, "run", run)
     monkeypatch.setattr(gpu_check, "backends", lambda device: ["triton", "cuda"])
     monkeypatch.setattr(gpu_check, "architecture", lambda: "90a")
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(gpu_check.cross_build, "tool", lambda name: f"/bin/{name}")
     monkeypatch.setattr(gpu_check.cross_build, "install", lambda package: planned.append(("install", [], 0)))
     monkeypatch.setattr(gpu_check.cross_build, "refusal", lambda architecture: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -442,9 +443,10 @@ NCU_TABLE = [
 
 def test_counters_of_nsight_compute(monkeypatch, tmp_path):
     ncu = tmp_path / "ncu"
-    monkeypatch.setenv("PATH", str(tmp_path))
     asked = (TINY, "bfloat16", "cuda", "channels_last")
+    monkeypatch.setattr(profiling, "tool", lambda name: None)
     assert profiling.by_counter(*asked).endswith("there is no ncu")
+    monkeypatch.setattr(profiling, "tool", lambda name: tmp_path / name)
     rows = [",".join(f'"{value}"' for value in row) for row in NCU_TABLE]
     (tmp_path / "printed").write_text("\n".join(['==PROF== Profiling "pack_kernel": 11 passes', *rows, ""]))
     ncu.write_text(f'#!/bin/sh\nwhile read -r line; do echo "$line"; done < {tmp_path}/printed\n')
@@ -454,6 +456,40 @@ def test_counters_of_nsight_compute(monkeypatch, tmp_path):
     assert branches.split() == ["branches_kernel", "250.0", "30.0", "37.0", "128.0", "barrier", "3.2,", "wait", "1.0"]
     ncu.write_text("#!/bin/sh\necho ==ERROR== ERR_NVGPUCTRPERM: no permission\n")
     assert "ERR_NVGPUCTRPERM" in profiling.by_counter(*asked)
+    ncu.write_text('#!/bin/sh\necho "$@"\n')
+    assert "--clock-control none" in profiling.by_counter(*asked)
+
+
+def ends(process):
+    """Whether process number ``process`` is gone soon, or a zombie that nobody asks how it ended."""
+    for _ in range(1000):
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_what_nsight_compute_looks_into_ends_with_it(monkeypatch, tmp_path):
+    ncu = tmp_path / "ncu"
+    ncu.write_text(f"#!/bin/sh\nsleep 60 & echo $! > {tmp_path}/inner\nwait\n")
+    ncu.chmod(0o755)
+    monkeypatch.setattr(profiling, "tool", lambda name: ncu)
+    monkeypatch.setattr(profiling, "SECONDS", 1)
+    assert "not done in 1 s" in profiling.by_counter(TINY, "bfloat16", "cuda", "channels_last")
+    assert ends((tmp_path / "inner").read_text().strip())
+
+
+def test_cuda_tools_are_found_beside_the_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cross_build.tool("ncu", tmp_path) is None
+    (tmp_path / "cuda-13.0" / "bin").mkdir(parents=True)
+    (tmp_path / "cuda-13.0" / "bin" / "ncu").touch()
+    assert cross_build.tool("ncu", tmp_path) == tmp_path / "cuda-13.0" / "bin" / "ncu"
+    (tmp_path / "ncu").touch(0o755)
+    assert cross_build.tool("ncu", tmp_path) == tmp_path / "ncu"
 
 
 # ------------------------------------------------------------------ cross-building
@@ -482,7 +518,7 @@ def test_a_cross_built_library_is_installed_beside_the_others(tmp_path):
     assert (package / cross_build.LIBRARY).read_bytes() == b"a library"
 
 
-@pytest.mark.skipif(cross_build.nvcc() is None, reason="no nvcc")
+@pytest.mark.skipif(cross_build.tool("nvcc") is None, reason="no nvcc")
 def test_a_cross_built_library_asks_for_torchs_libraries_by_name(tmp_path, monkeypatch):
     """One kernel file stands for all; nothing but the library's own symbols is looked for when it is linked."""
     kernels = [path for path in cross_build.KERNELS if path.stem == "weight_sum"]
