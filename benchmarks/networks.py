@@ -1,8 +1,8 @@
 """Times the paper's networks against their plain transcription: python -m benchmarks.networks [--device cuda].
 
 Per network a training step (forward, cross-entropy, backward, RMSprop) and the inference of one segment, both in both
-memory layouts, by turns. Our logits and gradients are first checked against float64, and nothing is timed if they
-are worse than the plain network's. Also counted: bytes that autograd keeps for backward.
+memory layouts, by turns. Our logits and gradients are first checked against float64, and a network that is worse than
+the plain one is not timed. Also counted: bytes that autograd keeps for backward.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -25,7 +26,7 @@ from torch import nn
 from autofocus_kernels import networks, testing
 
 from . import memory
-from .contenders import DTYPES, LAYOUTS, clock, interleave, precision
+from .contenders import DTYPES, LAYOUTS, clock, interleave, precision, verdict_on
 from .plain_networks import BLOCKS, PlainNetwork
 from .provenance import ENVIRONMENT, ROOT, command_line, environment
 
@@ -39,6 +40,8 @@ COLUMNS = (
     "batch",
     "contender",
     "layout",
+    "status",  # ok; wrong or failed, and then no time
+    "note",  # why not ok
     "min_ms",
     "median_ms",
     "rounds",
@@ -180,11 +183,7 @@ def original_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def measure(name: str, pass_name: str, dtype: str, options: argparse.Namespace) -> list[dict]:
-    """Rows of all contenders and layouts.
-
-    Raises:
-        AssertionError: a contender is wrong.
-    """
+    """Rows of all contenders and layouts; one that is wrong or fails has no time, and takes nothing from the others."""
     device, training = options.device, pass_name == "training"
     size, batch = (options.training_size, options.batch) if training else (options.inference_size, 1)
     names = (PLAIN, OURS, SAVE_NONE, SAVE_ALL) if training else (PLAIN, OURS)
@@ -193,15 +192,8 @@ def measure(name: str, pass_name: str, dtype: str, options: argparse.Namespace) 
         input, labels = make_input(size, batch, device, layout)
         plain_error = error(name, PLAIN, layout, device, dtype)
         for contender in names:
-            own_error = error(name, contender, layout, device, dtype)
-            limit = 2 * plain_error + 16 * torch.finfo(DTYPES[dtype]).eps
-            if not own_error <= limit:
-                raise AssertionError(
-                    f"{contender} {name} {layout} {dtype}: relative error {own_error:.1e}, allowed {limit:.1e}"
-                )
-            model = lay_out(build(name, contender).to(device), layout)
             key = contender, layout
-            rows[key] = {
+            rows[key] = row = {
                 "network": name,
                 "pass": pass_name,
                 "dtype": dtype,
@@ -209,28 +201,36 @@ def measure(name: str, pass_name: str, dtype: str, options: argparse.Namespace) 
                 "batch": batch,
                 "contender": contender,
                 "layout": layout,
-                "error": own_error,
+                "status": "ok",
                 "plain_error": plain_error,
             }
-            if training:
-                calls[key] = training_step(model, input, labels, device, dtype)
-                rows[key]["saved_bytes"] = testing.saved_bytes(lambda: loss_of(model, input, labels, device, dtype))
-                saved_plain = rows[PLAIN, layout]["saved_bytes"]
-                rows[key]["saved_ratio"] = rows[key]["saved_bytes"] / saved_plain
-            else:
-                calls[key] = inference(model, input, device, dtype)
-            if device == "cuda":
-                rows[key]["peak_bytes"] = memory.peak_cuda(calls[key])
+            try:
+                row["error"] = error(name, contender, layout, device, dtype)
+                limit = 2 * plain_error + 16 * torch.finfo(DTYPES[dtype]).eps
+                if not row["error"] <= limit:
+                    row |= {"status": "wrong", "note": f"relative error {row['error']:.1e}, allowed {limit:.1e}"}
+                    continue
+                model = lay_out(build(name, contender).to(device), layout)
+                if training:
+                    row["saved_bytes"] = testing.saved_bytes(lambda: loss_of(model, input, labels, device, dtype))
+                    row["saved_ratio"] = row["saved_bytes"] / rows[PLAIN, layout]["saved_bytes"]
+                    calls[key] = training_step(model, input, labels, device, dtype)
+                else:
+                    calls[key] = inference(model, input, device, dtype)
+            except Exception as failure:
+                row |= verdict_on(failure)
     times = interleave(calls, clock(device), options.seconds)
-    best = min(min(times[key]) for key in calls if key[0] == PLAIN)
-    for key, row in rows.items():
+    best = min((min(times[key]) for key in calls if key[0] == PLAIN), default=math.nan)
+    for key, call in calls.items():
         fastest = min(times[key])
-        row.update(
-            min_ms=1e3 * fastest,
-            median_ms=1e3 * median(times[key]),
-            rounds=len(times[key]),
-            ratio=best / fastest,
-        )
+        rows[key] |= {
+            "min_ms": 1e3 * fastest,
+            "median_ms": 1e3 * median(times[key]),
+            "rounds": len(times[key]),
+            "ratio": best / fastest,
+        }
+        if device == "cuda":  # now, since the first step also allocates what RMSprop keeps
+            rows[key]["peak_bytes"] = memory.peak_cuda(call)
     return list(rows.values())
 
 
@@ -241,6 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
         "command": command_line(arguments),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    all_ok = True
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -254,24 +255,25 @@ def main(arguments: list[str] | None = None) -> int:
                     for row in rows:
                         writer.writerow({**where, **row})
                         print(table_row(row), flush=True)
+                        all_ok &= row["status"] == "ok"
                     file.flush()
     print(f"\n{options.out}")
-    return 0
+    return 0 if all_ok else 1
 
 
 def table_row(row: dict) -> str:
-    saved = row.get("saved_bytes")
-    cells = (
-        row["network"],
-        f"{row['pass']}, {row['batch']} x {row['segment']}^3",
-        row["dtype"],
-        row["contender"],
-        row["layout"],
-        f"{row['min_ms']:.1f}",
-        f"{row['ratio']:.2f}x",
-        "" if saved is None else f"{saved / 2**20:.0f}",
-        "" if saved is None else f"{row['saved_ratio']:.2f}",
-    )
+    problem = f"{row['pass']}, {row['batch']} x {row['segment']}^3"
+    cells = [row["network"], problem, row["dtype"], row["contender"], row["layout"]]
+    if row["status"] != "ok":
+        cells += [f"{row['status'].upper()}: {row['note']}", "", "", ""]
+    else:
+        saved = row.get("saved_bytes")
+        cells += [
+            f"{row['min_ms']:.1f}",
+            f"{row['ratio']:.2f}x",
+            "" if saved is None else f"{saved / 2**20:.0f}",
+            "" if saved is None else f"{row['saved_ratio']:.2f}",
+        ]
     return "| " + " | ".join(cells) + " |"
 
 
