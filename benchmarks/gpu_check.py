@@ -40,6 +40,8 @@ from .contenders import DTYPES, precision
 from .provenance import ROOT
 
 TABLE = ("-m", "benchmarks.gpu_table")
+# Each result on a line of its own, with its reason: a run that is cut off has said what it found.
+PYTEST = ("-m", "pytest", "-v", "--tb=short", "-rN", "-p", "benchmarks.failure_reasons")
 # Seconds that a stage may take; together they are what a run may take.
 LIMITS = {
     "probes": 25,
@@ -222,8 +224,7 @@ def tests(session: Session, device: str, names: list[str]) -> None:
             session.note(stage, "not run", "the backend does not run here")
             continue
         wanted = TRITON_TESTS if name == "triton" else "[cuda or gradcheck"
-        # Each result on a line of its own, so that a run that is cut off has said what it found.
-        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=30", "-rfE", "-k", wanted]
+        command = [sys.executable, *PYTEST, "-k", wanted]
         if importlib.util.find_spec("xdist"):
             command += ["-n", "8"]
         session.run(stage, [*command, "tests/test_gpu.py"], LIMITS[stage])

@@ -410,6 +410,49 @@ def test_gpu_check_selects_a_few_tests_of_triton():
     assert 10 <= len(names) <= 30 and all("[triton" in name for name in names)
     for wanted in ("many_tiles", "tf32", "repeats", "stream", "cuda_graph", "refused", "compiled", "training_step"):
         assert any(wanted in name for name in names), wanted
+    # The longest: all kernels of a dtype. A test a dtype, so that workers share them.
+    assert sum("refused" in name for name in names) == 3
+
+
+TORCH = """
+class cuda:
+    @staticmethod
+    def synchronize():
+        if dead:
+            raise RuntimeError("an illegal memory access")
+dead = []
+"""
+TESTS = """
+import pytest, torch
+from helpers.dead_context import a_dead_context_ends_the_process
+@pytest.mark.parametrize("number", range(12))
+def test_it(number):
+    if number in (3, 5):
+        torch.dead.append(number)
+    assert number != 3 or not torch.dead, "a wrong kernel"
+"""
+
+
+@pytest.mark.parametrize("processes", [["-n", "1"], []], ids=["xdist", "alone"])
+def test_a_dead_context_takes_one_test_and_says_why_at_once(tmp_path, processes):
+    """A fake torch, whose GPU is dead after the third test, that fails, and after the fifth, that passes."""
+    if processes:
+        pytest.importorskip("xdist")
+    (tmp_path / "torch.py").write_text(TORCH)
+    (tmp_path / "test_it.py").write_text(TESTS)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'tests'}", "PYTEST_ADDOPTS": ""}
+    environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "xdist" if processes else ""}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, *gpu_check.PYTEST, "--rootdir", tmp_path, *processes, tmp_path / "test_it.py"]
+    result = subprocess.run(list(map(str, command)), env=environment, cwd=tmp_path, capture_output=True, text=True)
+    at_once, _, summary = result.stdout.partition("= FAILURES =")
+    assert result.returncode == 1 and "FAILED (AssertionError: a wrong kernel" in at_once
+    reason = "leaves a GPU that cannot be used: an illegal memory access"
+    if processes:
+        assert f"test_it[3] {reason}" in result.stderr and f"test_it[5] {reason}" in result.stderr
+        assert "3 failed, 11 passed" in summary
+    else:
+        assert f"test_it[3] {reason}" in summary
 
 
 def test_the_gpu_table_gives_peak_and_ratio_against_the_best_naive_layout():

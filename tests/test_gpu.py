@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import plain_norms as layers
+from helpers.dead_context import a_dead_context_ends_the_process  # noqa: F401, a fixture
 
 from autofocus_kernels import AutofocusConv3d, autofocus_conv, reference, self_check, testing, tolerance
 from autofocus_kernels.branch_norm import normed_autofocus_conv
@@ -156,7 +157,8 @@ def test_cuda_graph(backend):
         assert torch.equal(captured_tensor, eager)
 
 
-def test_a_wrong_kernel_is_refused(backend, monkeypatch):
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_a_wrong_kernel_is_refused(backend, dtype, monkeypatch):
     """Also under TF32, which the truth does not depend on; in a graph that is captured nothing is checked."""
     case = Case("wrong", (37, 33, 41), 32, 32, dilations=(2, 6, 10, 14), layout="channels_last")
     forward = backend_named(backend).forward
@@ -165,20 +167,19 @@ def test_a_wrong_kernel_is_refused(backend, monkeypatch):
         forward(call, output)
         output[-1, -1, -1, -1, -1] += 0.2 * output.abs().max()
 
-    for dtype in DTYPES[:3]:
-        tensors = testing.make_tensors(case, dtype, DEVICE)
-        for tf32 in (False, True):
-            torch.backends.cudnn.allow_tf32 = tf32
-            self_check.forget()
-            results_of(backend, case, tensors)
-            assert "2 right, 0 wrong, 0 not checked" in self_check.report()[0]
-            self_check.forget()
-            with monkeypatch.context() as patch:
-                patch.setattr(backend_named(backend), "forward", wrong)
-                with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                    autofocus_conv(**tensors.arguments(), **case.options, backend=backend)
-                with pytest.raises(RuntimeError, match="its self-check fails, forward"):
-                    autofocus_conv(**tensors.arguments(), **case.options, backend=backend)
+    tensors = testing.make_tensors(case, dtype, DEVICE)
+    for tf32 in (False, True):
+        torch.backends.cudnn.allow_tf32 = tf32
+        self_check.forget()
+        results_of(backend, case, tensors)
+        assert "2 right, 0 wrong, 0 not checked" in self_check.report()[0]
+        self_check.forget()
+        with monkeypatch.context() as patch:
+            patch.setattr(backend_named(backend), "forward", wrong)
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                autofocus_conv(**tensors.arguments(), **case.options, backend=backend)
+            with pytest.raises(RuntimeError, match="its self-check fails, forward"):
+                autofocus_conv(**tensors.arguments(), **case.options, backend=backend)
     self_check.forget()
 
 
