@@ -9,6 +9,7 @@ a case; run.py does that, against float64 truth. Rows are written as they come.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import os
 import subprocess
@@ -49,6 +50,7 @@ COLUMNS = (
     *ENVIRONMENT,
     "command",
 )
+WARMING = 45  # seconds for all that Triton compiles of a dtype beforehand
 SLEEP = 20_000_000  # cycles of the device, 10 ms: longer than the host takes to queue the calls that are timed
 
 
@@ -130,6 +132,13 @@ def seconds(call: Callable, device: str, budget: float) -> tuple[float, float]:
     return median(alone), median(wall)
 
 
+def costs(call: Callable, device: str, budget: float) -> dict:
+    """The columns device_ms, wall_ms and, on a GPU, peak_bytes."""
+    on_device, wall = seconds(call, device, budget)
+    times = {"device_ms": 1e3 * on_device, "wall_ms": 1e3 * wall}
+    return times if device == "cpu" else {**times, "peak_bytes": memory.peak_cuda(call)}
+
+
 def measure(case: Case, dtype: str, options: argparse.Namespace) -> Iterator[list[dict]]:
     """The rows of one case, a list a pass."""
     device = options.device
@@ -150,11 +159,20 @@ def measure(case: Case, dtype: str, options: argparse.Namespace) -> Iterator[lis
                 if row["status"] != "ok":
                     continue
                 call = runner(pass_name, layer(contender.name), case, laid_out[contender.layout])
-                on_device, wall = seconds(call, device, options.seconds)
-                row |= {"device_ms": 1e3 * on_device, "wall_ms": 1e3 * wall}
-                if device == "cuda":
-                    row["peak_bytes"] = memory.peak_cuda(call)
+                try:
+                    row |= costs(call, device, options.seconds)
+                except Exception as error:
+                    row |= verdict_on(error)
             yield with_ratios(rows)
+
+
+def measure_or_say_why(case: Case, dtype: str, options: argparse.Namespace) -> Iterator[list[dict]]:
+    """As :func:`measure`; a case that nothing can be measured of, as after an illegal access, is a row that failed."""
+    try:
+        yield from measure(case, dtype, options)
+    except Exception as error:
+        nobody = {"pass": "", "contender": "", "layout": ""}
+        yield [{"case": case.name, "shape": cases.shape(case), "dtype": dtype, **nobody, **verdict_on(error)}]
 
 
 def with_ratios(rows: list[dict]) -> list[dict]:
@@ -219,15 +237,15 @@ def warm(case: Case, dtype: str, options: argparse.Namespace) -> None:
 
 def warm_in_processes(chosen: list[Case], dtype: str, options: argparse.Namespace) -> None:
     """A process a case: Triton compiles in one thread, and its compiler is most of the time of a first run."""
+    deadline = time.monotonic() + WARMING
 
     def run(case: Case) -> None:
         command = [sys.executable, "-m", "benchmarks.gpu_table", "--warm", "--cases", case.name, "--dtypes", dtype]
-        subprocess.run(
-            [*command, "--device", options.device, "--backends", *options.backends, "--layouts", *options.layouts],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # what fails here fails again, and is said, when it is judged
-        )
+        command += ["--device", options.device, "--backends", *options.backends, "--layouts", *options.layouts]
+        # What fails here fails again, and is said, when it is judged; what is not compiled in time is so then.
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, cwd=ROOT, timeout=max(0, deadline - time.monotonic()), **silent)
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         list(pool.map(run, chosen))
@@ -268,11 +286,14 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def profile(case: Case, dtype: str, options: argparse.Namespace) -> None:
-    for text in by_kernel(case, dtype, options.device, options.backends, options.layouts[0]):
-        print(text, flush=True)
-    if options.device == "cuda":
-        for name in options.backends:
-            print(by_counter(case, dtype, name, options.layouts[0]), flush=True)
+    for name in options.backends:
+        try:
+            for text in by_kernel(case, dtype, options.device, name, options.layouts[0]):
+                print(text, flush=True)
+            if options.device == "cuda":
+                print(by_counter(case, dtype, name, options.layouts[0]), flush=True)
+        except Exception as error:
+            print(f"\n{case.name}, {dtype}, {name}: no profile: {verdict_on(error)['note']}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -287,26 +308,28 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
     where = environment(options.device) | {"command": command_line()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    bad = []
+    bad, written = False, 0
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         for dtype in options.dtypes:
-            if options.device == "cuda":
+            if "triton" in options.backends:
                 warm_in_processes(chosen, dtype, options)
                 print(f"compiled what {dtype} needs: {time.monotonic() - began:.0f} s", flush=True)
             for case in chosen:
                 if options.time_limit is not None and time.monotonic() - began > options.time_limit:
                     print(f"{case.name} {dtype}: no time left", flush=True)
                     continue
-                for rows in measure(case, dtype, options):
+                for rows in measure_or_say_why(case, dtype, options):
                     writer.writerows({**where, **row} for row in rows)
                     file.flush()
                     print(*lines(rows), sep="\n", flush=True)
-                    bad += [row for row in rows if row["status"] in ("wrong", "failed") and row["contender"] != NAIVE]
-            if options.profile:
-                profile(chosen[0], dtype, options)
-    return 1 if bad else 0
+                    written += len(rows)
+                    bad |= any(row["status"] in ("wrong", "failed") and row["contender"] != NAIVE for row in rows)
+    if options.profile:  # when all is measured: ncu takes long
+        for dtype in options.dtypes:
+            profile(chosen[0], dtype, options)
+    return 1 if bad or not written else 0
 
 
 if __name__ == "__main__":

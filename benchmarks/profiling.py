@@ -13,7 +13,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -50,18 +50,17 @@ STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+?)_per_issue_active\.
 MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}
 
 
-def by_kernel(case: Case, dtype: str, device: str, backends: Iterable[str], layout: str) -> Iterator[str]:
-    """Time on the device by kernel, of one inference and one training call of each backend."""
+def by_kernel(case: Case, dtype: str, device: str, name: str, layout: str) -> Iterator[str]:
+    """Time on the device by kernel, of one inference and one training call of a backend."""
     activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
     sort = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    for name in backends:
-        for pass_name, call in _calls(case, dtype, device, name, layout):
-            with torch.profiler.profile(activities=[activity]) as found:
-                call()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-            table = found.key_averages().table(sort_by=sort, row_limit=12, max_name_column_width=60)
-            yield f"\n{case.name}, {dtype}, {pass_name}, {name}\n{table}"
+    for pass_name, call in _calls(case, dtype, device, name, layout):
+        with torch.profiler.profile(activities=[activity]) as found:
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+        table = found.key_averages().table(sort_by=sort, row_limit=12, max_name_column_width=60)
+        yield f"\n{case.name}, {dtype}, {pass_name}, {name}\n{table}"
 
 
 def _calls(case: Case, dtype: str, device: str, name: str, layout: str):

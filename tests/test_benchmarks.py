@@ -466,10 +466,72 @@ def test_the_gpu_table_gives_peak_and_ratio_against_the_best_naive_layout():
     assert (rows[2]["ratio"], rows[2]["peak_ratio"]) == (2.0, 0.25) and "ratio" not in rows[3]
 
 
-def test_the_gpu_table_profiles(capsys, tmp_path):
-    command = ["--device", "cpu", "--cases", "tiny-2d-3x20x17", "--dtypes", "float32", "--seconds", "0", "--profile"]
-    assert gpu_table.main([*command, "--backends", "reference", "--out", str(tmp_path / "table.csv")]) == 0
-    assert "tiny-2d-3x20x17, float32, training, reference" in capsys.readouterr().out
+TABLE = ["--device", "cpu", "--dtypes", "float32", "--seconds", "0"]
+TWO_CASES = ["--cases", "tiny-2d-3x20x17", "tiny-4x9^3-branch"]
+
+
+@pytest.fixture
+def table_of(tmp_path):
+    """Status and rows of a gpu_table."""
+
+    def run(*arguments):
+        status = gpu_table.main([*TABLE, *arguments, "--out", str(tmp_path / "table.csv")])
+        with (tmp_path / "table.csv").open() as file:
+            return status, list(csv.DictReader(file))
+
+    return run
+
+
+def test_a_gpu_that_dies_while_the_table_is_made_is_said_case_by_case(monkeypatch, table_of):
+    """The first case's backend makes an illegal access while it is timed: it, and all after it, fails."""
+    evaluate, seconds, dead = testing.evaluate, gpu_table.seconds, []
+
+    def check():
+        if dead:
+            raise RuntimeError("an illegal memory access")
+
+    def kill_third(call, device, budget):
+        timed.append(call)
+        if len(timed) == 3:  # after the naive layer in two layouts
+            dead.append(True)
+        check()
+        return seconds(call, device, budget)
+
+    timed = []
+    monkeypatch.setattr(gpu_table, "seconds", kill_third)
+    monkeypatch.setattr(testing, "evaluate", lambda *arguments: check() or evaluate(*arguments))
+    status, rows = table_of(*TWO_CASES, "--backends", "reference")
+    assert status == 1
+    first, second = ([row for row in rows if row["case"] == case] for case in TWO_CASES[1:])
+    assert [row["status"] for row in first] == ["ok", "ok", "failed"] + ["failed"] * 3 and len(second) == 1
+    assert all("an illegal memory access" in row["note"] for row in first[2:] + second)
+    assert "reference channels_last FAILED" in gpu_table.summary(rows)[0] and "FAILED" in gpu_table.summary(rows)[-1]
+
+
+def test_a_table_without_rows_is_no_success(table_of):
+    assert table_of(*TWO_CASES, "--backends", "reference", "--time-limit", "-1") == (1, [])
+
+
+def test_what_compiles_for_the_table_ends(monkeypatch):
+    """More cases than processes, each of which hangs."""
+    limits = []
+
+    def run(command, timeout, **_):
+        limits.append(timeout)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu_table.subprocess, "run", run)
+    options = gpu_table.parse(["--device", "cpu", "--backends", "reference"])
+    gpu_table.warm_in_processes(list(cases.GPU_CASES), "bfloat16", options)
+    assert len(limits) == len(cases.GPU_CASES) and all(0 <= limit <= gpu_table.WARMING for limit in limits)
+
+
+def test_the_profile_of_a_backend_that_refuses_takes_nothing_from_the_others(table_of, capsys):
+    status, rows = table_of(TWO_CASES[0], TWO_CASES[1], "--backends", "cuda", "reference", "--profile")
+    printed = capsys.readouterr().out
+    assert "float32, cuda: no profile: backend 'cuda' cannot run this call" in printed
+    assert status == 0 and "float32, training, reference" in printed.split("no profile")[1]
+    assert {row["status"] for row in rows if row["contender"] == "cuda"} == {"refused"}
 
 
 PEAK = ".avg.pct_of_peak_sustained_active"
