@@ -657,6 +657,15 @@ def test_gpu_check_small_cases_on_the_reference():
     assert gpu_check.check_small("reference") == 0
 
 
+def test_gpu_check_small_cases_check_each_kernel_once(monkeypatch):
+    cpu = gpu_check.backend_named("cpu")
+    monkeypatch.setattr(cpu, "checked", True, raising=False)
+    monkeypatch.setattr(gpu_check, "SMALL_CASES", ("3d",))
+    monkeypatch.setattr(gpu_check.testing, "evaluate", lambda *_: {})
+    monkeypatch.setattr(gpu_check, "judge_small", lambda *_: None)
+    assert gpu_check.check_small("cpu") == 0 and not cpu.checked
+
+
 # ------------------------------------------------------------------ networks
 
 
