@@ -5,34 +5,36 @@
 
 In this order: the probes (benchmarks/probes: what the kernels take for granted of a GPU), the tests of the cuda
 backend, those of Triton's that a GPU adds something to, the table of times and memory (gpu_table.py), the paper's
-networks against plain ones (networks.py), memory errors and races (compute-sanitizer). Each stage has a limit of its
-own, and none that fails or overruns stops the next. log.txt, table.csv, networks.csv and summary.txt in the folder are
-written while it runs.
+networks against plain ones (networks.py), memory errors and races of the cuda backend (compute-sanitizer). Each stage
+is a process, of one backend where it can be, so that a crash takes nothing else with it, and has a time at which it
+must have ended: what one does not need the next may use, and what each must have none can take. log.txt,
+table-BACKEND.csv, networks.csv and summary.txt in the folder are written while it runs.
 
 Needs torch, Triton, pytest and hypothesis, no network. Uses what cross_build.py left in build/cross, if it is of these
-sources and for this GPU; else nvcc compiles, if it is there. The status is non-zero if anything is wrong, fails or
-hangs.
+sources, for this GPU and loads; else nvcc compiles, if it is there. The status is non-zero if anything is wrong, fails
+or hangs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib.util
+import itertools
 import os
+import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import torch
 
-from autofocus_kernels import autofocus_conv, show_config, testing, tolerance
+from autofocus_kernels import autofocus_conv, testing, tolerance
 from autofocus_kernels.dispatch import PREFERENCE, backend_named
 
 from . import cross_build, gpu_table
@@ -42,18 +44,25 @@ from .provenance import ROOT
 TABLE = ("-m", "benchmarks.gpu_table")
 # Each result on a line of its own, with its reason: a run that is cut off has said what it found.
 PYTEST = ("-m", "pytest", "-v", "--tb=short", "-rN", "-p", "benchmarks.failure_reasons")
-# Seconds that a stage may take; together they are what a run may take.
+# Seconds that each stage may take, whatever the others do; together they are what a run may take.
 LIMITS = {
-    "probes": 25,
-    "build": 90,
+    "compile probes": 20,
+    **{f"probe {source.stem}": 15 for source in cross_build.PROBES},  # a copy that never lands gives up after 11
+    "build": 70,
+    "config": 10,
+    "backend cuda": 10,
+    "backend triton": 10,
     "tests cuda": 60,
-    "tests triton": 75,
-    "table": 120,
-    "networks": 60,
-    "memcheck": 25,
-    "racecheck": 25,
+    "tests triton": 55,
+    "table cuda": 40,
+    "table triton": 75,
+    "networks": 40,
+    "memcheck": 15,
+    "racecheck": 10,
 }
-MORE_DTYPE, PROFILE = 120, 150  # seconds that the table takes longer where they are asked for
+MORE_DTYPE, PROFILE = 60, 75  # seconds that a table takes longer where they are asked for
+LONGEST = 570  # for all: many a machine ends a command after ten minutes
+GRACE = 5  # seconds from an interrupt, after which pytest says what it has found, to the end of it
 # Triton's compiler is what its tests take; so few configurations, each used by several tests. What the interpreter on a
 # CPU shows as well is left out. Names of tests and cases as pytest's -k reads them.
 TRITON_TESTS = (
@@ -63,7 +72,14 @@ TRITON_TESTS = (
 )
 # What a sanitizer runs: every kernel, borders, odd channels. Truth is computed on the CPU, where it slows nothing.
 SMALL_CASES = ("3d", "channels_30_to_50", "channels_32_to_32", "branch", "stride_2d")
-SANITIZER_ERROR = 97
+SANITIZER_ERROR, UNAVAILABLE = 97, 3  # statuses of processes
+ASK = f"""
+import sys
+from autofocus_kernels.dispatch import backend_named
+reason = backend_named(sys.argv[1]).unavailable()
+print(reason or "")
+sys.exit({UNAVAILABLE} if reason else 0)
+"""
 
 
 class Result(NamedTuple):
@@ -77,28 +93,45 @@ class Result(NamedTuple):
         return self.outcome in ("FAILED", "TIMED OUT")
 
     def __str__(self) -> str:
-        return f"{self.stage:<22}{self.outcome:<11}{self.seconds:>6.0f} s  {self.detail}"
+        return f"{self.stage:<26}{self.outcome:<11}{self.seconds:>6.0f} s  {self.detail}"
+
+
+def profile_seconds(options: argparse.Namespace) -> int:
+    """Of one backend."""
+    return PROFILE * len(options.dtypes) if options.profile else 0
+
+
+def schedule(options: argparse.Namespace) -> dict[str, float]:
+    """Stage -> seconds from the beginning to when it must have ended."""
+    more = MORE_DTYPE * (len(options.dtypes) - 1) + profile_seconds(options)
+    limits = [limit + more if stage.startswith("table") else limit for stage, limit in LIMITS.items()]
+    return {stage: min(end, LONGEST) for stage, end in zip(LIMITS, itertools.accumulate(limits))}
 
 
 class Session:
     """Runs the stages as processes of their own (an illegal access ends the process that made it) and keeps score."""
 
-    def __init__(self, folder: Path, log: TextIO, seconds: float, patience: float = 1.0) -> None:
-        self.folder, self.log, self.patience = folder, log, patience
-        self.deadline = time.monotonic() + patience * seconds
+    def __init__(self, folder: Path, ends: dict[str, float]) -> None:
+        self.folder, self.ends = folder, ends
+        self.log = folder / "log.txt"
+        self.began = time.monotonic()
         self.results: list[Result] = []
+        self.tables: list[Path] = []
+        # What a shell started in the background ignores interrupts, and so would all processes that it starts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    @property
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
+    def left(self, stage: str) -> float:
+        return self.began + self.ends.get(stage, LONGEST) - time.monotonic()
 
     def say(self, text: str) -> None:
         print(text, flush=True)
-        print(text, file=self.log, flush=True)
+        with self.log.open("a") as log:
+            print(text, file=log)
 
     def note(self, stage: str, outcome: str, detail: str = "", seconds: float = 0.0) -> Result:
         self.results.append(Result(stage, outcome, detail, seconds))
         self.say(f">>> {self.results[-1]}")
+        (self.folder / "summary.txt").write_text(summary(self))
         return self.results[-1]
 
     def attempt(self, stage: Callable, *arguments) -> None:
@@ -112,50 +145,63 @@ class Session:
         self,
         stage: str,
         command: list,
-        limit: float,
         environment: dict | None = None,
         judge: Callable[[int, str], tuple[str, str]] | None = None,
     ) -> Result:
         """``judge`` turns status and output into outcome and detail; by default any status but 0 is a failure."""
-        limit = min(self.patience * limit, self.left)
-        if limit < 5:
+        limit = self.left(stage)
+        if limit < GRACE:
             return self.note(stage, "not run", "no time left")
         command = [str(word) for word in command]
         self.say(f"\n=== {stage}, at most {limit:.0f} s: {' '.join(command)}")
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        settings = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **(environment or {})}
         began = time.monotonic()
-        try:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})},
-            )
-        except OSError as error:
-            return self.note(stage, "FAILED", f"it cannot be run: {error}")
-        late = threading.Event()
-
-        def stop() -> None:
-            late.set()
-            os.killpg(process.pid, signal.SIGKILL)
-
-        timer = threading.Timer(limit, stop)
-        timer.start()
-        lines = []
-        with process:
-            for line in process.stdout:
-                lines.append(line)
-                self.say(line.rstrip("\n"))
-            status = process.wait()
-        timer.cancel()
+        with self.log.open("ab") as log, self.log.open(errors="replace") as written:
+            written.seek(0, os.SEEK_END)
+            try:
+                process = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env={**os.environ, **settings},
+                )
+            except OSError as error:
+                return self.note(stage, "FAILED", f"it cannot be run: {error}")
+            try:
+                output = show_until_end(process, written, limit)
+                late = process.poll() is None
+                if late:
+                    process.send_signal(signal.SIGINT)
+                    output += show_until_end(process, written, GRACE)
+            finally:
+                with contextlib.suppress(ProcessLookupError):  # with all that it started
+                    os.killpg(process.pid, signal.SIGKILL)
+            output += show_until_end(process, written, GRACE)
         seconds = time.monotonic() - began
-        if late.is_set():
-            return self.note(stage, "TIMED OUT", lines[-1].strip() if lines else "", seconds)
-        outcome = judge or (lambda status, _: ("ok", "") if status == 0 else ("FAILED", f"status {status}"))
-        return self.note(stage, *outcome(status, "".join(lines)), seconds)
+        last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "")
+        if late:
+            return self.note(stage, "TIMED OUT", last, seconds)
+        status = process.returncode
+        outcome, detail = judge(status, output) if judge else ("FAILED" if status else "ok", "")
+        return self.note(stage, outcome, detail or (f"status {status}: {last}" if status else ""), seconds)
+
+
+def show_until_end(process: subprocess.Popen, written: TextIO, seconds: float) -> str:
+    """Shows what is written until the process has ended, or ``seconds`` are over; returns it.
+
+    The file's end would tell nothing: what the process leaves behind may hold it open.
+    """
+    deadline, shown = time.monotonic() + seconds, []
+    while True:
+        is_last = process.poll() is not None or time.monotonic() > deadline
+        shown.append(written.read())
+        print(shown[-1], end="", flush=True)
+        if is_last:
+            return "".join(shown)
+        time.sleep(0.05)
 
 
 # ------------------------------------------------------------------ the stages
@@ -181,10 +227,14 @@ def probes(session: Session, device: str) -> None:
         folder = session.folder / "probes"
         folder.mkdir(exist_ok=True)
         commands = [cross_build.compile_probe(compiler, s, folder / s.stem, architecture()) for s in sources]
-        with ThreadPoolExecutor(len(sources)) as pool:  # one that does not compile fails when it is run
-            list(pool.map(lambda command: subprocess.run(list(map(str, command)), timeout=20), commands))
+        # All at once; one that does not compile fails when it is run.
+        script = "".join(f"{shlex.join(map(str, command))} &\n" for command in commands) + "wait"
+        session.run("compile probes", ["sh", "-c", script])
     for source in sources:
-        session.run(f"probe {source.stem}", [folder / source.stem], LIMITS["probes"] / len(sources))
+        probe = folder / source.stem
+        if probe.exists():
+            probe.chmod(0o755)  # what was carried here may have lost that
+        session.run(f"probe {source.stem}", [probe])
 
 
 def build(session: Session, device: str) -> None:
@@ -194,27 +244,36 @@ def build(session: Session, device: str) -> None:
     reason = cross_build.refusal(architecture())
     if reason is None:
         cross_build.install(ROOT / "autofocus_kernels")
-        session.note("build", "ok", "the cross-built library")
-    elif cross_build.tool("nvcc") is None:
+        if runs(session, "build", "cuda", unavailable="FAILED"):
+            return
+        reason = "the cross-built library does not load"
+    if cross_build.tool("nvcc") is None:
         session.note("build", "not run", f"no nvcc, and {reason}: the cuda backend runs if it is built already")
-    else:
-        major, minor = torch.cuda.get_device_capability()
-        session.run(
-            "build",
-            [sys.executable, "setup.py", "build_ext", "--inplace"],
-            LIMITS["build"],
-            {"AUTOFOCUS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}" + "a" * (major == 9)},
-        )
-
-
-def backends(device: str) -> list[str]:
-    """Those of ``device`` that run, asked of a new process: a library may have been built since this one began."""
-    code = (
-        "import sys; from autofocus_kernels.dispatch import PREFERENCE, backend_named as module\n"
-        "print(*[n for n in PREFERENCE[sys.argv[1]] if n != 'reference' and module(n).unavailable() is None])"
+        return
+    major, minor = torch.cuda.get_device_capability()
+    session.run(
+        "build",
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        {"AUTOFOCUS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}" + "a" * (major == 9)},
     )
-    command = [sys.executable, "-c", code, device]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+
+def runs(session: Session, stage: str, name: str, unavailable: str = "not run") -> bool:
+    """Whether backend ``name`` runs, asked of a new process: a library that was just built may end the process."""
+
+    def judge(status: int, _: str) -> tuple[str, str]:
+        return {0: "ok", UNAVAILABLE: unavailable}.get(status, "FAILED"), ""
+
+    return session.run(stage, [sys.executable, "-c", ASK, name], judge=judge).outcome == "ok"
+
+
+def backends(session: Session, device: str, found: list[str]) -> None:
+    """Fills ``found`` with those of ``device`` that run."""
+    session.run("config", [sys.executable, "-m", "autofocus_kernels"])
+    names = [name for name in sorted(PREFERENCE[device]) if name != "reference"]  # cuda first
+    found += [name for name in names if runs(session, f"backend {name}", name)]
+    if device == "cuda" and not found:
+        session.note("backends", "FAILED", "no backend of this package runs on this GPU")
 
 
 def tests(session: Session, device: str, names: list[str]) -> None:
@@ -227,21 +286,24 @@ def tests(session: Session, device: str, names: list[str]) -> None:
         command = [sys.executable, *PYTEST, "-k", wanted]
         if importlib.util.find_spec("xdist"):
             command += ["-n", "8"]
-        session.run(stage, [*command, "tests/test_gpu.py"], LIMITS[stage])
+        session.run(stage, [*command, "tests/test_gpu.py"])
 
 
-def table(session: Session, device: str, options: argparse.Namespace) -> None:
-    command = [sys.executable, *TABLE, "--device", device, "--out", session.folder / "table.csv"]
-    if device == "cpu":
-        command += ["--cases", "tiny-8x12^3", "tiny-4x9^3-branch", "--dtypes", "float32", "--seconds", "0.02"]
-    else:
-        command += ["--dtypes", *options.dtypes, "--time-limit", LIMITS["table"] + more_seconds(options) - 15]
-        command += ["--profile"] if options.profile else []
-    session.run("table", command, LIMITS["table"] + more_seconds(options))
-
-
-def more_seconds(options: argparse.Namespace) -> int:
-    return MORE_DTYPE * (len(options.dtypes) - 1) + PROFILE * options.profile
+def tables(session: Session, device: str, names: list[str], options: argparse.Namespace) -> None:
+    """One a backend, each against the naive layer."""
+    for name in names:
+        stage = f"table {name}"
+        out = session.folder / f"table-{name}.csv"
+        out.unlink(missing_ok=True)  # that of another run is no result of this one
+        session.tables.append(out)
+        command = [sys.executable, *TABLE, "--device", device, "--backends", name, "--out", out]
+        if device == "cpu":
+            command += ["--cases", "tiny-8x12^3", "tiny-4x9^3-branch", "--dtypes", "float32", "--seconds", "0.02"]
+        else:
+            limit = session.left(stage) - profile_seconds(options) - 15
+            command += ["--dtypes", *options.dtypes, "--time-limit", round(limit)]
+            command += ["--profile"] if options.profile else []
+        session.run(stage, command)
 
 
 def networks(session: Session, device: str) -> None:
@@ -251,10 +313,10 @@ def networks(session: Session, device: str) -> None:
         command += ["--networks", "AFN-1", "--passes", "inference", "--inference-size", "31", "--seconds", "0"]
     else:
         command += ["--networks", "AFN-6", "AFN-1", "--dtypes", "bfloat16", "--seconds", "2", "--no-search"]
-    session.run("networks", command, LIMITS["networks"])
+    session.run("networks", command)
 
 
-def sanitize(session: Session, device: str, names: list[str]) -> None:
+def sanitize(session: Session, names: list[str]) -> None:
     sanitizer = cross_build.tool("compute-sanitizer")
 
     def judge(status: int, output: str) -> tuple[str, str]:
@@ -267,19 +329,12 @@ def sanitize(session: Session, device: str, names: list[str]) -> None:
         return "not run", "the tool does not work on this machine: " + output.strip()[-200:]
 
     for tool in ("memcheck", "racecheck"):
-        if device == "cpu" or sanitizer is None:
-            session.note(tool, "not run", "no compute-sanitizer or no GPU")
+        if "cuda" not in names or sanitizer is None:  # of Triton's kernels most of the time would be their compiler's
+            session.note(tool, "not run", "no compute-sanitizer or no cuda backend")
             continue
-        small = [sys.executable, "-m", "benchmarks.gpu_check", "--small"]
-        options = ["--tool", tool, "--error-exitcode", SANITIZER_ERROR]
-        for name in sorted(names):  # cuda first
-            session.run(
-                f"{tool} {name}",
-                [sanitizer, *options, *small, name],
-                LIMITS[tool] / len(names),
-                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-                judge,
-            )
+        command = [sanitizer, "--tool", tool, "--error-exitcode", SANITIZER_ERROR]
+        command += [sys.executable, "-m", "benchmarks.gpu_check", "--small", "cuda"]
+        session.run(tool, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, judge)
 
 
 def check_small(name: str) -> int:
@@ -341,38 +396,32 @@ def main(arguments: list[str] | None = None) -> int:
         print("torch sees no GPU here (--cpu tries the steps without one)")
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "log.txt").open("a") as log:
-        # Without a GPU no machine waits to go back.
-        patience = 10 if device == "cpu" else 1
-        session = Session(options.out, log, sum(LIMITS.values()) + more_seconds(options), patience)
-        run_stages(session, device, options)
-        write_summary(session)
+    # Without a GPU no machine waits to go back.
+    session = Session(options.out, {} if options.cpu else schedule(options))
+    run_stages(session, device, options)
+    session.say(summary(session))
     return 1 if any(result.is_failure for result in session.results) else 0
 
 
 def run_stages(session: Session, device: str, options: argparse.Namespace) -> None:
     session.attempt(probes, session, device)
     session.attempt(build, session, device)
-    session.say(show_config())
-    names = backends(device)
-    if device == "cuda" and not names:
-        session.note("backends", "FAILED", "no backend of this package runs on this GPU")
+    names: list[str] = []
+    session.attempt(backends, session, device, names)
     session.attempt(tests, session, device, [name for name in names if name == "cuda" or not options.quick])
-    session.attempt(table, session, device, options)
+    session.attempt(tables, session, device, names, options)
     if not options.quick:
         session.attempt(networks, session, device)
-        session.attempt(sanitize, session, device, names)
+        session.attempt(sanitize, session, names)
 
 
-def write_summary(session: Session) -> None:
-    found = session.folder / "table.csv"
+def summary(session: Session) -> str:
+    rows = []
+    for table in filter(Path.exists, session.tables):
+        with table.open(newline="") as file:  # a process that was killed may leave half a row
+            rows += [row for row in csv.DictReader(file) if row["command"]]
     lines = ["", "times as fast as the best naive layout, on the device (peak memory over the naive layer's)"]
-    if found.exists():
-        with found.open(newline="") as file:
-            lines += gpu_table.summary(list(csv.DictReader(file)))
-    lines += ["", *map(str, session.results)]
-    session.say("\n".join(lines))
-    (session.folder / "summary.txt").write_text("\n".join(lines) + "\n")
+    return "\n".join([*lines, *gpu_table.summary(rows), "", *map(str, session.results), ""])
 
 
 if __name__ == "__main__":
