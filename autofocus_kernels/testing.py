@@ -115,6 +115,9 @@ CASES = (
     Case("window_branch", (19, 14), padding=(-4, -3), dilations=(2, 5), stride=(3, 1), mode="branch"),
     Case("stride", (9, 12, 11), stride=(2, 1, 3), padding=1),
     Case("stride_2d", (15, 14), stride=(3, 2), padding=(2, 0), dilations=(2, 4)),
+    # Inputs that no output reads have a gradient too: zeros, on the last rows, and here on both sides.
+    Case("stride_unread", (8, 14, 12), stride=2, padding=0, dilations=(2,)),
+    Case("window_unread", (37, 12), padding=(-12, -4), dilations=(1, 3)),
     Case("stride_branch", (9, 10, 8), stride=2, padding=1, mode="branch"),
     Case("dilation_per_axis", (8, 9, 10), dilations=((1, 2, 3), (3, 1, 2), (2, 4, 1))),
     Case("dilation_beyond_volume", (4, 5, 3), dilations=(2, 8, 16)),
@@ -141,6 +144,7 @@ CASES = (
     # One lattice, large enough to be cut into slabs.
     Case("slabs", (13, 7, 8), out_channels=20, dilations=(1, 2) * 4),
     Case("slabs_branch", (3, 25, 8), out_channels=20, dilations=(1, 2) * 4, mode="branch"),
+    Case("slabs_unread", (64, 24), out_channels=20, dilations=(1, 2) * 4, stride=(2, 1), padding=0),
     Case("slabs_stride", (47, 23), out_channels=20, dilations=(1, 2, 3) * 4, stride=(2, 1), padding=1, mode="scale"),
     Case("channels_last", (7, 9, 11), layout="channels_last", batch=2),
     Case("channels_last_2d", (13, 9), layout="channels_last", channels=7, batch=2),
