@@ -1,22 +1,42 @@
-// The bfloat16 GEMM that torch carries (oneDNN's brgemm): AMX where the CPU has it, AVX512_BF16 where it has that.
+// Products of bfloat16: on AMX, where the CPU has it (amx.h), else the GEMM that torch carries (oneDNN's brgemm), where
+// the CPU has AVX512_BF16.
 //
-// torch exports it but promises nothing about it, so it is looked up weakly and checked once before it is trusted;
-// without it, bfloat16 tensors are computed in float32.
+// torch exports its GEMM but promises nothing about it, so it is looked up weakly. Both are checked once before they
+// are trusted; without either, bfloat16 tensors are computed in float32.
 #pragma once
 
 #include <cstdint>
+
+// Compilers that know both instruction sets.
+#if defined(__x86_64__) && (defined(__clang__) || __GNUC__ >= 11)
+#define AUTOFOCUS_HAS_BFLOAT16 1
+#endif
 
 namespace autofocus {
 
 // Whether products of bfloat16 are to be had, and right, on this CPU with this torch.
 bool brgemm_works();
 
-// c[m][n] (+)= sum_k a[m][k] b[k][n] with float c and b in pairs of k: [depth / 2][columns][2]. `depth` is even,
-// `columns` (also the row length of b) a multiple of 16. Subnormal numbers count as zero, as in torch's own products.
+// Up to where operands and result have room, since products may be of whole tiles: the rows of a and c, whatever they
+// hold beyond `rows`; and the depth of a and b, where both are zero beyond `depth`.
+int64_t brgemm_rows(int64_t rows);
+int64_t brgemm_depth(int64_t depth);
+
+// c[m][n] (+)= sum_k a[m][k] b[k][n] with float c and b in pairs of k: [depth / 2][columns][2]. `columns` (also the row
+// length of b) is a multiple of 16. Subnormal numbers count as zero, as in torch's own products.
 void brgemm(const uint16_t* a, int64_t a_row, const uint16_t* b, float* c, int64_t c_row, int64_t rows, int64_t columns,
             int64_t depth, bool accumulate);
 
-// To be called by every thread after its last brgemm: AMX tiles hold state.
-void brgemm_done();
+// What a thread holds from its first brgemm to its last: AMX tiles are configured, and have state. Holds nothing if
+// `used` is false.
+class BrgemmTiles {
+ public:
+  explicit BrgemmTiles(bool used);
+  ~BrgemmTiles();
+  BrgemmTiles(const BrgemmTiles&) = delete;
+
+ private:
+  const bool used_;
+};
 
 }  // namespace autofocus

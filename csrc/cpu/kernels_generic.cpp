@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "bfloat16_tiles.h"
 #include "brgemm.h"
 #include "kernels.h"
 #include "lattice.h"

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
+#include "brgemm.h"
 #include "gemm.h"
 #include "lattice.h"
 #include "pack.h"
@@ -12,6 +14,13 @@
 
 namespace autofocus {
 namespace AUTOFOCUS_ISA {
+
+// Whether tensors of type T are multiplied in bfloat16. Narrower instruction sets are there for CPUs without.
+template <typename T>
+bool use_brgemm() {
+  if constexpr (std::is_same_v<T, BFloat16> && AUTOFOCUS_VECTOR_BYTES == 64) return brgemm_works();
+  return false;
+}
 
 // The attention of one tile: rows 0..K-1 the branches, row K their sum; rows are `width` apart.
 template <typename T, typename A>

@@ -29,7 +29,7 @@ namespace AUTOFOCUS_ISA {
 // How the work is cut: by the problem alone, never by the number of threads.
 template <typename A>
 struct PlainBackwardPlan {
-  explicit PlainBackwardPlan(const Problem& g)
+  PlainBackwardPlan(const Problem& g, bool low_precision)
       // The x axis is cut too: smaller lattices keep x and dx of a job in the cache and give more jobs.
       : lattices(g, {lattice_step(g, &Index3::z, 8), lattice_step(g, &Index3::y, 8), lattice_step(g, &Index3::x, 16)}),
         group_vectors(vectors_of_group(g.C, lattices.count())),
@@ -43,9 +43,9 @@ struct PlainBackwardPlan {
         slab_points = std::max(slab_points, volume(slabs.at(index).problem.input));
     constexpr int64_t kPartials = 32;
     partials = std::clamp<int64_t>(kPartials / groups, 1, slabs.count());
-    constexpr int64_t kTileBytes = (AUTOFOCUS_VECTOR_BYTES == 64 ? 20 : 36) * 1024;
+    const int64_t tile_bytes = (AUTOFOCUS_VECTOR_BYTES == 64 && !low_precision ? 20 : 36) * 1024;
     const int64_t row = 2 * g.kernel.x * group_width + padded<A>(g.O) + g.K * Vec<A>::kLanes;
-    voxels = std::clamp<int64_t>(kTileBytes / sizeof(A) / row, 12, 64);
+    voxels = std::clamp<int64_t>(tile_bytes / sizeof(A) / row, 12, 64);
   }
   Lattices lattices;
   int64_t group_vectors;  // input channels of a job, in vectors
@@ -79,7 +79,8 @@ class PlainBackward {
   explicit PlainBackward(const BackwardArguments<T>& args)
       : args_(args),
         g_(args.g),
-        plan_(args.g),
+        low_precision_(use_brgemm<T>()),
+        plan_(args.g, low_precision_),
         wanted_((args.grad_input.data ? kInput : 0) | (args.grad_weight.data ? kWeight : 0) |
                 (args.grad_attention.data ? kAttention : 0)),
         reads_input_(wanted_ & (kWeight | kAttention)),
@@ -90,8 +91,7 @@ class PlainBackward {
         weight_size_(num_taps(g_) * plan_.group_width * out_width_),
         attention_size_(g_.N * g_.K * volume(g_.output)),
         slab_size_(plan_.slab_points * plan_.group_width),
-        low_precision_(use_brgemm<T>()),
-        low_depth_(even(g_.O)),
+        low_depth_(brgemm_depth(g_.O)),
         weight_(projects_ ? pack_tap_columns<A>(g_, args.weight, true, plan_.group_width) : Scratch<A>(0)),
         low_weight_(low_precision_ && projects_ ? plan_.groups * tap_rows_ * low_depth_ * tap_columns_ : 0),
         bias_(pack_bias<A>(args.bias, g_.O)),
@@ -119,7 +119,6 @@ class PlainBackward {
           run_job(Job(slab, plan_, group), slab_grad, grad_weight, workspace);
         }
       }
-      if (low_precision_) brgemm_done();
     });
     if (wanted_ & kInput && plan_.slabs.each() > 1) add_slab_grads();
     if (wanted_ & kWeight) reduce_grad_weight();
@@ -149,15 +148,17 @@ class PlainBackward {
           own_dx(b.wanted_ & kInput && b.plan_.slabs.each() == 1 ? b.slab_size_ : 0),
           attention((b.g_.K + 1) * b.plan_.voxels),
           grad_output(b.plan_.voxels * b.out_width_),
-          projected(b.plan_.voxels * b.tap_columns_),
+          projected(brgemm_rows(b.plan_.voxels) * b.tap_columns_),
           blended(b.plan_.voxels * b.tap_columns_),
           grad_attention(b.plan_.voxels * b.g_.K * V::kLanes),
-          low_grad(b.low_precision_ ? b.plan_.voxels * b.low_depth_ : 0),
-          low_transposed(b.low_precision_ ? even(b.plan_.voxels) * b.g_.O : 0),
-          low_blended(b.low_precision_ ? even(b.plan_.voxels) * b.tap_columns_ : 0) {}
+          low_grad(b.low_precision_ ? brgemm_rows(b.plan_.voxels) * b.low_depth_ : 0),
+          low_transposed(b.low_precision_ ? brgemm_rows(b.g_.O) * brgemm_depth(b.plan_.voxels) : 0),
+          low_blended(b.low_precision_ ? brgemm_depth(b.plan_.voxels) * b.tap_columns_ : 0),
+          tiles(b.low_precision_) {}
     Scratch<A> x, own_dx, attention, grad_output, projected, blended, grad_attention;
     // The tile in bfloat16: G by voxel, G by channel, and the blended input in pairs of voxels.
     Scratch<uint16_t> low_grad, low_transposed, low_blended;
+    BrgemmTiles tiles;
     A* dx;
     std::vector<Segment> segments;
     std::vector<TapRow> rows;
@@ -206,7 +207,7 @@ class PlainBackward {
     if constexpr (std::is_same_v<T, BFloat16>)
       if (low_precision_) {
         round_rows(w.grad_output, out_width_, count, g_.O, w.low_grad, low_depth_);
-        round_transposed(w.grad_output, out_width_, count, g_.O, w.low_transposed, even(plan_.voxels));
+        round_transposed(w.grad_output, out_width_, count, g_.O, w.low_transposed, brgemm_depth(plan_.voxels));
       }
   }
 
@@ -216,7 +217,7 @@ class PlainBackward {
     if constexpr (std::is_same_v<T, BFloat16>)
       if (low_precision_)
         return brgemm(w.low_grad, low_depth_, low_weight_ + row * low_depth_ * tap_columns_, w.projected, tap_columns_,
-                      count, tap_columns_, low_depth_, false);
+                      count, tap_columns_, g_.O, false);
     clear_missing(w.projected.get(), count * tap_columns_, plan_.group_width, job.channels);
     for_each_tap_columns<A>(g_.kernel.x, plan_.group_width, job.channels, [&](int64_t first, int64_t columns) {
       gemm<A>({w.grad_output, out_width_, 1, weight_ + row * g_.O * tap_columns_ + first, tap_columns_,
@@ -258,8 +259,8 @@ class PlainBackward {
     if constexpr (std::is_same_v<T, BFloat16>)
       if (low_precision_) {
         round_pairs(w.blended, tap_columns_, count, tap_columns_, w.low_blended);
-        return brgemm(w.low_transposed, even(plan_.voxels), w.low_blended, to, tap_columns_, g_.O, tap_columns_,
-                      even(count), true);
+        return brgemm(w.low_transposed, brgemm_depth(plan_.voxels), w.low_blended, to, tap_columns_, g_.O, tap_columns_,
+                      count, true);
       }
     for_each_tap_columns<A>(g_.kernel.x, plan_.group_width, job.channels, [&](int64_t first, int64_t rows) {
       gemm<A>(
@@ -325,6 +326,7 @@ class PlainBackward {
 
   const BackwardArguments<T>& args_;
   const Problem& g_;
+  const bool low_precision_;  // products in bfloat16
   const PlainBackwardPlan<A> plan_;
   const int wanted_;
   const bool reads_input_, projects_;
@@ -332,7 +334,6 @@ class PlainBackward {
   const int64_t tap_columns_;                   // of a tile's voxel: [tap x][channel of the group]
   const int64_t weight_size_, attention_size_;  // of a partial sum
   const int64_t slab_size_;                     // of the input of a job
-  const bool low_precision_;                    // products in bfloat16
   const int64_t low_depth_;
   const Scratch<A> weight_;
   const Scratch<uint16_t> low_weight_;

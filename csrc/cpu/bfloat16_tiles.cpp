@@ -1,0 +1,80 @@
+#include "bfloat16_tiles.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "brgemm.h"
+
+#if AUTOFOCUS_HAS_BFLOAT16
+#include <immintrin.h>
+
+#define AUTOFOCUS_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+
+namespace autofocus {
+
+namespace {
+
+// The lowest `count` of 16 or 32.
+AUTOFOCUS_TARGET __mmask16 first_of_16(int64_t count) {
+  return __mmask16((1u << std::clamp<int64_t>(count, 0, 16)) - 1);
+}
+AUTOFOCUS_TARGET __mmask32 first_of_32(int64_t count) { return __mmask32((1ull << std::min<int64_t>(count, 32)) - 1); }
+
+// `low` in elements 0 to 15, `high` in those behind them.
+AUTOFOCUS_TARGET __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+}  // namespace
+
+AUTOFOCUS_TARGET void round_rows(const float* from, int64_t from_row, int64_t rows, int64_t depth, uint16_t* to,
+                                 int64_t to_row) {
+  const int64_t whole = depth / 32 * 32;
+  const __mmask16 low = first_of_16(depth - whole), high = first_of_16(depth - whole - 16);
+  const __mmask32 stored = first_of_32(brgemm_depth(depth) - whole);
+  for (int64_t row = 0; row < rows; ++row, from += from_row, to += to_row) {
+    for (int64_t k = 0; k < whole; k += 32)
+      _mm512_storeu_si512(to + k, rounded(_mm512_loadu_ps(from + k), _mm512_loadu_ps(from + k + 16)));
+    if (whole < depth)
+      _mm512_mask_storeu_epi16(
+          to + whole, stored,
+          rounded(_mm512_maskz_loadu_ps(low, from + whole), _mm512_maskz_loadu_ps(high, from + whole + 16)));
+  }
+}
+
+AUTOFOCUS_TARGET void round_pairs(const float* from, int64_t from_row, int64_t depth, int64_t columns, uint16_t* to) {
+  const int64_t whole = brgemm_depth(depth);
+  alignas(64) uint16_t in_turn[32];
+  for (uint16_t i = 0; i < 32; ++i) in_turn[i] = uint16_t(i % 2 * 16 + i / 2);
+  const __m512i turns = _mm512_load_si512(in_turn);
+  for (int64_t k = 0; k < depth; k += 2, from += 2 * from_row, to += 2 * columns)
+    for (int64_t column = 0; column < columns; column += 16) {
+      const __m512 even = _mm512_loadu_ps(from + column);
+      const __m512 odd = k + 1 < depth ? _mm512_loadu_ps(from + from_row + column) : _mm512_setzero_ps();
+      _mm512_storeu_si512(to + 2 * column, _mm512_permutexvar_epi16(turns, rounded(even, odd)));
+    }
+  std::fill(to, to + (whole - depth) / 2 * 2 * columns, uint16_t(0));
+}
+
+AUTOFOCUS_TARGET void round_transposed(const float* from, int64_t from_row, int64_t depth, int64_t columns,
+                                       uint16_t* to, int64_t to_row) {
+  const int64_t whole = brgemm_depth(depth);
+  for (int64_t column = 0; column < columns; ++column, to += to_row)
+    for (int64_t k = 0; k < whole; ++k) {
+      const __m128 value = _mm_set_ss(k < depth ? from[k * from_row + column] : 0);
+      to[k] = uint16_t(_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(value), 0));
+    }
+}
+
+}  // namespace autofocus
+
+#else
+
+namespace autofocus {
+
+// Never called: brgemm_works() is false.
+void round_rows(const float*, int64_t, int64_t, int64_t, uint16_t*, int64_t) {}
+void round_pairs(const float*, int64_t, int64_t, int64_t, uint16_t*) {}
+void round_transposed(const float*, int64_t, int64_t, int64_t, uint16_t*, int64_t) {}
+
+}  // namespace autofocus
+
+#endif
