@@ -21,6 +21,9 @@ def show_config() -> str:
         f"cpu capability    {torch.backends.cpu.get_cpu_capability()}",
     ]
     backends = available_backends()
+    if backends["cpu"] is None:
+        library = torch.ops.autofocus_cpu
+        lines.append(f"cpu kernels       {library.isa()}, bfloat16 multiplied by {library.bfloat16_products()}")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             lines += [

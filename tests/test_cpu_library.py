@@ -250,6 +250,14 @@ def test_every_case_on_a_lesser_cpu(isa):
     assert run_each_case(AUTOFOCUS_CPU_ISA=isa) == isa
 
 
+def test_an_unknown_instruction_set_is_named():
+    code = "import autofocus_kernels as ak, torch; ak.available_backends(); torch.ops.autofocus_cpu.isa()"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "AUTOFOCUS_CPU_ISA": "sse9"}, capture_output=True, text=True
+    )
+    assert "AUTOFOCUS_CPU_ISA must be avx512, avx2 or generic, got sse9" in result.stderr
+
+
 @pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None,
     reason="guarded_memory.c replaces the allocator of Linux, and must be compiled",

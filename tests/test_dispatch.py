@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -405,6 +406,10 @@ def test_show_config_names_versions_and_every_backend(monkeypatch):
     for name, reason in ak.available_backends().items():
         line = next(line for line in text.splitlines() if line.startswith(f"backend {name}"))
         assert line.endswith("available") if reason is None else reason in text
+    kernels = re.findall(
+        r"^cpu kernels +(?:avx512|avx2|generic), bfloat16 multiplied by (?:AMX|AVX512_BF16|float32)$", text, re.M
+    )
+    assert len(kernels) == (ak.available_backends()["cpu"] is None)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "../cpu/brgemm.h"
 #include "../cpu/kernels.h"
 #include "operators.h"
 
@@ -21,6 +22,8 @@ const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
     const char* forced = std::getenv("AUTOFOCUS_CPU_ISA");
     const std::string name = forced == nullptr ? "" : forced;
+    STD_TORCH_CHECK(name.empty() || name == "avx512" || name == "avx2" || name == "generic",
+                    "AUTOFOCUS_CPU_ISA must be avx512, avx2 or generic, got ", name);
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -34,6 +37,9 @@ const Kernels& kernels() {
 }
 
 std::string isa() { return kernels().name; }
+
+// What multiplies tensors of bfloat16.
+std::string bfloat16_products() { return isa() == "avx512" && brgemm_works() ? brgemm_instructions() : "float32"; }
 
 struct Cpu {
   static constexpr int64_t kLargest = binding::kLargest;
@@ -75,8 +81,12 @@ struct Cpu {
 STABLE_TORCH_LIBRARY(autofocus_cpu, m) {
   define_operators(m);
   m.def("isa() -> str");
+  m.def("bfloat16_products() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(autofocus_cpu, CPU, m) { implement_operators<Cpu>(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(autofocus_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
+STABLE_TORCH_LIBRARY_IMPL(autofocus_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("bfloat16_products", TORCH_BOX(&bfloat16_products));
+}

@@ -84,6 +84,8 @@ bool brgemm_works() {
   return works;
 }
 
+const char* brgemm_instructions() { return has_amx() ? "AMX" : "AVX512_BF16"; }
+
 int64_t brgemm_rows(int64_t rows) { return has_amx() ? round_up(rows, amx::kRows) : rows; }
 int64_t brgemm_depth(int64_t depth) { return round_up(depth, has_amx() ? amx::kDepth : 2); }
 

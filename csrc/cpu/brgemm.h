@@ -16,6 +16,8 @@ namespace autofocus {
 
 // Whether products of bfloat16 are to be had, and right, on this CPU with this torch.
 bool brgemm_works();
+// What they are made with there.
+const char* brgemm_instructions();
 
 // Up to where operands and result have room, since products may be of whole tiles: the rows of a and c, whatever they
 // hold beyond `rows`; and the depth of a and b, where both are zero beyond `depth`.
