@@ -90,6 +90,9 @@ def _check_norms(norms: Norms, K: int, weight: Tensor) -> None:
         if norm.weight is not None and hasattr(norm.weight, "full_tensor") and not hasattr(weight, "full_tensor"):
             # Whole only in the norm's own forward, which is not called.
             raise RuntimeError(f"branch_norm[{k}] must not be sharded without its layer: fully_shard the layer alone")
+        tensor = norm.running_mean if norm.weight is None else norm.weight
+        if tensor is not None and tensor.device != weight.device:
+            raise ValueError(f"branch_norm[{k}] must be on the device of input, {weight.device}, got {tensor.device}")
 
 
 def uses_batch_statistics(norms: Norms) -> bool:

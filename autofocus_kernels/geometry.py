@@ -252,7 +252,12 @@ def from_integers(
 
 
 def _from_integers(dilations, stride, origin, kernel_size, input_size, output_size) -> Geometry:
-    axes = len(stride)
+    axes = len(kernel_size)
+    for name, values in (("stride", stride), ("origin", origin)):
+        if len(values) != axes:
+            raise ValueError(f"{name} must have an int for each of the {axes} spatial axes of weight, got {values}")
+    if not dilations or len(dilations) % axes:
+        raise ValueError(f"dilations must have {axes} ints for each branch, got {dilations}")
     branches = tuple(dilations[first : first + axes] for first in range(0, len(dilations), axes))
     return Geometry(tuple(kernel_size), branches, stride, origin, tuple(input_size), tuple(output_size))
 

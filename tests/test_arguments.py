@@ -308,3 +308,65 @@ def test_many_branches(branches):
     """More than a compiled backend may hold in its tables: another one takes the call."""
     case = Case("many", (5, 6), dilations=tuple(range(1, branches + 1)))
     testing.check(None, case)
+
+
+# ------------------------------------------------------------------ operators called directly
+
+
+def of_operator(**changes):
+    """Arguments of ``torch.ops.autofocus.forward`` in two dimensions."""
+    tensors = {"input": zeros(1, 2, 6, 7), "weight": zeros(3, 2, 3, 3), "attention": zeros(1, 2, 6, 7)}
+    others = {"bias": None, "branch_scale": None, "branch_shift": None}
+    integers = {"dilations": [1, 1, 2, 2], "stride": [1, 1], "origin": [0, 0]}
+    return {**tensors, **others, **integers, "backend": None, **changes}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"stride": []}, r"stride must have an int for each of the 2 spatial axes of weight, got \(\)"),
+        ({"stride": [1, 1, 1]}, "stride must have an int for each of the 2"),
+        ({"origin": [0]}, "origin must have an int for each of the 2"),
+        ({"dilations": []}, "dilations must have 2 ints for each branch"),
+        ({"dilations": [1, 1, 2]}, "dilations must have 2 ints for each branch"),
+    ],
+)
+def test_lists_of_an_operator_have_the_length_that_they_must(changes, message):
+    with pytest.raises(ValueError, match=message):
+        torch.ops.autofocus.forward(**of_operator(**changes))
+
+
+@pytest.mark.parametrize("mask", [[], [True] * 3, [True] * 7, [True] * 6])
+def test_the_mask_of_a_backward_is_of_what_there_is(mask):
+    with pytest.raises(ValueError, match="output_mask must have one bool for each of 6 arguments, false where"):
+        torch.ops.autofocus.backward(zeros(1, 3, 6, 7), **of_operator(), output_mask=mask)
+
+
+def of_norms(**changes):
+    arguments = of_operator()
+    for name in ("branch_scale", "branch_shift"):
+        del arguments[name]
+    norms = {
+        "norm_weight": zeros(2, 3),
+        "norm_bias": zeros(2, 3),
+        "eps": [1e-5] * 2,
+        "save_branches": True,
+        "group": None,
+    }
+    return {**arguments, **norms, **changes}
+
+
+@pytest.mark.parametrize("eps", [[], [1e-5], [1e-5] * 3])
+def test_there_is_an_eps_for_each_branch(eps):
+    with pytest.raises(ValueError, match="eps must have a float for each of 2 branches"):
+        torch.ops.autofocus.branch_norm(**of_norms(eps=eps))
+
+
+@pytest.mark.parametrize("mask", [[True] * 3, [True] * 7])
+def test_the_mask_of_batch_norms_backward_too(mask):
+    arguments = of_norms()
+    del arguments["bias"]
+    output, mean, var, count, branches = torch.ops.autofocus.branch_norm(**of_norms())
+    saved = {"mean": mean, "var": var, "count": count, "branches": branches}
+    with pytest.raises(ValueError, match="output_mask must have one bool for each of 5 arguments"):
+        torch.ops.autofocus.branch_norm_backward(output, **arguments, **saved, output_mask=mask)

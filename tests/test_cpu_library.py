@@ -93,6 +93,7 @@ WRONG = [
     {"stride": [0, 1, 1]},
     {"stride": [-1, 1, 1]},
     {"stride": []},
+    {"stride": [1, 1, 1, 1]},
     {"origin": [0, 0]},
     {"origin": []},
 ]

@@ -23,7 +23,15 @@ def allocate_gradients(primals, output_mask) -> list[Tensor]:
     """One tensor like each wanted primal; an empty one, never read, where no gradient is wanted.
 
     Volumes and weight keep their layout; the vectors become contiguous, so that no kernel needs strides for them.
+
+    Raises:
+        ValueError: ``output_mask`` does not have one bool for each primal, or asks for the gradient of None.
     """
+    if len(output_mask) != len(primals) or any(w and p is None for p, w in zip(primals, output_mask)):
+        raise ValueError(
+            f"output_mask must have one bool for each of {len(primals)} arguments, false where that is None, "
+            f"got {list(output_mask)}"
+        )
     formats = [torch.preserve_format] * 3 + [torch.contiguous_format] * 3
     return [
         torch.empty_like(primal, memory_format=layout) if wanted else primals[0].new_empty((0,))

@@ -48,7 +48,10 @@ class NormSettings(NamedTuple):
     backend: str | None
 
     def call(self, input: Tensor, weight: Tensor, attention: Tensor) -> Call:
-        return from_operator(input, weight, attention, None, None, None, *self[3:])
+        call = from_operator(input, weight, attention, None, None, None, *self[3:])
+        if len(self.eps) != call.geometry.num_branches:
+            raise ValueError(f"eps must have a float for each of {call.geometry.num_branches} branches, got {self.eps}")
+        return call
 
 
 class Statistics(NamedTuple):
@@ -245,7 +248,7 @@ def _branch_norm_backward(
 
 def _allocate_gradients(primals, output_mask) -> list[Tensor]:
     """Those of the two vectors are always there: they cost nothing."""
-    return allocate_gradients(primals, (*output_mask[:3], True, True))
+    return allocate_gradients(primals, (*output_mask[:3], *(True for _ in output_mask[3:])))
 
 
 @torch.library.register_fake("autofocus::branch_norm_backward")

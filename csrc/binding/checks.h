@@ -33,12 +33,12 @@ inline DType dtype_of(const Tensor& input) {
   return DType::kFloat32;
 }
 
-inline Index3 index3(const char* name, const Ints& values, size_t at, int64_t minimum, int64_t maximum) {
-  STD_TORCH_CHECK(at + 3 <= values.size(), name, " must have three ints, got ", values.size());
-  for (size_t i = at; i < at + 3; ++i)
-    STD_TORCH_CHECK(values[i] >= minimum && values[i] <= maximum, name, " must be at least ", minimum, " and at most ",
-                    maximum, ", got ", values[i]);
-  return {values[at], values[at + 1], values[at + 2]};
+inline Index3 index3(const char* name, const Ints& values, int64_t minimum, int64_t maximum) {
+  STD_TORCH_CHECK(values.size() == 3, name, " must have three ints, got ", values.size());
+  for (const int64_t value : values)
+    STD_TORCH_CHECK(value >= minimum && value <= maximum, name, " must be at least ", minimum, " and at most ", maximum,
+                    ", got ", value);
+  return {values[0], values[1], values[2]};
 }
 
 inline void check_place_and_shape(const char* name, const Tensor& tensor, const Tensor& input, const Ints& shape) {
@@ -128,11 +128,12 @@ inline Problem problem_of(const Tensor& input, const Tensor& weight, const Ints&
   STD_TORCH_CHECK(g.kernel.z % 2 == 1 && g.kernel.y % 2 == 1 && g.kernel.x % 2 == 1,
                   "weight must have odd kernel sizes");
   g.input = {input.size(2), input.size(3), input.size(4)};
-  g.output = index3("the output size", output_size, 0, 1, largest);
-  g.stride = index3("stride", stride, 0, 1, largest);
-  g.origin = index3("origin", origin, 0, -largest, largest);
+  g.output = index3("the output size", output_size, 1, largest);
+  g.stride = index3("stride", stride, 1, largest);
+  g.origin = index3("origin", origin, -largest, largest);
   for (int64_t k = 0; k < g.K; ++k) {
-    const Index3 r = g.dilation[k] = index3("dilations", dilations, 3 * k, 1, largest);
+    const auto first = dilations.begin() + 3 * k;
+    const Index3 r = g.dilation[k] = index3("dilations", Ints(first, first + 3), 1, largest);
     for (const auto& [size, dilation] : {std::pair(g.kernel.z, r.z), {g.kernel.y, r.y}, {g.kernel.x, r.x}})
       STD_TORCH_CHECK(size / 2 <= kLargest / dilation, "weight must end within ", kLargest,
                       " voxels of its centre, got size ", size, " at dilation ", dilation);
