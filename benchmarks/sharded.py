@@ -18,17 +18,26 @@ from autofocus_kernels import AutofocusConv3d
 from autofocus_kernels.distributed import SpatiallySharded
 from autofocus_kernels.testing import saved_bytes
 
+from .arguments import Distinct, at_least
 from .memory import SETTINGS, peak_here
 
 MB = 2**20
 
 
-def main() -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--size", type=int, nargs=3, default=(128, 40, 40), help="the first axis is sharded")
-    parser.add_argument("--channels", type=int, default=32)
-    arguments = parser.parse_args()
+    parser.add_argument("--processes", type=at_least(1), nargs="+", action=Distinct, default=[1, 2])
+    parser.add_argument("--size", type=at_least(1), nargs=3, default=(128, 40, 40), help="the first axis is sharded")
+    parser.add_argument("--channels", type=at_least(1), default=32)
+    options = parser.parse_args(arguments)
+    most, planes = max(options.processes), options.size[0]
+    if most > planes:
+        parser.error(f"argument --processes: must be at most the {planes} planes of --size, got {most}")
+    return options
+
+
+def main() -> None:
+    arguments = parse(None)
     os.environ.update(SETTINGS)
     print("| processes | rank | part of the volume | peak of a step, beside it | kept for backward |")
     print("|---:|---:|---:|---:|---:|")

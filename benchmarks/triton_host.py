@@ -20,6 +20,8 @@ from autofocus_kernels.backends.interface import Gradients
 from autofocus_kernels.backends.triton import launch
 from autofocus_kernels.testing import Case, call_of, make_tensors
 
+from .arguments import at_least
+
 
 class SilentDriver:
     """What Triton asks of a driver, for an sm_90 that takes every launch and does nothing."""
@@ -53,11 +55,16 @@ def microseconds(function, calls: int) -> list[float]:
     return times
 
 
-def main() -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--calls", type=int, default=2000)
-    parser.add_argument("--size", type=int, default=16)
-    calls, size = parser.parse_args().calls, parser.parse_args().size
+    parser.add_argument("--calls", type=at_least(1), default=2000)
+    parser.add_argument("--size", type=at_least(1), default=16)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse(None)
+    calls, size = options.calls, options.size
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(SilentDriver())
     launch.capability = lambda device: 9
