@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -26,9 +25,11 @@ from torch import nn
 from autofocus_kernels import networks, testing
 
 from . import memory
+from .arguments import Distinct, at_least, refuse, require_device
 from .contenders import DTYPES, LAYOUTS, clock, interleave, precision, verdict_on
 from .plain_networks import BLOCKS, PlainNetwork
-from .provenance import ENVIRONMENT, ROOT, command_line, environment
+from .provenance import ENVIRONMENT, ROOT, environment
+from .rows import Rows
 
 PLAIN, OURS, SAVE_NONE, SAVE_ALL = "plain", "ours", "ours, save_branches=False", "ours, save_branches=True"
 PASSES = ("inference", "training")
@@ -54,22 +55,29 @@ COLUMNS = (
     *ENVIRONMENT,
     "command",
 )
+MARGIN = 28  # voxels that the networks take off each axis
 CHECK_SIZE = 35  # voxels a side
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--networks", nargs="+", choices=tuple(BLOCKS), default=["AFN-1", "AFN-6"])
-    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), help="16-bit ones by autocast")
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--training-size", type=int, help="voxels a side; default 75 on a GPU, 51 on a CPU")
-    parser.add_argument("--inference-size", type=int, default=75)
-    parser.add_argument("--batch", type=int, default=2, help="of training; inference takes one segment")
-    parser.add_argument("--seconds", type=float, default=20.0, help="timed rounds per network, pass and dtype")
+    several = {"nargs": "+", "action": Distinct}
+    dtypes = [
+        name for name in DTYPES if name != "float64"
+    ]  # the truth's: networks are timed in float32 or under autocast
+    parser.add_argument("--networks", **several, choices=tuple(BLOCKS), default=["AFN-1", "AFN-6"])
+    parser.add_argument("--dtypes", **several, choices=dtypes, help="16-bit ones by autocast, tf32 on a GPU only")
+    parser.add_argument("--passes", **several, choices=PASSES, default=list(PASSES))
+    parser.add_argument("--layouts", **several, choices=LAYOUTS, default=list(LAYOUTS))
+    size = at_least(MARGIN + 1)
+    parser.add_argument("--training-size", type=size, help="voxels a side; default 75 on a GPU, 51 on a CPU")
+    parser.add_argument("--inference-size", type=size, default=75)
+    parser.add_argument("--batch", type=at_least(1), default=2, help="of training; inference takes one segment")
+    parser.add_argument("--seconds", type=at_least(0.0), default=20.0, help="timed rounds per network, pass and dtype")
     parser.add_argument("--no-search", action="store_true", help="cuDNN picks algorithms by its rules, not by trial")
     parser.add_argument("--out", type=Path, help="CSV; default: build/networks-<device>.csv")
+    parser.add_argument("--anew", action="store_true", help="measure again what the CSV already has")
     options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"
     options.dtypes = options.dtypes or (["float32", "tf32", "bfloat16"] if on_gpu else ["float32"])
@@ -102,7 +110,7 @@ def lay_out(value, layout: str):
 def make_input(size: int, batch: int, device: str, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(batch, 4, size, size, size, generator=generator)
-    labels = torch.randint(5, (batch, *[size - 28] * 3), generator=generator)
+    labels = torch.randint(5, (batch, *[size - MARGIN] * 3), generator=generator)
     return lay_out(input.to(device), layout), labels.to(device)
 
 
@@ -182,10 +190,19 @@ def original_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: by_memory[tensor.data_ptr()] for name, tensor in state.items() if tensor.data_ptr() in by_memory}
 
 
+def segments(pass_name: str, options: argparse.Namespace) -> dict[str, int]:
+    """What a pass takes: voxels a side, and how many."""
+    training = pass_name == "training"
+    return {
+        "segment": options.training_size if training else options.inference_size,
+        "batch": options.batch if training else 1,
+    }
+
+
 def measure(name: str, pass_name: str, dtype: str, options: argparse.Namespace) -> list[dict]:
     """Rows of all contenders and layouts; one that is wrong or fails has no time, and takes nothing from the others."""
     device, training = options.device, pass_name == "training"
-    size, batch = (options.training_size, options.batch) if training else (options.inference_size, 1)
+    size, batch = segments(pass_name, options).values()
     names = (PLAIN, OURS, SAVE_NONE, SAVE_ALL) if training else (PLAIN, OURS)
     rows, calls = {}, {}
     for layout in options.layouts:
@@ -236,27 +253,25 @@ def measure(name: str, pass_name: str, dtype: str, options: argparse.Namespace) 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    where = {
-        **environment(options.device),
-        "command": command_line(arguments),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    require_device(options.device, options.dtypes)
+    try:
+        store = Rows(options.out, COLUMNS, environment(options.device), options.anew)
+    except (OSError, ValueError) as error:
+        refuse(f"--out: {error}")
     all_ok = True
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        print("| network | pass | dtype | contender | layout | ms (min) | against best plain | MiB saved | of plain |")
-        print("|---|---|---|---|---|---|---|---|---|")
-        for name in options.networks:
-            for pass_name in options.passes:
-                for dtype in options.dtypes:
+    print("| network | pass | dtype | contender | layout | ms (min) | against best plain | MiB saved | of plain |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in options.networks:
+        for pass_name in options.passes:
+            for dtype in options.dtypes:
+                rows = store.of({"network": name, "pass": pass_name, "dtype": dtype, **segments(pass_name, options)})
+                if not {row["layout"] for row in rows}.issuperset(options.layouts):
                     with precision(dtype, search=not options.no_search):
                         rows = measure(name, pass_name, dtype, options)
-                    for row in rows:
-                        writer.writerow({**where, **row})
-                        print(table_row(row), flush=True)
-                        all_ok &= row["status"] == "ok"
-                    file.flush()
+                    store.add(rows)
+                for row in rows:
+                    print(table_row(row), flush=True)
+                    all_ok &= row["status"] == "ok"
     print(f"\n{options.out}")
     return 0 if all_ok else 1
 

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from .arguments import refuse
 from .contenders import COMPILED, NAIVE
 from .measurement import best_naive
 from .rows import read
@@ -27,9 +28,19 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 2:
         print(__doc__)
         return 2
-    rows = read(Path(arguments[0]))
-    draw(rows).savefig(arguments[1], dpi=130)
-    print(arguments[1])
+    source, picture = arguments
+    try:
+        rows = read(Path(source))
+    except (OSError, ValueError) as error:
+        refuse(error)
+    if not rows:
+        refuse(f"{source}: must have a measurement, and has none")
+    figure = draw(rows)
+    try:
+        figure.savefig(picture, dpi=130)
+    except (OSError, ValueError) as error:  # its folder, or a suffix that is no format
+        refuse(f"{picture}: {error}")
+    print(picture)
     return 0
 
 

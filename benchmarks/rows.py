@@ -42,71 +42,89 @@ COLUMNS = (
 
 
 class Rows:
-    """A CSV file that grows group by group (case, dtype, pass), so that a run that was killed can go on.
+    """A CSV file that grows group by group, so that a run that was killed can go on.
+
+    A group is what was timed in turn: its rows agree in the columns before "contender". Every change writes a whole new
+    file beside the old one and renames it: a kill leaves one of the two.
 
     Raises:
-        ValueError: the file is no such table; or, unless ``anew``, has rows of another environment or other sources.
+        OSError: the file cannot be read or written.
+        ValueError: it is no table with these columns; or, unless ``anew``, has rows of another environment or other
+            sources.
     """
 
-    def __init__(self, path: Path, environment: dict, anew: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: Path, columns: tuple[str, ...], environment: dict, anew: bool = False) -> None:
+        self.path = Path(os.path.realpath(path))  # what a link leads to is replaced, and not the link
+        self.columns = columns
         self.environment = {name: str(value) for name, value in environment.items()}
-        self.rows = self._kept(anew) if path.exists() else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_name(f".{path.name}.new")  # killed here, the old file is still there
-        with whole.open("w", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writeheader()
-        self._append(self.rows, whole)
-        whole.replace(path)
+        if os.path.lexists(self.path) and not self.path.is_file():
+            raise ValueError(f"{path}: must be a CSV file, and is no regular file")
+        self.rows = self._kept(anew) if self.path.exists() else []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._write()
 
     def _kept(self, anew: bool) -> list[dict]:
-        try:
-            rows = read(self.path)
-        except (OSError, ValueError, csv.Error):
-            rows = [{}]
-        if any("case" not in row or "contender" not in row for row in rows):
-            raise ValueError(f"{self.path}: is no table of measurements; choose another file")
+        rows = read(self.path, self.columns)
         if anew:
             return []
         for row in rows:
             for name, text in self.environment.items():
-                if str(row.get(name)) != text:
+                if row[name] != text:
                     raise ValueError(
-                        f"{self.path}: has rows of another {name}, {row.get(name)} where this is {text}: --anew "
+                        f"{self.path}: has rows of another {name}, {row[name]} where this is {text}: --anew "
                         "replaces them, another file keeps them"
                     )
         return rows
 
-    def has(self, case: str, dtype: str, pass_name: str) -> bool:
-        return any((r["case"], r["dtype"], r["pass"]) == (case, dtype, pass_name) for r in self.rows)
+    def of(self, values: dict) -> list[dict]:
+        """The rows with these values."""
+        return [row for row in self.rows if values.items() <= row.items()]
 
     def add(self, rows: list[dict]) -> None:
-        rows = [{**row, **self.environment, "command": command_line()} for row in rows]
-        self._append(rows, self.path)
-        self.rows += rows
+        """A group, in place of what was there of it."""
+        shared = {name: rows[0][name] for name in self.columns[: self.columns.index("contender")]}
+        self.rows = [row for row in self.rows if not shared.items() <= row.items()]
+        self.rows += [{**row, **self.environment, "command": command_line()} for row in rows]
+        self._write()
 
-    @staticmethod
-    def _append(rows: list[dict], path: Path) -> None:
-        with path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerows(
-                {name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()} for row in rows
+    def _write(self) -> None:
+        whole = self.path.with_name(f".{self.path.name}.new")
+        with whole.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(
+                {name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()} for row in self.rows
             )
             file.flush()
             os.fsync(file.fileno())
+        whole.replace(self.path)
 
 
-_TEXT = {"case", "shape", "dtype", "pass", "contender", "layout", "status", "note", "floor", "command"}
+_TEXT = {"case", "shape", "network", "dtype", "pass", "contender", "layout", "status", "note", "floor", "command"}
 _TEXT |= set(ENVIRONMENT)
 
 
-def read(path: Path) -> list[dict]:
-    """The rows of a CSV with numbers as floats and what was not measured as None; a torn last line is dropped."""
-    with Path(path).open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
-    return [
-        {name: value if name in _TEXT else _number(value) if value else None for name, value in row.items()}
-        for row in rows
-    ]
+def read(path: Path, columns: tuple[str, ...] = COLUMNS) -> list[dict]:
+    """The rows of a CSV with numbers as floats and what was not measured as None; a torn line is dropped.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no table with these columns.
+    """
+    try:
+        with Path(path).open(newline="") as file:
+            head, *lines = csv.reader(file)
+            if head != list(columns):
+                raise ValueError("other columns")
+        return [
+            {name: text if name in _TEXT else _number(text) if text else None for name, text in zip(columns, line)}
+            for line in lines
+            if len(line) == len(columns)
+        ]
+    except (ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{path}: must be a table of measurements with the columns {', '.join(columns[:5])}, ..., and is none"
+        ) from error
 
 
 def _number(text: str) -> int | float:

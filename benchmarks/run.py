@@ -1,12 +1,14 @@
 """Times the fused layer against the naive one: python -m benchmarks.run [--full] [--device cuda].
 
 Every row is first checked against float64 truth and refused if wrong; then the status is non-zero. Rows are written
-as they come; the same command continues a run that was stopped, and --anew starts over.
+as they come; the same command continues a run that was stopped, one that asks for more measures again what lacks it,
+and --anew starts over.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,12 +16,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import cases
-from .contenders import DTYPES, PASSES, backends_of, contenders
+from . import cases, memory
+from .arguments import Distinct, at_least, refuse, require_device
+from .contenders import DTYPES, PASSES, Contender, backends_of, contenders
 from .measurement import failures, measure
 from .provenance import ROOT, environment
 from .roofline import Ceilings
-from .rows import Rows, read
+from .rows import COLUMNS, Rows, read
 from .tables import summary, table
 
 # Chosen so that two CPU cores are done in under ten minutes; --full times everything.
@@ -29,12 +32,13 @@ DEFAULT_16_BIT = ("32x64^3", "64x48^3")
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--cases", nargs="+", metavar="CASE", choices=cases.BY_NAME, help=", ".join(cases.BY_NAME))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=["inference", "training"])
-    parser.add_argument("--backends", nargs="+", help="default: all that run on the device")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    parser.add_argument("--seconds", type=float, help="timed rounds per case, dtype and pass")
+    several = {"nargs": "+", "action": Distinct}
+    parser.add_argument("--cases", **several, metavar="CASE", choices=cases.BY_NAME, help=", ".join(cases.BY_NAME))
+    parser.add_argument("--dtypes", **several, choices=DTYPES, help="tf32 on a GPU only")
+    parser.add_argument("--passes", **several, choices=PASSES, default=["inference", "training"])
+    parser.add_argument("--backends", **several, help="default: all that run on the device")
+    parser.add_argument("--threads", type=at_least(1), help="CPU threads; default: torch's choice")
+    parser.add_argument("--seconds", type=at_least(0.0), help="timed rounds per case, dtype and pass")
     parser.add_argument("--full", action="store_true", help="every case, dtype and pass, and torch.compile in each")
     parser.add_argument(
         "--compiled",
@@ -45,12 +49,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="cases in which torch.compile of the naive layer takes part (slow to compile)",
     )
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
-    parser.add_argument("--time-limit", type=float, help="start no new case after this many seconds")
+    parser.add_argument("--time-limit", type=at_least(0.0), help="start no new case after this many seconds")
     parser.add_argument("--out", type=Path, help="CSV; default: build/benchmark-<device>.csv")
     parser.add_argument("--anew", action="store_true", help="measure again what the CSV already has")
     parsed = parser.parse_args(arguments)
     if parsed.full:
         parsed.passes = list(PASSES)
+    if parsed.threads is not None and parsed.threads > (cores := os.cpu_count() or 1):
+        parser.error(f"argument --threads: must be at most the {cores} of this machine, got {parsed.threads}")
+    if parsed.seconds is None:
+        parsed.seconds = 5.0 if parsed.device == "cpu" else 0.5
     if parsed.out is None:
         parsed.out = ROOT / "build" / f"benchmark-{parsed.device}.csv"
     return parsed
@@ -76,12 +84,16 @@ def plan(options: argparse.Namespace) -> list[tuple]:
     ]
 
 
+def is_complete(rows: list[dict], entrants: list[Contender], with_memory: bool) -> bool:
+    """Whether rows of one case, dtype and pass are all that is asked for: what is compared is measured together."""
+    if with_memory:
+        rows = [row for row in rows if row["peak_bytes"] is not None or row["status"] != "ok"]
+    return {(row["contender"], row["layout"]) for row in rows}.issuperset(entrants)
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda needs a GPU that torch sees")
-    if options.threads is not None and options.threads < 1:
-        sys.exit(f"--threads must be at least 1, got {options.threads}")
+    require_device(options.device, options.dtypes or ())
     if options.threads:
         torch.set_num_threads(options.threads)
     began = time.monotonic()
@@ -98,40 +110,42 @@ def main(arguments: list[str] | None = None) -> int:
     here = environment(options.device)
     print("\n".join(f"{name:<8} {value}" for name, value in here.items()))
     try:
-        store = Rows(options.out, here, options.anew)
-    except ValueError as error:
-        sys.exit(str(error))
+        store = Rows(options.out, COLUMNS, here, options.anew)
+    except (OSError, ValueError) as error:
+        refuse(f"--out: {error}")
+    with_memory = not options.no_memory and (options.device == "cuda" or memory.can_measure_cpu())
     jobs = plan(options)
-    todo = [
-        (case, dtype, compiled, [p for p in options.passes if not store.has(case.name, dtype, p)])
-        for case, dtype, compiled in jobs
-    ]
+    todo = []
+    for case, dtype, compiled in jobs:
+        entrants = contenders(backends, compiled)
+        kept = {name: store.of({"case": case.name, "dtype": dtype, "pass": name}) for name in options.passes}
+        passes = [name for name, rows in kept.items() if not is_complete(rows, entrants, with_memory)]
+        todo.append((case, dtype, entrants, passes))
     done = sum(not passes for *_, passes in todo)
     if done:
         print(f"{done} of {len(todo)} are measured already in {options.out} (--anew measures them again)")
     if done < len(todo):
         ceilings = Ceilings(options.device)
-        seconds = options.seconds or (5.0 if options.device == "cpu" else 0.5)
         # No bar in a log: a finished case prints a line there too.
         with tqdm(todo, unit="case", file=sys.stderr, dynamic_ncols=True, disable=None) as bar:
-            for case, dtype, compiled, passes in bar:
+            for case, dtype, entrants, passes in bar:
                 if not passes:
                     continue
-                if options.time_limit and time.monotonic() - began > options.time_limit:
+                if options.time_limit is not None and time.monotonic() - began > options.time_limit:
                     bar.write("time is up: the rest is not measured")
                     break
-                measured = measure(
+                groups = measure(
                     case,
                     dtype,
                     passes,
-                    contenders(backends, compiled),
+                    entrants,
                     options.device,
                     ceilings,
-                    seconds,
-                    measure_memory=not options.no_memory,
+                    options.seconds,
+                    measure_memory=with_memory,
                     say=lambda text: bar.set_postfix_str(f"{case.name} {dtype}: {text}"),
                 )
-                for rows in measured:
+                for rows in groups:
                     store.add(rows)
                     bar.write(summary(rows).splitlines()[-1])
 

@@ -34,7 +34,7 @@ from benchmarks import (
     tables,
 )
 from benchmarks.contenders import NAIVE, Contender
-from benchmarks.rows import COLUMNS, Rows, read
+from benchmarks.rows import COLUMNS, read
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -233,20 +233,6 @@ def test_csv_columns_environment_and_continuing(tmp_path, capsys):
     figure = plot.draw(read(out))
     figure.savefig(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
-
-
-def test_rows_of_other_sources_are_refused(tmp_path):
-    first = Rows(tmp_path / "rows.csv", {"commit": "one"})
-    first.add([{"case": "a", "dtype": "float32", "pass": "inference"}])
-    assert Rows(tmp_path / "rows.csv", {"commit": "one"}).has("a", "float32", "inference")
-    with pytest.raises(ValueError, match="rows.csv: has rows of another commit, one where this is two: --anew"):
-        Rows(tmp_path / "rows.csv", {"commit": "two"})
-    assert Rows(tmp_path / "rows.csv", {"commit": "one"}).has("a", "float32", "inference")
-    assert not Rows(tmp_path / "rows.csv", {"commit": "two"}, anew=True).has("a", "float32", "inference")
-    (tmp_path / "text").write_text("precious\ntext\n")
-    with pytest.raises(ValueError, match="text: is no table of measurements"):
-        Rows(tmp_path / "text", {"commit": "one"}, anew=True)
-    assert (tmp_path / "text").read_text() == "precious\ntext\n"
 
 
 def test_the_default_plan_covers_every_case_the_results_are_quoted_for():
@@ -850,7 +836,7 @@ def narrow(monkeypatch):
 
 
 NARROW = ["--networks", "AFN-1", "--layouts", "channels_last", "--training-size", "31", "--inference-size", "31"]
-NARROW += ["--seconds", "0"]
+NARROW += ["--seconds", "0", "--anew"]
 
 
 def test_networks_are_judged_before_they_are_timed(narrow, tmp_path, monkeypatch):
