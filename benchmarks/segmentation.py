@@ -4,8 +4,8 @@
 
 Every network trains on site A, with the same budget, for each seed, and is tested on other cases of site A and on site
 B, whose scans differ in contrast, noise and spacing. AFN-n/sum has one batch norm after the sum of an autofocus layer
-instead of one a branch. Writes results/segmentation.csv (a row a network, seed, site and structure),
-segmentation-summary.csv and segmentation.png.
+instead of one a branch. Writes segmentation.csv (a row a network, seed, site and structure), segmentation-summary.csv
+and segmentation.png.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from autofocus_kernels.segmentation.evaluate import evaluate
-from autofocus_kernels.segmentation.files import read_json, write_csv, write_json
+from autofocus_kernels.segmentation.files import SegmentationError, make_folder, read_json, write_csv, write_json
 from autofocus_kernels.segmentation.phantom import make_phantom
 from autofocus_kernels.segmentation.predict import predict
 from autofocus_kernels.segmentation.recipe import RECIPES, Recipe, make_loss, make_optimiser
 from autofocus_kernels.segmentation.run import load_model
 from autofocus_kernels.segmentation.train import train
 
-from .provenance import ROOT, environment
+from .arguments import Distinct, at_least, refuse
+from .provenance import ROOT, command_line, environment
 
 SUM = "/sum"
 VARIANTS = ("Basic", "ASPP-c", "ASPP-s", "AFN-1", "AFN-2", "AFN-4", "AFN-6", "AFN-6" + SUM)
@@ -44,20 +45,41 @@ PARALLEL_WIDTH = {"ASPP-c": 12, "ASPP-s": 48}  # of the paper's 30 and 120, as W
 WINDOW, CASES, SIZE = 75, 80, (128, 128)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "segmentation", help="data and runs")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="tables and picture")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--iterations", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="tables and picture; default: WORK/results")
+    parser.add_argument("--seeds", type=at_least(1), default=3)
+    parser.add_argument("--iterations", type=at_least(1), default=600)
+    parser.add_argument("--batch", type=at_least(1), default=8)
     parser.add_argument("--recipe", choices=RECIPES, default="published")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--cases", type=int, default=CASES, help="of each site; a quarter of them to test on")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--variants", nargs="+", action=Distinct, choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--cases", type=at_least(4), default=CASES, help="of each site; a quarter of them to test on")
+    parser.add_argument("--jobs", type=at_least(1), default=2, help="runs at a time, one thread each")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    require_same(options)
+    options.out = options.out or options.work / "results"
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        compare(parse(arguments), command_line(arguments))
+    except (OSError, SegmentationError) as error:  # of folders and files, which it names
+        refuse(error)
+    return 0
+
+
+def compare(options: argparse.Namespace, command: str) -> None:
+    """Makes and trains what is not there yet, and reports."""
+    settings = {
+        "iterations": options.iterations,
+        "batch": options.batch,
+        "recipe": options.recipe,
+        "cases_per_site": options.cases,
+    }
+    where = environment("cpu")  # of the sources that run; those on disk may change in an hour
+    require_same(options.work, {**settings, "commit": where["commit"], "source": where["source"]})
+    make_folder(options.out)
     for site in SITES:
         if not (options.work / site / "dataset.json").exists():
             make_phantom(options.work / site, options.cases, seed=SITES.index(site), dims=2, size=SIZE, site=site)
@@ -68,21 +90,18 @@ def main(arguments: list[str] | None = None) -> int:
         runs = [pool.submit(one_run, options.work, *run, recipe, options.iterations) for run in todo]
         for done in tqdm(as_completed(runs), total=len(runs), unit="run", file=sys.stderr, disable=None):
             done.result()
-    report(options.work, options.out, todo, recipe)
-    return 0
+    report(options, todo, recipe, {**settings, **where, "command": command})
 
 
-def require_same(options: argparse.Namespace) -> None:
+def require_same(work: Path, settings: dict) -> None:
     """What an earlier call made stays: it must have been made by these settings, and these sources."""
-    settings = {name: getattr(options, name) for name in ("iterations", "batch", "recipe", "cases")}
-    settings["commit"] = environment("cpu")["commit"]
-    file = options.work / "settings.json"
+    make_folder(work)
+    file = work / "settings.json"
     if file.exists():
         if (made := read_json(file)) != settings:
-            sys.exit(f"{options.work}: holds runs of {made}, not {settings}; --work names another folder")
-    elif (options.work / "runs").exists():
-        sys.exit(f"{options.work}: holds runs of unknown settings; --work names another folder")
-    options.work.mkdir(parents=True, exist_ok=True)
+            refuse(f"--work: {work} holds runs of {made}, not {settings}: name another folder")
+    elif (work / "runs").exists():
+        refuse(f"--work: {work} holds runs of unknown settings: name another folder")
     write_json(file, settings)
 
 
@@ -119,8 +138,9 @@ def one_run(work: Path, variant: str, seed: int, recipe: Recipe, iterations: int
     write_json(run / "scores.json", scores)
 
 
-def report(work: Path, out: Path, todo: list[tuple[str, int]], recipe: Recipe) -> None:
-    rows = []
+def report(options: argparse.Namespace, todo: list[tuple[str, int]], recipe: Recipe, where: dict) -> None:
+    """``where`` is what all rows share: settings, machine, sources, command."""
+    work, out, rows = options.work, options.out, []
     for variant, seed in todo:
         scores = read_json(folder(work, variant, seed) / "scores.json")
         names = list(dict.fromkeys(score["structure"] for score in scores))
@@ -132,8 +152,7 @@ def report(work: Path, out: Path, todo: list[tuple[str, int]], recipe: Recipe) -
                 ]
                 row = {"network": variant, "seed": seed, "site": site, "structure": name}
                 rows.append({**row, "dice": round(statistics.mean(dice), 4), "cases": len(dice)})
-    summary = summarise(rows, times(work, list(dict.fromkeys(v for v, _ in todo)), recipe))
-    where = environment("cpu")
+    summary = summarise(rows, times(work, options.variants, recipe))
     for name, table in (("segmentation.csv", rows), ("segmentation-summary.csv", summary)):
         write_csv(out / name, [{**rounded(row), **where} for row in table])
     draw(summary, names).savefig(out / "segmentation.png", dpi=110)
@@ -223,8 +242,8 @@ def draw_by_layers(axis, own: dict[str, dict]) -> None:
     """A line from Basic to AFN-6, a point for the norm after the sum, and a level with its band for each ASPP."""
     layers = {"Basic": 0, **{f"AFN-{n}": n for n in range(1, 7)}}
     line = [(layers[name], entry["dice"], entry["std"]) for name, entry in own.items() if name in layers]
-    x, dice, std = zip(*line)
-    axis.errorbar(x, dice, std, marker="o", capsize=3, color="#2a6fbb", label="Basic (0), AFN-1 to AFN-6")
+    if line:
+        axis.errorbar(*zip(*line), marker="o", capsize=3, color="#2a6fbb", label="Basic (0), AFN-1 to AFN-6")
     for name, entry in own.items():
         if name.endswith(SUM):
             at = layers[name.removesuffix(SUM)] + 0.15
@@ -234,7 +253,7 @@ def draw_by_layers(axis, own: dict[str, dict]) -> None:
             level, band = own[name]["dice"], own[name]["std"]
             axis.axhline(level, color=colour, linestyle="--", label=name)
             axis.axhspan(level - band, level + band, color=colour, alpha=0.2, linewidth=0)
-    axis.set_xticks(sorted(x))
+    axis.set_xticks(sorted({layers[name.removesuffix(SUM)] for name in own if not name.startswith("ASPP")}))
     axis.set_xlabel("autofocus layers", fontsize=9)
 
 

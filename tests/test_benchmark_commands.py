@@ -58,6 +58,11 @@ BAD = [
     ("sharded", "--size", "0 8 8"),
     ("triton_host", "--calls", "0"),
     ("triton_host", "--size", "0"),
+    ("segmentation", "--seeds", "0"),
+    ("segmentation", "--iterations", "0"),
+    ("segmentation", "--batch", "0"),
+    ("segmentation", "--jobs", "0"),
+    ("segmentation", "--cases", "3"),  # none to test on
 ]
 
 
@@ -75,8 +80,9 @@ def test_a_bad_value_is_refused_by_name(capsys, command, name, value):
             {"--networks": "AFN-1", "--dtypes": "float32", "--passes": "training", "--layouts": "contiguous"},
         ),
         ("sharded", {"--processes": 2}),
+        ("segmentation", {"--variants": "Basic"}),
     ],
-    ids=["run", "networks", "sharded"],
+    ids=["run", "networks", "sharded", "segmentation"],
 )
 def test_what_is_named_twice_is_measured_once(command, arguments):
     options = module(command).parse([str(word) for name, value in arguments.items() for word in (name, value, value)])
@@ -305,3 +311,51 @@ def test_networks_keep_what_they_have(tmp_path, networks_measured, capsys):
     networks.main([*command, "--inference-size", "31", "--anew"])
     assert networks_measured == [33, 31]
     assert [(kept["segment"], kept["layout"]) for kept in read(out, networks.COLUMNS)] == [(31, "contiguous")]
+
+
+# ------------------------------------------------------------------ segmentation
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize(
+    "variants", [["ASPP-c"], ["AFN-6/sum"], ["Basic", "ASPP-s", "AFN-2", "AFN-6/sum"]], ids=",".join
+)
+def test_any_variants_are_drawn(variants, seeds):
+    compared = module("segmentation")
+    rows = [
+        {"network": variant, "seed": seed, "site": site, "structure": "small", "dice": 0.5 + 0.1 * seed}
+        for variant in variants
+        for seed in range(seeds)
+        for site in compared.SITES
+    ]
+    figure = compared.draw(compared.summarise(rows, {variant: {} for variant in variants}), ["small"])
+    figure.canvas.draw()
+    compared.plt.close(figure)
+
+
+@pytest.mark.parametrize("name", ["--work", "--out"])
+def test_a_folder_that_cannot_be_is_refused(tmp_path, capsys, monkeypatch, name):
+    compared = module("segmentation")
+    monkeypatch.setattr(compared, "make_phantom", lambda *_, **__: pytest.fail("made data"))
+    (tmp_path / "file").write_text("")
+    folders = {"--work": tmp_path / "work", "--out": tmp_path / "out", name: tmp_path / "file"}
+    assert f"{tmp_path / 'file'}: " in refused(
+        capsys, compared.main, [word for pair in folders.items() for word in pair]
+    )
+
+
+@pytest.mark.parametrize("changed", ["iterations", "cases_per_site", "commit", "source"])
+def test_runs_of_other_settings_or_sources_are_refused(tmp_path, capsys, changed):
+    """Two trees with changes have one commit, and another source each."""
+    compared = module("segmentation")
+    settings = {"iterations": 2, "batch": 2, "recipe": "published", "cases_per_site": 4, "commit": "a", "source": "b"}
+    compared.require_same(tmp_path, settings)
+    compared.require_same(tmp_path, dict(settings))
+    message = refused(capsys, lambda _: compared.require_same(tmp_path, {**settings, changed: "other"}), [])
+    assert f"--work: {tmp_path} holds runs of" in message
+
+
+def test_a_trial_stays_beside_its_runs():
+    compared = module("segmentation")
+    assert compared.parse([]).out == ROOT / "build" / "segmentation" / "results"
+    assert compared.parse(["--work", "here"]).out == Path("here", "results")

@@ -41,6 +41,14 @@ def test_rows_and_summary_agree(compared):
     assert (compared / "out" / "segmentation.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize("name", ["segmentation.csv", "segmentation-summary.csv"])
+def test_every_row_says_how_it_came_about(compared, name):
+    settings = {"iterations": "2", "batch": "2", "recipe": "published", "cases_per_site": "4"}
+    for row in csv.DictReader((compared / "out" / name).open()):
+        assert settings.items() <= row.items() and row["commit"] and row["source"]
+        assert row["command"].endswith("--batch 2 --variants Basic AFN-6/sum")
+
+
 def test_finished_runs_stay(compared, monkeypatch):
     monkeypatch.setattr(segmentation, "train", lambda *_, **__: pytest.fail("trained again"))
     run(compared)
