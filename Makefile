@@ -15,8 +15,9 @@ else
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 endif
-# One stamp at a time: another interpreter or another AUTOFOCUS_BUILD builds anew.
-BUILT := build/.built-$(subst /,-,$(PYTHON))-$(AUTOFOCUS_BUILD)
+# One stamp at a time: another interpreter or another AUTOFOCUS_BUILD builds anew. Where a name such as python3 leads
+# says which interpreter it is.
+BUILT := build/.built-$(shell { command -v $(PYTHON) || echo $(PYTHON); } | tr '/ ' '--')-$(AUTOFOCUS_BUILD)
 
 .PHONY: demo test bench compat clean
 
@@ -51,5 +52,7 @@ $(BUILT): setup.py $(shell find csrc -type f -not -path '*/__pycache__/*') $(INS
 	.venv/bin/pip install -c constraints.txt --no-deps dynamic_network_architectures monai
 	touch $@
 
+# In build/ also lie measurements and trained runs, which took up to hours: only what is built goes.
 clean:
-	rm -rf build dist demo *.egg-info autofocus_kernels/_build.json autofocus_kernels/*.so
+	rm -rf build/lib* build/temp* build/bdist* build/cross build/compat build/newest build/mypy build/.built-*
+	rm -rf dist demo *.egg-info autofocus_kernels/_build.json autofocus_kernels/*.so

@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -359,3 +361,47 @@ def test_a_trial_stays_beside_its_runs():
     compared = module("segmentation")
     assert compared.parse([]).out == ROOT / "build" / "segmentation" / "results"
     assert compared.parse(["--work", "here"]).out == Path("here", "results")
+
+
+# ------------------------------------------------------------------ make
+
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+
+
+def make(folder, *arguments, **environment):
+    shutil.copy(ROOT / "Makefile", folder)
+    (folder / "csrc").mkdir(exist_ok=True)
+    # Without what a make that runs the tests hands down.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command, settings = ["make", *arguments], {**inherited, **environment}
+    done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_make
+def test_clean_leaves_measurements_and_trained_runs(tmp_path):
+    kept = {"build/benchmark-cpu.csv", "build/segmentation/runs/AFN-1-0/last.pt", "build/gpu_check/table.csv"}
+    built = {"build/lib.linux/x.so", "build/temp.linux/x.o", "build/.built-python", "autofocus_kernels/_cpu.abi3.so"}
+    for name in kept | built:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    make(tmp_path, "clean")
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"Makefile", *kept}
+
+
+@needs_make
+def test_python3_of_another_environment_is_another_interpreter(tmp_path):
+    stamps = []
+    (tmp_path / "setup.py").write_text("")
+    for name in ("one", "an other"):
+        python = tmp_path / name / "python3"
+        python.parent.mkdir()
+        python.write_text("#!/bin/sh\n")
+        python.chmod(0o755)
+        printed = make(tmp_path, "-n", "demo", "PYTHON=python3", PATH=f"{python.parent}:{os.environ['PATH']}")
+        stamps += [line for line in printed.splitlines() if line.startswith("touch")]
+    first, second = stamps
+    assert first != second and all(len(stamp.split()) == 2 for stamp in stamps)
