@@ -308,7 +308,7 @@ def tables(session: Session, device: str, names: list[str], options: argparse.Na
 
 def networks(session: Session, device: str) -> None:
     command = [sys.executable, "-m", "benchmarks.networks", "--device", device, "--layouts", "channels_last"]
-    command += ["--out", session.folder / "networks.csv"]
+    command += ["--anew", "--out", session.folder / "networks.csv"]
     if device == "cpu":
         command += ["--networks", "AFN-1", "--passes", "inference", "--inference-size", "31", "--seconds", "0"]
     else:
