@@ -63,9 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     several = {"nargs": "+", "action": Distinct}
-    dtypes = [
-        name for name in DTYPES if name != "float64"
-    ]  # the truth's: networks are timed in float32 or under autocast
+    dtypes = [name for name in DTYPES if name != "float64"]  # which only the truth has
     parser.add_argument("--networks", **several, choices=tuple(BLOCKS), default=["AFN-1", "AFN-6"])
     parser.add_argument("--dtypes", **several, choices=dtypes, help="16-bit ones by autocast, tf32 on a GPU only")
     parser.add_argument("--passes", **several, choices=PASSES, default=list(PASSES))
