@@ -251,6 +251,15 @@ def test_every_case_on_a_lesser_cpu(isa):
     assert run_each_case(AUTOFOCUS_CPU_ISA=isa) == isa
 
 
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux says which instructions a CPU has")
+def test_bfloat16_is_multiplied_by_what_the_cpu_has():
+    """A product that its check at the first use finds wrong is not used: this is where that shows."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    wide = torch.ops.autofocus_cpu.isa() == "avx512" and "avx512_bf16" in flags
+    expected = ("AMX" if "amx_bf16" in flags else "AVX512_BF16") if wide else "float32"
+    assert torch.ops.autofocus_cpu.bfloat16_products() == expected
+
+
 def test_an_unknown_instruction_set_is_named():
     code = "import autofocus_kernels as ak, torch; ak.available_backends(); torch.ops.autofocus_cpu.isa()"
     result = subprocess.run(

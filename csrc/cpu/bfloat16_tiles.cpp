@@ -23,6 +23,15 @@ AUTOFOCUS_TARGET __mmask32 first_of_32(int64_t count) { return __mmask32((1ull <
 // `low` in elements 0 to 15, `high` in those behind them.
 AUTOFOCUS_TARGET __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
+// Of 16 columns of two rows, the numbers of a column side by side; zeros for the second row if `rows` is 1.
+AUTOFOCUS_TARGET __m512i rounded_pairs(const float* from, int64_t from_row, int64_t rows) {
+  const __m512i in_turn =
+      _mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008, 0x170007,
+                       0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
+  const __m512 second = rows > 1 ? _mm512_loadu_ps(from + from_row) : _mm512_setzero_ps();
+  return _mm512_permutexvar_epi16(in_turn, rounded(_mm512_loadu_ps(from), second));
+}
+
 }  // namespace
 
 AUTOFOCUS_TARGET void round_rows(const float* from, int64_t from_row, int64_t rows, int64_t depth, uint16_t* to,
@@ -42,26 +51,25 @@ AUTOFOCUS_TARGET void round_rows(const float* from, int64_t from_row, int64_t ro
 
 AUTOFOCUS_TARGET void round_pairs(const float* from, int64_t from_row, int64_t depth, int64_t columns, uint16_t* to) {
   const int64_t whole = brgemm_depth(depth);
-  alignas(64) uint16_t in_turn[32];
-  for (uint16_t i = 0; i < 32; ++i) in_turn[i] = uint16_t(i % 2 * 16 + i / 2);
-  const __m512i turns = _mm512_load_si512(in_turn);
   for (int64_t k = 0; k < depth; k += 2, from += 2 * from_row, to += 2 * columns)
-    for (int64_t column = 0; column < columns; column += 16) {
-      const __m512 even = _mm512_loadu_ps(from + column);
-      const __m512 odd = k + 1 < depth ? _mm512_loadu_ps(from + from_row + column) : _mm512_setzero_ps();
-      _mm512_storeu_si512(to + 2 * column, _mm512_permutexvar_epi16(turns, rounded(even, odd)));
-    }
+    for (int64_t column = 0; column < columns; column += 16)
+      _mm512_storeu_si512(to + 2 * column, rounded_pairs(from + column, from_row, depth - k));
   std::fill(to, to + (whole - depth) / 2 * 2 * columns, uint16_t(0));
 }
 
 AUTOFOCUS_TARGET void round_transposed(const float* from, int64_t from_row, int64_t depth, int64_t columns,
                                        uint16_t* to, int64_t to_row) {
   const int64_t whole = brgemm_depth(depth);
-  for (int64_t column = 0; column < columns; ++column, to += to_row)
-    for (int64_t k = 0; k < whole; ++k) {
-      const __m128 value = _mm_set_ss(k < depth ? from[k * from_row + column] : 0);
-      to[k] = uint16_t(_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(value), 0));
+  const __m512i rows = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                          _mm512_set1_epi32(int(to_row)));
+  for (int64_t column = 0; column < columns; column += 16, to += 16 * to_row) {
+    const __mmask16 there = first_of_16(columns - column);
+    for (int64_t k = 0; k < whole; k += 2) {
+      const __m512i pairs =
+          k < depth ? rounded_pairs(from + k * from_row + column, from_row, depth - k) : _mm512_setzero_si512();
+      _mm512_mask_i32scatter_epi32(to + k, there, rows, pairs, sizeof(uint16_t));
     }
+  }
 }
 
 }  // namespace autofocus

@@ -12,7 +12,8 @@ void round_rows(const float* from, int64_t from_row, int64_t rows, int64_t depth
 // 16.
 void round_pairs(const float* from, int64_t from_row, int64_t depth, int64_t columns, uint16_t* to);
 
-// to[column][k] = from[k][column], and zeros up to the depth that products have.
+// to[column][k] = from[k][column], and zeros up to the depth that products have. Rows of `from` can be read as far as a
+// multiple of 16.
 void round_transposed(const float* from, int64_t from_row, int64_t depth, int64_t columns, uint16_t* to,
                       int64_t to_row);
 

@@ -46,7 +46,7 @@ bool has_bfloat16() {
 
 // Small integers are exact in bfloat16, and so are their products in float: the result must be equal.
 bool self_check() {
-  constexpr int64_t rows = 49, columns = 80, depth = 70, room_rows = 64, room_depth = 96;
+  constexpr int64_t rows = 41, columns = 80, depth = 70, room_rows = 48, room_depth = 96;  // blocks of every kind
   std::vector<uint16_t> a(room_rows * room_depth), b(room_depth * columns);
   std::vector<float> c(room_rows * columns);
   const auto left = [](int64_t m, int64_t k) { return int((m * 5 + k * 3) % 13) - 6; };
