@@ -22,8 +22,7 @@ def show_config() -> str:
     ]
     backends = available_backends()
     if backends["cpu"] is None:
-        library = torch.ops.autofocus_cpu
-        lines.append(f"cpu kernels       {library.isa()}, bfloat16 multiplied by {library.bfloat16_products()}")
+        lines.append(f"cpu kernels       {_cpu_kernels()}")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             lines += [
@@ -43,6 +42,14 @@ def _forced() -> str:
     if name is None or name in BACKENDS:
         return name or "not set"
     return f"{name}: every call fails, it must be one of {', '.join(BACKENDS)}"
+
+
+def _cpu_kernels() -> str:
+    library = torch.ops.autofocus_cpu
+    try:
+        return f"{library.isa()}, bfloat16 multiplied by {library.bfloat16_products()}"
+    except RuntimeError as error:  # of AUTOFOCUS_CPU_ISA
+        return f"every call fails: {error}"
 
 
 def _kernels(index: int, backends: dict[str, str | None]) -> str:

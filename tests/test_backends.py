@@ -59,7 +59,7 @@ def cases(draw):
         tuple(factor * draw(st.integers(1, 5)) for factor in factors) for _ in range(draw(st.integers(1, 5)))
     )
     reach = [min(axis) * (size - 1) // 2 for axis, size in zip(zip(*dilations), kernel_size)]
-    padding = tuple(draw(st.integers(0, r + 2)) for r in reach)
+    padding = tuple(draw(st.integers(-3, r + 2)) for r in reach)
     # At least one output voxel on every axis.
     size = tuple(draw(st.integers(max(1, 2 * (r - p) + 1), largest + 2 * r)) for r, p in zip(reach, padding))
     return Case(
@@ -78,7 +78,7 @@ def cases(draw):
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=120)
 @given(case=cases(), dtype=st.sampled_from((torch.float32, torch.float64)))
 def check_drawn(backend, case, dtype):
     testing.check(backend, case, dtype)

@@ -116,3 +116,8 @@ def test_saved_bytes_counts_each_storage_once():
 def test_unknown_names_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field} must be one of .*{value}"):
         testing.Case("bad", (3,), **{field: value})
+
+
+def test_one_channel_is_in_every_memory_format():
+    case = testing.Case("one channel", (3, 2), channels=1, out_channels=2, layout="channels_last")
+    testing.check("reference", case)
