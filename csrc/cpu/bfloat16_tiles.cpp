@@ -1,7 +1,6 @@
 #include "bfloat16_tiles.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "brgemm.h"
 

@@ -1,7 +1,6 @@
 #include "brgemm.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <vector>
 
