@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "branch_tile.h"
@@ -33,13 +34,16 @@ class BranchGather {
         plan_(plan),
         grad_input_(grad_input),
         grad_weight_(grad_weight),
-        weight_size_(num_taps(g_) * plan.groups * plan.width * g_.C),
+        weight_size_(num_taps(g_) * plan.groups * plan.width * plan.in_width),
         partials_(
             std::clamp<int64_t>((int64_t(1) << 23) / weight_size_, 1, plan.together ? kSplits : plan.lattices.count())),
         sets_(plan.together ? 1 : partials_),
         weight_(grad_input.data ? transposed_weight() : Scratch<A>(0)),
         finite_weight_(!grad_input.data ||
                        all_finite<A>(weight_, plan.groups * num_taps(g_) * plan.width * plan.in_width)),
+        low_columns_(brgemm_depth(plan.tap_columns)),
+        low_weight_(round_matrices<T, A>(weight_, plan.groups * plan.tap_rows, plan.tap_columns, plan.in_width,
+                                         plan.low_precision && grad_input.data)),
         sums_(grad_weight.data ? partials_ * weight_size_ : 0) {}
 
   // produce(block, tile, slab index) fills a block with dy_k; the tile is memory for it to use.
@@ -63,9 +67,18 @@ class BranchGather {
   static constexpr int64_t kSplits = 32;
 
   struct Workspace {
-    explicit Workspace(const BranchGather& b) : tile(b.plan_), is_read(b.plan_.voxels * b.g_.kernel.x) {}
+    explicit Workspace(const BranchGather& b)
+        : tile(b.plan_),
+          is_read(b.plan_.voxels * b.g_.kernel.x),
+          dx(b.plan_.low_precision ? brgemm_rows(b.plan_.voxels) * b.plan_.in_width : 0),
+          low_rows(b.plan_.low_precision ? brgemm_rows(b.plan_.voxels) * b.low_columns_ : 0),
+          low_pairs(b.plan_.low_precision ? brgemm_depth(b.plan_.voxels) * b.plan_.tap_columns : 0),
+          low_x(b.plan_.low_precision ? brgemm_rows(b.g_.C) * brgemm_depth(b.plan_.voxels) : 0) {}
     BranchTile<A> tile;
     std::vector<char> is_read;  // [voxel of the tile][tap x]
+    // For products in bfloat16: dx of the tile, v_t by voxel and in pairs of voxels, and x by channel.
+    Scratch<A> dx;
+    Scratch<uint16_t> low_rows, low_pairs, low_x;
   };
 
   template <typename Body>
@@ -121,13 +134,28 @@ class BranchGather {
     const int64_t voxels = grid.at(index, w.tile.segments);
     if (grad_weight_.data) w.tile.load(block.lattice, conv_.input);
     const bool finite = finite_weight_ && (!grad_weight_.data || all_finite<A>(w.tile.x, voxels * plan_.in_width));
+    const bool low_precision = plan_.low_precision && finite;
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (low_precision && grad_weight_.data)
+        round_transposed(w.tile.x, plan_.in_width, voxels, g_.C, w.low_x, brgemm_depth(plan_.voxels));
+    bool empty = true;
     for (int64_t row = 0; row < plan_.tap_rows; ++row) {
-      const TilePart part = w.tile.part_read(sub, tap_offset(sub, row * sub.kernel.x));
+      TilePart part = w.tile.part_read(sub, tap_offset(sub, row * sub.kernel.x));
       if (part.begin == part.end) continue;
+      if (low_precision) part = {0, voxels};
       gather_row(block, row, part, !finite, w);
       const int64_t tap_row = block.group * plan_.tap_rows + row;
-      if (grad_input_.data) add_input(block, tap_row, part, finite, dx, w);
-      if (grad_weight_.data) add_weight(block, tap_row, part, finite, sum, w);
+      if (low_precision) {
+        add_low_precision(tap_row, voxels, !empty, sum, w);
+      } else {
+        if (grad_input_.data) add_input(block, tap_row, part, finite, dx, w);
+        if (grad_weight_.data) add_weight(block, tap_row, part, finite, sum, w);
+      }
+      empty = false;
+    }
+    if (low_precision && grad_input_.data && !empty) {
+      A* to = dx + ravel(w.tile.segments.front().first(), sub.input) * plan_.in_width;
+      for (int64_t i = 0; i < voxels * plan_.in_width; ++i) to[i] += w.dx[i];
     }
   }
 
@@ -159,14 +187,33 @@ class BranchGather {
     });
   }
 
-  // dW_t += sum_q x(q) v_t(q)^T: [group][tap row][C][tap x][width]
+  // dW_t += sum_q x(q) v_t(q)^T: [group][tap row][C padded][tap x][width]
   void add_weight(const BranchBlock<A>& block, int64_t tap_row, const TilePart& part, bool finite, A* sum,
                   Workspace& w) const {
     for_each_product(block, part, finite, w, [&](int64_t voxel, int64_t voxels, int64_t first, int64_t columns) {
-      gemm<A>({w.tile.x + voxel * plan_.in_width, 1, plan_.in_width, w.tile.columns + voxel * plan_.tap_columns + first,
-               plan_.tap_columns, sum + tap_row * g_.C * plan_.tap_columns + first, plan_.tap_columns, voxels},
-              g_.C, columns, true);
+      gemm<A>(
+          {w.tile.x + voxel * plan_.in_width, 1, plan_.in_width, w.tile.columns + voxel * plan_.tap_columns + first,
+           plan_.tap_columns, sum + tap_row * plan_.in_width * plan_.tap_columns + first, plan_.tap_columns, voxels},
+          g_.C, columns, true);
     });
+  }
+
+  // The same two in bfloat16, of whole tiles. dx is summed in a tile of its own: a product may write more rows than are
+  // the tile's.
+  void add_low_precision(int64_t tap_row, int64_t voxels, bool accumulate, A* sum, Workspace& w) const {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      const int64_t columns = plan_.tap_columns;
+      if (grad_input_.data) {
+        round_rows(w.tile.columns, columns, voxels, columns, w.low_rows, low_columns_);
+        brgemm(w.low_rows, low_columns_, low_weight_ + tap_row * low_columns_ * plan_.in_width, w.dx, plan_.in_width,
+               voxels, plan_.in_width, columns, accumulate);
+      }
+      if (grad_weight_.data) {
+        round_pairs(w.tile.columns, columns, voxels, columns, w.low_pairs);
+        brgemm(w.low_x, brgemm_depth(plan_.voxels), w.low_pairs, sum + tap_row * plan_.in_width * columns, columns,
+               g_.C, columns, voxels, true);
+      }
+    }
   }
 
   // Calls visit(first voxel, voxels, first column, columns) for the products of a row of taps.
@@ -197,7 +244,7 @@ class BranchGather {
 
   void reduce_grad_weight() const {
     const auto first = [&](int64_t tap, int64_t o, int64_t c) {
-      const int64_t row = (o / plan_.width * plan_.tap_rows + tap / g_.kernel.x) * g_.C + c;
+      const int64_t row = (o / plan_.width * plan_.tap_rows + tap / g_.kernel.x) * plan_.in_width + c;
       return sums_ + (row * g_.kernel.x + tap % g_.kernel.x) * plan_.width + o % plan_.width;
     };
     reduce_weight<A>(g_, conv_.parallel, partials_, weight_size_, grad_weight_, first);
@@ -211,6 +258,8 @@ class BranchGather {
   const int64_t sets_;  // of lattices; a partial sum is of a set, or of a part of every lattice
   const Scratch<A> weight_;
   const bool finite_weight_;
+  const int64_t low_columns_;  // of a voxel, as the depth of a product in bfloat16
+  const Scratch<uint16_t> low_weight_;
   const Scratch<A> sums_;
 };
 

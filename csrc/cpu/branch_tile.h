@@ -12,6 +12,8 @@
 #include <vector>
 
 #include "arguments.h"
+#include "bfloat16_tiles.h"
+#include "brgemm.h"
 #include "lattice.h"
 #include "pack.h"
 #include "scratch.h"
@@ -27,17 +29,24 @@ constexpr int kMaxBlockBytes = 256;
 // How the work is cut: by the problem alone, never by the number of threads.
 template <typename A>
 struct BranchPlan {
-  explicit BranchPlan(const Problem& g)
-      : lattices(g, {lattice_step(g, &Index3::z, 8), lattice_step(g, &Index3::y, 8), lattice_step(g, &Index3::x, 16)}),
+  BranchPlan(const Problem& g, bool low_precision)
+      : low_precision(low_precision),
+        lattices(g, {lattice_step(g, &Index3::z, 8), lattice_step(g, &Index3::y, 8), lattice_step(g, &Index3::x, 16)}),
         slabs(lattices, lattices.count() < 4 ? kJobs / lattices.count() : 1,
               [](const Reach& reach) { return 3 * (reach.most - reach.least); }) {
-    // All channels, so that rows of tensors are read and written whole, unless there is little else to share out.
+    // All channels, so that rows of tensors are read and written whole, unless there is little else to share out; and
+    // down to half of those if that leaves fewer vectors empty.
     const int64_t all = vectors<A>(g.O);
     const int64_t parts =
         std::max(ceil_div(kJobs, slabs.count()), ceil_div(all, kMaxBlockBytes / AUTOFOCUS_VECTOR_BYTES));
-    width = ceil_div(all, parts) * Vec<A>::kLanes;
+    const int64_t most = ceil_div(all, parts);
+    int64_t best = most;
+    for (int64_t fewer = most - 1; 2 * fewer >= most; --fewer)
+      if (ceil_div(all, fewer) * fewer < ceil_div(all, best) * best) best = fewer;
+    width = best * Vec<A>::kLanes;
     groups = ceil_div(g.O, width);
     in_width = padded<A>(g.C);
+    low_depth = brgemm_depth(g.C);
     tap_rows = g.kernel.z * g.kernel.y;
     tap_columns = g.kernel.x * width;
     const Index3& largest = lattices.at(0).problem.output;
@@ -51,12 +60,14 @@ struct BranchPlan {
   ParallelFor over_lattices(ParallelFor parallel) const { return together ? serial : parallel; }
   ParallelFor within_lattice(ParallelFor parallel) const { return together ? parallel : serial; }
 
+  bool low_precision;  // products in bfloat16
   Lattices lattices;
   Slabs slabs;
   bool together;
   int64_t width;   // output channels of a block
   int64_t groups;  // of output channels
   int64_t in_width, tap_rows, tap_columns;
+  int64_t low_depth;                // of a product over input channels in bfloat16
   int64_t lattice_size, slab_size;  // of the largest block of a lattice, and of a slab
   int64_t voxels;                   // of a tile
 };
@@ -123,7 +134,11 @@ struct TilePart {
 template <typename A>
 struct BranchTile {
   explicit BranchTile(const BranchPlan<A>& plan)
-      : in_width(plan.in_width), x(plan.voxels * plan.in_width), columns(plan.voxels * plan.tap_columns) {}
+      : in_width(plan.in_width),
+        x(plan.voxels * plan.in_width),
+        columns((plan.voxels - 1 + brgemm_rows(1)) * plan.tap_columns),
+        low_x(plan.low_precision ? (plan.voxels - 1 + brgemm_rows(1)) * plan.low_depth : 0),
+        tiles(plan.low_precision) {}
 
   template <typename T>
   void load(const Lattice& lattice, const View<const T>& input) const {
@@ -164,8 +179,11 @@ struct BranchTile {
   }
 
   const int64_t in_width;
-  const Scratch<A> x;        // [voxel][C padded]
-  const Scratch<A> columns;  // [voxel][tap x][width]
+  const Scratch<A> x;  // [voxel][C padded]
+  // With room for the rows of a product that begins at any voxel.
+  const Scratch<A> columns;       // [voxel][tap x][width]
+  const Scratch<uint16_t> low_x;  // x in bfloat16
+  const BrgemmTiles tiles;
   std::vector<Segment> segments;
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "branch_tile.h"
 #include "gemm.h"
@@ -15,7 +16,11 @@ template <typename T, typename A>
 class Branches {
  public:
   Branches(const Convolution<T>& conv, const BranchPlan<A>& plan)
-      : conv_(conv), plan_(plan), weight_(pack_tap_columns<A>(conv.g, conv.weight, false, plan.width)) {}
+      : conv_(conv),
+        plan_(plan),
+        weight_(pack_tap_columns<A>(conv.g, conv.weight, false, plan.width)),
+        low_weight_(round_matrices<T, A>(weight_, plan.groups * plan.tap_rows, conv.g.C, plan.tap_columns,
+                                         plan.low_precision)) {}
 
   // Computes every block and calls consume(block, slab index) in the thread that computed it.
   template <typename Consume>
@@ -43,8 +48,10 @@ class Branches {
       });
     const TileGrid grid(sub.input, plan_.voxels);
     for (int64_t index = 0; index < grid.count(); ++index) {
-      grid.at(index, tile.segments);
+      const int64_t voxels = grid.at(index, tile.segments);
       tile.load(block.lattice, conv_.input);
+      if constexpr (std::is_same_v<T, BFloat16>)
+        if (plan_.low_precision) round_rows(tile.x, plan_.in_width, voxels, sub.C, tile.low_x, plan_.low_depth);
       for (int64_t row = 0; row < plan_.tap_rows; ++row) {
         const TilePart part = tile.part_read(sub, tap_offset(sub, row * sub.kernel.x));
         if (part.begin == part.end) continue;
@@ -62,9 +69,14 @@ class Branches {
   // Z_t(q) for the taps of one row.
   void project(const BranchBlock<A>& block, int64_t tap_row, const TilePart& part, const BranchTile<A>& tile) const {
     const Problem& g = conv_.g;
+    const int64_t row = block.group * plan_.tap_rows + tap_row, voxels = part.end - part.begin;
     A* columns = tile.columns + part.begin * plan_.tap_columns;
-    const A* weight = weight_ + (block.group * plan_.tap_rows + tap_row) * g.C * plan_.tap_columns;
-    const int64_t voxels = part.end - part.begin;
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (plan_.low_precision)
+        return brgemm(tile.low_x + part.begin * plan_.low_depth, plan_.low_depth,
+                      low_weight_ + row * plan_.low_depth * plan_.tap_columns, columns, plan_.tap_columns, voxels,
+                      plan_.tap_columns, g.C, false);
+    const A* weight = weight_ + row * g.C * plan_.tap_columns;
     clear_missing(columns, voxels * plan_.tap_columns, plan_.width, block.channels);
     for_each_tap_columns<A>(g.kernel.x, plan_.width, block.channels, [&](int64_t first, int64_t count) {
       gemm<A>({tile.x + part.begin * plan_.in_width, plan_.in_width, 1, weight + first, plan_.tap_columns,
@@ -76,6 +88,7 @@ class Branches {
   const Convolution<T>& conv_;
   const BranchPlan<A>& plan_;
   const Scratch<A> weight_;
+  const Scratch<uint16_t> low_weight_;
 };
 
 }  // namespace AUTOFOCUS_ISA

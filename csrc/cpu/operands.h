@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "bfloat16_tiles.h"
 #include "brgemm.h"
 #include "gemm.h"
 #include "lattice.h"
@@ -20,6 +21,16 @@ template <typename T>
 bool use_brgemm() {
   if constexpr (std::is_same_v<T, BFloat16> && AUTOFOCUS_VECTOR_BYTES == 64) return brgemm_works();
   return false;
+}
+
+// Matrices of `depth` rows, one after another, as products in bfloat16 take them; empty if those are not used.
+template <typename T, typename A>
+Scratch<uint16_t> round_matrices(const A* from, int64_t count, int64_t depth, int64_t columns, bool used) {
+  Scratch<uint16_t> rounded(used ? count * brgemm_depth(depth) * columns : 0);
+  if constexpr (std::is_same_v<T, BFloat16>)
+    for (int64_t i = 0; used && i < count; ++i)
+      round_pairs(from + i * depth * columns, columns, depth, columns, rounded + i * brgemm_depth(depth) * columns);
+  return rounded;
 }
 
 // The attention of one tile: rows 0..K-1 the branches, row K their sum; rows are `width` apart.

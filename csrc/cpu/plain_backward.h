@@ -93,17 +93,12 @@ class PlainBackward {
         slab_size_(plan_.slab_points * plan_.group_width),
         low_depth_(brgemm_depth(g_.O)),
         weight_(projects_ ? pack_tap_columns<A>(g_, args.weight, true, plan_.group_width) : Scratch<A>(0)),
-        low_weight_(low_precision_ && projects_ ? plan_.groups * tap_rows_ * low_depth_ * tap_columns_ : 0),
+        low_weight_(
+            round_matrices<T, A>(weight_, plan_.groups * tap_rows_, g_.O, tap_columns_, low_precision_ && projects_)),
         bias_(pack_bias<A>(args.bias, g_.O)),
         slab_grads_(wanted_ & kInput && plan_.slabs.each() > 1 ? plan_.slabs.count() * plan_.groups * slab_size_ : 0),
         grad_weight_(wanted_ & kWeight ? plan_.groups * plan_.partials * weight_size_ : 0),
-        grad_attention_(wanted_ & kAttention ? plan_.groups * attention_size_ : 0) {
-    if constexpr (std::is_same_v<T, BFloat16>)
-      if (low_precision_ && projects_)
-        for (int64_t row = 0; row < plan_.groups * tap_rows_; ++row)
-          round_pairs(weight_ + row * g_.O * tap_columns_, tap_columns_, g_.O, tap_columns_,
-                      low_weight_ + row * low_depth_ * tap_columns_);
-  }
+        grad_attention_(wanted_ & kAttention ? plan_.groups * attention_size_ : 0) {}
 
   void run() const {
     // Jobs of one partial sum follow each other in one thread: slabs partial, partial + partials, ...
