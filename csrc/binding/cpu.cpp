@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "../cpu/brgemm.h"
+#include "../cpu/bfloat16_gemm.h"
 #include "../cpu/kernels.h"
 #include "operators.h"
 
@@ -39,7 +39,9 @@ const Kernels& kernels() {
 std::string isa() { return kernels().name; }
 
 // What multiplies tensors of bfloat16.
-std::string bfloat16_products() { return isa() == "avx512" && brgemm_works() ? brgemm_instructions() : "float32"; }
+std::string bfloat16_products() {
+  return isa() == "avx512" && has_bfloat16_gemm() ? bfloat16_instructions() : "float32";
+}
 
 struct Cpu {
   static constexpr int64_t kLargest = binding::kLargest;

@@ -1,14 +1,13 @@
 // Products of bfloat16 on AMX: tiles of 16 rows of 64 bytes, of which a thread has eight.
 //
-// torch's brgemm uses AMX too, but finds its kernel in a table at each call and loads a configuration of the tiles for
-// each shape: for products as small as those here that takes longer than the product. Here all tiles are whole, so one
-// configuration serves all products, and operands are rounded up to them.
+// All tiles are whole, so that one configuration, loaded once by a thread, serves all products: to load one for each
+// shape takes longer than a product as small as those here. Operands are rounded up to whole tiles.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "brgemm.h"
+#include "bfloat16_gemm.h"
 
 #if AUTOFOCUS_HAS_BFLOAT16 && defined(__linux__)
 #define AUTOFOCUS_HAS_AMX 1

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "brgemm.h"
+#include "bfloat16_gemm.h"
 
 #if AUTOFOCUS_HAS_BFLOAT16
 #include <immintrin.h>
@@ -37,7 +37,7 @@ AUTOFOCUS_TARGET void round_rows(const float* from, int64_t from_row, int64_t ro
                                  int64_t to_row) {
   const int64_t whole = depth / 32 * 32;
   const __mmask16 low = first_of_16(depth - whole), high = first_of_16(depth - whole - 16);
-  const __mmask32 stored = first_of_32(brgemm_depth(depth) - whole);
+  const __mmask32 stored = first_of_32(bfloat16_depth(depth) - whole);
   for (int64_t row = 0; row < rows; ++row, from += from_row, to += to_row) {
     for (int64_t k = 0; k < whole; k += 32)
       _mm512_storeu_si512(to + k, rounded(_mm512_loadu_ps(from + k), _mm512_loadu_ps(from + k + 16)));
@@ -49,7 +49,7 @@ AUTOFOCUS_TARGET void round_rows(const float* from, int64_t from_row, int64_t ro
 }
 
 AUTOFOCUS_TARGET void round_pairs(const float* from, int64_t from_row, int64_t depth, int64_t columns, uint16_t* to) {
-  const int64_t whole = brgemm_depth(depth);
+  const int64_t whole = bfloat16_depth(depth);
   for (int64_t k = 0; k < depth; k += 2, from += 2 * from_row, to += 2 * columns)
     for (int64_t column = 0; column < columns; column += 16)
       _mm512_storeu_si512(to + 2 * column, rounded_pairs(from + column, from_row, depth - k));
@@ -58,7 +58,7 @@ AUTOFOCUS_TARGET void round_pairs(const float* from, int64_t from_row, int64_t d
 
 AUTOFOCUS_TARGET void round_transposed(const float* from, int64_t from_row, int64_t depth, int64_t columns,
                                        uint16_t* to, int64_t to_row) {
-  const int64_t whole = brgemm_depth(depth);
+  const int64_t whole = bfloat16_depth(depth);
   const __m512i rows = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
                                           _mm512_set1_epi32(int(to_row)));
   for (int64_t column = 0; column < columns; column += 16, to += 16 * to_row) {
@@ -77,7 +77,7 @@ AUTOFOCUS_TARGET void round_transposed(const float* from, int64_t from_row, int6
 
 namespace autofocus {
 
-// Never called: brgemm_works() is false.
+// Never called: has_bfloat16_gemm() is false.
 void round_rows(const float*, int64_t, int64_t, int64_t, uint16_t*, int64_t) {}
 void round_pairs(const float*, int64_t, int64_t, int64_t, uint16_t*) {}
 void round_transposed(const float*, int64_t, int64_t, int64_t, uint16_t*, int64_t) {}

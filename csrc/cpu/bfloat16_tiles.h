@@ -1,4 +1,5 @@
-// Tiles of floats rounded to bfloat16, in the layouts of brgemm.h. Only where brgemm_works(): they take AVX512_BF16.
+// Tiles of floats rounded to bfloat16, in the layouts of bfloat16_gemm.h. Only where has_bfloat16_gemm(): they take
+// AVX512_BF16.
 #pragma once
 
 #include <cstdint>

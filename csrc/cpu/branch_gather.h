@@ -41,7 +41,7 @@ class BranchGather {
         weight_(grad_input.data ? transposed_weight() : Scratch<A>(0)),
         finite_weight_(!grad_input.data ||
                        all_finite<A>(weight_, plan.groups * num_taps(g_) * plan.width * plan.in_width)),
-        low_columns_(brgemm_depth(plan.tap_columns)),
+        low_columns_(bfloat16_depth(plan.tap_columns)),
         low_weight_(round_matrices<T, A>(weight_, plan.groups * plan.tap_rows, plan.tap_columns, plan.in_width,
                                          plan.low_precision && grad_input.data)),
         sums_(grad_weight.data ? partials_ * weight_size_ : 0) {}
@@ -70,10 +70,10 @@ class BranchGather {
     explicit Workspace(const BranchGather& b)
         : tile(b.plan_),
           is_read(b.plan_.voxels * b.g_.kernel.x),
-          dx(b.plan_.low_precision ? brgemm_rows(b.plan_.voxels) * b.plan_.in_width : 0),
-          low_rows(b.plan_.low_precision ? brgemm_rows(b.plan_.voxels) * b.low_columns_ : 0),
-          low_pairs(b.plan_.low_precision ? brgemm_depth(b.plan_.voxels) * b.plan_.tap_columns : 0),
-          low_x(b.plan_.low_precision ? brgemm_rows(b.g_.C) * brgemm_depth(b.plan_.voxels) : 0) {}
+          dx(b.plan_.low_precision ? bfloat16_rows(b.plan_.voxels) * b.plan_.in_width : 0),
+          low_rows(b.plan_.low_precision ? bfloat16_rows(b.plan_.voxels) * b.low_columns_ : 0),
+          low_pairs(b.plan_.low_precision ? bfloat16_depth(b.plan_.voxels) * b.plan_.tap_columns : 0),
+          low_x(b.plan_.low_precision ? bfloat16_rows(b.g_.C) * bfloat16_depth(b.plan_.voxels) : 0) {}
     BranchTile<A> tile;
     std::vector<char> is_read;  // [voxel of the tile][tap x]
     // For products in bfloat16: dx of the tile, v_t by voxel and in pairs of voxels, and x by channel.
@@ -137,7 +137,7 @@ class BranchGather {
     const bool low_precision = plan_.low_precision && finite;
     if constexpr (std::is_same_v<T, BFloat16>)
       if (low_precision && grad_weight_.data)
-        round_transposed(w.tile.x, plan_.in_width, voxels, g_.C, w.low_x, brgemm_depth(plan_.voxels));
+        round_transposed(w.tile.x, plan_.in_width, voxels, g_.C, w.low_x, bfloat16_depth(plan_.voxels));
     bool empty = true;
     for (int64_t row = 0; row < plan_.tap_rows; ++row) {
       TilePart part = w.tile.part_read(sub, tap_offset(sub, row * sub.kernel.x));
@@ -205,13 +205,13 @@ class BranchGather {
       const int64_t columns = plan_.tap_columns;
       if (grad_input_.data) {
         round_rows(w.tile.columns, columns, voxels, columns, w.low_rows, low_columns_);
-        brgemm(w.low_rows, low_columns_, low_weight_ + tap_row * low_columns_ * plan_.in_width, w.dx, plan_.in_width,
-               voxels, plan_.in_width, columns, accumulate);
+        bfloat16_gemm(w.low_rows, low_columns_, low_weight_ + tap_row * low_columns_ * plan_.in_width, w.dx,
+                      plan_.in_width, voxels, plan_.in_width, columns, accumulate);
       }
       if (grad_weight_.data) {
         round_pairs(w.tile.columns, columns, voxels, columns, w.low_pairs);
-        brgemm(w.low_x, brgemm_depth(plan_.voxels), w.low_pairs, sum + tap_row * plan_.in_width * columns, columns,
-               g_.C, columns, voxels, true);
+        bfloat16_gemm(w.low_x, bfloat16_depth(plan_.voxels), w.low_pairs, sum + tap_row * plan_.in_width * columns,
+                      columns, g_.C, columns, voxels, true);
       }
     }
   }

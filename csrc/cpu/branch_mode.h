@@ -17,7 +17,7 @@ namespace AUTOFOCUS_ISA {
 template <typename T, typename A>
 void branch_forward(const ForwardArguments<T>& args) {
   const Problem& g = args.g;
-  const BranchPlan<A> plan(g, use_brgemm<T>());
+  const BranchPlan<A> plan(g, use_bfloat16<T>());
   const int64_t width = plan.width;
   const Scratch<A> scale = pack_vectors<A>(args.scale, 1, g.K, g.O, plan.groups, width);
   const Scratch<A> shift = pack_vectors<A>(args.shift, 0, g.K, g.O, plan.groups, width);
@@ -44,7 +44,7 @@ class BranchBackward {
   explicit BranchBackward(const BackwardArguments<T>& args)
       : args_(args),
         g_(args.g),
-        plan_(args.g, use_brgemm<T>()),
+        plan_(args.g, use_bfloat16<T>()),
         scale_(pack_vectors<A>(args.scale, 1, g_.K, g_.O, plan_.groups, plan_.width)),
         shift_(pack_vectors<A>(args.shift, 0, g_.K, g_.O, plan_.groups, plan_.width)),
         no_mean_(pack_vectors<A, T>(nullptr, 0, 1, plan_.width, 1, plan_.width)),

@@ -85,7 +85,7 @@ class BranchMoments {
 template <typename T, typename A>
 void branch_statistics(const Convolution<T>& conv, const BranchViews<T>& branches, A* mean, A* var) {
   const Problem& g = conv.g;
-  const BranchPlan<A> plan(g, use_brgemm<T>());
+  const BranchPlan<A> plan(g, use_bfloat16<T>());
   std::optional<BranchMoments<A>> moments;
   if (mean) moments.emplace(g, plan);
   Branches<T, A>(conv, plan).for_each_block([&](const BranchBlock<A>& block, int64_t index) {
@@ -193,7 +193,7 @@ void branch_norm_backward(const Convolution<T>& conv, const ExistingBranches<T>&
                           const A* c_coef, const View<T>& grad_input, const View<T>& grad_weight) {
   using V = Vec<A>;
   const Problem& g = conv.g;
-  const BranchPlan<A> plan(g, use_brgemm<T>());
+  const BranchPlan<A> plan(g, use_bfloat16<T>());
   const int64_t width = plan.width;
   const Scratch<A> a_coefs = pack_vectors<A>(a_coef, 0, g.K, g.O, plan.groups, width);
   const Scratch<A> b_coefs = pack_vectors<A>(b_coef, 0, g.K, g.O, plan.groups, width);

@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "arguments.h"
+#include "bfloat16_gemm.h"
 #include "bfloat16_tiles.h"
-#include "brgemm.h"
 #include "lattice.h"
 #include "pack.h"
 #include "scratch.h"
@@ -46,7 +46,7 @@ struct BranchPlan {
     width = best * Vec<A>::kLanes;
     groups = ceil_div(g.O, width);
     in_width = padded<A>(g.C);
-    low_depth = brgemm_depth(g.C);
+    low_depth = bfloat16_depth(g.C);
     tap_rows = g.kernel.z * g.kernel.y;
     tap_columns = g.kernel.x * width;
     const Index3& largest = lattices.at(0).problem.output;
@@ -136,8 +136,8 @@ struct BranchTile {
   explicit BranchTile(const BranchPlan<A>& plan)
       : in_width(plan.in_width),
         x(plan.voxels * plan.in_width),
-        columns((plan.voxels - 1 + brgemm_rows(1)) * plan.tap_columns),
-        low_x(plan.low_precision ? (plan.voxels - 1 + brgemm_rows(1)) * plan.low_depth : 0),
+        columns((plan.voxels - 1 + bfloat16_rows(1)) * plan.tap_columns),
+        low_x(plan.low_precision ? (plan.voxels - 1 + bfloat16_rows(1)) * plan.low_depth : 0),
         tiles(plan.low_precision) {}
 
   template <typename T>
@@ -183,7 +183,7 @@ struct BranchTile {
   // With room for the rows of a product that begins at any voxel.
   const Scratch<A> columns;       // [voxel][tap x][width]
   const Scratch<uint16_t> low_x;  // x in bfloat16
-  const BrgemmTiles tiles;
+  const AmxTiles tiles;
   std::vector<Segment> segments;
 };
 

@@ -73,9 +73,9 @@ class Branches {
     A* columns = tile.columns + part.begin * plan_.tap_columns;
     if constexpr (std::is_same_v<T, BFloat16>)
       if (plan_.low_precision)
-        return brgemm(tile.low_x + part.begin * plan_.low_depth, plan_.low_depth,
-                      low_weight_ + row * plan_.low_depth * plan_.tap_columns, columns, plan_.tap_columns, voxels,
-                      plan_.tap_columns, g.C, false);
+        return bfloat16_gemm(tile.low_x + part.begin * plan_.low_depth, plan_.low_depth,
+                             low_weight_ + row * plan_.low_depth * plan_.tap_columns, columns, plan_.tap_columns,
+                             voxels, plan_.tap_columns, g.C, false);
     const A* weight = weight_ + row * g.C * plan_.tap_columns;
     clear_missing(columns, voxels * plan_.tap_columns, plan_.width, block.channels);
     for_each_tap_columns<A>(g.kernel.x, plan_.width, block.channels, [&](int64_t first, int64_t count) {

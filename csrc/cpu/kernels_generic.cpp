@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "arguments.h"
+#include "bfloat16_gemm.h"
 #include "bfloat16_tiles.h"
-#include "brgemm.h"
 #include "kernels.h"
 #include "lattice.h"
 #include "scratch.h"

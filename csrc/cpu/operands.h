@@ -5,8 +5,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "bfloat16_gemm.h"
 #include "bfloat16_tiles.h"
-#include "brgemm.h"
 #include "gemm.h"
 #include "lattice.h"
 #include "pack.h"
@@ -18,18 +18,18 @@ namespace AUTOFOCUS_ISA {
 
 // Whether tensors of type T are multiplied in bfloat16. Narrower instruction sets are there for CPUs without.
 template <typename T>
-bool use_brgemm() {
-  if constexpr (std::is_same_v<T, BFloat16> && AUTOFOCUS_VECTOR_BYTES == 64) return brgemm_works();
+bool use_bfloat16() {
+  if constexpr (std::is_same_v<T, BFloat16> && AUTOFOCUS_VECTOR_BYTES == 64) return has_bfloat16_gemm();
   return false;
 }
 
 // Matrices of `depth` rows, one after another, as products in bfloat16 take them; empty if those are not used.
 template <typename T, typename A>
 Scratch<uint16_t> round_matrices(const A* from, int64_t count, int64_t depth, int64_t columns, bool used) {
-  Scratch<uint16_t> rounded(used ? count * brgemm_depth(depth) * columns : 0);
+  Scratch<uint16_t> rounded(used ? count * bfloat16_depth(depth) * columns : 0);
   if constexpr (std::is_same_v<T, BFloat16>)
     for (int64_t i = 0; used && i < count; ++i)
-      round_pairs(from + i * depth * columns, columns, depth, columns, rounded + i * brgemm_depth(depth) * columns);
+      round_pairs(from + i * depth * columns, columns, depth, columns, rounded + i * bfloat16_depth(depth) * columns);
   return rounded;
 }
 

@@ -79,7 +79,7 @@ class PlainBackward {
   explicit PlainBackward(const BackwardArguments<T>& args)
       : args_(args),
         g_(args.g),
-        low_precision_(use_brgemm<T>()),
+        low_precision_(use_bfloat16<T>()),
         plan_(args.g, low_precision_),
         wanted_((args.grad_input.data ? kInput : 0) | (args.grad_weight.data ? kWeight : 0) |
                 (args.grad_attention.data ? kAttention : 0)),
@@ -91,7 +91,7 @@ class PlainBackward {
         weight_size_(num_taps(g_) * plan_.group_width * out_width_),
         attention_size_(g_.N * g_.K * volume(g_.output)),
         slab_size_(plan_.slab_points * plan_.group_width),
-        low_depth_(brgemm_depth(g_.O)),
+        low_depth_(bfloat16_depth(g_.O)),
         weight_(projects_ ? pack_tap_columns<A>(g_, args.weight, true, plan_.group_width) : Scratch<A>(0)),
         low_weight_(
             round_matrices<T, A>(weight_, plan_.groups * tap_rows_, g_.O, tap_columns_, low_precision_ && projects_)),
@@ -143,17 +143,17 @@ class PlainBackward {
           own_dx(b.wanted_ & kInput && b.plan_.slabs.each() == 1 ? b.slab_size_ : 0),
           attention((b.g_.K + 1) * b.plan_.voxels),
           grad_output(b.plan_.voxels * b.out_width_),
-          projected(brgemm_rows(b.plan_.voxels) * b.tap_columns_),
+          projected(bfloat16_rows(b.plan_.voxels) * b.tap_columns_),
           blended(b.plan_.voxels * b.tap_columns_),
           grad_attention(b.plan_.voxels * b.g_.K * V::kLanes),
-          low_grad(b.low_precision_ ? brgemm_rows(b.plan_.voxels) * b.low_depth_ : 0),
-          low_transposed(b.low_precision_ ? brgemm_rows(b.g_.O) * brgemm_depth(b.plan_.voxels) : 0),
-          low_blended(b.low_precision_ ? brgemm_depth(b.plan_.voxels) * b.tap_columns_ : 0),
+          low_grad(b.low_precision_ ? bfloat16_rows(b.plan_.voxels) * b.low_depth_ : 0),
+          low_transposed(b.low_precision_ ? bfloat16_rows(b.g_.O) * bfloat16_depth(b.plan_.voxels) : 0),
+          low_blended(b.low_precision_ ? bfloat16_depth(b.plan_.voxels) * b.tap_columns_ : 0),
           tiles(b.low_precision_) {}
     Scratch<A> x, own_dx, attention, grad_output, projected, blended, grad_attention;
     // The tile in bfloat16: G by voxel, G by channel, and the blended input in pairs of voxels.
     Scratch<uint16_t> low_grad, low_transposed, low_blended;
-    BrgemmTiles tiles;
+    AmxTiles tiles;
     A* dx;
     std::vector<Segment> segments;
     std::vector<TapRow> rows;
@@ -202,7 +202,7 @@ class PlainBackward {
     if constexpr (std::is_same_v<T, BFloat16>)
       if (low_precision_) {
         round_rows(w.grad_output, out_width_, count, g_.O, w.low_grad, low_depth_);
-        round_transposed(w.grad_output, out_width_, count, g_.O, w.low_transposed, brgemm_depth(plan_.voxels));
+        round_transposed(w.grad_output, out_width_, count, g_.O, w.low_transposed, bfloat16_depth(plan_.voxels));
       }
   }
 
@@ -211,8 +211,8 @@ class PlainBackward {
     const int64_t row = job.group * tap_rows_ + tap_row;
     if constexpr (std::is_same_v<T, BFloat16>)
       if (low_precision_)
-        return brgemm(w.low_grad, low_depth_, low_weight_ + row * low_depth_ * tap_columns_, w.projected, tap_columns_,
-                      count, tap_columns_, g_.O, false);
+        return bfloat16_gemm(w.low_grad, low_depth_, low_weight_ + row * low_depth_ * tap_columns_, w.projected,
+                             tap_columns_, count, tap_columns_, g_.O, false);
     clear_missing(w.projected.get(), count * tap_columns_, plan_.group_width, job.channels);
     for_each_tap_columns<A>(g_.kernel.x, plan_.group_width, job.channels, [&](int64_t first, int64_t columns) {
       gemm<A>({w.grad_output, out_width_, 1, weight_ + row * g_.O * tap_columns_ + first, tap_columns_,
@@ -254,8 +254,8 @@ class PlainBackward {
     if constexpr (std::is_same_v<T, BFloat16>)
       if (low_precision_) {
         round_pairs(w.blended, tap_columns_, count, tap_columns_, w.low_blended);
-        return brgemm(w.low_transposed, brgemm_depth(plan_.voxels), w.low_blended, to, tap_columns_, g_.O, tap_columns_,
-                      count, true);
+        return bfloat16_gemm(w.low_transposed, bfloat16_depth(plan_.voxels), w.low_blended, to, tap_columns_, g_.O,
+                             tap_columns_, count, true);
       }
     for_each_tap_columns<A>(g_.kernel.x, plan_.group_width, job.channels, [&](int64_t first, int64_t rows) {
       gemm<A>(

@@ -40,8 +40,8 @@ class PlainForward {
         out_width_(padded<A>(g_.O)),
         blended_width_((g_.kernel.x - 1) * chunks_.largest() + padded<A>(chunks_.largest())),
         voxels_(std::clamp<int64_t>(kTileBytes / sizeof(A) / (blended_width_ + out_width_), 12, 64)),
-        low_precision_(use_brgemm<T>()),
-        low_depth_(brgemm_depth(g_.kernel.x * chunks_.largest())),
+        low_precision_(use_bfloat16<T>()),
+        low_depth_(bfloat16_depth(g_.kernel.x * chunks_.largest())),
         weight_(num_taps(g_) * g_.C * out_width_),
         low_weight_(low_precision_ ? tap_rows_ * chunks_.count * low_depth_ * out_width_ : 0),
         bias_(pack_bias<A>(args.bias, g_.O)) {
@@ -76,13 +76,13 @@ class PlainForward {
     explicit Workspace(const PlainForward& f)
         : attention((f.g_.K + 1) * f.voxels_),
           blended(f.voxels_ * f.blended_width_),
-          out(brgemm_rows(f.voxels_) * f.out_width_),
-          low_blended(f.low_precision_ ? brgemm_rows(f.voxels_) * f.low_depth_ : 0),
+          out(bfloat16_rows(f.voxels_) * f.out_width_),
+          low_blended(f.low_precision_ ? bfloat16_rows(f.voxels_) * f.low_depth_ : 0),
           tiles(f.low_precision_) {}
     // blended: [voxel][tap x][channel of the chunk], and room for the last vector's spill.
     Scratch<A> attention, blended, out;
     Scratch<uint16_t> low_blended;
-    BrgemmTiles tiles;
+    AmxTiles tiles;
     std::vector<Segment> segments;
     std::vector<TapRow> rows;
   };
@@ -174,8 +174,8 @@ class PlainForward {
     if constexpr (std::is_same_v<T, BFloat16>)
       if (low_precision_) {
         round_rows(w.blended, blended_width_, count, depth, w.low_blended, low_depth_);
-        return brgemm(w.low_blended, low_depth_, low_weight(tap_row, chunk), w.out, out_width_, count, out_width_,
-                      depth, accumulate);
+        return bfloat16_gemm(w.low_blended, low_depth_, low_weight(tap_row, chunk), w.out, out_width_, count,
+                             out_width_, depth, accumulate);
       }
     gemm<A>({w.blended, blended_width_, 1, weight(tap_row, chunk), out_width_, w.out, out_width_, depth}, count, g_.O,
             accumulate);
