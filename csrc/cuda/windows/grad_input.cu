@@ -49,8 +49,8 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice lattice
           for (int m = 0; m < kGroupPlanes; ++m) a[m] = two_taps(lattice, window[m], pair, k);
           window_product<T>(sum, a, slab.moved(pair * (16 * kTiles)), true);
         }
+        commit_products();  // behind the branch ptxas would add a product of nothing to close the group with
       }
-      commit_products();
       pipeline.ahead(tz);
       wait_for_products<0>(sum);
       pipeline.leave(tz, [&] {
