@@ -64,7 +64,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
   const int slabs = pipeline.behind();
   Epilogue epilogue(lattice, args, share);
 
-  for (pipeline.start([&] { copy_slabs<kTiles>(pipeline, slabs, weight, 0, 0, 3); }); pipeline.running();
+  for (pipeline.start([&] { copy_slabs<kTiles>(lattice, pipeline, slabs, weight, 0, 0, 3); }); pipeline.running();
        pipeline.advance()) {
     const int chunk = pipeline.turn().chunk, next_chunk = pipeline.next_turn().chunk;
     if (chunk % chunks == 0) epilogue.begin(pipeline.tile(), chunk / chunks);
@@ -104,8 +104,9 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
         }
       }
       // The slab that this tz has read is free behind the barrier; that of tz = 0 with the last one's.
-      pipeline.leave(tz,
-                     [&] { copy_slabs<kTiles>(pipeline, slabs, weight, next_chunk, tz < 0 ? 0 : 1, tz < 0 ? 1 : 3); });
+      pipeline.leave(tz, [&] {
+        copy_slabs<kTiles>(lattice, pipeline, slabs, weight, next_chunk, tz < 0 ? 0 : 1, tz < 0 ? 1 : 3);
+      });
     }
     if (pipeline.last_turn()) epilogue.end(pipeline.tile());
   }

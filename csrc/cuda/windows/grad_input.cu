@@ -28,7 +28,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice lattice
   const int slabs = pipeline.behind();
 
   float sum[kGroupPlanes][kTiles][4];
-  for (pipeline.start([&] { copy_slabs<kTiles>(pipeline, slabs, weight, 0, 0, 3); }); pipeline.running();
+  for (pipeline.start([&] { copy_slabs<kTiles>(lattice, pipeline, slabs, weight, 0, 0, 3); }); pipeline.running();
        pipeline.advance()) {
     if (pipeline.first_turn()) clear(sum);
     const int k = uniform(pipeline.turn().branch);
@@ -56,7 +56,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice lattice
       pipeline.leave(tz, [&] {
         // Another chunk of channels has another weight; without a scale all branches of one share it.
         if (args.scaled || next.branch == 0)
-          copy_slabs<kTiles>(pipeline, slabs, weight, next.chunk * weights + (args.scaled ? next.branch : 0),
+          copy_slabs<kTiles>(lattice, pipeline, slabs, weight, next.chunk * weights + (args.scaled ? next.branch : 0),
                              tz < 0 ? 0 : 1, tz < 0 ? 1 : 3);
       });
     }

@@ -41,10 +41,14 @@ __device__ inline Operand two_taps(const Lattice& lattice, uint32_t first_window
   return {first_window + lattice.tap_pairs[pair][k], uint32_t(lattice.pitch[k])};
 }
 
-// Copies slabs [first, last) of the weight of a chunk.
+// Copies slabs [first, last) of the weight of a chunk, of a kernel with one tap in z only that of tz = 0.
 template <int kTiles, Readers kReaders>
-__device__ inline void copy_slabs(Pipeline<kReaders>& pipeline, int slabs, const unsigned char* weight, int chunk,
-                                  int first, int last) {
+__device__ inline void copy_slabs(const Lattice& lattice, Pipeline<kReaders>& pipeline, int slabs,
+                                  const unsigned char* weight, int chunk, int first, int last) {
+  if (!reads(lattice, -1)) {
+    if (last < 2) return;
+    first = 1, last = 2;
+  }
   const int at = first * kSlabBytes<kTiles>;
   pipeline.copy(slabs + at, weight + int64_t(chunk) * chunk_weight_bytes(kTiles) + at,
                 (last - first) * kSlabBytes<kTiles>);
