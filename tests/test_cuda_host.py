@@ -345,6 +345,20 @@ def test_fast_tier_in_tf32(tf32, gpu, case):
     judge_tf32(results, case, tensors)
 
 
+def test_a_long_sum_of_the_weights_gradient_loses_little(tf32):
+    """Tensor cores cut sums off, so one over 8192 products, of numbers of one sign, would lose 3e-4."""
+    tf32(multiprocessors=1)
+    case = Case("one_sign", (64, 64, 64), 1, 1, dilations=(1, 2), bias=False)
+    tensors = make_tensors(case)
+    for tensor in (tensors.input, tensors.grad_output):
+        tensor.fill_(1355 / 2048)  # TF32 has eleven bits
+    tensors.attention.fill_(0.5)
+    gradients = Gradients(None, torch.empty_like(tensors.weight), None, None)
+    cuda.backward(call_of(case, tensors), tensors.grad_output, gradients)
+    expected = testing.truth(case, tensors)["weight"]
+    assert testing.relative_error(gradients.weight, expected) < 1e-4
+
+
 def test_float32_is_exact_where_tf32_is_not_allowed(device):
     case = CASES[0]
     assert set(refusals(case, torch.float32).values()) == {"the dtype is float32 and TF32 is not allowed"}

@@ -308,7 +308,7 @@ class Block {
           for (int column = 0; column < 8; ++column) sums[column] += left[row][k] * right[k][8 * tile + column];
         for (int column = 0; column < 8; ++column) {
           float& d = product.d[row % 8 * 4 + column / 2][tile * 4 + row / 8 * 2 + column % 2];
-          d = product.adds ? d + sums[column] : sums[column];
+          d = product.adds ? emulation::cut_sum(d, sums[column]) : sums[column];
         }
       }
   }

@@ -12,6 +12,7 @@
 //     than come; a block that ends before its copies have landed.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -69,6 +70,13 @@ void end_barrier(uint64_t& barrier);
 void wait_for_copies(uint64_t& barrier, uint32_t phase);
 void copy_bulk(unsigned char* to, const void* from, int bytes, uint64_t& barrier);
 void note_read(uint32_t row);  // of 16 bytes of shared memory, by this thread
+
+// What a tensor core adds to a sum: it cuts off what others round (Ootomo and Yokota 2022).
+inline float cut_sum(float sum, float products) {
+  const double exact = double(sum) + products;
+  const float rounded = float(exact);
+  return std::abs(rounded) > std::abs(exact) && !std::isinf(rounded) ? std::nextafter(rounded, 0.0f) : rounded;
+}
 
 // Warpgroup MMA: a lane's `d` (kTiles x 4) of its warp's 16 of the 64 rows, which are an operand in shared memory or,
 // if `rows` is not null, an MMA fragment. Run by the warpgroup_wait that waits for it if copies are late.
@@ -206,8 +214,10 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint2 b) {
           for (int k = 0; k < kDepth; ++k)
             for (int column = 0; column < 8; ++column) product[row][column] += left[row][k] * right[k][column];
         for (int lane = 0; lane < 32; ++lane)
-          for (int i = 0; i < 4; ++i)
-            static_cast<const Operands*>(lanes[lane])->d[i] += product[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2];
+          for (int i = 0; i < 4; ++i) {
+            float& sum = static_cast<const Operands*>(lanes[lane])->d[i];
+            sum = emulation::cut_sum(sum, product[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2]);
+          }
       },
       &operands);
 }

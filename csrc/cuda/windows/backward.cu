@@ -38,19 +38,23 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
     shared.want_input();
     shared.want_weight(attention_plan.tiles);
   }
-  WeightPartials sums{};
+  Work weight_work{};
   if (wants_weight) {
-    const Plan weight_plan = plan_of(Pass::kGradWeight, in);
-    passes.push_back(grad_weight_work(weight_plan, in.g, in.dtype));
+    weight_work = grad_weight_work(plan_of(Pass::kGradWeight, in), in.g, in.dtype);
+    passes.push_back(weight_work);
     shared.want_grad_output(grad_output, false);
     shared.want_input();
     shared.want_attention();
-    sums = weight_partials_of(weight_plan, in.g, in.dtype, by_branch || in.scale.data != nullptr);
-    shared.want_scratch(sums.splits * sums.branches * sums.outputs * sums.inputs * num_taps(in.g) *
-                        int64_t(sizeof(float)));
   }
 
   const Split shared_split = split_of(in.g, passes, kForMemory);
+  WeightPartials sums{};
+  if (wants_weight) {
+    weight_work.tiles = ceil_div(weight_work.tiles, num_parts(shared_split));
+    sums = weight_partials_of(weight_work, in.g, in.dtype, by_branch || in.scale.data != nullptr);
+    shared.want_scratch(sums.splits * sums.branches * sums.outputs * sums.inputs * num_taps(in.g) *
+                        int64_t(sizeof(float)));
+  }
   const int64_t of_gated = input_first ? gated.bytes(input_split) : 0,
                 of_shared = passes.empty() ? 0 : shared.bytes(shared_split);
   void* memory = context.scratch(of_gated > of_shared ? of_gated : of_shared);
