@@ -176,12 +176,12 @@ def a_small_problem_has_the_tiles_of_the_one_it_stands_for():
 
 # ------------------------------------------------------------------ 64-bit offsets
 
-# Planes this many elements apart: the last of three begins past 2^31. Only pages that are touched take memory.
+# Planes this many elements apart: the third begins past 2^31. Only pages that are touched take memory.
 FAR = 2**30 + 64
 
 
 def far_apart(tensor):
-    """A copy of ``tensor`` [N, C, 3, H, W] with adjacent channels and planes FAR apart."""
+    """A copy of ``tensor`` [N, C, D, H, W] with adjacent channels and planes FAR apart."""
     N, C, D, H, W = tensor.shape
     strides = (H * W * C, 1, FAR, W * C, C)
     memory = torch.empty((D - 1) * FAR + N * H * W * C, dtype=tensor.dtype)
@@ -190,36 +190,53 @@ def far_apart(tensor):
 
 def offsets_beyond_32_bits():
     """Each volume in turn so far apart that its offsets need 64 bits: the same bits as packed (or the process dies)."""
-    names = ("input", "attention", "grad_output", "output", "grad_input", "grad_attention")
     for mode in ("plain", "branch"):
         case = Case("far", (3, 2, 1), 8, 8, dilations=(1, 2), kernel_size=(3, 1, 1), mode=mode, layout="channels_last")
-        tensors = testing.make_tensors(case, torch.float16)
+        same_bits_far_apart(case, ("input", "attention", "grad_output", "output", "grad_input", "grad_attention"))
 
-        def run(far=None):
-            def placed(name, tensor):
-                return far_apart(tensor) if name == far else tensor
 
-            given = tensors._replace(
-                **{name: placed(name, getattr(tensors, name)) for name in ("input", "attention", "grad_output")}
-            )
-            nan = {
-                name: placed(name, torch.full_like(like, math.nan))
-                for name, like in zip(names[3:], (tensors.grad_output, tensors.input, tensors.attention))
-            }
-            scale = None if given.branch_scale is None else torch.full_like(given.branch_scale, math.nan)
-            grad_weight = torch.full_like(given.weight, math.nan)
-            call = call_of(case, given)
-            backend.forward(call, nan["output"])
-            gradients = Gradients(nan["grad_input"], grad_weight, nan["grad_attention"], scale)
-            backend.backward(call, given.grad_output, gradients)
-            return [*nan.values(), grad_weight, *([] if scale is None else [scale])]
+def offsets_beyond_32_bits_from_outside_the_volume():
+    """Two planes need 32 bits, unless offsets count from a position that reads, or is read, far outside of them."""
+    for padding, names in ((4, ("input",)), (-3, ("attention", "grad_output"))):
+        case = Case(
+            "padded",
+            (2 if padding > 0 else 10, 2, 1),
+            8,
+            8,
+            dilations=(1, 2),
+            kernel_size=(3, 1, 1),
+            padding=(padding, 0, 0),
+            layout="channels_last",
+        )
+        same_bits_far_apart(case, names)
 
-        with candidates(SMALL):
-            expected = run()
-            assert not any(result.isnan().any() for result in expected)
-            for name in names:
-                for result, right in zip(run(name), expected):
-                    assert torch.equal(result, right), f"{mode}, {name} far apart"
+
+def same_bits_far_apart(case, names):
+    tensors = testing.make_tensors(case, torch.float16)
+
+    def run(far=None):
+        def placed(name, tensor):
+            return far_apart(tensor) if name == far else tensor
+
+        given = tensors._replace(
+            **{name: placed(name, getattr(tensors, name)) for name in ("input", "attention", "grad_output")}
+        )
+        filled = {"output": tensors.grad_output, "grad_input": tensors.input, "grad_attention": tensors.attention}
+        nan = {name: placed(name, torch.full_like(like, math.nan)) for name, like in filled.items()}
+        scale = None if given.branch_scale is None else torch.full_like(given.branch_scale, math.nan)
+        grad_weight = torch.full_like(given.weight, math.nan)
+        call = call_of(case, given)
+        backend.forward(call, nan["output"])
+        gradients = Gradients(nan["grad_input"], grad_weight, nan["grad_attention"], scale)
+        backend.backward(call, given.grad_output, gradients)
+        return [*nan.values(), grad_weight, *([] if scale is None else [scale])]
+
+    with candidates(SMALL):
+        expected = run()
+        assert not any(result.isnan().any() for result in expected)
+        for name in names:
+            for result, right in zip(run(name), expected):
+                assert torch.equal(result, right), f"{case.mode}, {name} far apart"
 
 
 CHECKS = (
@@ -230,4 +247,5 @@ CHECKS = (
     a_right_kernel_passes_its_self_check_and_a_wrong_one_is_refused,
     a_small_problem_has_the_tiles_of_the_one_it_stands_for,
     offsets_beyond_32_bits,
+    offsets_beyond_32_bits_from_outside_the_volume,
 )

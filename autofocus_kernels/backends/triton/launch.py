@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -340,7 +340,7 @@ def _constants(config: Config, walk: Walk, source: Source, weight: Tensor, align
         "ALIGN": source.align,
         "TILE_ALIGN": align,
         "DOT": dot_dtype(weight),
-        "ROW": row_dtype(source.tensor, *volumes),
+        "ROW": row_dtype(source.tensor, *volumes, beyond=walk.beyond),
         "PRECISION": dot_precision(weight),
         "num_warps": config.num_warps,
         # More stages would copy what is gathered past L1 into shared memory, and L1 is where its reuse is.
@@ -353,10 +353,17 @@ def _register_limit(config: Config) -> dict:
     return {} if torch.version.hip else {"maxnreg": config.registers}
 
 
-def row_dtype(*volumes: Tensor | None) -> tl.dtype:
-    """32 bits, or 64 if a batch entry spans too many elements; offsets between batch entries always have 64."""
+def row_dtype(*volumes: Tensor | None, beyond: tuple[int, ...] = ()) -> tl.dtype:
+    """32 bits, or 64 if a batch entry spans too many elements; offsets between batch entries always have 64.
+
+    Offsets count from a position at most ``beyond`` outside of the volume on each spatial axis.
+    """
     spans = [
-        sum((size - 1) * stride for size, stride in zip(volume.shape[1:], volume.stride()[1:]))
+        sum(
+            (size - 1 + more) * stride
+            for size, stride, more in zip_longest(volume.shape[1:], volume.stride()[1:], (0, *beyond), fillvalue=0)
+            if size > 1
+        )
         for volume in volumes
         if volume is not None
     ]
@@ -374,7 +381,12 @@ def _resident_programs(device: torch.device) -> int:
 
 
 class Walk:
-    """The tiles of one kernel on one problem; ``arguments`` are the kernel's integers."""
+    """The tiles of one kernel on one problem.
+
+    Attributes:
+        arguments: the kernel's integers.
+        beyond: on each axis, farther than this from the volume is no position that offsets count from.
+    """
 
     def __init__(self, problem: Geometry, config: Config, batch: int, transposed: bool = False) -> None:
         self.tiling: Tiling = choose_tiling(problem.tiled, config.rows, transposed)
@@ -385,6 +397,8 @@ class Walk:
         )
         self.num_tiles = batch * math.prod(cosets) * math.prod(tiles)
         self.arguments = (problem.input_size, problem.output_size, problem.origin, tiles, cosets)
+        # By so much both where the first row reads at its centre tap and where the last one does.
+        self.beyond = tuple(2 * abs(origin) for origin in problem.origin)
 
 
 class Source(NamedTuple):
