@@ -284,7 +284,7 @@ def _output_size(size: int, stride: int, origin: int) -> int:
 def _similar_size(size: int, target: int, stride: int, origin: int) -> int:
     """The size nearest to ``target`` that is a multiple of 16, input and output, where ``size`` is and only there.
 
-    Rows of 16 bytes, and Triton's specialised integers, are other code.
+    Rows of 16 bytes are other code.
     """
 
     def divisible(size: int) -> tuple[bool, bool]:

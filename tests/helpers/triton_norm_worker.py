@@ -235,7 +235,7 @@ def compile_kernels(target, dtype, layout):
         name = work.plan.kernel.__name__
         # The same kernel is launched for each branch.
         if name not in figures and name not in triton_worker.PACKING:
-            figures[name] = triton_worker.figures_of(triton_worker.compiled_for(work), target)
+            figures[name] = triton_worker.figures_of(work.plan.compiled(work.tensors), target)
 
     launch.submit = submit
     channels = 64 if dtype == "bfloat16" else 32

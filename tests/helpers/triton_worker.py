@@ -250,12 +250,6 @@ def compile_for(target, dtype, *modules):
     launch.forget()
 
 
-def compiled_for(work):
-    """What a launch would run."""
-    plan = work.plan
-    return plan.kernel.warmup(*work.tensors, *plan.numbers, grid=plan.grid, **plan.constants)
-
-
 def compile_kernels(target, dtype, mode, channels, out_channels, layout):
     """Figures of every kernel that a forward and a backward launch with the default configuration."""
     from autofocus_kernels.backends.triton import kernels, launch
@@ -266,7 +260,7 @@ def compile_kernels(target, dtype, mode, channels, out_channels, layout):
     def submit(work):
         name = work.plan.kernel.__name__
         if name not in PACKING or name not in {figure["kernel"] for figure in figures}:
-            figures.append({"kernel": name, **figures_of(compiled_for(work), target)})
+            figures.append({"kernel": name, **figures_of(work.plan.compiled(work.tensors), target)})
         work.finish()
 
     launch.submit = submit
@@ -291,19 +285,26 @@ def compile_kernels(target, dtype, mode, channels, out_channels, layout):
 
 
 def a_plan_launches_what_triton_would():
-    """The second call of its kind gives the launcher what the first did; one that is aligned otherwise is another."""
+    """The launcher is given what it is by Triton, twice. One kernel is for volumes of any size, others for tensors that
+    are aligned otherwise."""
     import triton
 
     from autofocus_kernels.backends.triton import kernels, launch
 
     compile_for("sm_90", "bfloat16", kernels)
-    launch.submit = lambda work: work.plan.run(work.tensors)
     launches = []
 
     def launcher(source, metadata):
         # After grid, stream, function, metadata and hooks come the kernel's arguments.
         return lambda *arguments: launches.append((metadata.hash, arguments[:3], arguments[9:]))
 
+    def submit(work):
+        plan = work.plan
+        plan.run(work.tensors)
+        plan.run(work.tensors)
+        plan.kernel[plan.grid](*work.tensors, *plan.numbers, **plan.constants)
+
+    launch.submit = submit
     driver = triton.runtime.driver.active
     driver.launcher_cls = launcher
     driver.utils = SimpleNamespace(
@@ -311,21 +312,23 @@ def a_plan_launches_what_triton_would():
         unload_module=lambda *_: None,
         get_device_properties=lambda _: {"max_shared_mem": SHARED_LIMIT["sm_90"]},
     )
-    case = Case("plans", (1, 1, 8), 8, 8, dilations=(1, 2), kernel_size=(1, 1, 3), layout="channels_last")
-    tensors = testing.make_tensors(case, torch.bfloat16)
-    output = torch.empty_like(tensors.grad_output)
-    memory = torch.empty(tensors.attention.numel() + 1, dtype=torch.bfloat16)
-    shifted = memory.as_strided(tensors.attention.shape, tensors.attention.stride(), 1)
-    for attention in (tensors.attention, tensors.attention, shifted, shifted):
-        launch.forward(testing.call_of(case, tensors._replace(attention=attention)), output)
-    assert len(launches) == 8, launches  # each repacks the weight first
-    for kernel in (0, 1):
-        for first, second in (launches[kernel:4:2], launches[4 + kernel :: 2]):
-            assert first[:2] == second[:2]
-            for one, other in zip(first[2], second[2], strict=True):
-                same = one.shape == other.shape if isinstance(one, torch.Tensor) else one == other
-                assert type(one) is type(other) and same, (one, other)
-    assert launches[1][0] != launches[5][0], "the kernel for aligned tensors ran on others"
+    hashes = []
+    for width, offset in ((16, 0), (17, 0), (17, 1)):
+        case = Case("plans", (1, 1, width), 8, 8, dilations=(1, 2), kernel_size=(1, 1, 3), layout="channels_last")
+        tensors = testing.make_tensors(case, torch.bfloat16)
+        memory = torch.empty(tensors.attention.numel() + 1, dtype=torch.bfloat16)
+        attention = memory.as_strided(tensors.attention.shape, tensors.attention.stride(), offset)
+        call = testing.call_of(case, tensors._replace(attention=attention))
+        launch.forward(call, torch.empty_like(tensors.grad_output))
+        assert len(launches) == 6, launches  # the weight is repacked first
+        for first, second, third in (launches[:3], launches[3:]):
+            assert first == second and first[1] == third[1]
+            for one, other in zip(first[2], third[2], strict=True):
+                assert one is other or (type(one) is type(other) and one == other), (one, other)
+        hashes.append(launches[3][0])
+        launches.clear()
+    assert hashes[0] == hashes[1], "a volume of another size has a kernel of its own"
+    assert hashes[2] != hashes[1], "the kernel for aligned tensors ran on others"
 
 
 def figures_of(compiled, target):

@@ -33,29 +33,49 @@ class Plan:
     Attributes:
         kernel, grid, constants: as Triton takes them.
         numbers: the kernel's arguments after its tensors.
+        any_numbers: whether numbers that are multiples of 16 are compiled for like others: five times fewer kernels.
         repacking: the plan by which the weight is repacked before, where it is.
         adding: the plan by which parts of its gradient are added up after, where they are.
     """
 
-    def __init__(self, kernel, grid: tuple[int, ...], numbers: tuple, constants: dict) -> None:
+    def __init__(
+        self, kernel, grid: tuple[int, ...], numbers: tuple, constants: dict, any_numbers: bool = False
+    ) -> None:
         self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+        self.any_numbers = any_numbers
         self.repacking: Plan | None = None
         self.adding: Plan | None = None
         self._compiled: Callable | None = None
 
     def run(self, tensors: tuple[Tensor | None, ...]) -> None:
-        """Launches; after the first time straight what Triton compiled then, for it would find the same again.
-
-        What it compiled depends on the numbers, the tensors' dtypes and on which of them are aligned to 16 bytes.
-        """
-        if self._compiled is not None:
-            self._compiled(*tensors, *self._after_tensors)
-            return
-        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
-        if not interpreted():
+        """Launches; after the first time without Triton's look-up, which would find the same again."""
+        if self._compiled is None:
+            if interpreted():
+                self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+                return
             names = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
             self._after_tensors = (*self.numbers, *(self.constants[name] for name in names))
-            self._compiled = compiled[(*self.grid, 1, 1)[:3]]
+            self._compiled = self.compiled(tensors)[(*self.grid, 1, 1)[:3]]
+        self._compiled(*tensors, *self._after_tensors)
+
+    def compiled(self, tensors: tuple[Tensor | None, ...]):
+        """What Triton compiles. It depends on the tensors' dtypes, on which of them are aligned to 16 bytes, and of the
+        numbers on which are one, which need 64 bits and, unless ``any_numbers``, which are multiples of 16.
+
+        Kernels to which ALIGN shows what they can load at once have no use for the last. It differs from volume to
+        volume, and so between a call and the self-check that is to speak for it.
+        """
+        numbers = _representative(self.numbers) if self.any_numbers else self.numbers
+        return self.kernel.warmup(*tensors, *numbers, grid=self.grid, **self.constants)
+
+
+def _representative(number):
+    """A number, or a tuple of them, for which Triton compiles as for this one, were there no multiples of 16."""
+    if isinstance(number, tuple):
+        return tuple(map(_representative, number))
+    if number == 1:
+        return 1
+    return 3 if -(2**31) <= number < 2**31 else 2**31 + 3
 
 
 class Launch(NamedTuple):
@@ -206,7 +226,7 @@ def _plan_forward(config, problem, source, weight, attention, branch_scale, shif
         kernel, strides = kernels.forward_scaled_kernel, (branch_scale.stride(), *strides)
     grid = (walk.num_tiles, ceil_div(weight.shape[0], config.block_o))
     numbers = (source.stride, attention.stride(), *strides, *walk.arguments)
-    plan = Plan(kernel, grid, numbers, constants)
+    plan = Plan(kernel, grid, numbers, constants, any_numbers=True)
     plan.repacking = _plan_repack(weight, config, "TCO")
     return plan
 
@@ -246,7 +266,7 @@ def _plan_grad_input_weight(
         "WANT_WEIGHT": grad_weight is not None,
         "BLEND": blend_dtype(weight),
     }
-    plan = Plan(kernels.grad_input_weight_kernel, (splits, blocks), numbers, constants)
+    plan = Plan(kernels.grad_input_weight_kernel, (splits, blocks), numbers, constants, any_numbers=True)
     plan.repacking = _plan_repack(weight, config, "TOC")
     if grad_weight is not None:
         plan.adding = _plan_add_parts(splits, grad_weight)
@@ -275,7 +295,7 @@ def _plan_grad_attention(config, problem, grad_output, source, weight, shift, gr
     )
     constants = _constants(config, walk, source, weight, align, grad_output, grad_attention)
     constants["HAS_SHIFT"] = shift is not None
-    plan = Plan(kernels.grad_attention_kernel, (walk.num_tiles, 1), numbers, constants)
+    plan = Plan(kernels.grad_attention_kernel, (walk.num_tiles, 1), numbers, constants, any_numbers=True)
     plan.repacking = _plan_repack(weight, config, "TOC")
     return plan
 
@@ -303,7 +323,7 @@ def _plan_grad_scaled(
         "WANT_ATTENTION": grad_attention is not None,
         "WANT_SCALE": grad_branch_scale is not None,
     }
-    plan = Plan(kernels.grad_scaled_kernel, (walk.num_tiles, 1), numbers, constants)
+    plan = Plan(kernels.grad_scaled_kernel, (walk.num_tiles, 1), numbers, constants, any_numbers=True)
     plan.repacking = _plan_repack(weight, config, "TCO")
     return plan
 
