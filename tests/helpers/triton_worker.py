@@ -354,7 +354,22 @@ def figures_of(compiled, target):
         "spilled": int(stack),
         "registers": int(registers),
         "tensor_core": len(re.findall(rf"\b{TENSOR_CORE[target]}\b", machine_code)),
+        "repeated": repeated_products(compiled),
     }
+
+
+def repeated_products(compiled):
+    """How many warps compute the same part of a product by mma.sync, where fewer would do; 1 if all have work."""
+    code, most = compiled.asm["ttgir"], 1.0
+    pair = r"\[(\d+), (\d+)\]"
+    mma_sync = rf"(#mma\d*) = #ttg.nvidia_mma<{{versionMajor = 2, .*?warpsPerCTA = {pair}, instrShape = {pair}"
+    for name, *sizes in re.findall(mma_sync, code):
+        *warps, rows, columns = map(int, sizes)
+        for shape in set(re.findall(rf"tt.dot .* -> tensor<(\d+)x(\d+)xf32, {name}>", code)):
+            tiles = [int(shape[0]) / rows, int(shape[1]) / columns]
+            copies = math.prod(max(1.0, of / there) for of, there in zip(warps, tiles))
+            most = max(most, copies / max(1.0, math.prod(warps) / math.prod(tiles)))
+    return most
 
 
 # ------------------------------------------------------------------

@@ -992,19 +992,23 @@ def grad_input_weight_kernel(
                                 w = tl.load(weight_tile(weight, tap, o, c, O_PADDED, C_PADDED, G)).to(DOT)
                                 result = tl.dot(v, w, result, input_precision=PRECISION)
                             if WANT_WEIGHT:
-                                pointers = weight_tile(sums, tap, o, c, O, C_SUMS, G)
-                                inside = (o < O)[:, None] & (c < C_SUMS)[None, :]
-                                part = tl.load(pointers, mask=inside, other=0.0)
-                                part = tl.dot(tl.trans(v), x, part, input_precision=PRECISION)
-                                tl.store(pointers, part, mask=inside)
-                                # The next tile may load with other threads than this one stores.
-                                tl.debug_barrier()
+                                # Always so, but in a block of code of its own this product is no link of a chain to the
+                                # compiler, which would give each warp other rows: of those dW has too few for all.
+                                if num_tiles > 0:
+                                    pointers = weight_tile(sums, tap, o, c, O, C_SUMS, G)
+                                    inside = (o < O)[:, None] & (c < C_SUMS)[None, :]
+                                    part = tl.load(pointers, mask=inside, other=0.0)
+                                    part = tl.dot(tl.trans(v), x, part, input_precision=PRECISION)
+                                    tl.store(pointers, part, mask=inside)
         if WANT_INPUT:
             target = grad_input + offset_of(n, line, grad_input_stride, TILE_ALIGN)
             rows = row_offsets(in_line, grad_input_stride, TILE_ALIGN, ROW)
             # Another index than above, or the offsets would be kept from there.
             channel = recomputed(c, index + 1, TILE_ALIGN)
             store_rows(target, rows, valid, channel, grad_input_stride[1], result, C)
+        if WANT_WEIGHT:
+            # The next tile may load sums with other threads than this one stores.
+            tl.debug_barrier()
         index += tl.num_programs(0)
 
 
