@@ -6,6 +6,7 @@ Axes: N batch, C input channels, O output channels, K branches, and the spatial 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 import torch
@@ -46,12 +47,13 @@ def branch_statistics(call: Call, branches: Tensor, mean: Tensor | None, var: Te
 def branch_combine(call: Call, branches: Tensor, scale: Tensor, shift: Tensor, output: Tensor) -> None:
     K, N, O = branches.shape[:3]
     y, a, out = branches.flatten(3), call.attention.flatten(2), output.flatten(2)
-    constants = _constants(O, y[0], a, out)
+    align = _align(y, out)
+    constants = _constants(O, align, y[0], a, out)
     with launch.on_device_of(output):
         plan = Plan(
             norm_kernels.combine_kernel,
             (N * launch.ceil_div(y.shape[3], constants["ROWS"]), launch.ceil_div(O, constants["BLOCK_O"])),
-            (*_strides(y), a.stride(), out.stride(), y.shape[3]),
+            (*_strides(y, align), a.stride(), launch.strides_of(out, align), y.shape[3]),
             {"K": K, **constants},
         )
         launch.submit(Launch(plan, (y, a, scale, shift, out), lambda: _deliver(out, output)))
@@ -73,7 +75,8 @@ def branch_reduce(
     positions = y.shape[3]
     with launch.on_device_of(grad_output):
         parts = None if grad_attention is None else grad_attention.flatten(2).unsqueeze(0)
-        constants = _constants(O, grad, y[0], a, *(() if parts is None else parts))
+        align = _align(grad, y)
+        constants = _constants(O, align, grad, y[0], a, *(() if parts is None else parts))
         blocks = launch.ceil_div(O, constants["BLOCK_O"])
         if blocks > 1 and parts is not None:
             parts = parts.new_empty((blocks, N, K, positions), dtype=torch.float32)
@@ -91,8 +94,8 @@ def branch_reduce(
             norm_kernels.reduce_kernel,
             (chunks, blocks),
             (
-                grad.stride(),
-                *_strides(y),
+                launch.strides_of(grad, align),
+                *_strides(y, align),
                 a.stride(),
                 *((0, (0,) * 3) if parts is None else _strides(parts)),
                 positions,
@@ -148,7 +151,8 @@ def branch_norm_backward(
 def _fill_statistics(branches: Tensor, mean: Tensor, var: Tensor) -> None:
     K, N, O = branches.shape[:3]
     y = branches.flatten(3)
-    constants = _constants(O, y[0])
+    align = _align(y)
+    constants = _constants(O, align, y[0])
     tiles = N * launch.ceil_div(y.shape[3], constants["ROWS"])
     chunks = launch.ceil_div(tiles, TILES)
     parts = mean.new_empty((3, chunks, K, O))
@@ -164,7 +168,7 @@ def _fill_statistics(branches: Tensor, mean: Tensor, var: Tensor) -> None:
     plan = Plan(
         norm_kernels.statistics_kernel,
         (chunks, launch.ceil_div(O, constants["BLOCK_O"]), K),
-        (*_strides(y), y.shape[3], tiles),
+        (*_strides(y, align), y.shape[3], tiles),
         {"K": K, **constants, "TILES": TILES},
     )
     launch.submit(Launch(plan, (y, parts), finish))
@@ -223,12 +227,13 @@ def _fill_gradients(
 ) -> None:
     K, N, O = branches.shape[:3]
     grad, y, a, out = grad_output.flatten(2), branches.flatten(3), attention.flatten(2), gradients.flatten(3)
-    constants = _constants(O, grad, y[0], a, out[0])
+    align = _align(grad, y, out)
+    constants = _constants(O, align, grad, y[0], a, out[0])
     channels = gradients.shape[2]
     plan = Plan(
         norm_kernels.grad_branches_kernel,
         (N * launch.ceil_div(y.shape[3], constants["ROWS"]), launch.ceil_div(channels, constants["BLOCK_O"])),
-        (grad.stride(), *_strides(y), a.stride(), *_strides(out), y.shape[3]),
+        (launch.strides_of(grad, align), *_strides(y, align), a.stride(), *_strides(out, align), y.shape[3]),
         {"K": K, **constants, "CHANNELS": channels},
     )
     launch.submit(Launch(plan, (grad, y, a, a_coef, b_coef, c_coef, out)))
@@ -237,22 +242,30 @@ def _fill_gradients(
 # ------------------------------------------------------------------
 
 
-def _constants(O: int, *volumes: Tensor) -> dict:
+def _constants(O: int, align: int, *volumes: Tensor) -> dict:
     """Tile and offsets of the kernels that treat each voxel alone; ``volumes`` are [N, channels, positions]."""
     block_o = min(MAX_BLOCK_O, 1 << (O - 1).bit_length())
     return {
         "O": O,
         "BLOCK_O": block_o,
         "ROWS": ELEMENTS // block_o,
+        "ALIGN": align,
         "ROW": launch.row_dtype(*volumes),
         "num_warps": WARPS,
         "num_stages": 1,
     }
 
 
-def _strides(branches: Tensor) -> tuple[int, tuple[int, ...]]:
-    """Of K, and of (N, channels, positions)."""
-    return branches.stride(0), branches.stride()[1:]
+def _align(*volumes: Tensor) -> int:
+    """``launch.alignment`` of tensors [N, O, positions] and of branches, [K, N, O, positions]."""
+    branches = [volume for volume in volumes if volume.dim() == 4]
+    align = launch.alignment(*((volume[0] if volume.dim() == 4 else volume)[..., None, None] for volume in volumes))
+    return math.gcd(align, *(volume.stride(0) for volume in branches if volume.shape[0] > 1))
+
+
+def _strides(branches: Tensor, align: int = 1) -> tuple[int, tuple[int, ...]]:
+    """Of K, and of (N, channels, positions), in units of ``align`` elements but that of the channels."""
+    return branches.stride(0) // align, launch.strides_of(branches[0], align)
 
 
 def _deliver(flat: Tensor, target: Tensor) -> None:

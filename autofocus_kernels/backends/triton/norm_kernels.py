@@ -2,8 +2,9 @@
 
 Axes as in kernels.py, but every voxel is treated alone: volumes are [N, channels, positions] with strides
 ``(batch, channel, position)``, tensors of branches have one more, for K, and a program walks tiles of ROWS positions of
-one batch entry by BLOCK_O channels. Vectors are [K, O], contiguous, fp32. ROW is the dtype of offsets within a tile;
-those of branch, batch entry and tile have 64 bits. Arithmetic and sums are fp32.
+one batch entry by BLOCK_O channels. Strides of tensors with O channels, but that of the channels, are in units of ALIGN
+elements, which shows the compiler how wide its loads may be. Vectors are [K, O], contiguous, fp32. ROW is the dtype of
+offsets within a tile; those of branch, batch entry and tile have 64 bits. Arithmetic and sums are fp32.
 """
 
 import triton
@@ -21,21 +22,39 @@ def tile_of(index, positions, ROWS: tl.constexpr):
 
 
 @triton.jit
-def offset_in(n, first, stride):
-    return n * stride[0] + first * stride[2]
+def offset_in(n, first, stride, ALIGN: tl.constexpr):
+    return (n * stride[0] + first * stride[2]) * ALIGN
 
 
 @triton.jit
-def times(k, stride):
+def times(k, stride, ALIGN: tl.constexpr):
     """``k`` strides, a scalar in 64 bits."""
-    return tl.full([], k, tl.int64) * stride
+    return tl.full([], k, tl.int64) * stride * ALIGN
 
 
 @triton.jit
-def load_tile(pointer, n, first, row, valid, o, stride, O: tl.constexpr, BLOCK_O: tl.constexpr, ROW: tl.constexpr):
+def rows_in(row, stride, ALIGN: tl.constexpr, ROW: tl.constexpr):
+    """Offsets of rows within a tile."""
+    return row.to(ROW) * stride[2] * ALIGN
+
+
+@triton.jit
+def load_tile(
+    pointer,
+    n,
+    first,
+    row,
+    valid,
+    o,
+    stride,
+    O: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROW: tl.constexpr,
+):
     """[ROWS, BLOCK_O] in fp32, zero where masked."""
-    pointer += offset_in(n, first, stride)
-    return widened(load_rows(pointer, row.to(ROW) * stride[2], valid, o, stride[1], O, BLOCK_O))
+    pointer += offset_in(n, first, stride, ALIGN)
+    return widened(load_rows(pointer, rows_in(row, stride, ALIGN, ROW), valid, o, stride[1], O, BLOCK_O))
 
 
 @triton.jit
@@ -47,8 +66,8 @@ def load_row(vector, k, o, O: tl.constexpr, BLOCK_O: tl.constexpr):
 @triton.jit
 def load_gate(attention, k, n, first, row, valid, stride, ROW: tl.constexpr):
     """a_k of a tile, [ROWS] in fp32, zero where masked."""
-    attention += offset_in(n, first, stride) + times(k, stride[1])
-    return widened(tl.load(attention + row.to(ROW) * stride[2], mask=valid, other=0.0))
+    attention += offset_in(n, first, stride, 1) + times(k, stride[1], 1)
+    return widened(tl.load(attention + rows_in(row, stride, 1, ROW), mask=valid, other=0.0))
 
 
 @triton.jit
@@ -64,6 +83,7 @@ def statistics_kernel(
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     TILES: tl.constexpr,
+    ALIGN: tl.constexpr,
     ROW: tl.constexpr,
 ):
     """Count, mean and squared distances from the mean of TILES tiles; grid (chunks, blocks of O, K).
@@ -76,11 +96,11 @@ def statistics_kernel(
     k = tl.program_id(2)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     row = tl.arange(0, ROWS)
-    branches += times(k, branch_stride)
+    branches += times(k, branch_stride, ALIGN)
     index = tl.program_id(0) * TILES
     last = tl.minimum(index + TILES, num_tiles)
     n, first, left = tile_of(index, positions, ROWS)
-    y = load_tile(branches, n, first, row, row < left, o, branches_stride, O, BLOCK_O, ROW)
+    y = load_tile(branches, n, first, row, row < left, o, branches_stride, O, BLOCK_O, ALIGN, ROW)
     pivot = tl.sum(y, 0) / tl.minimum(left, ROWS).to(tl.float32)
     sums = tl.zeros([ROWS, BLOCK_O], tl.float32)
     squares = tl.zeros([ROWS, BLOCK_O], tl.float32)
@@ -88,7 +108,7 @@ def statistics_kernel(
     while index < last:
         n, first, left = tile_of(index, positions, ROWS)
         valid = row < left
-        y = load_tile(branches, n, first, row, valid, o, branches_stride, O, BLOCK_O, ROW)
+        y = load_tile(branches, n, first, row, valid, o, branches_stride, O, BLOCK_O, ALIGN, ROW)
         distance = tl.where(valid[:, None], y - pivot[None, :], 0.0)
         sums += distance
         squares += distance * distance
@@ -120,6 +140,7 @@ def combine_kernel(
     O: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    ALIGN: tl.constexpr,
     ROW: tl.constexpr,
 ):
     """out = sum_k a_k (s_k y_k + h_k); grid (tiles, blocks of O)."""
@@ -129,13 +150,13 @@ def combine_kernel(
     valid = row < left
     result = tl.zeros([ROWS, BLOCK_O], tl.float32)
     for k in range(K):
-        branch = branches + times(k, branch_stride)
-        y = load_tile(branch, n, first, row, valid, o, branches_stride, O, BLOCK_O, ROW)
+        branch = branches + times(k, branch_stride, ALIGN)
+        y = load_tile(branch, n, first, row, valid, o, branches_stride, O, BLOCK_O, ALIGN, ROW)
         y *= load_row(scale, k, o, O, BLOCK_O)
         y += load_row(shift, k, o, O, BLOCK_O)
         result += load_gate(attention, k, n, first, row, valid, attention_stride, ROW)[:, None] * y
-    output += offset_in(n, first, output_stride)
-    store_rows(output, row.to(ROW) * output_stride[2], valid, o, output_stride[1], result, O)
+    output += offset_in(n, first, output_stride, ALIGN)
+    store_rows(output, rows_in(row, output_stride, ALIGN, ROW), valid, o, output_stride[1], result, O)
 
 
 @triton.jit
@@ -161,6 +182,7 @@ def reduce_kernel(
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     TILES: tl.constexpr,
+    ALIGN: tl.constexpr,
     ROW: tl.constexpr,
     WANT_ATTENTION: tl.constexpr,
 ):
@@ -172,12 +194,12 @@ def reduce_kernel(
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     row = tl.arange(0, ROWS)
     if WANT_ATTENTION:
-        grad_attention += times(tl.program_id(1), part_stride)
+        grad_attention += times(tl.program_id(1), part_stride, 1)
     sums += tl.program_id(0).to(tl.int64) * (2 * K * O)
     start = tl.program_id(0) * TILES
     last = tl.minimum(start + TILES, num_tiles)
     for k in range(K):
-        branch = branches + times(k, branch_stride)
+        branch = branches + times(k, branch_stride, ALIGN)
         mean_k = load_row(mean, k, o, O, BLOCK_O)
         scale_k = load_row(scale, k, o, O, BLOCK_O)
         shift_k = load_row(shift, k, o, O, BLOCK_O)
@@ -188,16 +210,16 @@ def reduce_kernel(
         while index < last:
             n, first, left = tile_of(index, positions, ROWS)
             valid = row < left
-            grad = load_tile(grad_output, n, first, row, valid, o, grad_output_stride, O, BLOCK_O, ROW)
-            y = load_tile(branch, n, first, row, valid, o, branches_stride, O, BLOCK_O, ROW)
+            grad = load_tile(grad_output, n, first, row, valid, o, grad_output_stride, O, BLOCK_O, ALIGN, ROW)
+            y = load_tile(branch, n, first, row, valid, o, branches_stride, O, BLOCK_O, ALIGN, ROW)
             gated = load_gate(attention, k, n, first, row, valid, attention_stride, ROW)[:, None] * grad
             of_shift += gated
             of_scale += gated * (y - mean_k)
             if WANT_ATTENTION:
                 result = tl.sum(grad * (y * scale_k + shift_k), 1)
-                target = grad_attention + offset_in(n, first, grad_attention_stride)
-                target += times(k, grad_attention_stride[1])
-                pointers = target + row.to(ROW) * grad_attention_stride[2]
+                target = grad_attention + offset_in(n, first, grad_attention_stride, 1)
+                target += times(k, grad_attention_stride[1], 1)
+                pointers = target + rows_in(row, grad_attention_stride, 1, ROW)
                 tl.store(pointers, result.to(grad_attention.dtype.element_ty), mask=valid)
             index += 1
         tl.store(sums + k * O + o, tl.sum(of_scale, 0), mask=o < O)
@@ -224,6 +246,7 @@ def grad_branches_kernel(
     O: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    ALIGN: tl.constexpr,
     ROW: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -235,12 +258,16 @@ def grad_branches_kernel(
     row = tl.arange(0, ROWS)
     n, first, left = tile_of(tl.program_id(0), positions, ROWS)
     valid = row < left
-    grad = load_tile(grad_output, n, first, row, valid, o, grad_output_stride, O, BLOCK_O, ROW)
+    grad = load_tile(grad_output, n, first, row, valid, o, grad_output_stride, O, BLOCK_O, ALIGN, ROW)
     for k in range(K):
         gate = load_gate(attention, k, n, first, row, valid, attention_stride, ROW)
-        y = load_tile(branches + times(k, branch_stride), n, first, row, valid, o, branches_stride, O, BLOCK_O, ROW)
+        y = load_tile(
+            branches + times(k, branch_stride, ALIGN), n, first, row, valid, o, branches_stride, O, BLOCK_O, ALIGN, ROW
+        )
         result = load_row(a_coef, k, o, O, BLOCK_O) * (gate[:, None] * grad)
         result += load_row(b_coef, k, o, O, BLOCK_O) * y
         result += load_row(c_coef, k, o, O, BLOCK_O)
-        target = grad_branches + times(k, grad_branch_stride) + offset_in(n, first, grad_branches_stride)
-        store_rows(target, row.to(ROW) * grad_branches_stride[2], valid, o, grad_branches_stride[1], result, CHANNELS)
+        target = grad_branches + times(k, grad_branch_stride, ALIGN) + offset_in(n, first, grad_branches_stride, ALIGN)
+        store_rows(
+            target, rows_in(row, grad_branches_stride, ALIGN, ROW), valid, o, grad_branches_stride[1], result, CHANNELS
+        )
