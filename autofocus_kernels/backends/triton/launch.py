@@ -119,6 +119,13 @@ def _keep(key: tuple, plan: Plan) -> Plan:
     return plan
 
 
+def kept(kernel, tensors: tuple[Tensor | None, ...], make: Callable[[], Plan]) -> Plan:
+    """The plan of ``kernel`` for tensors that are like these, of which all of it follows."""
+    key = (kernel.__name__, *map(likeness, tensors))
+    plan = _plans.get(key)
+    return _keep(key, make()) if plan is None else plan
+
+
 def likeness(tensor: Tensor | Source | None) -> tuple | None:
     """All that a plan knows of a tensor."""
     if tensor is None:

@@ -47,16 +47,21 @@ def branch_statistics(call: Call, branches: Tensor, mean: Tensor | None, var: Te
 def branch_combine(call: Call, branches: Tensor, scale: Tensor, shift: Tensor, output: Tensor) -> None:
     K, N, O = branches.shape[:3]
     y, a, out = branches.flatten(3), call.attention.flatten(2), output.flatten(2)
-    align = _align(y, out)
-    constants = _constants(O, align, y[0], a, out)
-    with launch.on_device_of(output):
-        plan = Plan(
+    tensors = (y, a, scale, shift, out)
+
+    def plan() -> Plan:
+        align = _align(y, out)
+        constants = _constants(O, align, y[0], a, out)
+        return Plan(
             norm_kernels.combine_kernel,
             (N * launch.ceil_div(y.shape[3], constants["ROWS"]), launch.ceil_div(O, constants["BLOCK_O"])),
             (*_strides(y, align), a.stride(), launch.strides_of(out, align), y.shape[3]),
             {"K": K, **constants},
         )
-        launch.submit(Launch(plan, (y, a, scale, shift, out), lambda: _deliver(out, output)))
+
+    with launch.on_device_of(output):
+        kept = launch.kept(norm_kernels.combine_kernel, tensors, plan)
+        launch.submit(Launch(kept, tensors, lambda: _deliver(out, output)))
 
 
 def branch_reduce(
@@ -75,14 +80,36 @@ def branch_reduce(
     positions = y.shape[3]
     with launch.on_device_of(grad_output):
         parts = None if grad_attention is None else grad_attention.flatten(2).unsqueeze(0)
-        align = _align(grad, y)
-        constants = _constants(O, align, grad, y[0], a, *(() if parts is None else parts))
-        blocks = launch.ceil_div(O, constants["BLOCK_O"])
+        blocks = launch.ceil_div(O, _block_o(O))
         if blocks > 1 and parts is not None:
             parts = parts.new_empty((blocks, N, K, positions), dtype=torch.float32)
-        tiles = N * launch.ceil_div(positions, constants["ROWS"])
+        tiles = N * launch.ceil_div(positions, _rows(O))
         chunks = launch.ceil_div(tiles, TILES)
         sums = mean.new_empty((chunks, 2, K, O))
+        tensors = (grad, y, a, mean, scale, shift, parts, sums)
+
+        def plan() -> Plan:
+            align = _align(grad, y)
+            return Plan(
+                norm_kernels.reduce_kernel,
+                (chunks, blocks),
+                (
+                    launch.strides_of(grad, align),
+                    *_strides(y, align),
+                    a.stride(),
+                    *((0, (0,) * 3) if parts is None else _strides(parts)),
+                    positions,
+                    tiles,
+                ),
+                {
+                    "K": K,
+                    **_constants(O, align, grad, y[0], a, *(() if parts is None else parts)),
+                    "TILES": TILES,
+                    "WANT_ATTENTION": parts is not None,
+                    # Left alone, the compiler takes some 165, and one program would have the SM for itself.
+                    **({} if torch.version.hip else {"maxnreg": 128}),
+                },
+            )
 
         def finish() -> None:
             if parts is not None:
@@ -90,27 +117,7 @@ def branch_reduce(
             for gradient, total in zip((grad_scale, grad_shift), sums.sum(0)):
                 gradient.copy_(total)
 
-        plan = Plan(
-            norm_kernels.reduce_kernel,
-            (chunks, blocks),
-            (
-                launch.strides_of(grad, align),
-                *_strides(y, align),
-                a.stride(),
-                *((0, (0,) * 3) if parts is None else _strides(parts)),
-                positions,
-                tiles,
-            ),
-            {
-                "K": K,
-                **constants,
-                "TILES": TILES,
-                "WANT_ATTENTION": parts is not None,
-                # Left alone, the compiler takes some 165, and one program would have the SM for itself.
-                **({} if torch.version.hip else {"maxnreg": 128}),
-            },
-        )
-        launch.submit(Launch(plan, (grad, y, a, mean, scale, shift, parts, sums), finish))
+        launch.submit(Launch(launch.kept(norm_kernels.reduce_kernel, tensors, plan), tensors, finish))
 
 
 def branch_norm_backward(
@@ -151,11 +158,19 @@ def branch_norm_backward(
 def _fill_statistics(branches: Tensor, mean: Tensor, var: Tensor) -> None:
     K, N, O = branches.shape[:3]
     y = branches.flatten(3)
-    align = _align(y)
-    constants = _constants(O, align, y[0])
-    tiles = N * launch.ceil_div(y.shape[3], constants["ROWS"])
+    tiles = N * launch.ceil_div(y.shape[3], _rows(O))
     chunks = launch.ceil_div(tiles, TILES)
     parts = mean.new_empty((3, chunks, K, O))
+
+    def plan() -> Plan:
+        align = _align(y)
+        constants = _constants(O, align, y[0])
+        return Plan(
+            norm_kernels.statistics_kernel,
+            (chunks, launch.ceil_div(O, constants["BLOCK_O"]), K),
+            (*_strides(y, align), y.shape[3], tiles),
+            {"K": K, **constants, "TILES": TILES},
+        )
 
     def finish() -> None:
         counts, means, squares = parts.double()
@@ -165,13 +180,8 @@ def _fill_statistics(branches: Tensor, mean: Tensor, var: Tensor) -> None:
         # Chan, Golub and LeVeque: square distances of the parts, and of their means from the mean of all.
         var.copy_((squares + counts * (means - mean64).square()).sum(0) / total)
 
-    plan = Plan(
-        norm_kernels.statistics_kernel,
-        (chunks, launch.ceil_div(O, constants["BLOCK_O"]), K),
-        (*_strides(y, align), y.shape[3], tiles),
-        {"K": K, **constants, "TILES": TILES},
-    )
-    launch.submit(Launch(plan, (y, parts), finish))
+    tensors = (y, parts)
+    launch.submit(Launch(launch.kept(norm_kernels.statistics_kernel, tensors, plan), tensors, finish))
 
 
 def _branch_gradients(
@@ -227,16 +237,20 @@ def _fill_gradients(
 ) -> None:
     K, N, O = branches.shape[:3]
     grad, y, a, out = grad_output.flatten(2), branches.flatten(3), attention.flatten(2), gradients.flatten(3)
-    align = _align(grad, y, out)
-    constants = _constants(O, align, grad, y[0], a, out[0])
     channels = gradients.shape[2]
-    plan = Plan(
-        norm_kernels.grad_branches_kernel,
-        (N * launch.ceil_div(y.shape[3], constants["ROWS"]), launch.ceil_div(channels, constants["BLOCK_O"])),
-        (launch.strides_of(grad, align), *_strides(y, align), a.stride(), *_strides(out, align), y.shape[3]),
-        {"K": K, **constants, "CHANNELS": channels},
-    )
-    launch.submit(Launch(plan, (grad, y, a, a_coef, b_coef, c_coef, out)))
+    tensors = (grad, y, a, a_coef, b_coef, c_coef, out)
+
+    def plan() -> Plan:
+        align = _align(grad, y, out)
+        constants = _constants(O, align, grad, y[0], a, out[0])
+        return Plan(
+            norm_kernels.grad_branches_kernel,
+            (N * launch.ceil_div(y.shape[3], constants["ROWS"]), launch.ceil_div(channels, constants["BLOCK_O"])),
+            (launch.strides_of(grad, align), *_strides(y, align), a.stride(), *_strides(out, align), y.shape[3]),
+            {"K": K, **constants, "CHANNELS": channels},
+        )
+
+    launch.submit(Launch(launch.kept(norm_kernels.grad_branches_kernel, tensors, plan), tensors))
 
 
 # ------------------------------------------------------------------
@@ -244,16 +258,23 @@ def _fill_gradients(
 
 def _constants(O: int, align: int, *volumes: Tensor) -> dict:
     """Tile and offsets of the kernels that treat each voxel alone; ``volumes`` are [N, channels, positions]."""
-    block_o = min(MAX_BLOCK_O, 1 << (O - 1).bit_length())
     return {
         "O": O,
-        "BLOCK_O": block_o,
-        "ROWS": ELEMENTS // block_o,
+        "BLOCK_O": _block_o(O),
+        "ROWS": _rows(O),
         "ALIGN": align,
         "ROW": launch.row_dtype(*volumes),
         "num_warps": WARPS,
         "num_stages": 1,
     }
+
+
+def _block_o(O: int) -> int:
+    return min(MAX_BLOCK_O, 1 << (O - 1).bit_length())
+
+
+def _rows(O: int) -> int:
+    return ELEMENTS // _block_o(O)
 
 
 def _align(*volumes: Tensor) -> int:
