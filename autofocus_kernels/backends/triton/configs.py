@@ -192,6 +192,7 @@ def _grad_input_weight(
     small = max(C, O) <= 32 and kernel != "grad_input_weight_scaled"
     # A scale and a wide x each take registers from the rest.
     most_o = 64 // (2 if C > 64 else 1) // (1 if kernel != "grad_input_weight_scaled" else 2)
+    # With 128 registers two programs share an SM: the gathers of one wait while the other's are multiplied.
     narrow = Config(128, block(C, 128), block(O, most_o), 8, 128 if small else 255)
     wide = Config(256, block(C, 64), block(O, 32 if max(C, O) <= 32 else 16), 8, 255)
-    return (wide, narrow, least) if max(C, O) <= 32 else (narrow, wide, least)
+    return narrow, wide, least

@@ -255,7 +255,7 @@ def _plan_grad_input_weight(
     blocks = ceil_div(weight.shape[1], config.block_c)
     splits = walk.num_tiles
     if grad_weight is not None:
-        splits = min(splits, ceil_div(_resident_programs(input.device), blocks))
+        splits = min(splits, ceil_div(_resident_programs(input.device, config), blocks))
     numbers = (
         source.stride,
         source.branch_stride,
@@ -397,11 +397,12 @@ def row_dtype(*volumes: Tensor | None, beyond: tuple[int, ...] = ()) -> tl.dtype
     return tl.int32 if max(spans) < 2**31 else tl.int64
 
 
-def _resident_programs(device: torch.device) -> int:
-    """How many programs of one kernel share the sum of grad_weight: as many as run at once."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 3
+def _resident_programs(device: torch.device, config: Config) -> int:
+    """How many programs of one kernel share the sum of grad_weight: as many as run at once, by their registers."""
+    if device.type != "cuda":
+        return 3
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return multiprocessors * max(1, 2**16 // (32 * config.num_warps * config.registers))
 
 
 # ------------------------------------------------------------------ tensors as the kernels want them
