@@ -49,6 +49,9 @@ def check_layer_input(input: Tensor, weight: Tensor) -> None:
 @torch.fx.wrap
 def _check_gate_input(input: Tensor, weight_shape: tuple[int, ...]) -> None:
     check_input_shape(_batched(input, len(weight_shape)), weight_shape)
+    size = tuple(input.shape[2 - len(weight_shape) :])
+    if 0 in size:  # the operator gives an empty output for it, the gate's convolutions an error that names no argument
+        raise ValueError(f"input must have at least one voxel on every spatial axis, got spatial size {size}")
 
 
 def _batched(input: Tensor, dims: int) -> Tensor:

@@ -206,6 +206,14 @@ def test_empty_batch():
     assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
 
 
+@each_dims
+def test_an_empty_spatial_axis_is_named(dims):
+    layer = LAYERS[dims](3, 5, dilations=(1, 2))
+    for batch in ((2,), ()):
+        with pytest.raises(ValueError, match=r"^input must have at least one voxel on every spatial axis, got .*\b0\b"):
+            layer(torch.randn(*batch, 3, *SIZE[: dims - 1], 0))
+
+
 def test_backend_is_passed_on():
     layer = AutofocusConv2d(3, 5, dilations=(1, 2), backend="cuda")
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this call"):
