@@ -138,6 +138,34 @@ def test_without_locks(tmp_path, monkeypatch):
     assert (tmp_path / "file.txt").read_text() == "text" and os.listdir(tmp_path) == ["file.txt"]
 
 
+def flip_a_bit(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_changed_bit_in_packed_voxels(tmp_path):
+    path = tmp_path / "image.nii.gz"
+    voxels = np.random.default_rng(0).integers(0, 255, (20, 20, 20), np.uint8)
+    write_nifti(path, voxels, np.eye(4))
+    flip_a_bit(path, path.stat().st_size // 2)
+    assert (nibabel.load(path).get_fdata() != voxels).any()  # nibabel does not see it
+    with pytest.raises(SegmentationError, match=f"^{re.escape(str(path))}: cannot be read, it is damaged or truncated"):
+        read_nifti(path)
+
+
+def test_a_changed_bit_in_a_checkpoint(tmp_path):
+    path = tmp_path / "best.pt"
+    weight = torch.arange(1000.0)
+    files.write_checkpoint(path, {"weight": weight})
+    flip_a_bit(path, path.read_bytes().index(weight.numpy().tobytes()) + 2002)
+    assert not torch.equal(torch.load(path, weights_only=True)["weight"], weight)  # torch does not see it
+    with pytest.raises(
+        SegmentationError, match=f"^{re.escape(str(path))}: cannot be read as a checkpoint: it is damag"
+    ):
+        files.read_checkpoint(path)
+
+
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 def test_truncated_or_no_nifti(tmp_path, suffix):
     path = tmp_path / f"image{suffix}"

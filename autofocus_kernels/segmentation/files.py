@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -83,6 +84,10 @@ def read_nifti(path: str | os.PathLike, spatial_dims: int = 3) -> Image:
         raise SegmentationError(f"{path}: must hold real numbers, got {image.get_data_dtype()}")
     try:
         data = image.get_fdata(dtype=np.float32, caching="unchanged")
+        if str(path).endswith(".gz"):  # nibabel stops at the last voxel; the checksum comes after it
+            with gzip.open(path) as file:
+                while file.read(1 << 20):
+                    pass
     except Exception as error:  # gzip, zlib, nibabel and numpy each have their own for a damaged file
         raise SegmentationError(f"{path}: cannot be read, it is damaged or truncated: {_reason(error)}") from error
     while data.ndim > 3 and data.shape[-1] == 1:
@@ -337,6 +342,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     import torch
 
     try:
+        if zipfile.is_zipfile(path):  # torch.load compares no checksums; files before torch 1.6 have none
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"it is damaged, {damaged} has another checksum")
         values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise SegmentationError(
