@@ -298,8 +298,9 @@ TURNED = np.diag([-1.0, 2.0, 3.0, 1.0])
         (ORGAN[..., None] * [1, 1], None, None, "pred/a.nii.gz must hold one label map"),
         (ORGAN, None, "brats1066", "regions must be a mapping or one of brats2015, got 'brats1066'"),
         (ORGAN, None, {"organ": (0, 1)}, "region organ must hold labels above 0"),
+        (ORGAN, None, {"organ": (1, -1)}, r"region organ must hold labels above 0, got \[1, -1\]"),
     ],
-    ids=["shape", "affine", "label", "axes", "preset", "background"],
+    ids=["shape", "affine", "label", "axes", "preset", "background", "negative"],
 )
 def test_bad_input_names_the_file_and_writes_nothing(folders, predicted, affine, regions, message):
     pred, truth = folders

@@ -215,7 +215,7 @@ def _check_regions(regions: Regions | str, known: set[int] | None) -> dict[str, 
             raise ValueError(f"regions must be a mapping or one of {', '.join(PRESETS)}, got {regions!r}")
         regions = PRESETS[regions]
     for name, labels in regions.items():
-        if not labels or 0 in labels:
+        if not labels or min(labels) < 1:
             raise ValueError(f"region {name} must hold labels above 0, got {list(labels)}")
         if known is not None and not known.issuperset(labels):
             raise ValueError(f"region {name} holds {list(labels)}; the labels of the dataset are {sorted(known)}")
