@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 COMMANDS = {
@@ -39,9 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *arguments, **keywords) -> None:
+        super().__init__(*arguments, **keywords)
+        self.register("type", Path, _path)  # of every argument with type=Path
+
     def error(self, message: str) -> NoReturn:
         """Instead of all options and exit: they are what --help is for."""
         raise ValueError(f"{message} ({self.prog} --help tells more)")
+
+
+def _path(text: str) -> Path:
+    """What an unset variable of a shell leaves, "", would be the current folder to Path."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or a folder, got ''")
+    return Path(text)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
