@@ -14,6 +14,7 @@ from autofocus_kernels import nnunet
 
 PACKAGE = Path(autofocus_kernels.__file__).parent
 TINY = """
+import os
 from autofocus_kernels.nnunet.nnUNetTrainerAutofocus import nnUNetTrainerAutofocus
 
 
@@ -23,7 +24,8 @@ class nnUNetTrainerTiny(nnUNetTrainerAutofocus):
     # nnU-Net reads the names of the arguments.
     def __init__(self, plans, configuration, fold, dataset_json, device):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, 3, 1
+        self.num_epochs = int(os.environ.get("EPOCHS", 1))
+        self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 3, 1
 """
 
 GATES = """
@@ -167,6 +169,14 @@ def test_an_epoch_of_training_and_prediction(environment, tmp_path):
         **environment,
     )
     assert len(list((tmp_path / "predicted").glob("ball_*.nii.gz"))) == 5
+
+    command(
+        "run.run_training", "run_training_entry", "1", "3d_fullres", "0", *settings, "--c", EPOCHS="2", **environment
+    )
+    further = torch.load(trained / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    assert further["current_epoch"] == 2
+    gate = next(name for name in further["network_weights"] if name.endswith("attention.conv1.weight"))
+    assert not torch.equal(further["network_weights"][gate], checkpoint["network_weights"][gate])
 
 
 @pytest.mark.nnunet
