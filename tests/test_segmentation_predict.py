@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import logging
 import os
+import shutil
 import signal
 
 import nibabel
@@ -362,7 +363,7 @@ def test_label_files_of_another_origin_are_neither_kept_nor_lost(run, images, tm
     out = tmp_path / "out"
     predict(run, images, out)
     before = (out / "a.nii.gz").read_bytes()
-    with pytest.raises(ValueError, match="a.nii.gz: is there already, and not of this model, tiling and window"):
+    with pytest.raises(ValueError, match="a.nii.gz: is there already, and not of this model, tiling, window and"):
         predict(run, images, out, tiling="gaussian")
     network = build_network(CONFIG)  # trained on, say
     write_checkpoint(run / "best.pt", {"model": network.state_dict()})
@@ -375,6 +376,26 @@ def test_label_files_of_another_origin_are_neither_kept_nor_lost(run, images, tm
     nibabel.save(nibabel.Nifti1Image(np.zeros((28, 24), np.uint8), ROTATED), out / "b.nii.gz")  # somebody's truth
     with pytest.raises(ValueError, match="b.nii.gz: is there already"):
         predict(run, images, out)
+
+
+@pytest.mark.usefixtures("quick_pictures")
+@pytest.mark.parametrize("changed", ["image", "mask"])
+def test_label_files_of_another_image_of_that_name_are_not_taken_for_its_own(run, images, tmp_path, changed):
+    mask = tmp_path / "mask.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.ones((28, 24), np.uint8), ROTATED), mask)
+    entry = {"image": str(images / "a.nii.gz"), "mask": str(mask), "case": "a", "split": "test"}
+    write_json(tmp_path / "list.json", [entry])
+    out = tmp_path / "out"
+    predict(run, tmp_path / "list.json", out)
+    predict(run, tmp_path / "list.json", out)
+    if changed == "image":
+        shutil.copy(images / "b.nii.gz", images / "a.nii.gz")
+    else:
+        nibabel.save(nibabel.Nifti1Image(np.eye(28, 24, dtype=np.uint8), ROTATED), mask)
+    with pytest.raises(ValueError, match="a.nii.gz: is there already, and not of .* image"):
+        predict(run, tmp_path / "list.json", out)
+    predict(run, tmp_path / "list.json", out, overwrite=True)
+    assert len(nibabel.load(out / "a.nii.gz").header["descrip"].item()) < 80
 
 
 def test_a_case_without_its_attention_is_not_complete(run, images, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -99,6 +100,22 @@ def read_nifti(path: str | os.PathLike, spatial_dims: int = 3) -> Image:
         raise SegmentationError(f"{path}: must hold finite numbers, {bad} voxels are NaN or infinite")
     _require_place(path, image.affine, min(data.ndim, spatial_dims))
     return Image(data, image.affine, image.header)
+
+
+def digest_of(path: str | os.PathLike) -> bytes:
+    """SHA-256 of the bytes of a file.
+
+    Raises:
+        SegmentationError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise SegmentationError(f"{path}: cannot be read: {_reason(error)}") from error
+    return digest.digest()
 
 
 def _require_place(path: str | os.PathLike, affine: np.ndarray, dims: int) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .dataset import Case, Sample, read_case, read_dataset
-from .files import SegmentationError, make_folder, nifti_files, read_nifti, stem, target_of, write_nifti
+from .files import SegmentationError, digest_of, make_folder, nifti_files, read_nifti, stem, target_of, write_nifti
 from .parallel import find_device
 from .pictures import is_ours, write_attention, write_overlay
 from .run import Config, load_model
@@ -35,7 +35,7 @@ def predict(
     attention: bool = False,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Segments every case of ``input`` that ``output`` does not hold yet; label files say of which model they are.
+    """Segments every case of ``input`` that ``output`` does not hold yet; label files say of what they are.
 
     Each case gives ``CASE.nii.gz`` (uint8, with the shape, affine and orientation of its image) and ``CASE.png``, and
     with ``attention`` ``attention/CASE.png`` and for every autofocus layer ``attention/CASE/LAYER_weights.nii.gz``
@@ -71,7 +71,7 @@ def predict(
     files = {case.name: Path(output) / f"{case.name}.nii.gz" for case in cases}
     _require_places(cases, files.values(), overwrite)
     origin = f"autofocus_kernels {_fingerprint(network)} {tiling} {'x'.join(map(str, window))}"
-    done = set() if overwrite else {name for name, file in files.items() if _is_done(file, attention, origin)}
+    done = set() if overwrite else {case.name for case in cases if _is_done(files[case.name], attention, case, origin)}
     make_folder(output)
     for case in tqdm(cases, desc="predict", unit="case", disable=None):
         if case.name not in done:
@@ -134,17 +134,30 @@ def _fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _is_done(labels: Path, attention: bool, origin: str) -> bool:
+def _signature(case: Case, origin: str) -> str:
+    """``origin`` and the files that were segmented, by their content; it fits into the 80 bytes of ``descrip``.
+
+    Raises:
+        SegmentationError: a file that cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in (*case.images, case.mask):
+        if path is not None:
+            digest.update(digest_of(path))
+    return f"{origin} {digest.hexdigest()[:12]}"
+
+
+def _is_done(labels: Path, attention: bool, case: Case, origin: str) -> bool:
     """
     Raises:
-        SegmentationError: the file is there, but of another origin.
+        SegmentationError: the file is there, but of another origin or of another image.
     """
     if not labels.exists():
         return False
-    if read_nifti(labels).header["descrip"].item().decode(errors="replace") != origin:
+    if read_nifti(labels).header["descrip"].item().decode(errors="replace") != _signature(case, origin):
         raise SegmentationError(
-            f"{labels}: is there already, and not of this model, tiling and window: choose another folder for the "
-            "output, or overwrite"
+            f"{labels}: is there already, and not of this model, tiling, window and image: choose another folder for "
+            "the output, or overwrite"
         )
     return not attention or _attention_picture(labels).exists()
 
@@ -168,7 +181,7 @@ def _predict_case(case: Case, windows: Windows, config: Config, file: Path, atte
         write_attention(_attention_picture(file), image[box], labels[box], sample.affine, maps, rates)
     write_overlay(_picture(file), image, labels, sample.affine, dict(enumerate(config.labels)))
     header = sample.header.copy()
-    header["descrip"] = origin
+    header["descrip"] = _signature(case, origin)
     write_nifti(file, labels.reshape(sample.shape), sample.affine, header)
 
 
