@@ -273,6 +273,16 @@ def test_cases_that_do_not_match(folders, predictions, truths, message):
         match_cases(pred, truth)
 
 
+def test_the_truth_is_no_prediction_of_itself(folders):
+    pred, truth = folders
+    touch(truth, "p1")
+    with pytest.raises(ValueError, match="truth/p1.nii.gz: must be a prediction, and is the truth itself"):
+        match_cases(truth, truth)
+    (pred / "p1.nii.gz").symlink_to(truth / "p1.nii.gz")
+    with pytest.raises(ValueError, match="pred/p1.nii.gz: must be a prediction, and is the truth itself"):
+        match_cases(pred, truth)
+
+
 def test_a_subset_is_scored_when_asked_for(folders):
     pred, truth = folders
     touch(pred, "p1")

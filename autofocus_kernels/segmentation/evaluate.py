@@ -168,8 +168,8 @@ def match_cases(pred: Path, truth: Path, subset: bool = False) -> dict[str, tupl
     whose name goes on from it, or it from the other, with ``_``, ``-`` or ``.``: ``p7`` and ``p7_seg``.
 
     Raises:
-        ValueError: no file, none or several that fit one, two predictions of one truth, or without ``subset`` a truth
-            without a prediction.
+        ValueError: no file, none or several that fit one, two predictions of one truth, a prediction that is the
+            truth's file, or without ``subset`` a truth without a prediction.
     """
     predictions, truths = nifti_files(pred), nifti_files(truth)
     pairs = {}
@@ -185,6 +185,8 @@ def match_cases(pred: Path, truth: Path, subset: bool = False) -> dict[str, tupl
     for path, true in pairs.values():
         if true in used:
             raise SegmentationError(f"{path} and {used[true]} are both predictions of {true}: only one can be scored")
+        if path.samefile(true):  # one folder for both, say, or links: perfect scores of nothing
+            raise SegmentationError(f"{path}: must be a prediction, and is the truth itself, {true}")
         used[true] = path
     missing = [str(path) for path in truths.values() if path not in used]
     if missing and not subset:
