@@ -511,6 +511,7 @@ def test_decathlon(tmp_path):
     [
         ({"modality": None}, '"modality" must map'),
         ({"labels": {"0": "background", "2": "organ"}}, '"labels" must map'),
+        ({"labels": {"0": "background", "1": ["organ"]}}, '"labels" must map'),
         ({"labels": {"background": 0, "organ": 1, "lesion": 1}}, '"labels" must map'),
         ({"labels": {"0": "rest", "1": "organ", "2": "organ"}}, "name of its own, got 'organ' for labels 1 and 2"),
         ({"labels": {"0": "background"}}, "must name the background and at least one more label"),
@@ -527,6 +528,13 @@ def test_bad_descriptions(tmp_path, changes, message):
     files.write_json(tmp_path / "dataset.json", GOOD | changes)
     with pytest.raises(SegmentationError, match=f"dataset.json: .*{message}"):
         read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", ["test"], {"test": 1}, None])
+def test_a_split_of_another_form(tmp_path, split):
+    files.write_json(tmp_path / "list.json", [GOOD["training"][0] | {"split": split}])
+    with pytest.raises(SegmentationError, match="list.json: split must be one of training, validation, test, got "):
+        read_dataset(tmp_path / "list.json", ["background", "organ"])
 
 
 def test_a_description_without_lists(tmp_path):

@@ -144,7 +144,7 @@ def _from_list(path: Path, entries: Any, modalities: Sequence[str] | None, label
     splits: dict[str, list] = {name: [] for name in _SPLITS}
     for entry in entries:
         split = entry.get("split", "training")
-        if split not in splits:
+        if not isinstance(split, str) or split not in splits:
             raise SegmentationError(f"{path}: split must be one of {', '.join(_SPLITS)}, got {split!r}")
         splits[split].append(entry)
     if modalities is None:
@@ -191,9 +191,14 @@ def _names_in_order(path: Path, key: str, table: Any) -> list[str]:
     if isinstance(table, dict) and all(isinstance(value, int) for value in table.values()):
         names = {str(value): name for name, value in table.items()}
         table = names if len(names) == len(table) else table  # two names of one number are of no form
-    if not isinstance(table, dict) or not table or set(table) != {str(i) for i in range(len(table))}:
+    if (
+        not isinstance(table, dict)
+        or not table
+        or set(table) != {str(i) for i in range(len(table))}
+        or not all(isinstance(name, str) for name in table.values())
+    ):
         raise SegmentationError(f'{path}: "{key}" must map "0", "1", ... to names, got {table!r}')
-    return [str(table[str(i)]) for i in range(len(table))]
+    return [table[str(i)] for i in range(len(table))]
 
 
 def _dataset(path: Path, modalities: Sequence[str], labels: Sequence[str], splits: dict[str, Any]) -> Dataset:
