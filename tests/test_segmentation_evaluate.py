@@ -91,6 +91,12 @@ def test_one_of_two_slices_may_be_stored_as_a_volume(folders, shapes):
     assert (of_a.dice, of_a.hausdorff95) == (1.0, 0.0)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_what_monai_does_to_itself_is_no_warning_to_the_user():
+    organ = box((6, 6, 6), (1, 4), (1, 4), (1, 4))
+    assert score(organ, organ, (1.0, 1.0, 1.0))[:2] == [1.0, 0.0]
+
+
 @pytest.mark.parametrize(
     "in_prediction,in_truth,dice,empty",
     [(False, False, math.nan, "both empty"), (False, True, 0.0, "missed"), (True, False, 0.0, "spurious")],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,12 +135,14 @@ def _score(predicted: np.ndarray, true: np.ndarray, spacing: list[float]) -> tup
         return 0.0, math.nan, math.nan, SPURIOUS if predicted.any() else MISSED
     masks = [torch.from_numpy(mask)[None, None] for mask in (predicted, true)]
     distances = {"include_background": True, "spacing": spacing}
-    return (
-        metrics.compute_dice(*masks, include_background=True).item(),
-        metrics.compute_hausdorff_distance(*masks, percentile=95, **distances).item(),
-        metrics.compute_average_surface_distance(*masks, symmetric=True, **distances).item(),
-        "",
-    )
+    with warnings.catch_warnings():  # MONAI 1.6 calls its own function with an argument that it has deprecated
+        warnings.filterwarnings("ignore", "monai.metrics.utils get_mask_edges:always_return_as_numpy", FutureWarning)
+        return (
+            metrics.compute_dice(*masks, include_background=True).item(),
+            metrics.compute_hausdorff_distance(*masks, percentile=95, **distances).item(),
+            metrics.compute_average_surface_distance(*masks, symmetric=True, **distances).item(),
+            "",
+        )
 
 
 def summarise(scores: Iterable[Score]) -> list[dict[str, str | int | float]]:
