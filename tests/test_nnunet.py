@@ -49,6 +49,14 @@ for name, value in plain.network.state_dict().items():
     assert ".seg_layers." in name or torch.equal(weights[name], value), name
 layers = [module for module in tiny.network.modules() if isinstance(module, AutofocusConv3d)]
 assert layers and not any(layer.attention.conv2.weight.any() for layer in layers)
+torch.save({"weights": {}}, sys.argv[1])
+for wrong, message in ((sys.argv[1], "be a checkpoint of nnU-Net"), (sys.argv[2], "hold the weights of the network")):
+    try:
+        tiny.add_gates(wrong, sys.argv[2] + ".gates")
+    except ValueError as error:
+        assert str(error).startswith("source must " + message) and wrong in str(error), error
+    else:
+        raise AssertionError(wrong)
 """
 
 

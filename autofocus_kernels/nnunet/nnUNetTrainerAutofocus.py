@@ -63,8 +63,15 @@ class nnUNetTrainerAutofocus(nnUNetTrainer):
         nnU-Net loads pretrained weights only if they hold every parameter of the network. The gates added here give
         nearly all attention to the trained convolution, so that training starts close to where ``source`` ended.
         nnU-Net's checkpoints are pickles, which can run code: give it only files that you trust.
+
+        Raises:
+            ValueError: ``source`` is no checkpoint of nnU-Net, or not of its planned network as it is.
         """
         checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+        if not isinstance(checkpoint, dict) or not {"init_args", "network_weights"} <= set(checkpoint):
+            raise ValueError(
+                f"source must be a checkpoint of nnU-Net, with init_args and network_weights, got {source}"
+            )
         made_with = checkpoint["init_args"]
         plans = PlansManager(made_with["plans"])
         configuration = plans.get_configuration(made_with["configuration"])
@@ -74,6 +81,11 @@ class nnUNetTrainerAutofocus(nnUNetTrainer):
             determine_num_input_channels(plans, configuration, made_with["dataset_json"]),
             plans.get_label_manager(made_with["dataset_json"]).num_segmentation_heads,
         )
-        network.load_state_dict(checkpoint["network_weights"])
+        try:
+            network.load_state_dict(checkpoint["network_weights"])
+        except RuntimeError as error:  # it has gates already, or another trainer built the network
+            raise ValueError(
+                f"source must hold the weights of the network as nnU-Net plans it, got {source}: {error}"
+            ) from error
         convert(network, cls.dilations, cls.select(network))
         torch.save({**checkpoint, "network_weights": network.state_dict()}, target)
