@@ -1,6 +1,5 @@
 #include "bfloat16_gemm.h"
 
-#include <algorithm>
 #include <cstring>
 #include <vector>
 

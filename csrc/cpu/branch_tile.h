@@ -55,6 +55,7 @@ struct BranchPlan {
     together = (slabs.each() > 1 || lattices.count() == 1) && lattice_size >= kWorthSharing;
     constexpr int64_t kTileBytes = 32 * 1024;
     voxels = std::clamp<int64_t>(kTileBytes / sizeof(A) / (tap_columns + in_width), 12, 64);
+    rows = voxels - 1 + bfloat16_rows(1);
   }
   // All threads at one lattice after another, or a lattice for each.
   ParallelFor over_lattices(ParallelFor parallel) const { return together ? serial : parallel; }
@@ -70,6 +71,7 @@ struct BranchPlan {
   int64_t low_depth;                // of a product over input channels in bfloat16
   int64_t lattice_size, slab_size;  // of the largest block of a lattice, and of a slab
   int64_t voxels;                   // of a tile
+  int64_t rows;                     // and room for those of a product that begins at any of them
 };
 
 // values[k][output point][width]
@@ -136,8 +138,8 @@ struct BranchTile {
   explicit BranchTile(const BranchPlan<A>& plan)
       : in_width(plan.in_width),
         x(plan.voxels * plan.in_width),
-        columns((plan.voxels - 1 + bfloat16_rows(1)) * plan.tap_columns),
-        low_x(plan.low_precision ? (plan.voxels - 1 + bfloat16_rows(1)) * plan.low_depth : 0),
+        columns(plan.rows * plan.tap_columns),
+        low_x(plan.low_precision ? plan.rows * plan.low_depth : 0),
         tiles(plan.low_precision) {}
 
   template <typename T>
@@ -179,8 +181,7 @@ struct BranchTile {
   }
 
   const int64_t in_width;
-  const Scratch<A> x;  // [voxel][C padded]
-  // With room for the rows of a product that begins at any voxel.
+  const Scratch<A> x;             // [voxel][C padded]
   const Scratch<A> columns;       // [voxel][tap x][width]
   const Scratch<uint16_t> low_x;  // x in bfloat16
   const AmxTiles tiles;

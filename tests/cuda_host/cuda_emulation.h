@@ -71,7 +71,7 @@ void wait_for_copies(uint64_t& barrier, uint32_t phase);
 void copy_bulk(unsigned char* to, const void* from, int bytes, uint64_t& barrier);
 void note_read(uint32_t row);  // of 16 bytes of shared memory, by this thread
 
-// What a tensor core adds to a sum: it cuts off what others round (Ootomo and Yokota 2022).
+// A tensor core's sum, which is cut off where others are rounded (docs/cuda.md, grad_weight).
 inline float cut_sum(float sum, float products) {
   const double exact = double(sum) + products;
   const float rounded = float(exact);

@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kPlaneSteps = kTileY / 2;  // products of a plane: two rows of eight points each
 constexpr int kBlockOutputs = 64;        // 16 a warp
-// The most tiles that a block goes through. Tensor cores cut their sums off (Ootomo and Yokota 2022): after n products
-// up to n 2^-23 of a sum is missing, of 64 tiles, where each adds up to 64 products, half a thousandth at the worst.
+// The most tiles that a block goes through. Tensor cores cut their sums off (docs/cuda.md): after n products up to
+// n 2^-23 of a sum is missing, of 64 tiles, where each adds up to 64 products, half a thousandth at the worst.
 constexpr int64_t kTilesOfSum = 64;
 
 // grad_output of one plane of a tile as operand a, a product each: rows are this warp's 16 output channels, columns the
