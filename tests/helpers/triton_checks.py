@@ -48,7 +48,7 @@ def logged():
 
 
 @contextlib.contextmanager
-def candidates(*configs, refused=()):
+def candidates(*configs, refused=(), error=None):
     """The launcher has these configurations, and the device refuses some; yields the rows of those launched."""
     launch.forget()
     dispatch.log_refusal.cache_clear()
@@ -59,7 +59,7 @@ def candidates(*configs, refused=()):
             return submit(work)
         launched.append(work.plan.constants["G"].rows)
         if launched[-1] in [config.rows for config in refused]:
-            raise OutOfResources(300000, 232448, "shared memory")
+            raise error or OutOfResources(300000, 232448, "shared memory")
         submit(work)
 
     with replaced(launch, configurations=lambda *key: configs, submit=submit_or_refuse):
@@ -95,6 +95,16 @@ def a_configuration_that_does_not_fit_gives_way():
     assert level == "INFO" and "rows=64" in message and "does not fit" in message
 
 
+def a_compiler_that_fails_counts_as_a_misfit_and_no_other_error_does():
+    with candidates(BIG, SMALL, refused=[BIG], error=RuntimeError("PassManager::run failed")) as launched:
+        forward()
+    assert launched == [64, 16], launched
+    for error in (RuntimeError("Triton Error [CUDA]: an illegal memory access"), torch.OutOfMemoryError("no room")):
+        with candidates(BIG, SMALL, refused=[BIG], error=error) as launched:
+            assert message_of(type(error), forward) == str(error)
+        assert launched == [64], launched
+
+
 def one_that_fitted_may_stop_fitting():
     """A class of problems holds layouts and 64-bit offsets that need more registers."""
     refused, larger = [], dataclasses.replace(CASE, name="larger", size=(4, 5))
@@ -125,6 +135,7 @@ def nothing_fits_and_another_backend_takes_the_call():
         with replaced(launch, gather_source=None):  # not even a copy is made
             message = message_of(RuntimeError, lambda: autofocus_conv(**arguments, **CASE.options, backend="triton"))
         assert message.startswith("backend 'triton' cannot run this call: no configuration fits"), message
+        assert "out of resource: shared memory, Required: 300000" in message, message
         assert len(launched) == 4, launched
 
 
@@ -241,6 +252,7 @@ def same_bits_far_apart(case, names):
 
 CHECKS = (
     a_configuration_that_does_not_fit_gives_way,
+    a_compiler_that_fails_counts_as_a_misfit_and_no_other_error_does,
     one_that_fitted_may_stop_fitting,
     nothing_fits_and_another_backend_takes_the_call,
     what_fits_runs_though_another_pass_does_not_fit,

@@ -21,8 +21,12 @@ _chosen: dict[Hashable, Config] = {}
 _unfit: dict[Hashable, str] = {}
 
 
+# Where the compiler gives a kernel up on a device for which it was not tried, Triton raises RuntimeError with this.
+_COMPILER_FAILED = "PassManager::run failed"
+
+
 class NoConfigurationFits(CannotRun):
-    """Every configuration of a kernel needs more shared memory or registers than the device has."""
+    """No configuration of a kernel compiles into the shared memory and registers of the device."""
 
 
 def forget() -> None:
@@ -46,21 +50,27 @@ def run(key: Hashable, candidates: Sequence[Config], launch: Callable[[Config], 
         NoConfigurationFits: no candidate fits the device, now or in an earlier call.
     """
     require_fit([key])
-    if key in _chosen and fits(key, _chosen[key], launch):
+    if key in _chosen and misfit(key, _chosen[key], launch) is None:
         return
     # One that fitted once may not fit now: a key does not tell layouts and 64-bit offsets apart.
-    best = next((config for config in candidates if fits(key, config, launch)), None)
-    if best is None:
-        _unfit[key] = f"no configuration fits the device for {key}, tried {list(candidates)}"
-        raise NoConfigurationFits(_unfit[key])
-    _chosen[key] = best
+    for config in candidates:
+        why = misfit(key, config, launch)
+        if why is None:
+            _chosen[key] = config
+            return
+    # The last is the least demanding.
+    _unfit[key] = f"no configuration fits the device for {key}, tried {list(candidates)}: {why}"
+    raise NoConfigurationFits(_unfit[key])
 
 
-def fits(key: Hashable, config: Config, launch: Callable[[Config], None]) -> bool:
-    """Launches; False, with a log line, if the device has too little shared memory or too few registers."""
+def misfit(key: Hashable, config: Config, launch: Callable[[Config], None]) -> str | None:
+    """Launches; or why the device has no kernel for ``config``, which is logged too."""
     try:
         launch(config)
-    except (OutOfResources, PTXASError) as error:
+    except (OutOfResources, PTXASError, RuntimeError) as error:
+        # Errors of the device are RuntimeErrors as well, and no configuration mends them.
+        if isinstance(error, RuntimeError) and _COMPILER_FAILED not in str(error):
+            raise
         logger.info("triton: %s does not fit for %s: %s", config, key, error)
-        return False
-    return True
+        return str(error).partition("\n")[0]
+    return None
