@@ -1,7 +1,7 @@
-"""Convolutions of an existing network become autofocus layers with the same weights, and convolutions again.
+"""Turns convolutions of an existing network into autofocus layers with the same weights, and back.
 
-A module changes in place: it keeps its identity, its ``weight`` and ``bias`` (the same parameters, so dtype, device,
-memory format, ``requires_grad`` and an optimizer's hold on them), its hooks and its mode, and takes another class.
+A module changes in place. It takes another class and keeps its identity, its hooks, its mode, and its ``weight`` and
+``bias`` (the same parameters, so dtype, device, memory format, ``requires_grad`` and an optimizer's hold on them).
 Whatever refers to it, under several names or from outside ``named_modules``, therefore sees the change.
 """
 
@@ -37,24 +37,24 @@ def convert(
 ) -> nn.Module:
     """Turns convolutions of ``network``, in place, into autofocus layers that keep their weights.
 
-    Eligible are the ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with a kernel larger than one on some axis;
-    transposed convolutions and the gates of autofocus layers are not. Sizes of outputs stay what they were. A
-    state_dict keeps its keys and gains those of the gates (``NAME.attention.*``): a checkpoint of the original network
-    loads with ``strict=False``. The gates are new parameters, trainable and in the convolution's dtype, device and
-    memory format: make the optimizer afterwards, or add them to it. Forward and other hooks stay. A convolution used in
-    several places stays one layer. Convert before ``torch.compile``, FSDP and the like, not after.
+    Every ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with a kernel larger than one on some axis is eligible;
+    transposed convolutions and the gates of autofocus layers are not. Output sizes do not change. A state_dict keeps
+    its keys and gains those of the gates (``NAME.attention.*``), so a checkpoint of the original network loads with
+    ``strict=False``. The gates are new, trainable parameters in the convolution's dtype, device and memory format:
+    create the optimizer afterwards, or add them to it. Forward and other hooks stay. A convolution used in several
+    places stays one layer. Convert before ``torch.compile``, FSDP and the like, not after.
 
     Args:
         network: a module; it may be a convolution itself.
         dilations: K branches, each an int or one int per axis, in units of the convolution's own dilation. One branch
             must be 1 on every axis: the convolution as it was.
-        select: None for every eligible convolution; or names, of convolutions or of modules that hold some, as
-            ``named_modules`` gives them; or a predicate ``(name, convolution) -> bool`` that is asked once for each
-            eligible convolution, with the first of its names.
-        initial_attention: attention that the branch of dilation 1 starts with at every voxel, above 0 and at most 1;
-            the others share the rest. 1 is one-hot: the network computes what it did, but no gradient reaches a
-            saturated gate, which then never trains. 0.99 starts close to it and trains. None leaves the gate as a new
-            layer's, for networks without trained weights.
+        select: None for every eligible convolution; or names of convolutions, or of modules that hold some, as
+            ``named_modules`` gives them; or a predicate ``(name, convolution) -> bool``, called once for each eligible
+            convolution with the first of its names.
+        initial_attention: the attention that the branch of dilation 1 starts with at every voxel, above 0 and at most
+            1; the others share the rest. With 1 the network computes what it did, but no gradient reaches the saturated
+            gate, which then never trains. With 0.99 it starts close to that and trains. None initialises the gate as in
+            a new layer, for networks without trained weights.
 
     Returns:
         ``network``.
@@ -101,17 +101,17 @@ def revert(
 ) -> nn.Module:
     """Turns autofocus layers of ``network``, in place, into convolutions at the dilation of one of their branches.
 
-    The inverse of :func:`convert`: weight and bias stay, the gate is dropped, and the padding is that which keeps the
-    output's size. What a gate chose must be known: name the branch, or give an example on which it is measured. Without
-    either, only gates that ignore their input (as :func:`convert` makes them) say it themselves.
+    The inverse of :func:`convert`: weight and bias stay, the gate is dropped, and the padding keeps the output's size.
+    The branch that a gate prefers must be known: name it, or give an example on which it is measured. Neither is needed
+    for gates that ignore their input, as :func:`convert` makes them.
 
     Args:
         network: a module; it may be an autofocus layer itself.
         branch: index into ``dilations`` of every chosen layer, whatever its gate says. None takes the branch that has
             at least ``1 - tolerance`` of the attention at every voxel.
         select: None for all autofocus layers; names or a predicate as in :func:`convert`.
-        example: for ``branch=None``: an input of the network (or a tuple of its arguments), which is run once, in
-            evaluation mode and without gradients.
+        example: for ``branch=None``: an input of the network (or a tuple of its arguments). The network is run on it
+            once, in evaluation mode and without gradients.
         tolerance: see ``branch``; at least 0 and below 1.
 
     Returns:
@@ -351,7 +351,7 @@ def _branch_of(
     if least is None and measured is None:
         raise ValueError(f"{name} has a gate that depends on its input: give a branch, or an example to measure it on")
     if least is None:
-        raise ValueError(f"{name} is not reached by example: give a branch, or leave it out by select")
+        raise ValueError(f"{name} is not reached by example: give a branch, or leave it out with select")
     chosen = int(least.argmax())
     if not least[chosen] >= 1 - tolerance:
         raise ValueError(

@@ -1,8 +1,7 @@
-"""A volume that is too large for one device: shards along one spatial axis, one on each rank of a process group.
+"""For a volume that is too large for one device: one shard, along one spatial axis, on each rank of a process group.
 
-Every rank calls the layer on its own shard. Before it computes, the ranks exchange the voxels that the layer reads
-beyond its shard, the halo; an output belongs to the rank whose shard holds its centre, so none is computed twice
-(docs/distributed.md).
+Every rank calls the layer on its own shard. First the ranks exchange the halo, the voxels that the layer reads beyond
+a shard. An output belongs to the rank whose shard holds its centre, so none is computed twice (docs/distributed.md).
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ class Span(NamedTuple):
 
 
 class SpatiallySharded(nn.Module):
-    """``layer`` on a volume of which every rank of a process group holds a shard along one spatial axis.
+    """Runs ``layer`` on a volume of which every rank of a process group holds a shard along one spatial axis.
 
     Outputs and gradients of the inputs, joined along ``dim``, are those of ``layer`` on the whole volume. Gradients of
-    its parameters are each rank's own share, as those of every other layer of a network on shards: one process would
-    have their sum, which is left to data parallelism (docs/distributed.md). Differentiable twice, in reverse mode.
+    its parameters are each rank's own share, as in every other layer of a network on shards. One process would have
+    their sum; adding them up is left to data parallelism (docs/distributed.md). Differentiable twice, in reverse mode.
 
     All ranks must call the layer, and its backward, together and in the same order. Shards may differ in size.
 
@@ -52,15 +51,15 @@ class SpatiallySharded(nn.Module):
         layer: an ``AutofocusConvNd``, or an ``nn.ConvNd`` with an odd kernel and zero padding.
         dim: the sharded axis of a batched input ``[N, C, *S]``: 2 is the first spatial axis, -1 the last.
         process_group: its ranks, in order, hold the shards in order; None is the default group.
-        attention_reach: for a gate that is no ``ScaleAttention``: how many voxels it reads, along ``dim``, on either
-            side of the centre of an output. It must treat all voxels alike, as convolutions do.
+        attention_reach: for a gate that is not a ``ScaleAttention``: how many voxels it reads, along ``dim``, on either
+            side of the centre of an output. The gate must treat all voxels alike, as convolutions do.
 
     Shape:
-        as ``layer``, with the rank's part of axis ``dim`` in input and output.
+        as ``layer``; input and output hold the rank's part of axis ``dim``.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong form; inputs that differ between ranks in more than their part
-            of the axis; a rank left without any output; norms that would take statistics of a shard alone.
+        TypeError, ValueError: an argument of the wrong form; inputs whose dtype, shape outside ``dim`` or need for a
+            gradient differs between ranks; a rank without any output; norms that would use a shard's statistics alone.
         RuntimeError: ``torch.distributed`` is not initialised, or this process is not in the group.
     """
 
@@ -215,7 +214,7 @@ def _gather_shards(
     if any(rank != alike[0] for rank in alike):
         forms = [f"{rank[4 : 4 + rank[3]]} (itemsize {rank[0]}, gradient {bool(rank[2])})" for rank in ranks]
         raise ValueError(
-            "input must have one dtype and, but for the sharded axis, one shape on all ranks, and require a gradient "
+            "input must have one dtype and, except along the sharded axis, one shape on all ranks, and require a gradient "
             f"on all or none, got {', '.join(forms)}"
         )
     stops = list(accumulate(sizes))

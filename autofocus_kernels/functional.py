@@ -25,14 +25,16 @@ def autofocus_conv(
     branch_shift: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Weighs K dilated convolutions with one shared weight per voxel: ``out = sum_k a_k (s_k y_k + h_k)``.
+    r"""Sums K dilated convolutions of one shared weight, weighted per voxel: ``out = sum_k a_k (s_k y_k + h_k)``.
 
     ``y_k`` is the convolution of ``input`` with ``weight`` at dilation ``dilations[k]``, zero padded so that all
     branches are centred on the same voxel; ``a_k`` is ``attention[:, k]``. Without ``branch_scale`` and
     ``branch_shift``, ``s_k`` is 1 and ``h_k`` is ``bias``. All branches are computed in one pass and none is kept
-    for backward. Differentiable in every tensor, any number of times, in reverse and forward mode; works under
-    ``torch.func``, ``torch.compile(fullgraph=True)``, ``torch.fx.symbolic_trace`` (as one node) and autocast (tensors
-    are cast to its dtype, float64 excepted).
+    for backward.
+
+    The result can be differentiated in every tensor, any number of times, in reverse and forward mode. The function
+    works under ``torch.func``, ``torch.compile(fullgraph=True)``, ``torch.fx.symbolic_trace`` (as one node) and
+    autocast (which casts all tensors except float64 to its dtype).
 
     Source: Qin et al., "Autofocus Layer for Semantic Segmentation", MICCAI 2018, section 2; docs/math.md.
 
@@ -43,13 +45,13 @@ def autofocus_conv(
         bias: ``[O]`` or None; added in every branch. Must be None in branch mode.
         dilations: K branches, each an int or one int per spatial axis.
         stride: int or one int per spatial axis.
-        padding: "same", "valid", an int or one int per spatial axis, read as in ``nn.ConvNd`` for the smallest
+        padding: "same", "valid", an int or one int per spatial axis, as in ``nn.ConvNd`` for the smallest
             dilation of each axis; larger dilations are padded further to stay centred. An int below zero crops:
-            so many more input positions on each side are read but are not the centre of an output.
+            that many more positions on each side of the input are read but are not the centre of an output.
         branch_scale: ``[K, O]`` or None (ones): ``s_k``. Giving it or ``branch_shift`` selects branch mode.
         branch_shift: ``[K, O]`` or None (zeros): ``h_k``.
-        backend: None chooses; "reference", "cpu", "triton" or "cuda" forces one. The environment variable
-            AUTOFOCUS_BACKEND forces one where this is None.
+        backend: "reference", "cpu", "triton" or "cuda" forces one. With None, the environment variable
+            AUTOFOCUS_BACKEND may force one; otherwise one is chosen for each call.
 
     Returns:
         ``[N, O, *S_out]`` (``[O, *S_out]`` for an input without a batch axis) in the dtype and memory format of

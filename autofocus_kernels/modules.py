@@ -66,9 +66,9 @@ def _result(output: Tensor, attention: Tensor, return_attention: bool):
 class ScaleAttention(nn.Module):
     """The paper's gate: conv -> ReLU -> conv 1 -> softmax over branches.
 
-    Source: Qin et al., MICCAI 2018, section 2.2. The first convolution has dilation 1 and is centred on the voxels
-    that the layer with the same ``stride``, ``padding`` and smallest ``dilation`` computes, so that its output
-    always has the layer's size; where it reaches outside the input it reads zeros.
+    Source: Qin et al., MICCAI 2018, section 2.2. The first convolution has dilation 1. It is centred on the voxels
+    that a layer with the same ``stride``, ``padding`` and smallest ``dilation`` computes, so its output always has
+    the layer's size. Outside the input it reads zeros.
 
     Args:
         in_channels: C, channels of the input.
@@ -232,7 +232,7 @@ class AutofocusConvNd(_ConvNd):
         return _result(output, attention, return_attention)
 
     def blend(self, input: Tensor, attention: Tensor, padding: Padding) -> Tensor:
-        """The layer's output for the weights that the gate gave, and for a padding of the caller's."""
+        """The layer's output for the attention that the gate gave and the padding that the caller chooses."""
         if isinstance(attention, (tuple, list, dict)):  # not: no Tensor, as torch.fx's proxies are
             raise TypeError(f"attention must return a tensor [N, K, *S_out], got {_kind(attention)}")
         tensors = (input, self.weight, attention.to(input.dtype), self.bias)
@@ -272,19 +272,19 @@ Source: Qin et al., "Autofocus Layer for Semantic Segmentation", MICCAI 2018, se
 
 Args:
     in_channels, out_channels, kernel_size, stride, padding, bias, device, dtype: as in ``nn.Conv{n}d``;
-        kernel sizes are odd, and ``padding`` is read for the smallest dilation of each axis.
+        kernel sizes must be odd, and ``padding`` refers to the smallest dilation of each axis.
     dilation: multiplies every entry of ``dilations``.
     groups, padding_mode: only 1 and "zeros".
     dilations: one int, or one int per axis, per branch.
-    branch_norm: normalise every branch by its own batch norm before the sum, as the paper does:
+    branch_norm: normalise every branch by its own batch norm before the sum, as the paper does.
         ``layer.branch_norm`` is then a ``ModuleList`` of K ``nn.BatchNorm{n}d``. Their own mode, momentum, running
-        statistics and parameters count, and ``nn.SyncBatchNorm`` may replace them; their forward (and so a hook) is
-        not called. The bias is added to the first branch only, as in the paper's code: batch norm
-        makes any bias redundant, and new networks do better with ``bias=False``.
+        statistics and parameters are used, and ``nn.SyncBatchNorm`` may replace them. Their forward is not called,
+        nor are their forward hooks. The bias is added to the first branch only, as in the paper's code. Batch norm
+        makes any bias redundant, so new networks do better with ``bias=False``.
     save_branches: with ``branch_norm``, keep the K branches for backward instead of computing them again.
     attention: a module from ``[N, C, *S]`` to weights ``[N, K, *S_out]``; None makes a :class:`ScaleAttention`.
-    detach_attention: the paper's choice: no gradient reaches the input through the gate (its own parameters do
-        train). False lets it through.
+    detach_attention: True, as in the paper, lets no gradient reach the input through the gate (whose own parameters
+        do train). False lets it through.
     backend: None chooses; see :func:`autofocus_kernels.autofocus_conv`.
 
 Shape:

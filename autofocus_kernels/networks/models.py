@@ -1,4 +1,4 @@
-"""The nine networks of the paper by name."""
+"""The paper's nine networks, by name."""
 
 # Not `from __future__ import annotations`: torch.fx pickles the annotations of forward, and no strings.
 from collections.abc import Sequence
@@ -49,14 +49,16 @@ def build(
 
     Args:
         name: one of :data:`NAMES`.
-        in_channels, num_classes, spatial_dims: of the images, of the logits, and 1 to 3.
-        widths: channels of the stem and of the three blocks, and for ASPP-c and ASPP-s of each parallel
-            convolution; None for those of the paper, (30, 40, 40, 50) and then 30 or 120.
-        dilations: rates of the autofocus or ASPP branches, each an int or one int per axis. The smallest is also
-            that of the plain convolutions in the blocks.
+        in_channels: channels of the images.
+        num_classes: channels of the logits.
+        spatial_dims: 1, 2 or 3.
+        widths: channels of the stem and of the three blocks and, for ASPP-c and ASPP-s, of each parallel
+            convolution. None takes the paper's: (30, 40, 40, 50), and then 30 or 120.
+        dilations: rates of the autofocus or ASPP branches, each an int or one int per axis. The plain convolutions
+            in the blocks use the smallest.
         padding: "valid" as published (a 75^3 input gives 47^3 logits) or "same" (logits of the input's size).
-        save_branches: True keeps the branches of every autofocus layer for backward, False of none; None (the
-            default) of the second layer of each block, for most of the speed at less than half of the memory
+        save_branches: which autofocus layers keep their branches for backward: True all, False none, None (the
+            default) the second of each block, for most of the speed at less than half of the memory
             (docs/branch_norm.md, section 3). Results are the same.
         backend: see :class:`autofocus_kernels.AutofocusConv3d`.
 
@@ -112,8 +114,8 @@ class SegmentationNetwork(nn.Module):
     """Stem of two 3^3 convolutions, three residual blocks and a head; made by :func:`build`.
 
     Shape:
-        ``[N, in_channels, *S]`` -> logits ``[N, num_classes, *S]``; with ``padding="valid"`` each axis is shorter by
-        ``crop``, and must be longer than that.
+        ``[N, in_channels, *S]`` -> logits ``[N, num_classes, *S]``. With ``padding="valid"`` the logits are shorter by
+        ``crop`` on each axis, and the input must be longer than that.
     """
 
     def __init__(
@@ -159,6 +161,6 @@ def _check_input(input: Tensor, in_channels: int, crop: tuple[int, ...], name: s
         raise ValueError(f"input must be [N, {in_channels}, *S] with {dims} spatial axes, got {list(input.shape)}")
     if any(size <= less < size + less for size, less in zip(input.shape[2:], crop)):
         raise ValueError(
-            f"input must be at least {[less + 1 for less in crop]} voxels, as the unpadded convolutions of "
-            f'{name} take {list(crop)} away (padding="same" keeps the size), got {list(input.shape[2:])}'
+            f"input must be at least {[less + 1 for less in crop]} voxels, since the unpadded convolutions of "
+            f'{name} remove {list(crop)} (padding="same" keeps the size), got {list(input.shape[2:])}'
         )
