@@ -214,8 +214,8 @@ def _gather_shards(
     if any(rank != alike[0] for rank in alike):
         forms = [f"{rank[4 : 4 + rank[3]]} (itemsize {rank[0]}, gradient {bool(rank[2])})" for rank in ranks]
         raise ValueError(
-            "input must have one dtype and, except along the sharded axis, one shape on all ranks, and require a gradient "
-            f"on all or none, got {', '.join(forms)}"
+            "input must have one dtype and, except along the sharded axis, one shape on all ranks, and require a "
+            f"gradient on all or none, got {', '.join(forms)}"
         )
     stops = list(accumulate(sizes))
     return [Span(stop - size, stop) for size, stop in zip(sizes, stops)]
