@@ -1,6 +1,6 @@
 """The autofocus layer on a real 3D image, in about two minutes: is it right, how fast is it, what does it do?
 
-    python -m benchmarks.demo          writes demo/attention.png and demo/speed.png
+    python -m examples.demo          writes demo/attention.png and demo/speed.png
 
 1. Runs the layer on the image through every backend that this machine has and checks output and gradients against
    the reference in float64.
