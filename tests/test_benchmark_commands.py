@@ -28,7 +28,9 @@ def refused(capsys, command, arguments):
 
 def module(name):
     """``benchmarks.name``, if what it needs is there."""
-    pytest.importorskip({"segmentation": "monai", "triton_host": "triton"}.get(name, "torch"))
+    pytest.importorskip(
+        {"segmentation": "monai", "triton_configs": "triton", "triton_host": "triton"}.get(name, "torch")
+    )
     return importlib.import_module(f"benchmarks.{name}")
 
 
@@ -58,6 +60,8 @@ BAD = [
     ("sharded", "--processes", "129"),  # of 128 planes
     ("sharded", "--channels", "0"),
     ("sharded", "--size", "0 8 8"),
+    ("triton_configs", "--seconds", "-1"),
+    ("triton_configs", "--time-limit", "soon"),
     ("triton_host", "--calls", "0"),
     ("triton_host", "--size", "0"),
     ("segmentation", "--seeds", "0"),
