@@ -156,6 +156,32 @@ def what_fits_runs_though_another_pass_does_not_fit():
     assert len(launched) == 3, launched
 
 
+# ------------------------------------------------------------------ the weight
+
+
+def the_weight_is_repacked_once_for_all_kernels_that_read_it_alike():
+    launched = []
+    with candidates(SMALL), replaced(launch, submit=lambda work: launched.append(work.plan.kernel)):
+        for mode, function, repacked in (
+            ("plain", "forward", 1),
+            ("plain", "backward", 1),
+            ("branch", "backward", 2),  # by output and by input channels
+            ("plain", "branch_statistics", 1),  # a kernel for each branch
+        ):
+            case = dataclasses.replace(CASE, mode=mode)
+            tensors = testing.make_tensors(case)
+            call = call_of(case, tensors)
+            if function == "forward":
+                backend.forward(call, tensors.grad_output)
+            elif function == "backward":
+                like = (tensors.input, tensors.weight, tensors.attention, tensors.branch_scale)
+                backend.backward(call, tensors.grad_output, Gradients(*like))
+            else:
+                backend.branch_statistics(call, torch.stack(2 * [tensors.grad_output]), None, None)
+            assert launched.count(launch.kernels.repack_kernel) == repacked, (mode, function, launched)
+            launched.clear()
+
+
 # ------------------------------------------------------------------ the self-check
 
 
@@ -256,6 +282,7 @@ CHECKS = (
     one_that_fitted_may_stop_fitting,
     nothing_fits_and_another_backend_takes_the_call,
     what_fits_runs_though_another_pass_does_not_fit,
+    the_weight_is_repacked_once_for_all_kernels_that_read_it_alike,
     a_right_kernel_passes_its_self_check_and_a_wrong_one_is_refused,
     a_small_problem_has_the_tiles_of_the_one_it_stands_for,
     offsets_beyond_32_bits,

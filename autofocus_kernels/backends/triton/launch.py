@@ -126,12 +126,12 @@ def kept(kernel, tensors: tuple[Tensor | None, ...], make: Callable[[], Plan]) -
     return _keep(key, make()) if plan is None else plan
 
 
-def likeness(tensor: Tensor | Source | None) -> tuple | None:
+def likeness(tensor: Tensor | Source | Weight | None) -> tuple | None:
     """All that a plan knows of a tensor."""
     if tensor is None:
         return None
-    if isinstance(tensor, Source):
-        return tensor.align, tensor.branch_stride, *likeness(tensor.tensor)
+    if not isinstance(tensor, Tensor):
+        return tensor.likeness
     return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr() % 16 == 0
 
 
@@ -140,17 +140,17 @@ def likeness(tensor: Tensor | Source | None) -> tuple | None:
 
 def forward(call: Call, output: Tensor) -> None:
     call = call.as_3d()
-    weight, branch_scale, shift = call.weight, call.branch_scale, _shift(call)
+    branch_scale, shift = call.branch_scale, _shift(call)
     kernel = FORWARD if branch_scale is None else FORWARD_SCALED
     require_fit(call, kernel)
-    with on_device_of(weight):
-        source = gather_source(call.input)
+    with on_device_of(output):
+        source, weight = gather_source(call.input), Weight(call.weight)
         run(kernel, call, source, weight, call.attention, branch_scale, shift, as_3d(output))
 
 
 def backward(call: Call, grad_output: Tensor, gradients: Gradients) -> None:
     call = call.as_3d()
-    weight, attention = call.weight, call.attention
+    weight, attention = Weight(call.weight), call.attention
     branch_scale, shift = call.branch_scale, _shift(call)
     grad_output, grad_input, grad_weight, grad_attention = map(as_3d, (grad_output, *gradients[:3]))
     grad_branch_scale = gradients.branch_scale
@@ -161,7 +161,7 @@ def backward(call: Call, grad_output: Tensor, gradients: Gradients) -> None:
     wants_gather = grad_input is not None or grad_weight is not None
     wants_dots = grad_attention is not None or grad_branch_scale is not None
     require_fit(call, *[kernel for kernel, wanted in ((gather, wants_gather), (dots, wants_dots)) if wanted])
-    with on_device_of(weight):
+    with on_device_of(grad_output):
         if wants_gather:
             # Its packed copy is freed before the next one is made.
             source = gather_source(grad_output)
@@ -182,7 +182,7 @@ def require_fit(call: Call, *kernels: Kernel) -> None:
     fitting.require_fit(_key(kernel, call) for kernel in kernels)
 
 
-def run(kernel: Kernel, call: Call, *tensors: Tensor | Source | None) -> None:
+def run(kernel: Kernel, call: Call, *tensors: Tensor | Source | Weight | None) -> None:
     """Launches ``kernel`` as calls like this one were before, or by the first configuration that fits."""
     weight = call.weight
     key = (kernel.name, call.geometry, dot_precision(weight), *map(likeness, tensors))
@@ -225,25 +225,27 @@ def _plan_forward(config, problem, source, weight, attention, branch_scale, shif
     """By the branches' scale if they have one, else blended."""
     walk = Walk(problem, config, source.tensor.shape[0])
     align = alignment(output)
-    constants = _constants(config, walk, source, weight, align, attention, output) | {"HAS_SHIFT": shift is not None}
+    constants = _constants(config, walk, source, weight.tensor, align, attention, output) | {
+        "HAS_SHIFT": shift is not None
+    }
     strides = (_shift_strides(shift), strides_of(output, align))
     if branch_scale is None:
-        kernel, constants["BLEND"] = kernels.forward_kernel, blend_dtype(weight)
+        kernel, constants["BLEND"] = kernels.forward_kernel, blend_dtype(weight.tensor)
     else:
         kernel, strides = kernels.forward_scaled_kernel, (branch_scale.stride(), *strides)
-    grid = (walk.num_tiles, ceil_div(weight.shape[0], config.block_o))
+    grid = (walk.num_tiles, ceil_div(weight.tensor.shape[0], config.block_o))
     numbers = (source.stride, attention.stride(), *strides, *walk.arguments)
     plan = Plan(kernel, grid, numbers, constants, any_numbers=True)
-    plan.repacking = _plan_repack(weight, config, "TCO")
+    plan.repacking = _plan_repack(weight.tensor, config, "TCO")
     return plan
 
 
 def _forward(plan, source, weight, attention, branch_scale, shift, output) -> Launch:
-    return Launch(plan, (source.tensor, repacked(plan, weight), attention, shift, output))
+    return Launch(plan, (source.tensor, weight.repacked(plan), attention, shift, output))
 
 
 def _forward_scaled(plan, source, weight, attention, branch_scale, shift, output) -> Launch:
-    return Launch(plan, (source.tensor, repacked(plan, weight), attention, branch_scale, shift, output))
+    return Launch(plan, (source.tensor, weight.repacked(plan), attention, branch_scale, shift, output))
 
 
 def _plan_grad_input_weight(
@@ -252,7 +254,7 @@ def _plan_grad_input_weight(
     """Without ``attention``, each branch has its own gradient, ``source.branch_stride`` after the one before it."""
     walk = Walk(problem, config, input.shape[0], transposed=True)
     align = alignment(input, grad_input)
-    blocks = ceil_div(weight.shape[1], config.block_c)
+    blocks = ceil_div(weight.tensor.shape[1], config.block_c)
     splits = walk.num_tiles
     if grad_weight is not None:
         splits = min(splits, ceil_div(_resident_programs(input.device, config), blocks))
@@ -266,27 +268,27 @@ def _plan_grad_input_weight(
         *walk.arguments,
         walk.num_tiles,
     )
-    constants = _constants(config, walk, source, weight, align, attention, input, grad_input) | {
+    constants = _constants(config, walk, source, weight.tensor, align, attention, input, grad_input) | {
         "HAS_GATE": attention is not None,
         "HAS_SCALE": branch_scale is not None,
         "WANT_INPUT": grad_input is not None,
         "WANT_WEIGHT": grad_weight is not None,
-        "BLEND": blend_dtype(weight),
+        "BLEND": blend_dtype(weight.tensor),
     }
     plan = Plan(kernels.grad_input_weight_kernel, (splits, blocks), numbers, constants, any_numbers=True)
-    plan.repacking = _plan_repack(weight, config, "TOC")
+    plan.repacking = _plan_repack(weight.tensor, config, "TOC")
     if grad_weight is not None:
         plan.adding = _plan_add_parts(splits, grad_weight)
     return plan
 
 
 def _grad_input_weight(plan, source, input, weight, attention, branch_scale, grad_input, grad_weight) -> Launch:
-    packed = repacked(plan, weight)
+    packed = weight.repacked(plan)
     tensors = (source.tensor, attention, branch_scale, packed, input, grad_input)
     if grad_weight is None:
         return Launch(plan, (*tensors, None))
     of = plan.adding.constants
-    sums = torch.zeros(plan.grid[0], of["T"], of["O"], of["C_SUMS"], dtype=torch.float32, device=weight.device)
+    sums = torch.zeros(plan.grid[0], of["T"], of["O"], of["C_SUMS"], dtype=torch.float32, device=weight.tensor.device)
     return Launch(plan, (*tensors, sums), lambda: submit(Launch(plan.adding, (sums, grad_weight))))
 
 
@@ -300,15 +302,15 @@ def _plan_grad_attention(config, problem, grad_output, source, weight, shift, gr
         grad_attention.stride(),
         *walk.arguments,
     )
-    constants = _constants(config, walk, source, weight, align, grad_output, grad_attention)
+    constants = _constants(config, walk, source, weight.tensor, align, grad_output, grad_attention)
     constants["HAS_SHIFT"] = shift is not None
     plan = Plan(kernels.grad_attention_kernel, (walk.num_tiles, 1), numbers, constants, any_numbers=True)
-    plan.repacking = _plan_repack(weight, config, "TOC")
+    plan.repacking = _plan_repack(weight.tensor, config, "TOC")
     return plan
 
 
 def _grad_attention(plan, grad_output, source, weight, shift, grad_attention) -> Launch:
-    return Launch(plan, (grad_output, source.tensor, repacked(plan, weight), shift, grad_attention))
+    return Launch(plan, (grad_output, source.tensor, weight.repacked(plan), shift, grad_attention))
 
 
 def _plan_grad_scaled(
@@ -325,24 +327,24 @@ def _plan_grad_scaled(
         strides_of(grad_attention),
         *walk.arguments,
     )
-    constants = _constants(config, walk, source, weight, align, grad_output, attention, grad_attention) | {
+    constants = _constants(config, walk, source, weight.tensor, align, grad_output, attention, grad_attention) | {
         "HAS_SHIFT": shift is not None,
         "WANT_ATTENTION": grad_attention is not None,
         "WANT_SCALE": grad_branch_scale is not None,
     }
     plan = Plan(kernels.grad_scaled_kernel, (walk.num_tiles, 1), numbers, constants, any_numbers=True)
-    plan.repacking = _plan_repack(weight, config, "TCO")
+    plan.repacking = _plan_repack(weight.tensor, config, "TCO")
     return plan
 
 
 def _grad_scaled(
     plan, grad_output, source, weight, attention, branch_scale, shift, grad_attention, grad_branch_scale
 ) -> Launch:
-    packed = repacked(plan, weight)
+    packed = weight.repacked(plan)
     tensors = (grad_output, source.tensor, packed, attention, branch_scale, shift, grad_attention)
     if grad_branch_scale is None:
         return Launch(plan, (*tensors, None))
-    sums = torch.empty((plan.grid[0], *branch_scale.shape), dtype=torch.float32, device=weight.device)
+    sums = torch.empty((plan.grid[0], *branch_scale.shape), dtype=torch.float32, device=weight.tensor.device)
     return Launch(plan, (*tensors, sums), lambda: grad_branch_scale.copy_(sums.sum(0)))
 
 
@@ -446,6 +448,10 @@ class Source(NamedTuple):
         """In units of ``align`` elements, except that of the channels."""
         return strides_of(self.tensor, self.align)
 
+    @property
+    def likeness(self) -> tuple:
+        return self.align, self.branch_stride, *likeness(self.tensor)
+
 
 def gather_source(tensor: Tensor) -> Source:
     """``tensor`` itself if its channels are adjacent and its rows aligned, else a packed copy.
@@ -455,18 +461,18 @@ def gather_source(tensor: Tensor) -> Source:
     """
     C = tensor.shape[1]
     widest = min(16 // tensor.itemsize, 1 << (C - 1).bit_length())
-    if alignment(tensor) < widest:
+    if _alignment(tensor) < widest:
         tensor = pack(tensor, ceil_div(C, widest) * widest)
     return Source(tensor, widest)
 
 
 def alignment(*tensors: Tensor | None) -> int:
     """Elements, at most 16 bytes of them, that may be loaded at once at the start of any row of every tensor."""
-    return min(
-        1 if tensor.data_ptr() % 16 else _row_alignment(tensor.shape, tensor.stride(), 16 // tensor.itemsize)
-        for tensor in tensors
-        if tensor is not None
-    )
+    return min(_alignment(tensor) for tensor in tensors if tensor is not None)
+
+
+def _alignment(tensor: Tensor) -> int:
+    return 1 if tensor.data_ptr() % 16 else _row_alignment(tensor.shape, tensor.stride(), 16 // tensor.itemsize)
 
 
 @lru_cache(maxsize=1024)
@@ -514,21 +520,42 @@ def _collapsed_stride(shape: tuple[int, ...], stride: tuple[int, ...]) -> int | 
     return axes[-1][1] if axes else 1
 
 
-def repacked(plan: Plan, weight: Tensor) -> Tensor:
-    """The weight as the kernel of ``plan`` reads it."""
-    of = plan.repacking.constants
-    packed = weight.new_empty(of["T"], of["ROWS_PADDED"], of["COLUMNS_PADDED"])
-    submit(Launch(plan.repacking, (weight, packed)))
-    return packed
+class Weight:
+    """A call's weight: repacked once for all kernels that read it alike."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._repacked: dict[Plan, Tensor] = {}
+
+    @property
+    def likeness(self) -> tuple:
+        return likeness(self.tensor)
+
+    def repacked(self, plan: Plan) -> Tensor:
+        """As the kernel of ``plan`` reads it."""
+        packed = self._repacked.get(plan.repacking)
+        if packed is None:
+            of = plan.repacking.constants
+            packed = self.tensor.new_empty(of["T"], of["ROWS_PADDED"], of["COLUMNS_PADDED"])
+            submit(Launch(plan.repacking, (self.tensor, packed)))
+            self._repacked[plan.repacking] = packed
+        return packed
 
 
 def _plan_repack(weight: Tensor, config: Config, order: str) -> Plan:
-    """[O, C, *kernel] to [T, C, O] (``order`` "TCO") or [T, O, C] ("TOC"), zero-padded to whole blocks."""
+    """[O, C, *kernel] to [T, C, O] (``order`` "TCO") or [T, O, C] ("TOC"), zero-padded to whole blocks.
+
+    The same plan for all kernels that read the same.
+    """
     axes = ((0, config.block_o), (1, config.block_c))
     (row, row_block), (column, column_block) = axes if order == "TOC" else axes[::-1]
     T, rows, columns = math.prod(weight.shape[2:]), weight.shape[row], weight.shape[column]
     padded_rows, padded_columns = ceil_div(rows, row_block) * row_block, ceil_div(columns, column_block) * column_block
-    return Plan(
+    key = ("repack", order, padded_rows, padded_columns, likeness(weight))
+    plan = _plans.get(key)
+    if plan is not None:
+        return plan
+    plan = Plan(
         kernels.repack_kernel,
         (ceil_div(T * padded_rows * padded_columns, ELEMENTS),),
         (weight.stride(row), weight.stride(column), weight.stride()[2:]),
@@ -543,6 +570,7 @@ def _plan_repack(weight: Tensor, config: Config, order: str) -> Plan:
             "BLOCK": ELEMENTS,
         },
     )
+    return _keep(key, plan)
 
 
 def _plan_add_parts(splits: int, grad_weight: Tensor) -> Plan:

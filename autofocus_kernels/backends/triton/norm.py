@@ -15,7 +15,7 @@ from torch import Tensor
 from ...call import Call, as_3d
 from ...geometry import Geometry
 from . import launch, norm_kernels
-from .launch import Launch, Plan, Source
+from .launch import Launch, Plan, Source, Weight
 
 # Elements of a tile in the kernels that treat each voxel alone: 16 a thread of eight warps, two loads of 16 bytes
 # in 16 bits, so a few programs of an SM keep enough in flight, with registers to spare for two sums.
@@ -33,10 +33,10 @@ GRAD_INPUT_WEIGHT_BRANCHES = launch.GRAD_INPUT_WEIGHT._replace(name="grad_input_
 def branch_statistics(call: Call, branches: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
     """Each branch is a forward with one dilation and a gate of ones; one pass over them all gives mean and var."""
     call = call.as_3d()
-    problem, weight = call.geometry, call.weight
-    with launch.on_device_of(weight):
+    problem, weight = call.geometry, Weight(call.weight)
+    with launch.on_device_of(branches):
         source = launch.gather_source(call.input)
-        gate = weight.new_ones(()).expand(call.input.shape[0], 1, *problem.output_size)
+        gate = branches.new_ones(()).expand(call.input.shape[0], 1, *problem.output_size)
         for dilation, branch in zip(problem.dilations, branches):
             one = call._replace(geometry=dataclasses.replace(problem, dilations=(dilation,)))
             launch.run(launch.FORWARD, one, source, weight, gate, None, None, as_3d(branch))
@@ -133,8 +133,7 @@ def branch_norm_backward(
 ) -> None:
     """All dy_k, then one kernel that gathers from each and projects their sum once."""
     call = call.as_3d()
-    weight = call.weight
-    with launch.on_device_of(weight):
+    with launch.on_device_of(grad_output):
         gradients, problem = _branch_gradients(call, grad_output, branches, (a_coef, b_coef, c_coef), grad_branches)
         align = _widest(branches)
         first = as_3d(gradients[0])
@@ -144,7 +143,7 @@ def branch_norm_backward(
             call._replace(geometry=problem),
             source,
             call.input,
-            weight,
+            Weight(call.weight),
             None,
             None,
             as_3d(grad_input),
