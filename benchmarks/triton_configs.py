@@ -41,9 +41,9 @@ LAUNCHES = {
     "grad_weight": ("weight",),
     "grad_attention": ("attention", "branch_scale"),
 }
-ROWS = (64, 128, 256)
 WARPS_AND_REGISTERS = ((4, 255), (8, 128), (8, 255), (16, 128))
-COMPILING = 120  # seconds for all that is compiled beforehand
+ROWS = {64: WARPS_AND_REGISTERS[:3], 128: WARPS_AND_REGISTERS, 256: WARPS_AND_REGISTERS[1:]}
+COMPILING = 180  # seconds for all that is compiled beforehand
 COLUMNS = (
     "case",
     "shape",
@@ -61,13 +61,14 @@ COLUMNS = (
 
 
 def grid(C: int, O: int) -> list[Config]:
-    """Blocks of channels up to those that hold all."""
+    """Blocks of C up to one that holds all, and the half of that, since each gathers anew; of O any."""
 
     def blocks(channels: int, most: int) -> list[int]:
         return [block for block in (16, 32, 64, 128) if block <= most and (block == 16 or block < 2 * channels)]
 
-    ways = itertools.product(ROWS, blocks(C, 64), blocks(O, 128), WARPS_AND_REGISTERS)
-    return [Config(rows, block_c, block_o, *rest) for rows, block_c, block_o, rest in ways]
+    shapes = itertools.product(blocks(C, 64)[-2:], blocks(O, 128))
+    ways = [(rows, *way) for rows, several in ROWS.items() for way in several]
+    return [Config(rows, *shape, *way) for shape in shapes for rows, *way in ways]
 
 
 @contextlib.contextmanager
