@@ -265,7 +265,7 @@ class _Axis(NamedTuple):
         """
         centres = self.centres(outputs)
         first = min((centres.start - reach) // self.stride, outputs.start, (self.size - 1) // self.stride)
-        stop = max(centres.stop + reach, centres.stop + self.origin)
+        stop = max(centres.stop + reach, centres.stop + self.origin, 1)  # no convolution takes an empty part
         return Span(max(first, 0) * self.stride, min(stop, self.size))
 
 

@@ -57,6 +57,7 @@ VOLUMES = {
     "valid": (autofocus(2, padding="valid", dilations=(2, 3)), (5, 3, 6), (9,), 2, {}),
     "wide padding": (autofocus(1, padding=7, dilations=(1, 2)), (3, 1, 2), (), -1, {}),
     "wide padding, empty last": (autofocus(1, padding=3, dilations=(1, 2)), (3, 2, 0), (), -1, {}),
+    "wide padding, empty first": (autofocus(2, kernel_size=(3, 1), padding=3), (0, 2, 3), (4,), -1, {}),
     "kernel and dilation per axis": (
         autofocus(2, kernel_size=(5, 3), dilations=((1, 3), (2, 1), (3, 2))),
         (6, 7, 5),
