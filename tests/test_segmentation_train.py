@@ -269,6 +269,38 @@ def test_another_config_is_refused(finished, phantom_2d):
     assert (finished[0] / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("folder", ["imagesTr", "labelsTr", "masksTr"])
+def test_a_run_does_not_go_on_with_changed_data(finished, phantom_2d, tmp_path, folder):
+    data = tmp_path / "data"
+    shutil.copytree(phantom_2d, data)  # elsewhere, and newer: only what the files hold counts
+    train.train(data, finished[0], **SMALL)
+    other, case, *_ = read_config(finished[0]).training
+    shutil.copy(data / folder / f"{other}.nii.gz", data / folder / f"{case}.nii.gz")
+    with pytest.raises(SegmentationError, match=rf"{folder}/{case}.nii.gz: is not what it was when .* \(1 such"):
+        train.train(data, finished[0], **SMALL)
+
+
+def test_a_run_does_not_go_on_without_its_masks(finished, phantom_2d, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(phantom_2d, data)
+    content = files.read_json(data / "dataset.json")
+    for entry in content["training"]:
+        del entry["mask"]
+    files.write_json(data / "dataset.json", content)
+    with pytest.raises(SegmentationError, match="config.json: .* its cases had 18 files there, 12 here"):
+        train.train(data, finished[0], **SMALL)
+
+
+def test_a_run_that_kept_no_digests_goes_on(finished, phantom_2d, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    config = files.read_json(run / "config.json")
+    digests = config.pop("digests")
+    files.write_json(run / "config.json", config)
+    assert len(train.train(phantom_2d, run, **SMALL)) == 2
+    assert files.read_json(run / "config.json")["digests"] == digests
+
+
 def as_rank(rank, port, data, run, options):
     """As torchrun would start it, in float64."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}

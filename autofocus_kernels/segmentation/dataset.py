@@ -27,6 +27,10 @@ class Case:
     label: Path | None = None
     mask: Path | None = None
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(file for file in (*self.images, self.label, self.mask) if file is not None)
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -108,7 +108,7 @@ def _require_order(source: Path, kind: str, names: Sequence[str], trained: Seque
 
 def _require_places(cases: Sequence[Case], files: Iterable[Path], overwrite: bool) -> None:
     """Before the work: the outputs replace no input, nothing that is no file, and no picture of somebody else's."""
-    inputs = {file.resolve() for case in cases for file in (*case.images, case.label, case.mask) if file is not None}
+    inputs = {file.resolve() for case in cases for file in case.files}
     for file in files:
         picture = target_of(_picture(file))
         if picture.exists() and not overwrite and not is_ours(picture):

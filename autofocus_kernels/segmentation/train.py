@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .. import networks
 from .crops import Crops
 from .dataset import Case, Dataset, read_case, read_dataset
-from .files import SegmentationError, make_folder, read_checkpoint, write_checkpoint, write_csv
+from .files import SegmentationError, digest_of, make_folder, read_checkpoint, write_checkpoint, write_csv
 from .parallel import Place, gather, mean_over_processes, parallel, processes
 from .recipe import PUBLISHED, RECIPES, Recipe, make_loss, make_optimiser, make_scheduler
 from .run import Config, Lock, build_network, load_weights, require_same, write_config
@@ -75,7 +75,7 @@ def train(
         mean over labels) and "dice LABEL" (the mean over the cases that have it, NaN if none has).
 
     Raises:
-        SegmentationError: a file that is no good, or a run of another config; the message names it.
+        SegmentationError: a file that is no good, or a run of another config or of other data; the message names it.
         ValueError, TypeError: an argument of the wrong form; the message names it.
         MemoryError: a batch is too large.
     """
@@ -110,6 +110,7 @@ def train(
         seed,
         tuple(case.name for case in training),
         tuple(case.name for case in validation),
+        tuple(digest_of(file).hex()[:16] for file in _files(training, validation)),
     )
     run = Path(run)
     with processes(device) as place, Lock(run) as lock:
@@ -130,6 +131,10 @@ def _split(dataset: Dataset, seed: int) -> tuple[tuple[Case, ...], tuple[Case, .
     held_out = set(np.random.default_rng(seed).permutation(count)[: max(1, count // 5)].tolist())
     cases = list(enumerate(dataset.training))
     return tuple(c for i, c in cases if i not in held_out), tuple(c for i, c in cases if i in held_out)
+
+
+def _files(training: Sequence[Case], validation: Sequence[Case]) -> list[Path]:
+    return [file for case in (*training, *validation) for file in case.files]
 
 
 class _Training:
@@ -165,7 +170,7 @@ class _Training:
         if begun:
             if place.rank == 0:
                 lock.take()
-            require_same(run, config)
+            require_same(run, config, _files(training, validation))
         if (run / "last.pt").exists():
             self._resume(run / "last.pt")
         self.crops = Crops(
