@@ -23,6 +23,7 @@ from .ops import derivatives
 # A sequence or ModuleList of _BatchNorm, whose statistics and parameters are Optional by type but there where read.
 Norms = Any
 BATCH_NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_OF_SOME_DIMENSION = tuple(BATCH_NORM.values())  # nn.SyncBatchNorm is of any
 
 
 def normed_autofocus_conv(
@@ -80,10 +81,15 @@ def normed_autofocus_conv(
 def _check_norms(norms: Norms, K: int, weight: Tensor) -> None:
     if len(norms) != K:
         raise ValueError(f"branch_norm must hold one norm for each of the {K} dilations, got {len(norms)}")
+    fitting = BATCH_NORM[weight.dim() - 2]
     for k, norm in enumerate(norms):
         if not isinstance(norm, _BatchNorm):
             raise TypeError(
                 f"branch_norm[{k}] must be a batch norm, got {type(norm).__name__} (wrap the layer, not its norms)"
+            )
+        if isinstance(norm, _OF_SOME_DIMENSION) and not isinstance(norm, fitting):
+            raise TypeError(
+                f"branch_norm[{k}] must be of the layer's dimension, {fitting.__name__}, got {type(norm).__name__}"
             )
         if norm.num_features != weight.shape[0]:
             raise ValueError(f"branch_norm[{k}] must have num_features = {weight.shape[0]}, got {norm.num_features}")

@@ -303,6 +303,11 @@ def test_errors_say_what_is_needed(backend):
     layer.branch_norm[1] = nn.GroupNorm(1, 4)
     with pytest.raises(TypeError, match=r"branch_norm\[1\] must be a batch norm, got GroupNorm"):
         layer(input)
+    layer.branch_norm[1] = nn.BatchNorm3d(4)
+    with pytest.raises(
+        TypeError, match=r"branch_norm\[1\] must be of the layer's dimension, BatchNorm2d, got BatchNorm3d"
+    ):
+        layer(input)
     layer.branch_norm[1] = nn.BatchNorm2d(4, device="meta")
     with pytest.raises(ValueError, match=r"branch_norm\[1\] must be on the device of input, cpu, got meta"):
         layer(input)
