@@ -175,8 +175,7 @@ class AutofocusConvNd(_ConvNd):
     ) -> None:
         if groups != 1:
             raise ValueError(f"groups must be 1 (grouped weights are not supported), got {groups!r}")
-        if padding_mode != "zeros":
-            raise ValueError(f'padding_mode must be "zeros", got {padding_mode!r}')
+        _require_zeros(padding_mode)
         check_backend_name(backend)
         if attention is not None and (not callable(attention) or isinstance(attention, type)):
             raise TypeError(f"attention must be None or a module, got {_kind(attention)}")
@@ -227,6 +226,7 @@ class AutofocusConvNd(_ConvNd):
     def forward(self, input: Tensor, return_attention: bool = False):
         # Before the gate, whose convolutions would complain first and without naming an argument of the layer.
         check_layer_input(input, self.weight)
+        _require_zeros(self.padding_mode)  # which nn.ConvNd, too, reads at every call
         attention = self.attention(input.detach() if self.detach_attention else input)
         output = self.blend(input, attention, self.padding)
         return _result(output, attention, return_attention)
@@ -246,6 +246,12 @@ class AutofocusConvNd(_ConvNd):
             return autofocus_conv(*tensors, **options)
         return normed_autofocus_conv(*tensors, self.branch_norm, save_branches=self.save_branches, **options)
 
+    def __prepare_scriptable__(self):
+        """What torch.jit.script calls; it would fail at an annotation, and name neither the layer nor a way."""
+        raise RuntimeError(
+            f"torch.jit.script cannot read {type(self).__name__}: use torch.jit.trace, torch.export or torch.compile"
+        )
+
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"dilations={_short(self.dilations)}"]
         if self.save_branches:
@@ -255,6 +261,11 @@ class AutofocusConvNd(_ConvNd):
         if self.backend is not None:
             parts.append(f"backend={self.backend!r}")
         return ", ".join(parts)
+
+
+def _require_zeros(padding_mode: str) -> None:
+    if padding_mode != "zeros":
+        raise ValueError(f'padding_mode must be "zeros", got {padding_mode!r}')
 
 
 def _kind(value) -> str:

@@ -290,3 +290,9 @@ def test_a_traced_layer_holds_the_operator():
     kinds = {node.kind() for node in traced.inlined_graph.nodes()}
     assert "autofocus::forward" in kinds and "prim::PythonOp" not in kinds
     torch.testing.assert_close(traced(input), layer(input))
+
+
+def test_torch_jit_script_is_refused_with_what_to_use():
+    network = nn.Sequential(nn.ReLU(), AutofocusConv2d(2, 3, branch_norm=True))
+    with pytest.raises(RuntimeError, match="torch.jit.script cannot read AutofocusConv2d: use torch.jit.trace"):
+        torch.jit.script(network)

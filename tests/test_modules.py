@@ -395,6 +395,13 @@ def test_bad_input_shape_names_input(module, shape):
         module(torch.randn(shape))
 
 
+def test_a_padding_mode_that_is_set_later_is_refused():
+    layer = AutofocusConv2d(3, 5, dilations=(1, 2))
+    layer.padding_mode = "circular"  # as it is done to all convolutions of a network, for images without borders
+    with pytest.raises(ValueError, match="padding_mode must be \"zeros\", got 'circular'"):
+        layer(torch.randn(1, 3, 6, 6))
+
+
 def test_gate_that_returns_no_tensor_is_named():
     layer = AutofocusConv2d(3, 5, dilations=(1, 2), attention=lambda input: (input[:, :2], None))
     with pytest.raises(TypeError, match=r"attention must return a tensor \[N, K, \*S_out\], got tuple"):
