@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import tempfile
 
 import nibabel
 import numpy as np
@@ -339,6 +340,16 @@ def test_what_is_there_is_kept_and_what_is_missing_made(run, images, tmp_path, m
     assert (out / "a.nii.gz").stat().st_mtime_ns == before
     predict(run, images, out, overwrite=True)
     assert (out / "a.nii.gz").stat().st_mtime_ns > before
+
+
+def test_a_folder_that_takes_no_files_is_found_before_the_work(run, images, tmp_path, monkeypatch):
+    def read_only(dir):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(predict_module, "read_case", lambda *_: pytest.fail("it began"))
+    with pytest.raises(ValueError, match="out: cannot be written to: Read-only file system"):
+        predict(run, images, tmp_path / "out")
 
 
 def killed_at_file(number, run, images, out):

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -302,15 +303,19 @@ def _sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: str | os.PathLike) -> None:
-    """With those above it, unless it is there.
+    """With those above it, unless it is there; one that takes files.
 
     Raises:
-        SegmentationError: it cannot be made.
+        SegmentationError: it cannot be made, or there can be no file in it.
     """
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise SegmentationError(f"{path}: cannot be made: {_reason(error)}") from error
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise SegmentationError(f"{path}: cannot be written to: {_reason(error)}") from error
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

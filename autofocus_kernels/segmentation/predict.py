@@ -72,7 +72,8 @@ def predict(
     _require_places(cases, files.values(), overwrite)
     origin = f"autofocus_kernels {_fingerprint(network)} {tiling} {'x'.join(map(str, window))}"
     done = set() if overwrite else {case.name for case in cases if _is_done(files[case.name], attention, case, origin)}
-    make_folder(output)
+    if len(done) < len(cases):
+        make_folder(output)
     for case in tqdm(cases, desc="predict", unit="case", disable=None):
         if case.name not in done:
             _predict_case(case, windows, config, files[case.name], attention, origin)
