@@ -1,8 +1,10 @@
 """Scores against what can be counted by hand, and the files that must not be scored."""
 
 import csv
+import errno
 import math
 import os
+import tempfile
 
 import numpy as np
 import pytest
@@ -132,6 +134,22 @@ def test_regions_of_brats_2015(folders):
     assert dice == pytest.approx({"whole": 1.0, "core": 2 * 2 / 5, "enhancing": 1.0})
 
 
+def test_a_number_of_no_label_in_a_region_is_warned_of(folders, caplog):
+    pred, truth = folders
+    write(pred / "a.nii.gz", ORGAN)
+    write(truth / "a.nii.gz", ORGAN * 3)
+    evaluate(pred, truth, regions={"both": (1, 3), "core": (1, 4), "rest": (12,)})
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        "region core holds [4]",
+        "region rest holds [12]",
+    ]
+    caplog.clear()
+    (truth / "dataset.json").write_text('{"labels": {"0": "background", "1": "a", "2": "b", "3": "c", "4": "d"}}')
+    evaluate(pred, truth, regions={"both": (1, 3), "core": (1, 4)})
+    evaluate(pred, truth, regions="brats2015")
+    assert not caplog.records
+
+
 def test_labels_have_the_names_of_the_dataset(folders):
     pred, truth = folders
     (truth / "dataset.json").write_text('{"labels": {"0": "background", "1": "liver", "2": "spleen"}}')
@@ -195,6 +213,18 @@ def test_a_pipe_in_the_place_of_the_scores_is_refused_before_the_work(folders, n
     with pytest.raises(ValueError, match=f"{name}: must be a file to write, and is no regular file"):
         evaluate(pred, truth, pred.parent / "scores.csv")
     assert (pred.parent / name).is_fifo()
+
+
+def test_a_folder_that_takes_no_files_is_found_before_the_work(folders, monkeypatch):
+    def read_only(dir):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    pred, truth = folders
+    write(truth / "a.nii.gz", ORGAN)
+    write(pred / "a.nii.gz", ORGAN[:5])
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    with pytest.raises(ValueError, match="out: cannot be written to: Read-only file system"):
+        evaluate(pred, truth, pred.parent / "out" / "scores.csv")
 
 
 def test_the_command_writes_both_tables(folders, capsys):

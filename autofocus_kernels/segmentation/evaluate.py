@@ -9,6 +9,7 @@ and the summary counts all three: a mean distance that does not say how many str
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,6 +43,8 @@ BOTH_EMPTY, MISSED, SPURIOUS = EMPTY = ("both empty", "missed", "spurious")
 
 Regions = Mapping[str, Sequence[int]]
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Score:
@@ -68,7 +71,8 @@ def evaluate(
         pred, truth: folders of NIfTI label files, matched by name as :func:`match_cases` says.
         out: file for the scores as CSV; the summary goes beside it, as ``NAME_summary.csv``. None writes nothing.
         regions: name -> label values that make it up, or a name of :data:`PRESETS`; None is every label by itself,
-            named by the dataset.json in or above ``truth`` where there is one.
+            named by the dataset.json in or above ``truth`` where there is one. Where there is none, a warning names
+            values that no file holds.
         subset: leave out truths that have no prediction instead of raising.
 
     Raises:
@@ -94,10 +98,15 @@ def evaluate(
                 raise SegmentationError(f"{file}: is an input; choose another name for the scores")
             make_folder(target_of(file).parent)
 
-    scores = []
+    scores, found = [], set()
     for case, (pred_path, truth_path) in tqdm(pairs.items(), desc="evaluate", unit="case", disable=None):
         predicted, true, spacing = _read_pair(pred_path, truth_path, known)
         scores += [Score(case, *score) for score in score_structures(predicted, true, structures, spacing)]
+        found.update(np.unique(predicted).tolist(), np.unique(true).tolist())
+    if known is None:  # nothing else tells a wrong number from a label that these cases do not have
+        for name, labels in structures.items():
+            if strangers := [label for label in labels if label not in found]:
+                _log.warning("region %s holds %s, which no file in %s or %s does", name, strangers, pred, truth)
     if out is not None:
         write_csv(out, _rounded([asdict(score) for score in scores]))
         write_csv(summary_path(Path(out)), _rounded(summarise(scores)))
