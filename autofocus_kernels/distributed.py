@@ -132,7 +132,9 @@ class SpatiallySharded(nn.Module):
         context = part(contexts[rank])
         if not fused:
             return own_outputs(layer(context))
-        attention = own_outputs(layer.attention(context.detach() if layer.detach_attention else context))
+        attention = layer.attention(context.detach() if layer.detach_attention else context)
+        _check_attention(attention, dim, axis.outputs_of(contexts[rank]))
+        attention = own_outputs(attention)
         # The window reaches as far as the largest dilation on either side, which is more than the padding counts.
         padding = [min(r) * (k // 2) - o for *r, k, o in zip(*dilations, geometry.kernel_size, geometry.origin)]
         padding[dim] += geometry.origin[dim] - axis.reach
@@ -176,6 +178,17 @@ def _attention_reach(gate: nn.Module, dim: int, given: int | None) -> int:
     if given < 0:
         raise ValueError(f"attention_reach must be at least 0, got {given}")
     return given
+
+
+def _check_attention(attention, dim: int, outputs: int) -> None:
+    """What the layer would find, were not this rank's part cut out of it before."""
+    if not isinstance(attention, Tensor):
+        raise TypeError(f"attention must return a tensor [N, K, *S_out], got {type(attention).__name__}")
+    if attention.shape[dim] != outputs:
+        raise ValueError(
+            f"attention must be [N, K, *S_out] with {outputs} voxels on axis {dim} for the part that this rank reads, "
+            f"got shape {list(attention.shape)}"
+        )
 
 
 def _describe(input) -> str:
@@ -248,6 +261,10 @@ class _Axis(NamedTuple):
                 f"{[shard.length for shard in shards]} with {[span.length for span in outputs]} outputs"
             )
         return outputs
+
+    def outputs_of(self, context: Span) -> int:
+        """How many outputs the layer has on a part, with its own padding."""
+        return -(-(context.length - 2 * self.origin) // self.stride)
 
     def centres(self, outputs: Span) -> Span:
         return Span(self.origin + self.stride * outputs.start, self.origin + self.stride * (outputs.stop - 1) + 1)

@@ -230,6 +230,11 @@ def error_of(function):
     return None
 
 
+def gated(gate):
+    layer = AutofocusConv2d(3, 4, dilations=(1, 3), attention=gate)
+    return SpatiallySharded(layer, 2, attention_reach=0)
+
+
 def check_errors(rank):
     layer = AutofocusConv2d(3, 4, dilations=(1, 3))
     normed = AutofocusConv2d(3, 4, dilations=(1, 3), branch_norm=True)
@@ -245,6 +250,8 @@ def check_errors(rank):
         "norms": error_of(lambda: SpatiallySharded(normed, 2)(image)),
         "small": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3, dilation=20), 2)(image)),
         "attention": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3), 2)(image, return_attention=True)),
+        "wide gate": error_of(lambda: gated(nn.Conv2d(3, 2, 1, padding=1))(image)),
+        "no tensor": error_of(lambda: gated(lambda input: [input])(image)),
     }
 
 
@@ -441,6 +448,8 @@ def test_every_rank_refuses_what_no_rank_can_run(ranks):
         "empty": r"ValueError: every rank must hold the centre of an output, got shards of \[6, 1, 1\]",
         "norms": r"ValueError: branch_norm\[0\] must share its statistics.*got BatchNorm2d",
         "small": "ValueError: input is too small",
+        "wide gate": r"ValueError: attention must be .* with 6 voxels on axis -2 .*, got shape \[1, 2, 8, 8\]",
+        "no tensor": r"TypeError: attention must return a tensor \[N, K, \*S_out\], got list",
         "attention": "TypeError: return_attention is for autofocus layers, got a layer of type Conv2d",
     }
     for results in ranks:
