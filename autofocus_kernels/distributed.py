@@ -84,9 +84,9 @@ class SpatiallySharded(nn.Module):
         self.layer = layer
         self.dim = dim - axes - 2 if dim > 0 else dim  # from the end: right with and without a batch axis
         self.process_group = process_group
-        self.attention_reach = 0  # a plain convolution has no gate
+        self.attention_reach = attention_reach
         if isinstance(layer, AutofocusConvNd):
-            self.attention_reach = _attention_reach(layer.attention, self.dim, attention_reach)
+            _attention_reach(layer.attention, self.dim, attention_reach)  # raises now what forward would
 
     def forward(self, input: Tensor, return_attention: bool = False):
         if torch.compiler.is_compiling():  # which follows no messages between processes
@@ -112,7 +112,9 @@ class SpatiallySharded(nn.Module):
         axis = _Axis.of(geometry, dim)
         outputs = axis.outputs(shards)
         if fused:
-            contexts = [axis.context(span, self.attention_reach) for span in outputs]
+            # Not in the constructor: convert, which works in place, or another gate may have come since.
+            reach = _attention_reach(layer.attention, dim, self.attention_reach)
+            contexts = [axis.context(span, reach) for span in outputs]
             windows = [axis.read_by(span).around(context) for span, context in zip(outputs, contexts)]
         else:
             contexts = windows = [axis.context(span, axis.reach) for span in outputs]

@@ -19,6 +19,7 @@ from autofocus_kernels import (
     AutofocusConv2d,
     AutofocusConv3d,
     autofocus_conv,
+    convert,
     networks,
     testing,
 )
@@ -169,6 +170,19 @@ def check_second_derivative(rank):
         dist.all_reduce(gradient)
         errors[name] = relative_error(gradient, whole_parameters[name.removeprefix("layer.")])
     return errors
+
+
+def check_converted(rank):
+    """A convolution that becomes an autofocus layer, in place, inside of its wrapper."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, dtype=torch.float64))
+    sharded = nn.Sequential(SpatiallySharded(copy.deepcopy(network[0]), 2))
+    for module in (network, sharded):
+        convert(module, dilations=(1, 3), initial_attention=None)
+    sharded[0].layer.load_state_dict(network[0].state_dict())
+    input = torch.randn(1, 3, 11, 6, dtype=torch.float64)
+    sizes = (4, 3, 4)
+    return {"output": relative_error(sharded(input.split(sizes, 2)[rank]), network(input).split(sizes, 2)[rank])}
 
 
 def check_group(rank):
@@ -398,6 +412,7 @@ def process(rank, folder):
             results[name] = check_volume(name, rank)
         results["second derivative"] = check_second_derivative(rank)
         results["network"] = check_network(rank)
+        results["converted"] = check_converted(rank)
         results["group"] = check_group(rank)
         results["errors"] = check_errors(rank)
         results["DDP"] = check_ddp(rank)
@@ -426,7 +441,9 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("name", [*VOLUMES, "second derivative", "network", "DDP of shards", "layer of DTensors"])
+@pytest.mark.parametrize(
+    "name", [*VOLUMES, "second derivative", "network", "converted", "DDP of shards", "layer of DTensors"]
+)
 def test_parts_equal_one_process(ranks, name):
     for results in ranks:
         for quantity, error in results[name].items():
