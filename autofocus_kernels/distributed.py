@@ -74,8 +74,7 @@ class SpatiallySharded(nn.Module):
         super().__init__()
         if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             raise TypeError(f"layer must be an AutofocusConvNd or an nn.ConvNd, got {type(layer).__name__}")
-        if layer.padding_mode != "zeros" or any(size % 2 == 0 for size in layer.kernel_size):
-            raise ValueError(f"layer must have odd kernel sizes and zero padding, got {layer}")
+        _check_layer(layer)
         axes = len(layer.kernel_size)
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise TypeError(f"dim must be an int, got {dim!r}")
@@ -146,6 +145,7 @@ class SpatiallySharded(nn.Module):
     def _check_own(self, input, return_attention: bool) -> None:
         """What a rank can tell by itself."""
         layer: Any = self.layer
+        _check_layer(layer)  # again: a padding_mode may be set later
         if isinstance(layer, AutofocusConvNd):
             check_layer_input(input, layer.weight)
         elif return_attention:
@@ -168,6 +168,11 @@ class SpatiallySharded(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
+
+
+def _check_layer(layer) -> None:
+    if layer.padding_mode != "zeros" or any(size % 2 == 0 for size in layer.kernel_size):
+        raise ValueError(f"layer must have odd kernel sizes and zero padding, got {layer}")
 
 
 def _attention_reach(gate: nn.Module, dim: int, given: int | None) -> int:

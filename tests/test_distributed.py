@@ -249,6 +249,12 @@ def gated(gate):
     return SpatiallySharded(layer, 2, attention_reach=0)
 
 
+def circular():
+    sharded = SpatiallySharded(nn.Conv2d(3, 4, 3, padding=1), 2)
+    sharded.layer.padding_mode = "circular"
+    return sharded
+
+
 def check_errors(rank):
     layer = AutofocusConv2d(3, 4, dilations=(1, 3))
     normed = AutofocusConv2d(3, 4, dilations=(1, 3), branch_norm=True)
@@ -265,6 +271,7 @@ def check_errors(rank):
         "small": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3, dilation=20), 2)(image)),
         "attention": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3), 2)(image, return_attention=True)),
         "wide gate": error_of(lambda: gated(nn.Conv2d(3, 2, 1, padding=1))(image)),
+        "padding mode": error_of(lambda: circular()(image)),
         "no tensor": error_of(lambda: gated(lambda input: [input])(image)),
     }
 
@@ -466,6 +473,7 @@ def test_every_rank_refuses_what_no_rank_can_run(ranks):
         "norms": r"ValueError: branch_norm\[0\] must share its statistics.*got BatchNorm2d",
         "small": "ValueError: input is too small",
         "wide gate": r"ValueError: attention must be .* with 6 voxels on axis -2 .*, got shape \[1, 2, 8, 8\]",
+        "padding mode": "ValueError: layer must have odd kernel sizes and zero padding, got Conv2d",
         "no tensor": r"TypeError: attention must return a tensor \[N, K, \*S_out\], got list",
         "attention": "TypeError: return_attention is for autofocus layers, got a layer of type Conv2d",
     }
