@@ -189,8 +189,9 @@ def test_a_folder_for_the_scores_is_made_and_one_in_their_place_refused(folders)
     evaluate(pred, truth, pred.parent / "new" / "scores.csv")
     assert len(list((pred.parent / "new").iterdir())) == 2
     write(pred / "a.nii.gz", ORGAN[:5])  # the place is looked at before the files
-    with pytest.raises(ValueError, match="new: must be a file to write, and is a folder"):
-        evaluate(pred, truth, pred.parent / "new")
+    for place, name in ((pred.parent / "new", "new"), (".", ".")):
+        with pytest.raises(ValueError, match=f"^.*{name}: must be a file to write, and is a folder"):
+            evaluate(pred, truth, place)
 
 
 @pytest.mark.parametrize("of", [0, 1], ids=["prediction", "truth"])

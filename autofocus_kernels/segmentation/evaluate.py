@@ -259,7 +259,7 @@ def _read_labels(path: Path, known: set[int] | None = None) -> Image:
 
 
 def summary_path(out: Path) -> Path:
-    return out.with_name(f"{out.stem}_summary{out.suffix}")
+    return out.parent / f"{out.stem}_summary{out.suffix}"
 
 
 def _rounded(rows: Sequence[Mapping]) -> list[dict]:
