@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import gzip
 import os
 import re
 import shutil
@@ -640,3 +641,23 @@ def test_no_checkpoint(tmp_path, content):
         load_model(tmp_path / "model.pt", "AFN-6")
     with pytest.raises(SegmentationError, match="nothing.pt: cannot be read as a checkpoint: No such file"):
         load_model(tmp_path / "nothing.pt", "AFN-6")
+
+
+def test_a_fingerprint_is_of_what_a_file_holds(tmp_path):
+    image, other = np.arange(24, dtype=np.int16).reshape(2, 3, 4), np.arange(1, 25, dtype=np.int16).reshape(2, 3, 4)
+    packed, plain = tmp_path / "a.nii.gz", tmp_path / "a.nii"
+    for path, bytes_of in ((packed, gzip.compress), (plain, bytes)):
+        values = [bytes_of(nibabel.Nifti1Image(array, np.eye(4)).to_bytes()) for array in (image, other)]
+        marks = []
+        for content in (*values, values[0]):
+            path.write_bytes(content)
+            marks.append(files.fingerprint_of(path))
+        assert marks[0] == marks[2] != marks[1]
+    packed.write_bytes(gzip.compress(nibabel.Nifti1Image(image, np.eye(4)).to_bytes(), compresslevel=1))
+    again = files.fingerprint_of(packed)
+    packed.write_bytes(gzip.compress(nibabel.Nifti1Image(image, np.eye(4)).to_bytes(), compresslevel=9))
+    assert files.fingerprint_of(packed) == again  # packed anew
+    packed.write_bytes(b"")
+    assert files.fingerprint_of(packed) == ""
+    with pytest.raises(SegmentationError, match="nothing.nii.gz: cannot be read"):
+        files.fingerprint_of(tmp_path / "nothing.nii.gz")

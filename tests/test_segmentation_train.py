@@ -291,14 +291,14 @@ def test_a_run_does_not_go_on_without_its_masks(finished, phantom_2d, tmp_path):
         train.train(data, finished[0], **SMALL)
 
 
-def test_a_run_that_kept_no_digests_goes_on(finished, phantom_2d, tmp_path):
+def test_a_run_that_kept_no_fingerprints_goes_on(finished, phantom_2d, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
     config = files.read_json(run / "config.json")
-    digests = config.pop("digests")
+    fingerprints = config.pop("fingerprints")
     files.write_json(run / "config.json", config)
     assert len(train.train(phantom_2d, run, **SMALL)) == 2
-    assert files.read_json(run / "config.json")["digests"] == digests
+    assert files.read_json(run / "config.json")["fingerprints"] == fingerprints
 
 
 def as_rank(rank, port, data, run, options):

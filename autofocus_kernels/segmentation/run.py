@@ -33,7 +33,7 @@ class Config:
         widths, dilations, padding: as in :func:`autofocus_kernels.networks.build`.
         branch_norm: False for one batch norm after the sum of an autofocus layer, instead of one a branch.
         recipe and what follows: of the training; None for a checkpoint from elsewhere.
-        training, validation: names of cases; ``digests`` are of their files, one after the other.
+        training, validation: names of cases; ``fingerprints`` are of their files, one after the other.
     """
 
     arch: str
@@ -51,7 +51,7 @@ class Config:
     seed: int | None = None
     training: tuple[str, ...] | None = None
     validation: tuple[str, ...] | None = None
-    digests: tuple[str, ...] = ()
+    fingerprints: tuple[str, ...] = ()
 
 
 class Lock:
@@ -108,7 +108,7 @@ def read_config(run: Path) -> Config:
         config = Config(**content)
     except (TypeError, ValueError) as error:
         raise SegmentationError(f"{path}: {error}") from error
-    for name, kind in (("modalities", str), ("labels", str), ("window", int), ("digests", str)):
+    for name, kind in (("modalities", str), ("labels", str), ("window", int), ("fingerprints", str)):
         values = getattr(config, name)
         if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
             raise SegmentationError(f"{path}: {name} must be a list of {kind.__name__}, got {values!r}")
@@ -122,24 +122,24 @@ def _tuples(value: Any) -> Any:
 def require_same(run: Path, config: Config, files: Sequence[Path]) -> None:
     """
     Args:
-        files: those of which ``config`` has the digests.
+        files: those of which ``config`` has the fingerprints.
 
     Raises:
         SegmentationError: the run was started with another config, or with other files under the same names; the
             message names every field that differs, or the first such file.
     """
     before = read_config(run)
-    digests = before.digests or config.digests  # a run of before they were kept has none
+    fingerprints = before.fingerprints or config.fingerprints  # a run of before they were kept has none
     differences = []
-    for name, old, new in _differences(replace(before, digests=config.digests), config):
+    for name, old, new in _differences(replace(before, fingerprints=config.fingerprints), config):
         differences.append(f"{name} is {old!r} there, {new!r} here")
-    if not differences and len(digests) != len(files):
-        differences.append(f"its cases had {len(digests)} files there, {len(files)} here")
+    if not differences and len(fingerprints) != len(files):
+        differences.append(f"its cases had {len(fingerprints)} files there, {len(files)} here")
     if differences:
         raise SegmentationError(
             f"{run / 'config.json'}: a run goes on with the config it was started with, but {'; '.join(differences)}"
         )
-    changed = [str(file) for file, old, new in zip(files, digests, config.digests) if old != new]
+    changed = [str(file) for file, old, new in zip(files, fingerprints, config.fingerprints) if old != new]
     if changed:
         raise SegmentationError(
             f"{changed[0]}: is not what it was when {run} was begun ({len(changed)} such in all); a run goes on with "

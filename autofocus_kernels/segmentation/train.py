@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .. import networks
 from .crops import Crops
 from .dataset import Case, Dataset, read_case, read_dataset
-from .files import SegmentationError, digest_of, make_folder, read_checkpoint, write_checkpoint, write_csv
+from .files import SegmentationError, fingerprint_of, make_folder, read_checkpoint, write_checkpoint, write_csv
 from .parallel import Place, gather, mean_over_processes, parallel, processes
 from .recipe import PUBLISHED, RECIPES, Recipe, make_loss, make_optimiser, make_scheduler
 from .run import Config, Lock, build_network, load_weights, require_same, write_config
@@ -110,7 +110,7 @@ def train(
         seed,
         tuple(case.name for case in training),
         tuple(case.name for case in validation),
-        tuple(digest_of(file).hex()[:16] for file in _files(training, validation)),
+        tuple(map(fingerprint_of, _files(training, validation))),
     )
     run = Path(run)
     with processes(device) as place, Lock(run) as lock:
