@@ -4,7 +4,7 @@ from . import flops as flops
 from . import networks, reference
 from .config import show_config
 from .conv_op import ConvOp1d, ConvOp2d, ConvOp3d
-from .convert import convert, revert
+from .conversion import convert, revert
 from .dispatch import available_backends
 from .functional import autofocus_conv
 from .modules import AutofocusConv1d, AutofocusConv2d, AutofocusConv3d, ScaleAttention

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .convert import RELATIVE_DILATIONS
+from .conversion import RELATIVE_DILATIONS
 from .geometry import IntOrTuple, per_axis, resolve_dilations
 from .modules import AUTOFOCUS, CONV
 

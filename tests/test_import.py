@@ -1,5 +1,6 @@
 """The package without its optional parts: no compiled library, no Triton. Each test is a fresh process."""
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -65,3 +66,9 @@ assert not torch.cuda.is_initialized()
 """
     result = run(code, tmp_path if "site-packages" in str(PACKAGE) else PACKAGE.parent)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", sorted(set(autofocus_kernels.__all__) - {"networks", "reference"}))
+def test_a_public_name_is_no_module_too(name):
+    """From Python 3.12 on pydoc.locate, by which MONAI finds what a bundle names, would find the module."""
+    assert importlib.util.find_spec(f"autofocus_kernels.{name}") is None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 # Absolute: nnU-Net imports this file by its bare name, outside of the package.
-from autofocus_kernels.convert import RELATIVE_DILATIONS, convert
+from autofocus_kernels.conversion import RELATIVE_DILATIONS, convert
 from autofocus_kernels.geometry import IntOrTuple
 
 try:
@@ -28,7 +28,7 @@ class nnUNetTrainerAutofocus(nnUNetTrainer):
     patch and batch for the network without gates. Subclass to choose other dilations or convolutions.
     """
 
-    # In units of a voxel of the stage; 1 must be among them (autofocus_kernels.convert).
+    # In units of a voxel of the stage; 1 must be among them (autofocus_kernels.conversion).
     dilations: Sequence[IntOrTuple] = RELATIVE_DILATIONS
 
     @classmethod
