@@ -85,13 +85,13 @@ def only(config: Config) -> Iterator[None]:
 
 
 def job(name: str, case: Case, tensors: Tensors) -> tuple[Callable[[], None], dict[str, torch.Tensor]]:
-    """A call of one launch, beside what prepares and finishes for it, and what it fills."""
+    """A call of one launch, beside what prepares and finishes for it, and what it fills, now NaN."""
     call = testing.call_of(case, tensors)
     if name == "forward":
-        output = torch.empty_like(tensors.grad_output)
+        output = torch.full_like(tensors.grad_output, math.nan)
         return lambda: launch.forward(call, output), {"output": output}
     arguments = tensors.arguments()
-    filled = {wanted: torch.empty_like(arguments[wanted]) for wanted in LAUNCHES[name] if wanted in arguments}
+    filled = {wanted: torch.full_like(arguments[wanted], math.nan) for wanted in LAUNCHES[name] if wanted in arguments}
     gradients = Gradients(*map(filled.get, Gradients._fields))
     return lambda: launch.backward(call, tensors.grad_output, gradients), filled
 

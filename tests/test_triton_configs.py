@@ -13,7 +13,7 @@ from autofocus_kernels.backends.triton.configs import Config
 from benchmarks import triton_configs
 
 CASE = "tiny-2d-3x20x17"
-FAST, SLOW, MISFIT, WRONG, BROKEN = (Config(rows, 16, 16, 4, 255) for rows in (8, 16, 24, 40, 48))
+FAST, SLOW, MISFIT, WRONG, BROKEN, IDLE = (Config(rows, 16, 16, 4, 255) for rows in (8, 16, 24, 40, 48, 56))
 
 
 @pytest.fixture
@@ -34,6 +34,8 @@ def planted(monkeypatch):
                 raise RuntimeError("an illegal memory access")
             if config == MISFIT:
                 raise fitting.NoConfigurationFits(f"no configuration fits the device for x, tried {[config]}: too big")
+            if config == IDLE:
+                return
             getattr(reference, function)(call, *arguments)
             if config == WRONG:
                 filled = arguments[-1] if function == "forward" else arguments[-1].attention
@@ -81,6 +83,11 @@ def test_each_launch_runs_in_each_configuration_and_the_fastest_are_named(sweep,
 def test_gradients_of_input_and_weight_together_and_apart(sweep, planted):
     sweep("--launches", "grad_input_weight", "grad_input", "grad_weight", configs=(SLOW,))
     assert list(dict.fromkeys(wanted for wanted, _ in planted)) == [("input", "weight"), ("input",), ("weight",)]
+
+
+def test_what_is_not_written_is_not_right(sweep):
+    _, rows, _ = sweep("--launches", "forward", "grad_weight", configs=(IDLE,))
+    assert [row["status"] for row in rows] == ["ok", "wrong"] * 2
 
 
 def test_nothing_begins_after_the_time_limit_and_nothing_is_no_success(sweep):
