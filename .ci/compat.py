@@ -6,6 +6,9 @@ runs with every torch, since the one wheel of a release meets them all. Nothing 
 
     python3 .ci/compat.py [TORCH ...]      # 2.10.0, say; all of them by default
 
+The Python is the python3 that the shell finds: another one before it on PATH is tested too, from 3.11 on, for which
+constraints.txt has versions.
+
 Torch is a download of gigabytes where pip finds only its CUDA build. What is installed and compiled is kept.
 """
 
@@ -22,7 +25,7 @@ from pathlib import Path
 
 TORCHES = ("2.10.0", "2.11.0", "2.14.1")  # the oldest, one that once failed, the newest; `make test` has 2.13
 ROOT = Path(__file__).resolve().parents[1]
-WORK = ROOT / "build" / "compat"
+WORK = ROOT / "build" / "compat" / f"python{sys.version_info.major}.{sys.version_info.minor}"
 FLAGS = runpy.run_path(str(ROOT / "csrc" / "flags.py"))
 NVCC = shutil.which("nvcc")
 CPU_LIBRARY = Path("autofocus_kernels", "_cpu.abi3.so")
