@@ -44,7 +44,8 @@ std::string check_part(const Problem& g, const Part& part, bool adjoint, int til
   constexpr int64_t kZero = -1, kNothing = -2;
   const Direction direction = adjoint ? Direction::kAdjoint : Direction::kForward;
   Lattice lattice = make_lattice(g, direction, 0, g.K);
-  set_tile(lattice, tile_z, recycle);
+  set_tile(lattice, tile_z);
+  set_ring(lattice, recycle ? fewest_planes(lattice) : planes(lattice));
   restrict_to(lattice, part, direction);
 
   std::vector<Index3> position, target_position_of;
@@ -60,26 +61,27 @@ std::string check_part(const Problem& g, const Part& part, bool adjoint, int til
     for (int turn = 0; turn < lattice.sources; ++turn) {
       const int first_branch = turn, branches_end = lattice.sources == 1 ? lattice.K : turn + 1;
       const Int3& reach = lattice.reach[turn];
-      std::vector<int64_t> held(int64_t(lattice.ring) * lattice.plane_points, kNothing);
-      const int last_part = tile_z + lattice.halo.z, end = last_part + reach.z;
-      const auto stage = [&](int first, int last) {
-        for (int plane = first; plane < last; ++plane)
-          for (int row = 0; row < rows(reach); ++row)
-            for (int column = 0; column < columns(reach); ++column) {
-              const Int3& first = tile.source_first;
-              const int block_row = first_row(lattice, turn) + row, block_column = first_column(lattice, turn) + column;
-              const bool there = first.z + plane >= 0 && first.z + plane < lattice.points.z &&
-                                 has_row(lattice, first, block_row) && has_column(lattice, first, block_column);
-              held.at(int64_t(slot(lattice, plane)) * lattice.plane_points + row * lattice.pitch[turn] + column) =
-                  there ? packed_index(lattice, tile, plane, block_row, block_column) : kZero;
-            }
+      std::vector<int64_t> held;
+      const auto place_of = [&](int plane) { return int64_t(plane % lattice.ring) * lattice.plane_points; };
+      const auto stage = [&](int plane) {
+        for (int row = 0; row < rows(reach); ++row)
+          for (int column = 0; column < columns(reach); ++column) {
+            const Int3& first = tile.source_first;
+            const int block_plane = first_held(lattice, turn) + plane, block_row = first_row(lattice, turn) + row,
+                      block_column = first_column(lattice, turn) + column;
+            const bool there = first.z + block_plane >= 0 && first.z + block_plane < lattice.points.z &&
+                               has_row(lattice, first, block_row) && has_column(lattice, first, block_column);
+            held.at(place_of(plane) + row * lattice.pitch[turn] + column) =
+                there ? packed_index(lattice, tile, block_plane, block_row, block_column) : kZero;
+          }
       };
-      stage(lattice.halo.z - reach.z, recycle ? last_part : end);
       for (int tz = -1; tz <= 1; ++tz) {
-        if (tz == 0 && recycle) stage(last_part, end);  // while tz = 0 still reads
-        if (tz == 0 && !recycle)
-          for (int64_t i = 0; i < int64_t(lattice.halo.z) * lattice.plane_points; ++i)
-            held[i] = kNothing;  // the next chunk's
+        // What is waited for up to tz, as far as it is not free yet.
+        held.assign(int64_t(lattice.ring) * lattice.plane_points, kNothing);
+        const int begin = first_read(lattice, turn, tz), end = end_read(lattice, turn, tz);
+        if (end - begin > lattice.ring) return "what a tz reads does not fit the ring";
+        if (tz < 1 && end < first_read(lattice, turn, tz + 1)) return "a plane is freed that nobody has waited for";
+        for (int plane = begin; plane < end; ++plane) stage(plane);
         for (int z = 0; z < tile_z; ++z)
           for (int y = 0; y < kTileY; ++y)
             for (int x = 0; x < kTileX; ++x) {
@@ -93,8 +95,7 @@ std::string check_part(const Problem& g, const Part& part, bool adjoint, int til
                 for (int k = first_branch; k < branches_end; ++k) {
                   const int place = lattice.centre[k] + y * lattice.pitch[k] + x + lattice.tap_points[tap][k];
                   if (place < 0 || place >= lattice.plane_points) return show("a tap leaves its plane", p, tz, tap, k);
-                  const int64_t read =
-                      held.at(int64_t(slot(lattice, tap_plane(lattice, z, tz, k))) * lattice.plane_points + place);
+                  const int64_t read = held.at(place_of(tap_plane(lattice, z, tz, k)) + place);
                   // The definition: forward reads origin + p + r t. Adjoint: the output that reads p through -t.
                   const int64_t sign = adjoint ? -1 : 1;
                   const Index3 s = {sign * g.origin.z + p.z + g.dilation[k].z * tz,

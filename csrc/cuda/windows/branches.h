@@ -60,19 +60,24 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
   const int turns = Epilogue::kInTurn ? int(ceil_div(args.outputs, 8 * kTiles)) : 1;
   const int chunks = args.source.chunks;
   const unsigned char* weight = args.weight + int64_t(blockIdx.y) * chunks * chunk_weight_bytes(kTiles);
-  Pipeline<Readers::kAll> pipeline(lattice, args.source, planes, chunks * turns);
-  const int slabs = pipeline.behind();
+  Pipeline<Readers::kOneByOne> pipeline(lattice, args.source, planes, chunks * turns);
+  const auto slabs = [&](const Turn& turn, int first, int last) {
+    copy_slabs<kTiles>(lattice, pipeline, weight, turn.chunk, first, last);
+  };
   Epilogue epilogue(lattice, args, share);
 
-  for (pipeline.start([&] { copy_slabs<kTiles>(lattice, pipeline, slabs, weight, 0, 0, 3); }); pipeline.running();
-       pipeline.advance()) {
-    const int chunk = pipeline.turn().chunk, next_chunk = pipeline.next_turn().chunk;
-    if (chunk % chunks == 0) epilogue.begin(pipeline.tile(), chunk / chunks);
+  for (pipeline.start(slabs); pipeline.running(); pipeline.advance()) {
+    const int chunk = pipeline.turn().chunk;
+    if (chunk % chunks == 0) {
+      __syncthreads();  // what begin writes others may still read, of the tile or the output channels before
+      epilogue.begin(pipeline.tile(), chunk / chunks);
+    }
 #pragma unroll 1
     for (int tz = -1; tz <= 1; ++tz) {
-      pipeline.enter(tz);
+      pipeline.enter(tz, slabs);
       if (tz < 0 && chunk % chunks == 0) epilogue.begin_shared();
-      const Operand slab(shared_units(shared_memory() + slabs + (tz + 1) * kSlabBytes<kTiles>), 8 * kTiles, 8);
+      const Operand slab(shared_units(shared_memory() + pipeline.behind() + (tz + 1) * kSlabBytes<kTiles>), 8 * kTiles,
+                         8);
       // Half of the warpgroups write ahead while the others keep the tensor cores busy.
       const int writes_in = has_bulk_copies() ? 0 : uniform(reread_thread() / kGroupThreads % 2);
 #pragma unroll 1
@@ -82,12 +87,14 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
           continue;
         }
 #pragma unroll 1
-        for (int k = 0; k < (reads(lattice, tz) ? lattice.K : 0); ++k) {
+        for (int i = 0; i < (reads(lattice, tz) ? lattice.K : 0); ++i) {
+          const int k = branch_in_turn(lattice, tz, i);
+          pipeline.enter_branch(tz, i);
 #pragma unroll
           for (int m0 = 0; m0 < kGroupPlanes; m0 += kTogether) {
             uint32_t window[kTogether];
 #pragma unroll
-            for (int m = 0; m < kTogether; ++m) window[m] = first_window(lattice, share.z0 + m0 + m, tz, k);
+            for (int m = 0; m < kTogether; ++m) window[m] = first_window(lattice, pipeline, share.z0 + m0 + m, tz, k);
             float y[kTogether][kTiles][4];
             begin_products();
 #pragma unroll kUnrolledProducts
@@ -103,10 +110,6 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
           }
         }
       }
-      // The slab that this tz has read is free behind the barrier; that of tz = 0 with the last one's.
-      pipeline.leave(tz, [&] {
-        copy_slabs<kTiles>(lattice, pipeline, slabs, weight, next_chunk, tz < 0 ? 0 : 1, tz < 0 ? 1 : 3);
-      });
     }
     if (pipeline.last_turn()) epilogue.end(pipeline.tile());
   }

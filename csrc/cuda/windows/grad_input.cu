@@ -25,23 +25,27 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice lattice
   const int chunks = args.source.chunks, weights = args.scaled ? lattice.K : 1;  // of a chunk
   const unsigned char* weight = args.weight + int64_t(blockIdx.y) * chunks * weights * chunk_weight_bytes(kTiles);
   Pipeline<Readers::kOne> pipeline(lattice, args.source, planes, chunks);
-  const int slabs = pipeline.behind();
+  const auto slabs = [&](const Turn& turn, int first, int last) {
+    // Another chunk of channels has another weight; without a scale all branches of one share it.
+    if (args.scaled || turn.branch == 0)
+      copy_slabs<kTiles>(lattice, pipeline, weight, turn.chunk * weights + (args.scaled ? turn.branch : 0), first,
+                         last);
+  };
 
   float sum[kGroupPlanes][kTiles][4];
-  for (pipeline.start([&] { copy_slabs<kTiles>(lattice, pipeline, slabs, weight, 0, 0, 3); }); pipeline.running();
-       pipeline.advance()) {
+  for (pipeline.start(slabs); pipeline.running(); pipeline.advance()) {
     if (pipeline.first_turn()) clear(sum);
     const int k = uniform(pipeline.turn().branch);
-    const Turn next = pipeline.next_turn();
 #pragma unroll 1
     for (int tz = -1; tz <= 1; ++tz) {
-      pipeline.enter(tz);
-      const Operand slab(shared_units(shared_memory() + slabs + (tz + 1) * kSlabBytes<kTiles>), 8 * kTiles, 8);
+      pipeline.enter(tz, slabs);
+      const Operand slab(shared_units(shared_memory() + pipeline.behind() + (tz + 1) * kSlabBytes<kTiles>), 8 * kTiles,
+                         8);
       if (reads(lattice, tz)) {
         begin_products();
         uint32_t window[kGroupPlanes];
 #pragma unroll
-        for (int m = 0; m < kGroupPlanes; ++m) window[m] = first_window(lattice, share.z0 + m, tz, k);
+        for (int m = 0; m < kGroupPlanes; ++m) window[m] = first_window(lattice, pipeline, share.z0 + m, tz, k);
 #pragma unroll kUnrolledProducts
         for (int pair = 0; pair < kTapPairs; ++pair) {
           Operand a[kGroupPlanes];
@@ -53,12 +57,6 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice lattice
       }
       pipeline.ahead(tz);
       wait_for_products<0>(sum);
-      pipeline.leave(tz, [&] {
-        // Another chunk of channels has another weight; without a scale all branches of one share it.
-        if (args.scaled || next.branch == 0)
-          copy_slabs<kTiles>(lattice, pipeline, slabs, weight, next.chunk * weights + (args.scaled ? next.branch : 0),
-                             tz < 0 ? 0 : 1, tz < 0 ? 1 : 3);
-      });
     }
     if (pipeline.last_turn())
       store_targets(lattice, pipeline.tile(), args.target, target0, share, sum,

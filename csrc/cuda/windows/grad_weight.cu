@@ -78,18 +78,19 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
   for (auto& plane : sum)
     for (auto& row : plane) clear(row);
   const Source source = chunk_of_block(args.source);
-  Pipeline<Readers::kAll> pipeline(lattice, source, planes, 1);
+  Pipeline<Readers::kAtOnce> pipeline(lattice, source, planes, 1);
   unsigned char* gates = shared_memory() + pipeline.behind();
   const int tile_points = lattice.tile_z * kTileY * kTileX;
 
   const int first_z = group * group_planes;
   PlaneGrads loaded;
-  for (pipeline.start([] {}); pipeline.running(); pipeline.advance()) {
+  for (pipeline.start(no_slabs); pipeline.running(); pipeline.advance()) {
     load_grads(lattice, pipeline.tile(), args, output0 / kChunk<T>, first_z, loaded);
+    __syncthreads();  // others may still read those of the tile before
     write_gates(lattice, pipeline.tile(), args, reinterpret_cast<T*>(gates));
 #pragma unroll
     for (int tz = 0; tz < 3; ++tz) {
-      pipeline.enter(tz - 1);
+      pipeline.enter(tz - 1, no_slabs);
       if (group == 0) pipeline.ahead(tz - 1);  // while the other group multiplies
 #pragma unroll 1
       for (int z = first_z; z < (reads(lattice, tz - 1) ? first_z + group_planes : 0); ++z) {
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[step][i] = multiply(grads[step][i], rows[i / 2], T{});
           }
-          const uint32_t plane = plane_of(lattice, z, tz - 1, k), pitch = lattice.pitch[k];
+          const uint32_t plane = plane_of(lattice, pipeline, z, tz - 1, k), pitch = lattice.pitch[k];
           begin_products();
 #pragma unroll
           for (int step = 0; step < kPlaneSteps; ++step)
@@ -128,7 +129,6 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
       }
       for (auto& row : sum[tz]) wait_for_products<0>(row);
       if (group == 1) pipeline.ahead(tz - 1);
-      pipeline.leave(tz - 1, [] {});
     }
   }
   pipeline.finish();

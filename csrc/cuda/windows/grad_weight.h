@@ -37,6 +37,12 @@ __device__ inline Source chunk_of_block(const Source& source) {
   return {source.points, source.held, int(blockIdx.y), 1};
 }
 
+// The weight is no operand here.
+struct NoSlabs {
+  __device__ void operator()(const Turn&, int, int) const {}
+};
+constexpr NoSlabs no_slabs{};
+
 // The attention of a tile as [branch, point], so that neighbours of one branch lie side by side.
 template <typename T>
 __device__ inline void write_gates(const Lattice& lattice, const Tile& tile, const GradWeightArguments& args,

@@ -66,15 +66,16 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
   float sum[3][kTapPairs][kOutputBlocks][4];  // [tz]
   for (auto& plane : sum) clear(plane);
   const Source source = chunk_of_block(args.source);
-  Pipeline<Readers::kAll, Reads::kPlain> pipeline(lattice, source, planes, 1);
+  Pipeline<Readers::kAtOnce, Reads::kPlain> pipeline(lattice, source, planes, 1);
   float* gates = reinterpret_cast<float*>(shared_memory() + pipeline.behind());
   const int tile_points = lattice.tile_z * kTileY * kTileX;
 
-  for (pipeline.start([] {}); pipeline.running(); pipeline.advance()) {
+  for (pipeline.start(no_slabs); pipeline.running(); pipeline.advance()) {
+    __syncthreads();  // others may still read those of the tile before
     write_gates(lattice, pipeline.tile(), args, gates);
 #pragma unroll
     for (int tz = 0; tz < 3; ++tz) {
-      pipeline.enter(tz - 1);
+      pipeline.enter(tz - 1, no_slabs);
       if (group == 0) pipeline.ahead(tz - 1);  // while the other group multiplies
 #pragma unroll 1
       for (int z = group * group_planes; z < (reads(lattice, tz - 1) ? (group + 1) * group_planes : 0); ++z) {
@@ -83,7 +84,8 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
 #pragma unroll 1
         for (int k = 0; k < lattice.K; ++k) {
           // The word of this lane's column of operand b in the point that tap (0, 0) of its row reads.
-          const unsigned char* words = shared_memory() + (plane_place(lattice, z, tz - 1, k) + column) * kPointBytes +
+          const unsigned char* words = shared_memory() +
+                                       (plane_place(lattice, pipeline, z, tz - 1, k) + column) * kPointBytes +
                                        row % kChunk<float> * int(sizeof(float));
           const float* gate = gates + (args.branch + k) * tile_points + z * (kTileY * kTileX) + column;
 #pragma unroll
@@ -109,7 +111,6 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
         }
       }
       if (group == 1) pipeline.ahead(tz - 1);
-      pipeline.leave(tz - 1, [] {});
     }
   }
   pipeline.finish();

@@ -16,11 +16,12 @@ constexpr int kLatticeBranches = 4;  // a thread holds the attention of every br
 constexpr int kTileY = 8;
 constexpr int kTileX = 8;  // eight points of 16 bytes side by side fill the 32 banks of shared memory once
 constexpr int kMaxHaloX = 7;
-constexpr int kMaxRows = 256;     // of a block: a bulk copy takes no more
-constexpr int kPointBytes = 16;   // of a packed point: a chunk of channels
-constexpr int kPlaneAligned = 8;  // points: a bulk copy writes at multiples of 128 bytes
-constexpr int kPlaneTaps = 9;     // taps (ty, tx) of one tz, in this order
-constexpr int kTapPairs = 5;      // of a product; the last tap has no second one
+constexpr int kMaxRows = 256;                    // of a block: a bulk copy takes no more
+constexpr int kPointBytes = 16;                  // of a packed point: a chunk of channels
+constexpr int kPlaneAligned = 8;                 // points: a bulk copy writes at multiples of 128 bytes
+constexpr int kPlaneTaps = 9;                    // taps (ty, tx) of one tz, in this order
+constexpr int kTapPairs = 5;                     // of a product; the last tap has no second one
+constexpr int kMaxWaits = kLatticeBranches + 2;  // for each branch at tz = -1, at tz = 0 and at tz = +1
 
 struct Int3 {
   int z, y, x;
@@ -60,7 +61,10 @@ struct Lattice {
   int tile_z;
   int ring, ring_bytes;               // planes of points held in shared memory
   int plane_points;                   // from one plane to the next
-  int free_planes[kLatticeBranches];  // of a source, at the middle's beginning, that tz = +1 does not read
+  int free_planes[kLatticeBranches];  // of a source, under the tile's first ones, that tz = +1 does not read
+  // Of a source: how many planes have to be there at each wait. Branches come in the order of branch_in_turn; where one
+  // reads less than those before it, what they read.
+  int planes_read[kLatticeBranches][kMaxWaits];
   // In a plane, of the points held for branch k: how many a row has; the point under point (0, 0) of a tile through tap
   // (0, 0), and where tap (ty, tx) lies from there, ascending.
   int pitch[kLatticeBranches], centre[kLatticeBranches], tap_points[kPlaneTaps][kLatticeBranches];
@@ -103,14 +107,25 @@ AUTOFOCUS_HD inline int planes(const Lattice& lattice) { return lattice.tile_z +
 AUTOFOCUS_HD inline int rows(const Int3& reach) { return kTileY + 2 * reach.y; }
 AUTOFOCUS_HD inline int columns(const Int3& reach) { return kTileX + 2 * reach.x; }
 // Its first point, counted from the first of the block.
+AUTOFOCUS_HD inline int first_held(const Lattice& lattice, int k) { return lattice.halo.z - lattice.reach[k].z; }
 AUTOFOCUS_HD inline int first_row(const Lattice& lattice, int k) { return lattice.halo.y - lattice.reach[k].y; }
 AUTOFOCUS_HD inline int first_column(const Lattice& lattice, int k) { return lattice.halo.x - lattice.reach[k].x; }
 
-// Planes in the order the taps need them: all tz = -1 and tz = 0 read lies in [0, tile_z + halo), all tz = 0 and
-// tz = +1 read in [halo, planes). So [0, halo) is free after tz = -1, and with ring = tile_z + halo the planes from
-// there on take its place.
-AUTOFOCUS_HD inline int slot(const Lattice& lattice, int plane) {
-  return plane < lattice.ring ? plane : plane - lattice.ring;
+// Planes of a source are counted from the first that is held for a branch, 0 .. tile_z + 2 reach, and are read in this
+// order: tz = -1 begins with the first, and none of those in front of first_read is read from tz on.
+AUTOFOCUS_HD inline int held_planes(const Lattice& lattice, int source) {
+  return lattice.tile_z + 2 * lattice.reach[source].z;
+}
+AUTOFOCUS_HD inline int first_read(const Lattice& lattice, int source, int tz) {
+  return tz < 0 ? 0 : lattice.reach[source].z + (tz > 0 ? lattice.free_planes[source] : 0);
+}
+// Branches that read a source one after the other: at tz = -1 that of the largest rate, which reads the first planes,
+// before the others, if rates ascend as they usually do.
+AUTOFOCUS_HD inline int readers(const Lattice& lattice) { return lattice.sources == 1 ? lattice.K : 1; }
+AUTOFOCUS_HD inline int branch_in_turn(const Lattice& lattice, int tz, int i) { return tz < 0 ? lattice.K - 1 - i : i; }
+// What tz needs altogether.
+AUTOFOCUS_HD inline int end_read(const Lattice& lattice, int source, int tz) {
+  return lattice.planes_read[source][readers(lattice) + tz];
 }
 
 // Division: the number becomes the quotient, the remainder is returned.
@@ -207,7 +222,7 @@ AUTOFOCUS_HD inline Index3 unpacked_position(const Int3& points, int first_plane
 
 // The plane read by tile plane z through tap tz of branch k.
 AUTOFOCUS_HD inline int tap_plane(const Lattice& lattice, int z, int tz, int k) {
-  return lattice.halo.z + z + tz * lattice.rate[k].z;
+  return lattice.reach[k].z + z + tz * lattice.rate[k].z;
 }
 // Whether phase tz reads anything: a kernel with one tap in z has tz = 0 only.
 AUTOFOCUS_HD inline bool reads(const Lattice& lattice, int tz) { return tz == 0 || lattice.taps_z > 1; }
@@ -343,17 +358,40 @@ inline void set_threads(Lattice& lattice, int threads) {
   for (int k = 0; k < lattice.K; ++k) lattice.cover[k] = cover_of(lattice, lattice.reach[k], threads);
 }
 
-inline void set_tile(Lattice& lattice, int tile_z, bool recycle) {
+inline void set_tile(Lattice& lattice, int tile_z) {
   lattice.tile_z = tile_z;
   lattice.tiles = {int(ceil_div(lattice.target_points.z, tile_z)), int(ceil_div(lattice.target_points.y, kTileY)),
                    int(ceil_div(lattice.target_points.x, kTileX))};
   for (int source = 0; source < lattice.sources; ++source) {
+    const int reach = lattice.reach[source].z;
     int& free = lattice.free_planes[source] = tile_z;
-    for (int k = 0; k < lattice.K; ++k)
-      if ((lattice.sources == 1 || k == source) && lattice.rate[k].z < free) free = lattice.rate[k].z;
+    int* const read = lattice.planes_read[source];
+    int most = 0;
+    for (int i = 0; i < readers(lattice); ++i) {
+      const int k = lattice.sources == 1 ? branch_in_turn(lattice, -1, i) : source, rate = lattice.rate[k].z;
+      if (rate < free) free = rate;
+      if (reach - rate + tile_z > most) most = reach - rate + tile_z;
+      read[i] = most;
+    }
+    // Every plane is waited for before its slot is written again, also one that no branch reads.
+    read[readers(lattice) - 1] = reach - free + tile_z;
+    read[readers(lattice)] = reach + tile_z;
+    read[readers(lattice) + 1] = held_planes(lattice, source);
   }
-  lattice.ring = recycle ? tile_z + lattice.halo.z : planes(lattice);
-  lattice.ring_bytes = int(int64_t(lattice.ring) * lattice.plane_points * kPointBytes);
+}
+
+// The fewest planes that the ring can be of: what a tz reads.
+inline int fewest_planes(const Lattice& lattice) {
+  int fewest = lattice.tile_z;
+  for (int source = 0; source < lattice.sources; ++source)
+    if (end_read(lattice, source, -1) > fewest) fewest = end_read(lattice, source, -1);
+  return fewest;
+}
+// As many as there is room for, but not more than this turn and the next one read.
+inline void set_ring(Lattice& lattice, int64_t room) {
+  const int most = 2 * planes(lattice);
+  lattice.ring = room < most ? int(room) : most;
+  lattice.ring_bytes = lattice.ring * lattice.plane_points * kPointBytes;
 }
 
 }  // namespace autofocus::cuda

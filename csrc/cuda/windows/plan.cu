@@ -51,27 +51,28 @@ const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan) {
   for (const int tile_z : {8, 4}) {
     // Half of it would be empty.
     if (tile_z == 8 && lattice.target_points.z <= 4) continue;
-    for (const bool recycle : {false, true})
+    for (const bool slot_for_every_plane : {true, false})
       for (int width = 0; width < 4; ++width) {
         // The narrowest width that holds what is wanted, and narrower ones if that does not fit.
         if (width + 1 < 4 && kWidths[width + 1] >= wanted) continue;
-        set_tile(lattice, tile_z, recycle);
+        set_tile(lattice, tile_z);
         // In 64 bits: dilations in z may reach far enough to overflow.
         const int64_t points = int64_t(planes(lattice)) * lattice.plane_points;
         if (points * kPointBytes > (int64_t(1) << 30)) continue;
-        const int bytes = shared_bytes(pass, lattice, dtype, kWidths[width]);
+        set_ring(lattice, slot_for_every_plane ? planes(lattice) : fewest_planes(lattice));
+        int bytes = shared_bytes(pass, lattice, dtype, kWidths[width]);
         if (bytes > limits.shared_bytes) continue;
         const bool is_grad_weight = pass == Pass::kGradWeight;
         const int threads = is_grad_weight ? kGradWeightThreads : tile_z / kGroupPlanes * kGroupThreads;
         const int by_registers = is_grad_weight ? 1 : kMaxThreads / threads,
                   by_shared = (limits.shared_bytes + kBlockReserve) / (bytes + kBlockReserve);
+        const int blocks = by_registers < by_shared ? by_registers : by_shared;
+        // What that many blocks leave is for more slots, up to their last bytes.
+        const int left = (limits.shared_bytes + kBlockReserve) / blocks - kBlockReserve - bytes;
+        set_ring(lattice, lattice.ring + left / (lattice.plane_points * kPointBytes));
+        bytes = shared_bytes(pass, lattice, dtype, kWidths[width]);
         set_threads(lattice, threads);
-        plan = {lattice,
-                kWidths[width],
-                threads,
-                bytes,
-                limits.multiprocessors,
-                limits.multiprocessors * (by_registers < by_shared ? by_registers : by_shared)};
+        plan = {lattice, kWidths[width], threads, bytes, limits.multiprocessors, limits.multiprocessors * blocks};
         return nullptr;
       }
   }
@@ -119,10 +120,10 @@ Plan plan_of_part(Plan plan, Pass pass, const Part& part) {
 
 Plan plan_of_branch(Pass pass, const Inputs& in, const Part& part, int64_t k) {
   Plan plan = plan_of(pass, in);
-  const bool recycle = plan.lattice.ring < planes(plan.lattice);
-  const int tile_z = plan.lattice.tile_z;
+  const int tile_z = plan.lattice.tile_z, room = plan.lattice.ring_bytes;
   plan.lattice = make_lattice(in.g, direction(pass), k, 1);
-  set_tile(plan.lattice, tile_z, recycle);
+  set_tile(plan.lattice, tile_z);
+  set_ring(plan.lattice, room / (plan.lattice.plane_points * kPointBytes));
   set_threads(plan.lattice, plan.threads);
   plan.shared_bytes = shared_bytes(pass, plan.lattice, in.dtype, plan.tiles);
   return plan_of_part(plan, pass, part);

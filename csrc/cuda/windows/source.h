@@ -50,11 +50,12 @@ inline SourcePlanes planes_of(const Lattice& lattice, const Source& source) {
   return planes;
 }
 
-// What is written at a time: planes [first, last) of the block under a tile, as a turn reads them.
+// What is written at a time: planes [first, last) of those that a turn holds under a tile, the first to slot `slot` of
+// the ring.
 struct Planes {
   const Tile& tile;
   Turn turn;
-  int first, last;
+  int first, last, slot;
 };
 
 // By one thread of a GPU that has the engine. `landed` has to expect bytes_of(...) before.
@@ -62,18 +63,23 @@ __device__ inline int bytes_of(const Lattice& lattice, const Planes& planes) {
   const int k = planes.turn.branch;
   return (planes.last - planes.first) * rows(lattice.reach[k]) * lattice.pitch[k] * kPointBytes;
 }
-__device__ inline void copy_planes(const Lattice& lattice, const Source& source, const SourcePlanes& maps,
-                                   const Planes& planes, CopyBarrier& landed) {
+// Returns the slot behind the last.
+__device__ inline int copy_planes(const Lattice& lattice, const Source& source, const SourcePlanes& maps,
+                                  const Planes& planes, CopyBarrier& landed) {
   const Tile& tile = planes.tile;
   const int k = planes.turn.branch;
   const int x = tile.source_first.x + first_column(lattice, k), y = tile.source_first.y + first_row(lattice, k),
-            z = tile.source_first.z;
+            z = tile.source_first.z + first_held(lattice, k);
   const int64_t classes = volume(lattice.source_classes.count),
                 number = source.volume(tile, planes.turn) * classes + tile.source_volume;
+  int slot = planes.slot;
 #pragma unroll 1
-  for (int plane = planes.first; plane < planes.last; ++plane)
-    copy_plane(shared_memory() + slot(lattice, plane) * lattice.plane_points * kPointBytes, maps.of[k], x, y, z + plane,
-               int(number), landed);
+  for (int plane = planes.first; plane < planes.last; ++plane) {
+    copy_plane(shared_memory() + slot * lattice.plane_points * kPointBytes, maps.of[k], x, y, z + plane, int(number),
+               landed);
+    if (++slot == lattice.ring) slot = 0;
+  }
+  return slot;
 }
 
 // A thread's way through the points of a block in one pass of a cover, plane by plane. Beside the products this is what
@@ -92,16 +98,18 @@ class Walk {
     plane_ = plane < cover.planes && row < rows(lattice.reach[k]) ? planes.first + plane : kFar;
     source_first_ =
         has_row(lattice, tile.source_first, block_row) && has_column(lattice, tile.source_first, block_column)
-            ? tile.source_first.z
+            ? tile.source_first.z + first_held(lattice, k)
             : -2 * kFar;
-    index_ = packed_index(lattice, tile, planes.first + plane, block_row, block_column);
-    place_ = slot(lattice, planes.first + plane) * lattice.plane_points + row * lattice.pitch[k] + column;
+    index_ = packed_index(lattice, tile, first_held(lattice, k) + planes.first + plane, block_row, block_column);
+    place_ = (planes.slot + plane) * lattice.plane_points + row * lattice.pitch[k] + column;
   }
 
   // Copies this thread's points of `planes` from the packed ones of their volume.
   __device__ void copy(const Lattice& lattice, const Planes& planes, const unsigned char* from) {
     const Cover& cover = lattice.cover[planes.turn.branch];
+    const int ring_points = lattice.ring * lattice.plane_points;
     for (; plane_ < planes.last; plane_ += cover.planes) {
+      if (place_ >= ring_points) place_ -= ring_points;
       const bool there = uint32_t(plane_ + source_first_) < uint32_t(lattice.points.z);  // if not, zeros are read
       copy_async<kPointBytes>(shared_memory() + place_ * kPointBytes, from + int64_t(index_) * kPointBytes, there);
       index_ += cover.source_step;

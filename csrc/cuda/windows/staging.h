@@ -1,35 +1,43 @@
-// The block of points under a tile, kept in shared memory while it is multiplied: which part is written when.
+// The points under a tile on their way through shared memory: a queue of planes, which a block reads turn after turn
+// and tile after tile.
 //
-// A chunk has three phases, tz = -1, 0, +1, and its planes three parts. The first part is read by tz = -1 only, the
-// last by tz = +1 only; the middle lies under the tile. With a slot for every plane the last part is written during the
-// chunk's own tz = -1, the next chunk's first part during tz = 0 and what tz = +1 leaves of the middle during tz = +1,
-// so that only the rest of the middle is waited for. With a smaller ring the last part takes the slots of the first
-// (docs/cuda.md draws it).
+// A turn is a chunk of channels, and where branches read in turn one of them. It reads its planes in the order in which
+// they lie, tz = -1, 0, +1 (docs/cuda.md draws it), and a ring of slots holds what is read now and as much of what
+// follows as there is room for: a plane is written once the one that had its slot is no longer read, whichever turn or
+// tile it is of.
 #pragma once
 
 #include "source.h"
 
 namespace autofocus::cuda {
 
-// Which branches read a block of points: all of them, or in the adjoint one each in turn (Lattice::sources).
-enum class Readers { kAll, kOne };
+// Which branches read a block of points: all of them at once or one after the other, or in the adjoint one each in turn
+// (Lattice::sources).
+enum class Readers { kAtOnce, kOneByOne, kOne };
 
 // How: by the product of windows, or by plain loads on every GPU.
 enum class Reads { kByProduct, kPlain };
 
-// Shared memory of a pipeline: the points, two tiles and two barriers.
+// Barriers of bulk copies, each of which ends a phase every other turn: one for each wait for planes, and the slabs of
+// the weight that are read from tz = -1 on and at tz = +1. The next turn's are others, since its copies may land while
+// somebody still has to look at this turn's.
+constexpr int kFirstSlabs = kMaxWaits, kLastSlab = kMaxWaits + 1, kTurnBarriers = kMaxWaits + 2;
+
+// Shared memory of a pipeline: the points, two tiles and two turns' barriers.
 AUTOFOCUS_HD inline int pipeline_bytes(const Lattice& lattice) {
-  return lattice.ring_bytes + 2 * int(sizeof(Tile)) + 2 * int(sizeof(CopyBarrier));
+  return lattice.ring_bytes + 2 * int(sizeof(Tile)) + 2 * kTurnBarriers * int(sizeof(CopyBarrier));
 }
 
 // What a block works through, tiles number blockIdx.x, blockIdx.x + gridDim.x, ... and in each `chunks` chunks of
 // channels and, if branches read in turn, in each of these all branches; and the copying that runs ahead of the
 // products.
 //
-// Every thread calls every method: start, then in each turn {enter, ahead, leave} for tz = -1, 0, 1 and advance; finish
-// before shared memory is used otherwise. Products of tz are begun behind enter and waited for before leave, in front
-// of ahead, around it or behind. What a kernel copies beside, it copies by copy() in the functions that start and leave
-// take, and that is there from the next turn's enter(-1) on.
+// Every thread calls every method: start, then in each turn {enter, ahead} for tz = -1, 0, 1 and advance; finish before
+// shared memory is used otherwise. Products of tz are begun behind enter and waited for before the next one, in front
+// of ahead, around it or behind; with kOneByOne those of a branch at tz = -1 behind enter_branch.
+//
+// `slabs(turn, first, last)` copies slabs of the weight by copy(), if there is one. Those of tz = -1 and 0 are copied
+// during tz = +1 of the turn before, that of tz = +1 during tz = -1.
 template <Readers kReaders, Reads kReads = Reads::kByProduct>
 class Pipeline {
  public:
@@ -42,83 +50,89 @@ class Pipeline {
         tile_(int(blockIdx.x)),
         turn_{0, 0},
         parity_(0),
-        phase_(0) {}
+        turns_(0),
+        shift_(0),
+        written_(0) {}
 
   __device__ bool running() const { return tile_ < tiles_; }
   __device__ const Turn& turn() const { return turn_; }
   __device__ bool first_turn() const { return turn_.chunk == 0 && turn_.branch == 0; }
   __device__ bool last_turn() const { return turn_.chunk + 1 == chunks_ && turn_.branch + 1 == branches(); }
-  __device__ Turn next_turn() const {
-    if (turn_.branch + 1 < branches()) return {turn_.chunk, turn_.branch + 1};
-    return {turn_.chunk + 1 == chunks_ ? 0 : turn_.chunk + 1, 0};
-  }
   __device__ const Tile& tile() const { return shared_tile(parity_); }
 
   // Where shared memory behind the pipeline's own begins.
   __device__ int behind() const { return pipeline_bytes(lattice_); }
+  // Of a plane that the current tz reads.
+  __device__ int slot(int plane) const {
+    const int slot = plane + shift_;
+    return slot < lattice_.ring ? slot : slot - lattice_.ring;
+  }
 
-  template <typename Copies>
-  __device__ void start(const Copies& copies) {
+  template <typename Slabs>
+  __device__ void start(const Slabs& slabs) {
     if (threadIdx.x == 0) {
       if (has_bulk_copies())
         for (int source = 0; source < branches(); ++source) prefetch_map(maps_.of[source]);
       if (running()) shared_tile(0) = tile_at(lattice_, tile_);
       if (has_bulk_copies()) {
-        init_barrier(barrier(kFromStart));
-        init_barrier(barrier(kLastPart));
+#pragma unroll 1
+        for (int i = 0; i < 2 * kTurnBarriers; ++i) init_barrier(barrier(0, i));
         fence_proxies();
       }
     }
     __syncthreads();
-    if (!running()) return;
-    copies();
-#pragma unroll 1
-    for (int part = 0; part < 2; ++part) write(part == 0 ? Section::kFirst : Section::kMiddle, false);
-    commit();
+    if (running()) copy_slabs(slabs, kFirstSlabs, turns_, turn_);
   }
 
-  __device__ void enter(int tz) {
-    if (tz == 0) return;
-    if (tz > 0) finish_reads();
-    if (has_bulk_copies())
-      wait_for_copies(barrier(tz < 0 ? kFromStart : kLastPart), phase_);
-    else if (tz > 0 && !recycles())
-      copy_async_wait<1>();
-    else
-      copy_async_wait<0>();
-    __syncthreads();
-    // Finding a tile takes six divisions: one thread does it, once a tile, when all are done with the last.
-    if (tz < 0 && first_turn() && threadIdx.x == 0 && tile_ + int(gridDim.x) < tiles_)
-      shared_tile(1 - parity_) = tile_at(lattice_, tile_ + int(gridDim.x));
-  }
-
-  __device__ void ahead(int tz) {
-    // One call for the three: all of the writing is in line, and the kernel is to fit the cache of instructions.
-    if (tz >= 0 || !recycles()) {
-      const bool of_this = (tz < 0) != recycles();
-      write(tz > 0 ? Section::kFreeMiddle : of_this ? Section::kLast : Section::kFirst, tz > 0 || !of_this);
+  template <typename Slabs>
+  __device__ void enter(int tz, const Slabs& slabs) {
+    if (first_read(lattice_, turn_.branch, tz) + shift_ >= lattice_.ring) shift_ -= lattice_.ring;
+    if (frees(tz)) {
+      if (has_bulk_copies() && (kReads == Reads::kPlain || !has_warpgroup_mma())) fence_proxies();
+      if (!has_bulk_copies()) copy_async_wait<0>();
+      __syncthreads();
+      // Finding a tile takes six divisions: one thread does it, once a tile, when all are done with the last.
+      if (tz < 0 && first_turn() && threadIdx.x == 0 && tile_ + int(gridDim.x) < tiles_)
+        shared_tile(1 - parity_) = tile_at(lattice_, tile_ + int(gridDim.x));
+      if (tz < 0) copy_slabs(slabs, kLastSlab, turns_, turn_);
+      if (tz > 0 && has_next()) copy_slabs(slabs, kFirstSlabs, turns_ + 1, next_turn());
+      if (written_ < end_read(lattice_, turn_.branch, tz)) {
+        write(end_read(lattice_, turn_.branch, tz));
+        if (!has_bulk_copies()) {
+          copy_async_wait<0>();
+          __syncthreads();
+        }
+      }
     }
-    if (!has_bulk_copies() && tz <= 0) copy_async_commit();
+    if (!has_bulk_copies()) return;
+    if (tz != 0) wait(tz < 0 ? kFirstSlabs : kLastSlab);
+    if (tz >= 0)
+      wait(readers(lattice_) + tz);
+    else if (kReaders != Readers::kOneByOne || !reads(lattice_, tz))
+#pragma unroll 1
+      for (int i = 0; i < readers(lattice_); ++i) wait(i);
   }
 
-  template <typename Copies>
-  __device__ void leave(int tz, const Copies& copies) {
-    if (tz == 0) return;
-    finish_reads();
-    __syncthreads();
-    if (has_next()) copies();
-    if (tz < 0) return;
-    write(Section::kOtherMiddle, true);
-    if (recycles()) write(Section::kFirst, true);
-    commit();
+  // Before the products of the i-th branch at tz = -1, in the order of branch_in_turn.
+  __device__ void enter_branch(int tz, int i) {
+    if (kReaders == Readers::kOneByOne && has_bulk_copies() && tz < 0) wait(i);
+  }
+
+  // Writes what there is room for.
+  __device__ void ahead(int tz) {
+    if (!frees(tz)) return;
+    int end = first_read(lattice_, turn_.branch, tz) + lattice_.ring;
+    // Other threads may not know the next tile yet.
+    if (!has_bulk_copies() && tz < 0 && end > held()) end = held();
+    write(end);
   }
 
   // Copies a multiple of 16 bytes, at multiples of 16, to shared memory.
   __device__ void copy(int to, const unsigned char* from, int bytes) {
     if (has_bulk_copies()) {
       if (threadIdx.x > 0) return;
-      expect_bytes(barrier(kFromStart), bytes);
-      copy_bulk(shared_memory() + to, from, bytes, barrier(kFromStart));
+      expect_bytes(*slabs_landed_, bytes);
+      copy_bulk(shared_memory() + to, from, bytes, *slabs_landed_);
     } else {
       for (int at = int(threadIdx.x) * 16; at < bytes; at += int(blockDim.x) * 16)
         copy_async<16>(shared_memory() + to + at, from + at, true);
@@ -127,82 +141,98 @@ class Pipeline {
 
   // Behind the last turn: from the next barrier on all of shared memory may be used for other things.
   __device__ void finish() {
+    __syncthreads();
     if (!has_bulk_copies() || threadIdx.x > 0) return;
-    end_barrier(barrier(kFromStart));
-    end_barrier(barrier(kLastPart));
+#pragma unroll 1
+    for (int i = 0; i < 2 * kTurnBarriers; ++i) end_barrier(barrier(0, i));
   }
 
   __device__ void advance() {
+    shift_ += held();
+    written_ -= held();
+    ++turns_;
     if (last_turn()) {
       tile_ += int(gridDim.x);
       parity_ = 1 - parity_;
     }
     turn_ = next_turn();
-    phase_ = 1 - phase_;
   }
 
  private:
-  enum class Section { kFirst, kMiddle, kFreeMiddle, kOtherMiddle, kLast };
-  // Barriers of bulk copies. Each ends a phase a turn: when what the turn reads from tz = -1 on has landed, and when
-  // its last part has.
-  enum { kFromStart, kLastPart };
-
   __device__ Tile& shared_tile(int parity) const {
     return *reinterpret_cast<Tile*>(shared_memory() + lattice_.ring_bytes + parity * int(sizeof(Tile)));
   }
-  __device__ CopyBarrier& barrier(int which) const {
-    return reinterpret_cast<CopyBarrier*>(shared_memory() + lattice_.ring_bytes + 2 * int(sizeof(Tile)))[which];
+  __device__ CopyBarrier& barrier(uint32_t turn, int which) const {
+    return reinterpret_cast<CopyBarrier*>(shared_memory() + lattice_.ring_bytes +
+                                          2 * int(sizeof(Tile)))[turn % 2 * kTurnBarriers + which];
   }
-  __device__ bool recycles() const { return lattice_.ring < planes(lattice_); }
+  __device__ void wait(int which) const { wait_for_copies(barrier(turns_, which), turns_ / 2 % 2); }
+
+  __device__ Turn next_turn() const {
+    if (turn_.branch + 1 < branches()) return {turn_.chunk, turn_.branch + 1};
+    return {turn_.chunk + 1 == chunks_ ? 0 : turn_.chunk + 1, 0};
+  }
   __device__ bool has_next() const { return !last_turn() || tile_ + int(gridDim.x) < tiles_; }
+  __device__ int branches() const { return kReaders == Readers::kOne ? lattice_.K : 1; }
+  __device__ int held() const { return held_planes(lattice_, turn_.branch); }
+  // Whether all threads meet in front of tz, so that what it does not read any more is free. In front of tz = 0 nothing
+  // is gained by it if the turn's own planes all have their slots.
+  __device__ bool frees(int tz) const { return tz != 0 || !has_bulk_copies() || lattice_.ring < planes(lattice_); }
 
-  __device__ int branches() const { return kReaders == Readers::kAll ? 1 : lattice_.K; }
-
-  // Writes a section of the planes of this turn, or of the next one, if there is one.
-  __device__ void write(Section section, bool of_next) {
-    if (has_bulk_copies() && reread_thread() > 0) return;  // it is for one thread
-    if (of_next && !has_next()) return;
-    const Turn turn = of_next ? next_turn() : turn_;
-    const int reach = lattice_.reach[turn.branch].z, middle = lattice_.halo.z, end = middle + lattice_.tile_z;
-    int first = middle, last = end;
-    if (section == Section::kFirst) first = middle - reach, last = middle;
-    if (section == Section::kFreeMiddle) last = middle + lattice_.free_planes[turn_.branch];
-    if (section == Section::kOtherMiddle) first = middle + lattice_.free_planes[turn_.branch];
-    if (section == Section::kLast) first = end, last = end + reach;
-    const Planes planes{shared_tile(of_next && last_turn() ? 1 - parity_ : parity_), turn, first, last};
-    if (has_bulk_copies()) {
-      CopyBarrier& landed = barrier(section == Section::kLast ? kLastPart : kFromStart);
-      expect_bytes(landed, bytes_of(lattice_, planes));
-      if (section == Section::kLast) arrive(landed);  // that is all of it; the other barrier expects more until commit
-      copy_planes(lattice_, source_, maps_, planes, landed);
-    } else {
-      // A walk goes on where it is, but for the first planes of a turn and those of a ring that come in another order.
-      const bool begins =
-          section == Section::kFirst || (recycles() && (section == Section::kFreeMiddle || section == Section::kLast));
-      walk(planes, begins);
-    }
-  }
-
-  // In front of a barrier behind which points that were read are written over.
-  __device__ void finish_reads() const {
-    if (has_bulk_copies() && (kReads == Reads::kPlain || !has_warpgroup_mma())) fence_proxies();
-  }
-
-  // What is copied for a turn from tz = -1 on is complete.
-  __device__ void commit() {
+  template <typename Slabs>
+  __device__ void copy_slabs(const Slabs& slabs, int which, uint32_t turns, const Turn& turn) {
+    slabs_landed_ = &barrier(turns, which);
+    slabs(turn, which == kFirstSlabs ? 0 : 2, which == kFirstSlabs ? 2 : 3);
     if (!has_bulk_copies())
       copy_async_commit();
     else if (threadIdx.x == 0)
-      arrive(barrier(kFromStart));
+      arrive(*slabs_landed_);
   }
 
-  // By all threads, pass by pass.
-  __device__ void walk(const Planes& planes, bool begins) {
+  // Writes the planes up to `end`, those of the next turn behind those of this one.
+  __device__ void write(int end) {
+    // One call for both: all of the writing is in line, and the kernel is to fit the cache of instructions.
+#pragma unroll 1
+    for (int later = 0; later < (has_next() ? 2 : 1); ++later) {
+      const Turn turn = later ? next_turn() : turn_;
+      const int before = later ? held() : 0, of_turn = before + held_planes(lattice_, turn.branch),
+                last = end < of_turn ? end : of_turn;
+      if (written_ >= last) continue;
+      const Planes planes{shared_tile(later && last_turn() ? 1 - parity_ : parity_), turn, written_ - before,
+                          last - before, slot(written_)};
+      if (!has_bulk_copies())
+        walk(planes);
+      else if (reread_thread() == 0)  // it is for one thread
+        copy(planes, turns_ + later);
+      written_ = last;
+    }
+    if (!has_bulk_copies()) copy_async_commit();
+  }
+
+  // Each plane is counted by the barrier of the first wait that it is for.
+  __device__ void copy(const Planes& planes, uint32_t turns) {
+    Planes part = planes;
+#pragma unroll 1
+    for (int i = 0; i < readers(lattice_) + 2; ++i) {
+      const int end = lattice_.planes_read[planes.turn.branch][i];
+      CopyBarrier& landed = barrier(turns, i);
+      part.last = end < planes.last ? end : planes.last;
+      if (part.first < part.last) {
+        expect_bytes(landed, bytes_of(lattice_, part));
+        part.slot = copy_planes(lattice_, source_, maps_, part, landed);
+        part.first = part.last;
+      }
+      if (planes.first < end && end <= planes.last) arrive(landed);  // that is all of it
+    }
+  }
+
+  // By all threads, pass by pass. A walk goes on where it is, but for the first planes of a turn.
+  __device__ void walk(const Planes& planes) {
     const unsigned char* from =
         source_.points + source_.volume(planes.tile, planes.turn) * lattice_.packed_points * kPointBytes;
     const int passes = lattice_.cover[planes.turn.branch].passes;
     for (int pass = 0; pass < passes; ++pass) {
-      if (begins || passes > 1) walk_ = Walk(lattice_, planes, pass);
+      if (planes.first == 0 || passes > 1) walk_ = Walk(lattice_, planes, pass);
       walk_.copy(lattice_, planes, from);
     }
   }
@@ -213,8 +243,11 @@ class Pipeline {
   int chunks_;
   int tiles_, tile_;  // a device has no memory for 2^31 tiles
   Turn turn_;
-  int parity_;
-  uint32_t phase_;
+  int parity_;      // of the tile
+  uint32_t turns_;  // that are over
+  // Planes are counted from the turn's first: what the slot of one is more, modulo the ring, and how many are written.
+  int shift_, written_;
+  CopyBarrier* slabs_landed_;
   Walk walk_;
 };
 

@@ -23,17 +23,20 @@ struct Share {
 };
 
 // Where the points of plane z of a tile lie through tap (tz, 0, 0) of branch k, in points of 16 bytes.
-__device__ inline uint32_t plane_place(const Lattice& lattice, int z, int tz, int k) {
-  return slot(lattice, tap_plane(lattice, z, tz, k)) * lattice.plane_points + lattice.centre[k];
+template <typename Pipeline>
+__device__ inline uint32_t plane_place(const Lattice& lattice, const Pipeline& pipeline, int z, int tz, int k) {
+  return pipeline.slot(tap_plane(lattice, z, tz, k)) * lattice.plane_points + lattice.centre[k];
 }
 // The same as operands count.
-__device__ inline uint32_t plane_of(const Lattice& lattice, int z, int tz, int k) {
-  return shared_units(shared_memory()) + plane_place(lattice, z, tz, k);
+template <typename Pipeline>
+__device__ inline uint32_t plane_of(const Lattice& lattice, const Pipeline& pipeline, int z, int tz, int k) {
+  return shared_units(shared_memory()) + plane_place(lattice, pipeline, z, tz, k);
 }
 
 // Where the window of tap 0 of a plane begins.
-__device__ inline uint32_t first_window(const Lattice& lattice, int z, int tz, int k) {
-  return plane_of(lattice, z, tz, k) + lattice.tap_points[0][k];
+template <typename Pipeline>
+__device__ inline uint32_t first_window(const Lattice& lattice, const Pipeline& pipeline, int z, int tz, int k) {
+  return plane_of(lattice, pipeline, z, tz, k) + lattice.tap_points[0][k];
 }
 // Two taps of a chunk of channels as operand a. The last tap has no second one: the same points again, with weights of
 // zero.
@@ -42,15 +45,15 @@ __device__ inline Operand two_taps(const Lattice& lattice, uint32_t first_window
 }
 
 // Copies slabs [first, last) of the weight of a chunk, of a kernel with one tap in z only that of tz = 0.
-template <int kTiles, Readers kReaders>
-__device__ inline void copy_slabs(const Lattice& lattice, Pipeline<kReaders>& pipeline, int slabs,
-                                  const unsigned char* weight, int chunk, int first, int last) {
+template <int kTiles, typename Pipeline>
+__device__ inline void copy_slabs(const Lattice& lattice, Pipeline& pipeline, const unsigned char* weight, int chunk,
+                                  int first, int last) {
   if (!reads(lattice, -1)) {
-    if (last < 2) return;
-    first = 1, last = 2;
+    if (first > 1) return;
+    first = 1;
   }
   const int at = first * kSlabBytes<kTiles>;
-  pipeline.copy(slabs + at, weight + int64_t(chunk) * chunk_weight_bytes(kTiles) + at,
+  pipeline.copy(pipeline.behind() + at, weight + int64_t(chunk) * chunk_weight_bytes(kTiles) + at,
                 (last - first) * kSlabBytes<kTiles>);
 }
 
