@@ -69,6 +69,7 @@ struct Fiber {
   std::vector<Copy> open;
   bool unfenced = false;        // copies have landed that warpgroup MMA may not see yet
   std::vector<uint32_t> reads;  // rows of 16 bytes since the last fence
+  uint64_t* awaited = nullptr;  // the barrier of the copies that it is at
 };
 
 struct Product {
@@ -200,6 +201,7 @@ class Block {
     // The current phase is `phases`: the one asked for is that, or the one before it.
     while (barrier_of(at).phases % 2 == phase % 2) {
       current_->state = Fiber::State::kAtCopies;
+      current_->awaited = at;
       yield();
     }
   }
@@ -254,13 +256,15 @@ class Block {
     for (Fiber& fiber : fibers_)
       if (fiber.state == Fiber::State::kAtCopies) fiber.state = Fiber::State::kRunnable;
   }
-  // Whether there were any under way that end a phase.
+  // Those that somebody waits for: whether that has ended a phase.
   bool land_copies() {
     bool ended = false;
-    for (auto& entry : barriers_) {
-      const uint32_t before = entry.second.phases;
-      if (entry.second.arrived) land(entry.second);
-      ended |= entry.second.phases != before;
+    for (const Fiber& fiber : fibers_) {
+      if (fiber.state != Fiber::State::kAtCopies) continue;
+      Barrier& barrier = barrier_of(fiber.awaited);
+      const uint32_t before = barrier.phases;
+      if (barrier.arrived) land(barrier);
+      ended |= barrier.phases != before;
     }
     return ended;
   }

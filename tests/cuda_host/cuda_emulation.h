@@ -4,9 +4,9 @@
 // Strictness, so that a kernel that is right here has little room to be wrong:
 //   * shared memory starts as NaN in every block, with guard bytes behind it;
 //   * a barrier that not every thread reaches, or a warp instruction that not every lane reaches, is an error;
-//   * asynchronous copies land either at once or only when waited for, bulk copies when nobody can go on without them:
-//     all must give the same result; warpgroup MMA reads its operands and writes its sums likewise at once or when
-//     waited for;
+//   * asynchronous copies land either at once or only when waited for, bulk copies when nobody can go on without those
+//     of the same barrier: all must give the same result; warpgroup MMA reads its operands and writes its sums likewise
+//     at once or when waited for;
 //   * warpgroup MMA while what a thread copied is not fenced for it is an error, and so is a bulk copy whose barrier is
 //     not, or to where a thread has read by load_matrices without a fence since; a barrier that expects other bytes
 //     than come; a block that ends before its copies have landed.

@@ -95,6 +95,9 @@ std::string check_part(const Problem& g, const Part& part, bool adjoint, int til
                 for (int k = first_branch; k < branches_end; ++k) {
                   const int place = lattice.centre[k] + y * lattice.pitch[k] + x + lattice.tap_points[tap][k];
                   if (place < 0 || place >= lattice.plane_points) return show("a tap leaves its plane", p, tz, tap, k);
+                  const int wait = tz >= 0 ? readers(lattice) + tz : lattice.sources == 1 ? lattice.K - 1 - k : 0;
+                  if (tap_plane(lattice, z, tz, k) >= lattice.planes_read[turn][wait])
+                    return show("a branch reads a plane that it has not waited for", p, tz, tap, k);
                   const int64_t read = held.at(place_of(tap_plane(lattice, z, tz, k)) + place);
                   // The definition: forward reads origin + p + r t. Adjoint: the output that reads p through -t.
                   const int64_t sign = adjoint ? -1 : 1;

@@ -84,13 +84,13 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
 
   const int first_z = group * group_planes;
   PlaneGrads loaded;
-  for (pipeline.start(no_slabs); pipeline.running(); pipeline.advance()) {
+  for (pipeline.start(NoSlabs{}); pipeline.running(); pipeline.advance()) {
     load_grads(lattice, pipeline.tile(), args, output0 / kChunk<T>, first_z, loaded);
     __syncthreads();  // others may still read those of the tile before
     write_gates(lattice, pipeline.tile(), args, reinterpret_cast<T*>(gates));
 #pragma unroll
     for (int tz = 0; tz < 3; ++tz) {
-      pipeline.enter(tz - 1, no_slabs);
+      pipeline.enter(tz - 1, NoSlabs{});
       if (group == 0) pipeline.ahead(tz - 1);  // while the other group multiplies
 #pragma unroll 1
       for (int z = first_z; z < (reads(lattice, tz - 1) ? first_z + group_planes : 0); ++z) {

@@ -41,7 +41,6 @@ __device__ inline Source chunk_of_block(const Source& source) {
 struct NoSlabs {
   __device__ void operator()(const Turn&, int, int) const {}
 };
-constexpr NoSlabs no_slabs{};
 
 // The attention of a tile as [branch, point], so that neighbours of one branch lie side by side.
 template <typename T>

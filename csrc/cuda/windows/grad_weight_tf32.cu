@@ -70,12 +70,12 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
   float* gates = reinterpret_cast<float*>(shared_memory() + pipeline.behind());
   const int tile_points = lattice.tile_z * kTileY * kTileX;
 
-  for (pipeline.start(no_slabs); pipeline.running(); pipeline.advance()) {
+  for (pipeline.start(NoSlabs{}); pipeline.running(); pipeline.advance()) {
     __syncthreads();  // others may still read those of the tile before
     write_gates(lattice, pipeline.tile(), args, gates);
 #pragma unroll
     for (int tz = 0; tz < 3; ++tz) {
-      pipeline.enter(tz - 1, no_slabs);
+      pipeline.enter(tz - 1, NoSlabs{});
       if (group == 0) pipeline.ahead(tz - 1);  // while the other group multiplies
 #pragma unroll 1
       for (int z = group * group_planes; z < (reads(lattice, tz - 1) ? (group + 1) * group_planes : 0); ++z) {
