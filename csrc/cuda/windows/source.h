@@ -1,4 +1,4 @@
-// The packed points that a pass reads, and their way to shared memory: where the GPU has a copy engine one thread asks
+// The packed points that a pass reads, and their way to shared memory: where the GPU has a copy engine some threads ask
 // it for a plane at a time, elsewhere every thread copies its points.
 #pragma once
 
@@ -58,28 +58,32 @@ struct Planes {
   int first, last, slot;
 };
 
-// By one thread of a GPU that has the engine. `landed` has to expect bytes_of(...) before.
+// On a GPU that has the engine the first threads of some warps share the planes: those of one warpgroup, whose products
+// wait for all of them, while the other warpgroups multiply.
+constexpr int kWriters = 4;
+__device__ inline bool is_writer() { return reread_thread() % 32 == 0 && reread_thread() / 32 < kWriters; }
+
+// `landed` has to expect bytes_of(...).
 __device__ inline int bytes_of(const Lattice& lattice, const Planes& planes) {
   const int k = planes.turn.branch;
   return (planes.last - planes.first) * rows(lattice.reach[k]) * lattice.pitch[k] * kPointBytes;
 }
-// Returns the slot behind the last.
-__device__ inline int copy_planes(const Lattice& lattice, const Source& source, const SourcePlanes& maps,
-                                  const Planes& planes, CopyBarrier& landed) {
+__device__ inline void copy_planes(const Lattice& lattice, const Source& source, const SourcePlanes& maps,
+                                   const Planes& planes, CopyBarrier& landed) {
   const Tile& tile = planes.tile;
   const int k = planes.turn.branch;
   const int x = tile.source_first.x + first_column(lattice, k), y = tile.source_first.y + first_row(lattice, k),
             z = tile.source_first.z + first_held(lattice, k);
   const int64_t classes = volume(lattice.source_classes.count),
                 number = source.volume(tile, planes.turn) * classes + tile.source_volume;
-  int slot = planes.slot;
+  const int skipped = (reread_thread() / 32 - planes.first) & (kWriters - 1);
+  int slot = planes.slot + skipped;
 #pragma unroll 1
-  for (int plane = planes.first; plane < planes.last; ++plane) {
+  for (int plane = planes.first + skipped; plane < planes.last; plane += kWriters, slot += kWriters) {
+    if (slot >= lattice.ring) slot -= lattice.ring;
     copy_plane(shared_memory() + slot * lattice.plane_points * kPointBytes, maps.of[k], x, y, z + plane, int(number),
                landed);
-    if (++slot == lattice.ring) slot = 0;
   }
-  return slot;
 }
 
 // A thread's way through the points of a block in one pass of a cover, plane by plane. Beside the products this is what

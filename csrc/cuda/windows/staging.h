@@ -122,8 +122,8 @@ class Pipeline {
   __device__ void ahead(int tz) {
     if (!frees(tz)) return;
     int end = first_read(lattice_, turn_.branch, tz) + lattice_.ring;
-    // Other threads may not know the next tile yet.
-    if (!has_bulk_copies() && tz < 0 && end > held()) end = held();
+    // If this turn is the tile's only one, others do not know the next tile before they have met again.
+    if (tz < 0 && first_turn() && last_turn() && end > held()) end = held();
     write(end);
   }
 
@@ -202,14 +202,15 @@ class Pipeline {
                           last - before, slot(written_)};
       if (!has_bulk_copies())
         walk(planes);
-      else if (reread_thread() == 0)  // it is for one thread
+      else if (is_writer())
         copy(planes, turns_ + later);
       written_ = last;
     }
     if (!has_bulk_copies()) copy_async_commit();
   }
 
-  // Each plane is counted by the barrier of the first wait that it is for.
+  // Each plane is counted by the barrier of the first wait that it is for. Of the writers one says how many bytes come,
+  // before or behind the others' copies: without its arrival no phase ends.
   __device__ void copy(const Planes& planes, uint32_t turns) {
     Planes part = planes;
 #pragma unroll 1
@@ -218,11 +219,13 @@ class Pipeline {
       CopyBarrier& landed = barrier(turns, i);
       part.last = end < planes.last ? end : planes.last;
       if (part.first < part.last) {
-        expect_bytes(landed, bytes_of(lattice_, part));
-        part.slot = copy_planes(lattice_, source_, maps_, part, landed);
+        if (reread_thread() == 0) expect_bytes(landed, bytes_of(lattice_, part));
+        copy_planes(lattice_, source_, maps_, part, landed);
+        part.slot += part.last - part.first;
+        if (part.slot >= lattice_.ring) part.slot -= lattice_.ring;
         part.first = part.last;
       }
-      if (planes.first < end && end <= planes.last) arrive(landed);  // that is all of it
+      if (reread_thread() == 0 && planes.first < end && end <= planes.last) arrive(landed);  // that is all of it
     }
   }
 
