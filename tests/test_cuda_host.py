@@ -254,6 +254,7 @@ FAST_CASES = tuple(
     Case("three_tiles_in_x", (9, 10, 18), channels=4, out_channels=3, dilations=(1, 2)),
     Case("papers_rates_branch", (2, 3, 17), channels=9, out_channels=5, dilations=(2, 6, 10, 14), mode="branch"),
     Case("rates_apart", (10, 9, 24), dilations=((1, 2, 6), (3, 4, 21))),
+    Case("rates_in_any_order", (9, 5, 6), channels=9, dilations=(2, 3, 1)),
     # Points that lie in memory whole, and in words; pairs of channels stored, and added to.
     Case("whole_points", (5, 4, 9), channels=16, out_channels=10, dilations=(1, 2), layout="channels_last"),
     Case("pairs", (3, 4, 5), 10, 12, dilations=(1, 2, 3, 4, 2), mode="branch", layout="channels_last"),
@@ -369,16 +370,21 @@ def test_float32_is_exact_where_tf32_is_not_allowed(device):
 SCHEDULES = ((True, 0), (False, 0), (True, 1), (False, 1), (True, 2))
 
 
+FEW_SLOTS = (50 * KILOBYTE, 90)  # in the forward 12, for the 14 planes of rates up to 3
+
+
 @pytest.mark.parametrize(
     "gpu, case",
     [
-        # A slot for every plane; two tiles and two chunks a block; then rings, with tiles of eight and four planes.
+        # A slot for every plane and more; two tiles and two chunks a block; then fewer slots, with tiles of eight and
+        # four planes.
         (H100, Case("near", (9, 5, 4), channels=9, out_channels=3, batch=2, dilations=(1, 2))),
         (H100, Case("near_branch", (9, 5, 4), channels=9, out_channels=3, dilations=(1, 2), mode="branch")),
+        (FEW_SLOTS, Case("wide", (9, 3, 4), channels=9, out_channels=3, dilations=(3, 1, 2))),
         (A100, Case("wide", (2, 3, 18), channels=3, out_channels=35, dilations=HALVED)),
         (RTX_5090, Case("wide", (5, 4, 4), channels=9, out_channels=3, dilations=HALVED)),
     ],
-    ids=["H100", "H100 branch", "A100", "RTX 5090"],
+    ids=["H100", "H100 branch", "few slots", "A100", "RTX 5090"],
 )
 def test_schedule_changes_no_bit(device, gpu, case):
     """Whatever runs first, and whenever copies land, every pass gives the same bits; and the right ones."""
@@ -933,13 +939,13 @@ def test_whether_calls_are_fast(device):
     call = call_of(case, make_tensors(case, torch.float16))
     backward = (call.attention, Gradients(call.input, call.weight, call.attention, None))
     assert cuda.is_fast("forward", call, (call.attention,)) and cuda.is_fast("backward", call, backward)
-    device((93 * KILOBYTE, 89))  # too little shared memory for the forward alone
+    device((86 * KILOBYTE, 89))  # too little shared memory for the forward alone
     assert not cuda.is_fast("forward", call, (call.attention,)) and cuda.is_fast("backward", call, backward)
 
 
 def test_shared_memory_decides_pass_by_pass(device):
     case = Case("papers_rates", (17, 18, 19), dilations=(2, 6, 10, 14))
-    for gpu, refused in [(H100, set()), (A100, set()), (RTX_5090, set()), ((93 * KILOBYTE, 89), {"forward"})]:
+    for gpu, refused in [(H100, set()), (A100, set()), (RTX_5090, set()), ((86 * KILOBYTE, 89), {"forward"})]:
         device(gpu)
         assert {name for name, reason in refusals(case).items() if reason} == refused
 
