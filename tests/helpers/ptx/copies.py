@@ -176,11 +176,10 @@ def _bulk_copy(block, to, barrier, alignment, content):
     to, barrier = block.address(to), block.address(barrier)
 
     def copy(active):
-        (thread,) = np.flatnonzero(active)  # more than one would copy the same again
-        if to()[thread] % alignment:
-            raise PtxError(f"a bulk copy to no multiple of {alignment} bytes")
-        copied = content(thread)
-        block.bulk.begin(int(barrier()[thread]), int(to()[thread]), copied, thread)
+        for thread in np.flatnonzero(active):
+            if to()[thread] % alignment:
+                raise PtxError(f"a bulk copy to no multiple of {alignment} bytes")
+            block.bulk.begin(int(barrier()[thread]), int(to()[thread]), content(thread), thread)
 
     return copy
 
