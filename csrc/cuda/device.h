@@ -283,6 +283,13 @@ __device__ inline void warpgroup_wait(float (&d)[kCount][kTiles][4]) {
 __device__ constexpr bool has_warpgroup_mma() { return false; }
 #endif
 
+// Code for a GPU that may have it, if that code was compiled so.
+#if __CUDA_ARCH__ == 900
+__device__ constexpr bool is_for_hopper() { return true; }
+#else
+__device__ constexpr bool is_for_hopper() { return false; }
+#endif
+
 // a b + c in one instruction, also where the compiler joins what is common to two ways to it.
 __device__ inline float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // threadIdx.x, whose consequences the compiler is not to keep in registers from one use to the next.

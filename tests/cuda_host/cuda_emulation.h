@@ -269,6 +269,7 @@ inline uint32_t transposed(uint32_t pair) {
 
 #define AUTOFOCUS_WARPGROUP_MMA
 bool has_warpgroup_mma();
+inline bool is_for_hopper() { return true; }
 inline void fence_proxies() { emulation::fence_proxies(); }
 template <typename T>
 emulation::Elements elements_of() {

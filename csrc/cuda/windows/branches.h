@@ -54,6 +54,7 @@ __device__ inline unsigned char* epilogue_memory(const Lattice& lattice) {
 template <typename T, int kTiles, typename Epilogue>
 __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattice, BranchesArguments<T> args,
                                                                   const __grid_constant__ SourcePlanes planes) {
+  if (kTiles > kNarrowTiles && !is_for_hopper()) return;  // plan.cu asks for none, and they would spill
   // Products under way at once, one a plane: as many as leave registers.
   constexpr int kTogether = kTiles <= 2 ? kGroupPlanes : 1;
   const Share share;
