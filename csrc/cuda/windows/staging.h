@@ -142,9 +142,10 @@ class Pipeline {
   // Behind the last turn: from the next barrier on all of shared memory may be used for other things.
   __device__ void finish() {
     __syncthreads();
-    if (!has_bulk_copies() || threadIdx.x > 0) return;
+    if (has_bulk_copies() && threadIdx.x == 0) {
 #pragma unroll 1
-    for (int i = 0; i < 2 * kTurnBarriers; ++i) end_barrier(barrier(0, i));
+      for (int i = 0; i < 2 * kTurnBarriers; ++i) end_barrier(barrier(0, i));
+    }
   }
 
   __device__ void advance() {
