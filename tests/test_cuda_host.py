@@ -398,6 +398,21 @@ def test_schedule_changes_no_bit(device, gpu, case):
     testing.judge(first, case, tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "tf32"])
+@pytest.mark.parametrize("gpu", [H100, A100, RTX_5090], ids=["H100", "A100", "RTX 5090"])
+def test_a_thread_far_ahead_of_the_others_changes_no_bit(request, gpu, dtype):
+    """One block goes through all tiles, and whatever is written for the next one is so as early as it can be."""
+    configure = request.getfixturevalue("tf32" if dtype is torch.float32 else "device")
+    case = Case("near", (9, 5, 4), channels=3, out_channels=3, batch=2, dilations=(1, 2))
+    tensors = make_tensors(case, dtype)
+    results = []
+    for late, order in ((True, 0), (False, 10), (False, 11), (True, 10)):
+        configure(gpu, late, order, multiprocessors=1)
+        results.append(evaluate(lambda **call: autofocus_conv(**call, backend="cuda"), case, tensors))
+    for other in results[1:]:
+        assert all(torch.equal(other[name], results[0][name]) for name in other)
+
+
 @pytest.mark.parametrize("gpu", [H100, RTX_5090], ids=["H100", "RTX 5090"])
 def test_schedule_changes_no_bit_in_tf32(tf32, gpu):
     case = Case("near", (9, 5, 4), channels=5, out_channels=35, dilations=(1, 2), mode="branch")

@@ -206,6 +206,7 @@ def _mbarrier(block, parts, operands, number):
 
         def inval(active):
             (place,) = np.unique(address()[active])
+            block.races.access(address()[active], 8, active, True)
             del block.bulk.barriers[int(place)]
             block.races.forget(int(place))
 
@@ -235,6 +236,7 @@ def _mbarrier(block, parts, operands, number):
         """Whether the phase of that parity has ended. If not, threads sleep until one does, and look again."""
         (asked,) = np.unique(parity[active])
         phases = barrier_of(active).phases
+        block.races.access(address()[active], 8, active, False)
         ended = phases % 2 != asked
         write(ended, active)
         if ended:
