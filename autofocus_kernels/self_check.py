@@ -368,12 +368,7 @@ def _check(variant: Variant, backend: Backend) -> Outcome:
             raise
         except Exception as error:
             return Outcome("wrong", f"its self-check fails, {variant}: {type(error).__name__}: {error}")
-    # "not <=" so that a NaN is a failure.
-    wrong = [
-        f"{name} is off by {error:.1e}, allowed {limit:.1e}"
-        for name, error, limit in zip(expected, errors, limits)
-        if not error <= limit
-    ]
+    wrong = tolerance.complaints(dict(zip(expected, errors)), dict(zip(expected, limits)))
     if wrong:
         return Outcome("wrong", f"its self-check fails, {variant}: {'; '.join(wrong)}")
     return Outcome("right", "")

@@ -12,6 +12,7 @@ says nothing about operands cut to eleven bits. Each is off by up to eps, by 0.4
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -45,6 +46,15 @@ def worst_error(result: Tensor, expected: Tensor) -> Tensor:
 
 def _quotient(difference: Tensor, size: Tensor) -> Tensor:
     return difference / torch.where(size > 0, size, torch.ones_like(size))
+
+
+def complaints(errors: Mapping[str, float], limits: Mapping[str, float]) -> list[str]:
+    """A sentence for each of ``errors`` that is beyond its limit; NaN is beyond every limit."""
+    return [
+        f"{name} is off by {error:.1e}, allowed {limits[name]:.1e}"
+        for name, error in errors.items()
+        if not error <= limits[name]
+    ]
 
 
 def of_sum(terms: int, dtype: torch.dtype) -> float:

@@ -152,14 +152,6 @@ class Judge:
                     errors[name] = error
         return errors
 
-    def complaints(self, errors: dict[str, float]) -> list[str]:
-        """One sentence per error beyond its limit; NaN is beyond every limit."""
-        return [
-            f"{name} is off by {error:.1e}, allowed {self.limits[name]:.1e}"
-            for name, error in errors.items()
-            if not error <= self.limits[name]
-        ]
-
 
 def verdict_on(error: Exception) -> dict:
     """The columns status and note of a contender that raised: out of memory, a compiler's; the next may be fine."""

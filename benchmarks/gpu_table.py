@@ -99,7 +99,7 @@ def judge(contender: Contender, case: Case, tensors: Tensors, expected: dict, al
     except Exception as error:
         return verdict_on(error)
     errors = {name: testing.relative_error(results[name], value) for name, value in expected.items()}
-    wrong = [f"{n} is off by {e:.1e}, allowed {allowed[n]:.1e}" for n, e in errors.items() if not e <= allowed[n]]
+    wrong = tolerance.complaints(errors, allowed)
     worst = max(error / allowed[name] for name, error in errors.items())
     return {"status": "wrong" if wrong else "ok", "note": "; ".join(wrong), "error_of_limit": worst}
 

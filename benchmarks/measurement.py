@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from autofocus_kernels import testing
+from autofocus_kernels import testing, tolerance
 from autofocus_kernels.testing import Case, Tensors
 
 from . import memory
@@ -103,7 +103,7 @@ def _judge(judge: Judge, contender: Contender, function: Callable, tensors) -> d
         errors = judge.errors(contender, function, tensors)
     except Exception as error:
         return verdict_on(error)
-    complaints = judge.complaints(errors)
+    complaints = tolerance.complaints(errors, judge.limits)
     fractions = [error / judge.limits[name] for name, error in errors.items()]
     return {
         "status": "wrong" if complaints else "ok",

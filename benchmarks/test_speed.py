@@ -6,6 +6,8 @@ run.py interleaves the contenders and is what results are quoted from; this one 
 
 import pytest
 
+from autofocus_kernels import tolerance
+
 from . import cases
 from .contenders import NAIVE, Contender, Judge, backends_of, lay_out, layer, make_tensors, runner
 
@@ -27,6 +29,6 @@ def test_speed(benchmark, judge, name, layout, pass_name):
         pytest.skip(reason)
     tensors = lay_out(make_tensors(judge.case, "float32", DEVICE), judge.case, layout)
     errors = judge.errors(Contender(name, layout), layer(name), tensors)
-    assert not judge.complaints(errors)
+    assert not tolerance.complaints(errors, judge.limits)
     benchmark.group = f"{judge.case.name} {pass_name}"
     benchmark(runner(pass_name, layer(name), judge.case, tensors))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from autofocus_kernels import testing
+from autofocus_kernels import testing, tolerance
 from autofocus_kernels.backends.interface import Gradients
 from autofocus_kernels.backends.triton import configs, fitting, interpreted, launch
 from autofocus_kernels.backends.triton.configs import Config
@@ -137,7 +137,7 @@ def verdict(call: Callable[[], None], filled: dict, expected: dict, allowed: dic
     try:
         call()
         errors = {name: testing.relative_error(tensor, expected[name]) for name, tensor in filled.items()}
-        wrong = [f"{n} is off by {e:.1e}, allowed {allowed[n]:.1e}" for n, e in errors.items() if not e <= allowed[n]]
+        wrong = tolerance.complaints(errors, allowed)
         if wrong:
             return {"status": "wrong", "note": "; ".join(wrong)}
         return {"status": "ok", "device_ms": 1e3 * seconds(call, device(), budget)[0]}

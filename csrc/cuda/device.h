@@ -283,7 +283,7 @@ __device__ inline void warpgroup_wait(float (&d)[kCount][kTiles][4]) {
 __device__ constexpr bool has_warpgroup_mma() { return false; }
 #endif
 
-// Code for a GPU that may have it, if that code was compiled so.
+// Whether this is code for compute capability 9.0: as 90a it has warpgroup MMA, as 90 it has not.
 #if __CUDA_ARCH__ == 900
 __device__ constexpr bool is_for_hopper() { return true; }
 #else
