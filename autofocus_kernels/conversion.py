@@ -25,7 +25,7 @@ RELATIVE_DILATIONS = (1, 3, 5, 7)
 _SATURATED = 1000.0
 
 Conv = TypeVar("Conv", bound=_ConvNd)
-Select = Sequence[str] | Callable[[str, Any], bool] | None  # the latter of a name and its convolution
+Select = Sequence[str] | Callable[[str, Any], bool] | None  # names, or a predicate of a name and its module
 
 
 def convert(
@@ -211,7 +211,7 @@ def _refuse(name: str, module: nn.Module, classes: dict[int, Any]) -> None:
 
 
 def _layer_like(name: str, conv: _ConvNd, dilations: Sequence[IntOrTuple]) -> Any:
-    """An autofocus layer on the meta device with the settings of ``conv``, of which all are checked."""
+    """An autofocus layer on the meta device with the settings of ``conv``, after every check of these."""
     _refuse(name, conv, CONV)
     name = name or "network"
     spatial_dims = len(conv.kernel_size)
@@ -335,35 +335,38 @@ def _least_attention(network: nn.Module, layers: dict[str, AutofocusConvNd], exa
 def _branch_of(
     name: str, layer: AutofocusConvNd, branch: int | None, measured: dict[str, Tensor] | None, tolerance: float
 ) -> int:
-    """The branch that ``layer`` is to become: ``branch``, or that which nearly all attention goes to, as ``measured``.
+    """The branch that ``layer`` becomes: ``branch``, or the one that gets nearly all attention.
+
+    ``measured`` is what :func:`_least_attention` found; None where there was no example.
 
     Raises:
         TypeError, ValueError: ``branch`` is no branch of the layer, or no branch has nearly all attention.
     """
-    least = _constant_attention(layer.attention) if measured is None else measured.get(name)
-    name, last = name or "network", len(layer.dilations) - 1
+    shown = name or "network"
     if branch is not None:
         if isinstance(branch, bool) or not isinstance(branch, int):
             raise TypeError(f"branch must be None or an int, got {branch!r}")
+        last = len(layer.dilations) - 1
         if not 0 <= branch <= last:
-            raise ValueError(f"branch must be from 0 to {last} for {name}, got {branch}")
+            raise ValueError(f"branch must be from 0 to {last} for {shown}, got {branch}")
         return branch
+    least = _constant_attention(layer.attention) if measured is None else measured.get(name)
     if least is None and measured is None:
-        raise ValueError(f"{name} has a gate that depends on its input: give a branch, or an example to measure it on")
+        raise ValueError(f"{shown} has a gate that depends on its input: give a branch, or an example to measure it on")
     if least is None:
-        raise ValueError(f"{name} is not reached by example: give a branch, or leave it out with select")
+        raise ValueError(f"{shown} is not reached by example: give a branch, or leave it out with select")
     chosen = int(least.argmax())
     if not least[chosen] >= 1 - tolerance:
         raise ValueError(
-            f"{name} must give a branch at least {1 - tolerance:g} of the attention at every voxel, got at least "
+            f"{shown} must give a branch at least {1 - tolerance:g} of the attention at every voxel, got at least "
             f"{least[chosen].item():.3g} for branch {chosen} at best: give a branch, or another tolerance"
         )
     return chosen
 
 
 def _constant_attention(gate) -> Tensor | None:
-    """[K], what the gate gives every voxel of any input; None if that depends on the input."""
-    if type(gate) is not ScaleAttention or gate.conv2.weight.any():
+    """[K], what the gate gives every voxel of any input; None if that depends on the input, or is not known yet."""
+    if type(gate) is not ScaleAttention or gate.conv2.weight.is_meta or gate.conv2.weight.any():
         return None
     return gate.conv2.bias.detach().softmax(0)
 

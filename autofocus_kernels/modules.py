@@ -233,7 +233,7 @@ class AutofocusConvNd(_ConvNd):
 
     def blend(self, input: Tensor, attention: Tensor, padding: Padding) -> Tensor:
         """The layer's output for the attention that the gate gave and the padding that the caller chooses."""
-        if isinstance(attention, (tuple, list, dict)):  # not: no Tensor, as torch.fx's proxies are
+        if not isinstance(attention, (Tensor, torch.fx.Proxy)):
             raise TypeError(f"attention must return a tensor [N, K, *S_out], got {_kind(attention)}")
         tensors = (input, self.weight, attention.to(input.dtype), self.bias)
         options: dict[str, Any] = {

@@ -402,9 +402,11 @@ def test_a_padding_mode_that_is_set_later_is_refused():
         layer(torch.randn(1, 3, 6, 6))
 
 
-def test_gate_that_returns_no_tensor_is_named():
-    layer = AutofocusConv2d(3, 5, dilations=(1, 2), attention=lambda input: (input[:, :2], None))
-    with pytest.raises(TypeError, match=r"attention must return a tensor \[N, K, \*S_out\], got tuple"):
+@pytest.mark.parametrize("returned", [(torch.ones(1, 2, 6, 6), None), None], ids=["tuple", "NoneType"])
+def test_gate_that_returns_no_tensor_is_named(returned):
+    layer = AutofocusConv2d(3, 5, dilations=(1, 2), attention=lambda input: returned)
+    kind = type(returned).__name__
+    with pytest.raises(TypeError, match=rf"attention must return a tensor \[N, K, \*S_out\], got {kind}"):
         layer(torch.randn(1, 3, 6, 6))
 
 
