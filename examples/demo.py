@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import nibabel
@@ -87,7 +88,7 @@ def enlarge(image: Tensor, zoom: int) -> Tensor:
 
 
 def middle(image: Tensor, edge: int) -> Tensor:
-    """The cube of this edge, or of each axis what there is, in the middle of the image."""
+    """The cube of this edge in the middle of the image; axes shorter than that stay whole."""
     for axis, size in enumerate(image.shape[2:], start=2):
         image = image.narrow(axis, max(size - edge, 0) // 2, min(size, edge))
     return image
@@ -181,18 +182,19 @@ def draw_speed(rows: list[dict]) -> plt.Figure:
 # ------------------------------------------------------------------ 3: filling holes
 
 
-class Sizes:
-    def __init__(self, zoom: int, crop: int, steps: int) -> None:
-        self.zoom, self.crop, self.steps = zoom, crop, steps
+class Sizes(NamedTuple):
+    zoom: int
+    crop: int
+    steps: int
 
 
 class HoleGate(nn.Module):
     """Weights of the dilations from the share of known voxels (channel 1) within reach of each."""
 
-    def __init__(self, hidden: int = 16) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.choose = nn.Sequential(
-            nn.Conv3d(len(DILATIONS), hidden, 1), nn.ReLU(), nn.Conv3d(hidden, len(DILATIONS), 1), nn.Softmax(1)
+            nn.Conv3d(len(DILATIONS), 16, 1), nn.ReLU(), nn.Conv3d(16, len(DILATIONS), 1), nn.Softmax(1)
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -271,12 +273,12 @@ class Lesson:
         choices = {f"dilation {rate} everywhere": (rate,) for rate in DILATIONS}
         choices["all four dilations, one fixed mix"] = DILATIONS
         for name, rates in choices.items():
-            (a, b), (test_taps, expected) = (
+            (taps, target), (test_taps, test_target) = (
                 (gather_taps(input, hole, rates), self.image[hole].double()) for input, hole in (fit, test)
             )
-            ridge = 1e-2 * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
-            weights = torch.linalg.solve(a.T @ a + ridge, a.T @ b)
-            self.errors[name] = F.mse_loss(test_taps @ weights, expected).item()
+            ridge = 1e-2 * torch.eye(taps.shape[1], dtype=taps.dtype, device=taps.device)
+            weights = torch.linalg.solve(taps.T @ taps + ridge, taps.T @ target)
+            self.errors[name] = F.mse_loss(test_taps @ weights, test_target).item()
         input, hole = test
         filled = self.layer(input)
         self.errors["autofocus: dilation per voxel"] = F.mse_loss(filled[hole], self.image[hole]).item()

@@ -3,7 +3,7 @@
     python examples/original_checkpoint.py                                    an untrained one, to see it work
     python examples/original_checkpoint.py --checkpoint FILE --image T.nii.gz --out FOLDER
 
-The image holds the modalities along its last axis, in the order that the network was trained with. Written are the
+The image holds the modalities along its last axis, in the order that the network was trained with. This writes the
 labels as NIfTI, with the affine of the image, and an overlay picture. The command line does the same for a folder of
 images: ``python -m autofocus_kernels.segmentation predict``.
 """
