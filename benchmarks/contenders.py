@@ -203,7 +203,6 @@ def interleave(
     budget: float,
     min_rounds: int = 3,
     max_rounds: int = 100,
-    on_round: Callable = lambda: None,
 ) -> dict:
     """Times the calls in turn, round after round, so that all meet the same machine: key -> seconds of each round.
 
@@ -222,7 +221,6 @@ def interleave(
             for key, call in calls.items():
                 times[key].append(seconds_of(call))
                 spent += times[key][-1]
-            on_round()
     finally:
         gc.enable()
     return times
