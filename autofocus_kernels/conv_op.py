@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from .conversion import RELATIVE_DILATIONS
-from .geometry import IntOrTuple, per_axis, resolve_dilations
+from .geometry import IntOrTuple, per_axis, resolve_dilations, smallest_dilation
 from .modules import AUTOFOCUS, CONV
 
 
@@ -24,7 +24,7 @@ class _ConvOp:
     def __new__(cls, in_channels, out_channels, kernel_size, *arguments, **keywords):
         sizes = per_axis("kernel_size", kernel_size, cls.spatial_dims, minimum=1)
         branches = resolve_dilations(cls.dilations, cls.spatial_dims)
-        if any(min(axis) > 1 for axis in zip(*branches)):
+        if max(smallest_dilation(branches)) > 1:
             raise ValueError(
                 f"dilations of {cls.__name__} must start at 1 on every axis (the padding of the caller fits a dilation "
                 f"of 1), got {cls.dilations!r}"

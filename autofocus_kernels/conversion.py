@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .geometry import IntOrTuple, resolve_dilations
+from .geometry import IntOrTuple, resolve_dilations, smallest_dilation
 from .modules import AUTOFOCUS, CONV, AutofocusConv1d, AutofocusConvNd, ScaleAttention
 
 # The paper's (2, 6, 10, 14) in units of the smallest: that of the convolution itself.
@@ -248,7 +248,7 @@ def _conv_like(layer: AutofocusConvNd, branch: int) -> _ConvNd:
     dilation = layer.dilations[branch]
     padding = layer.padding
     if padding != "same":
-        smallest = tuple(min(axis) for axis in zip(*layer.dilations))
+        smallest = smallest_dilation(layer.dilations)
         given = (0,) * len(dilation) if padding == "valid" else padding
         padding = tuple(
             pad + (r - least) * (size // 2) for pad, r, least, size in zip(given, dilation, smallest, layer.kernel_size)

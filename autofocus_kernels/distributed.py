@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .branch_norm import uses_batch_statistics
-from .geometry import Geometry, resolve
+from .geometry import Geometry, resolve, smallest_dilation
 from .modules import AutofocusConvNd, ScaleAttention, check_layer_input
 from .ops.allocation import memory_format_of
 
@@ -39,7 +39,7 @@ class Span(NamedTuple):
 
 
 class SpatiallySharded(nn.Module):
-    """Runs ``layer`` on a volume of which every rank of a process group holds a shard along one spatial axis.
+    """Runs ``layer`` on a volume that is sharded along one spatial axis over the ranks of a process group.
 
     Outputs and gradients of the inputs, joined along ``dim``, are those of ``layer`` on the whole volume. Gradients of
     its parameters are each rank's own share, as in every other layer of a network on shards. One process would have
@@ -88,7 +88,7 @@ class SpatiallySharded(nn.Module):
             _attention_reach(layer.attention, self.dim, attention_reach)  # raises now what forward would
 
     def forward(self, input: Tensor, return_attention: bool = False):
-        if torch.compiler.is_compiling():  # which follows no messages between processes
+        if torch.compiler.is_compiling():  # torch.compile cannot trace messages between processes
             return torch.compiler.disable(self._forward)(input, return_attention)
         return self._forward(input, return_attention)
 
@@ -96,28 +96,11 @@ class SpatiallySharded(nn.Module):
         layer: Any = self.layer
         dim = self.dim
         fused = isinstance(layer, AutofocusConvNd)
-        try:
-            self._check_own(input, return_attention)
-            error = None
-        except (TypeError, ValueError) as raised:
-            error = raised  # the others have to know before this rank may leave
-        shards = _gather_shards(input, dim, self.process_group, error, layer.weight.device)
-        if fused and layer.branch_norm is not None:
-            self._check_norms(layer.branch_norm)
-        size = list(input.shape[-len(layer.kernel_size) :])
-        size[dim] = shards[-1].stop
-        dilations = layer.dilations if fused else (layer.dilation,)
-        geometry = resolve(tuple(size), layer.kernel_size, dilations, layer.stride, layer.padding)
+        shards = self._agreed_shards(input, return_attention)
+        geometry = self._geometry(input, shards)
         axis = _Axis.of(geometry, dim)
         outputs = axis.outputs(shards)
-        if fused:
-            # Not in the constructor: convert, which works in place, or another gate may have come since.
-            reach = _attention_reach(layer.attention, dim, self.attention_reach)
-            contexts = [axis.context(span, reach) for span in outputs]
-            windows = [axis.read_by(span).around(context) for span, context in zip(outputs, contexts)]
-        else:
-            contexts = windows = [axis.context(span, axis.reach) for span in outputs]
-
+        contexts, windows = self._reads(axis, outputs)
         rank = dist.get_rank(self.process_group)
         window = _Gather.apply(input, Exchange(dim, rank, self.process_group, shards, windows))
 
@@ -136,11 +119,45 @@ class SpatiallySharded(nn.Module):
         attention = layer.attention(context.detach() if layer.detach_attention else context)
         _check_attention(attention, dim, axis.outputs_of(contexts[rank]))
         attention = own_outputs(attention)
-        # The window reaches as far as the largest dilation on either side, which is more than the padding counts.
-        padding = [min(r) * (k // 2) - o for *r, k, o in zip(*dilations, geometry.kernel_size, geometry.origin)]
+        # The layer's own padding, in numbers. Along dim the window holds all that the largest dilation reads, which is
+        # cropped again: padding counts from the smallest.
+        smallest = smallest_dilation(geometry.dilations)
+        padding = [r * (k // 2) - o for r, k, o in zip(smallest, geometry.kernel_size, geometry.origin)]
         padding[dim] += geometry.origin[dim] - axis.reach
         output = layer.blend(part(axis.read_by(outputs[rank])), attention, tuple(padding))
         return (output, attention) if return_attention else output
+
+    def _agreed_shards(self, input: Tensor, return_attention: bool) -> list[Span]:
+        """The shard of every rank, after all checks of what the ranks pass and of the layer as it is now."""
+        layer: Any = self.layer
+        try:
+            self._check_own(input, return_attention)
+            error = None
+        except (TypeError, ValueError) as raised:
+            error = raised  # for _gather_shards to raise, once the other ranks know
+        shards = _gather_shards(input, self.dim, self.process_group, error, layer.weight.device)
+        if isinstance(layer, AutofocusConvNd) and layer.branch_norm is not None:
+            self._check_norms(layer.branch_norm)
+        return shards
+
+    def _geometry(self, input: Tensor, shards: list[Span]) -> Geometry:
+        """Of the layer on the whole volume."""
+        layer: Any = self.layer
+        size = list(input.shape[-len(layer.kernel_size) :])
+        size[self.dim] = shards[-1].stop
+        dilations = layer.dilations if isinstance(layer, AutofocusConvNd) else (layer.dilation,)
+        return resolve(tuple(size), layer.kernel_size, dilations, layer.stride, layer.padding)
+
+    def _reads(self, axis: _Axis, outputs: list[Span]) -> tuple[list[Span], list[Span]]:
+        """For every rank's outputs: what its gate (or its plain convolution) runs on, and all that the rank reads."""
+        layer: Any = self.layer
+        if not isinstance(layer, AutofocusConvNd):
+            contexts = [axis.context(span, axis.reach) for span in outputs]
+            return contexts, contexts
+        # Not in the constructor: since then convert may have changed the layer in place, or the gate been replaced.
+        reach = _attention_reach(layer.attention, self.dim, self.attention_reach)
+        contexts = [axis.context(span, reach) for span in outputs]
+        return contexts, [axis.read_by(span).around(context) for span, context in zip(outputs, contexts)]
 
     def _check_own(self, input, return_attention: bool) -> None:
         """What a rank can tell by itself."""
@@ -188,7 +205,7 @@ def _attention_reach(gate: nn.Module, dim: int, given: int | None) -> int:
 
 
 def _check_attention(attention, dim: int, outputs: int) -> None:
-    """What the layer would find, were not this rank's part cut out of it before."""
+    """What the layer checks of a gate's output, before this rank's part is cut out of it."""
     if not isinstance(attention, Tensor):
         raise TypeError(f"attention must return a tensor [N, K, *S_out], got {type(attention).__name__}")
     if attention.shape[dim] != outputs:
@@ -208,7 +225,7 @@ def _describe(input) -> str:
 def _gather_shards(
     input: Tensor, dim: int, group: dist.ProcessGroup | None, error: Exception | None, device: torch.device
 ) -> list[Span]:
-    """The shard of every rank of ``group``, after a check that they make one volume, which all ranks fail alike.
+    """The shard of every rank of ``group``. All ranks raise if their shards do not make one volume.
 
     ``error`` is why this rank cannot go on; ``device`` is where messages may be.
     """
@@ -216,11 +233,11 @@ def _gather_shards(
         raise RuntimeError("SpatiallySharded needs torch.distributed.init_process_group to have been called")
     if dist.get_rank(group) < 0:
         raise RuntimeError("SpatiallySharded: this process is not in process_group")
-    facts = []
+    facts = []  # none from a rank that cannot go on
     if error is None:
         wants_gradient = input.requires_grad and torch.is_grad_enabled()
         facts = [input.dtype.itemsize, input.dtype is torch.bfloat16, wants_gradient, input.dim(), *input.shape]
-    own = torch.tensor(facts + [0] * (9 - len(facts)), device=device)
+    own = torch.tensor(facts + [0] * (_SHAPE + 5 - len(facts)), device=device)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
     ranks = torch.stack(gathered).tolist()
@@ -228,17 +245,26 @@ def _gather_shards(
         raise error
     if refused := [number for number, rank in enumerate(ranks) if rank[0] == 0]:
         raise ValueError(f"input must be one that all ranks take, got one that rank {refused[0]} refuses")
-    at = 4 + input.dim() + dim
+    at = _SHAPE + input.dim() + dim
     sizes = [rank[at] for rank in ranks]
     alike = [rank[:at] + rank[at + 1 :] for rank in ranks]
     if any(rank != alike[0] for rank in alike):
-        forms = [f"{rank[4 : 4 + rank[3]]} (itemsize {rank[0]}, gradient {bool(rank[2])})" for rank in ranks]
+        forms = [_described(*rank) for rank in ranks]
         raise ValueError(
             "input must have one dtype and, except along the sharded axis, one shape on all ranks, and require a "
             f"gradient on all or none, got {', '.join(forms)}"
         )
     stops = list(accumulate(sizes))
     return [Span(stop - size, stop) for size, stop in zip(sizes, stops)]
+
+
+_SHAPE = 4  # where the shape begins among the facts of a rank
+
+
+def _described(itemsize: int, is_bfloat16: int, wants_gradient: int, dims: int, *shape: int) -> str:
+    """The facts of a rank in words."""
+    dtype = "bfloat16" if is_bfloat16 else f"{8 * itemsize} bits"
+    return f"{list(shape[:dims])} ({dtype}, gradient {bool(wants_gradient)})"
 
 
 class _Axis(NamedTuple):

@@ -21,7 +21,8 @@ import torch
 
 IntOrTuple = int | Sequence[int]
 Padding = int | Sequence[int] | str
-# Of any stride, dilation or padding, and of what a kernel reaches: nothing made of them overflows the kernels' 64 bits.
+# The largest stride, dilation or padding, and the farthest that a kernel may reach from its centre: no sum or product
+# of them that a kernel computes overflows 64 bits.
 LARGEST = 2**48
 
 
@@ -65,7 +66,7 @@ class Geometry:
 
     @cached_property
     def farthest(self) -> int:
-        """A coordinate that no read and no position of any axis lies beyond, on either side."""
+        """No position, and nothing that is read, lies farther from 0 than this on any axis."""
         axes = zip(self.kernel_size, zip(*self.dilations), self.stride, self.origin, self.input_size, self.output_size)
         return max(
             abs(origin) + max(dilations) * (kernel // 2) + max(size, stride * output)
@@ -99,8 +100,10 @@ class Geometry:
 
 
 def once(function):
-    """``function`` that looks up what it gave the same arguments before: on small problems the checks of a call would
-    otherwise take most of its time. For functions of shapes and settings that return something immutable."""
+    """``function`` with its results kept: on small problems the checks of a call would otherwise take most of its time.
+
+    For functions of shapes and settings that return something immutable. An error is raised anew each time.
+    """
     cached = lru_cache(maxsize=4096)(function)
 
     @wraps(function)
@@ -115,7 +118,7 @@ def once(function):
 def _is_plain(value) -> bool:
     """Whether ``value`` can be looked up: None, ints, strings and tuples of these.
 
-    Lists and symbolic sizes have no hash; True and 1.0 have that of 1, which must not make them valid.
+    Lists and symbolic sizes have no hash. True and 1.0 have that of 1 and would be looked up as 1, unchecked.
     """
     kind = type(value)
     if kind is tuple or kind is torch.Size:
@@ -149,7 +152,7 @@ def per_axis(name: str, value: IntOrTuple, spatial_dims: int, minimum: int) -> t
 
 
 def require_count(name: str, value: int) -> int:
-    """``value`` as a Python int, a number of channels or branches.
+    """``value``, a number of channels or branches, as a Python int.
 
     Raises:
         TypeError: ``value`` is no int.
@@ -193,6 +196,11 @@ def resolve_dilations(dilations: Sequence[IntOrTuple], spatial_dims: int) -> tup
     return tuple(per_axis(f"dilations[{k}]", dilation, spatial_dims, minimum=1) for k, dilation in enumerate(dilations))
 
 
+def smallest_dilation(branches: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The smallest dilation of each axis, which a layer's padding counts from."""
+    return tuple(min(rates) for rates in zip(*branches))
+
+
 @once
 def resolve(
     input_size: Sequence[int],
@@ -203,8 +211,8 @@ def resolve(
 ) -> Geometry:
     """The geometry of a call. ``padding`` is read, as in ``nn.ConvNd``, for the smallest dilation of each axis.
 
-    Below zero it keeps the outer positions from being computed, although larger dilations read there: what a window
-    cut from a larger volume needs.
+    A padding below zero crops: the outermost positions are read but not computed, as for a window cut from a larger
+    volume.
 
     Raises:
         TypeError, ValueError: an argument of the wrong form, an even kernel size, a kernel that reaches farther than
@@ -221,7 +229,7 @@ def resolve(
                 f"dilations[{k}] must keep kernel {kernel_size} within 2**48 voxels of its centre, got {dilation}"
             )
     stride = per_axis("stride", stride, spatial_dims, minimum=1)
-    smallest = tuple(min(axis) for axis in zip(*branches))
+    smallest = smallest_dilation(branches)
     reach = tuple(r * (size - 1) // 2 for r, size in zip(smallest, kernel_size))
     pad = resolve_padding(padding, stride, reach, minimum=-LARGEST)
     origin = tuple(r - p for r, p in zip(reach, pad))

@@ -22,6 +22,7 @@ from .geometry import (
     resolve,
     resolve_dilations,
     resolve_padding,
+    smallest_dilation,
 )
 
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -217,7 +218,7 @@ class AutofocusConvNd(_ConvNd):
                 spatial_dims=self.spatial_dims,
                 stride=stride,
                 padding=padding,
-                dilation=tuple(min(axis) for axis in zip(*self.dilations)),
+                dilation=smallest_dilation(self.dilations),
                 device=device,
                 dtype=dtype,
             )

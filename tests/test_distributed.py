@@ -468,7 +468,7 @@ def test_every_rank_refuses_what_no_rank_can_run(ranks):
     expected = {
         "shapes": r"ValueError: input must have .* one shape on all ranks.*\[1, 3, 6, 6\] .*\[1, 3, 6, 7\]",
         "gradients": "ValueError: input must .* require a gradient on all or none.*gradient False.*gradient True",
-        "dtypes": "ValueError: input must have one dtype",
+        "dtypes": r"ValueError: input must have one dtype.*\(16 bits, .*\(bfloat16, ",
         "empty": r"ValueError: every rank must hold the centre of an output, got shards of \[6, 1, 1\]",
         "norms": r"ValueError: branch_norm\[0\] must share its statistics.*got BatchNorm2d",
         "small": "ValueError: input is too small",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..branch_norm import BATCH_NORM
+from ..geometry import smallest_dilation
 from ..modules import AUTOFOCUS, CONV
 
 
@@ -30,7 +31,7 @@ class Options:
 
     @property
     def smallest_dilation(self) -> tuple[int, ...]:
-        return tuple(min(axis) for axis in zip(*self.dilations))
+        return smallest_dilation(self.dilations)
 
     def conv(self, in_channels: int, out_channels: int, kernel_size=3, dilation=1, padding=None) -> _ConvNd:
         return CONV[self.spatial_dims](
