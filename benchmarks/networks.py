@@ -197,41 +197,46 @@ def segments(pass_name: str, options: argparse.Namespace) -> dict[str, int]:
     }
 
 
+def check(row: dict, plain: dict, device: str) -> None:
+    """Fills in error and plain_error and, where the network is wrong, status and note. ``plain`` is checked first."""
+    dtype = row["dtype"]
+    row["error"] = error(row["network"], row["contender"], row["layout"], device, dtype)
+    if "error" not in plain:
+        raise ValueError("there is nothing to compare with: the plain network failed")
+    row["plain_error"] = plain["error"]
+    limit = 2 * plain["error"] + 16 * torch.finfo(DTYPES[dtype]).eps
+    if not row["error"] <= limit:
+        row |= {"status": "wrong", "note": f"relative error {row['error']:.1e}, allowed {limit:.1e}"}
+
+
+def prepare(row: dict, plain: dict, input, labels, device: str) -> Callable:
+    """The call to be timed; fills in what autograd keeps for a training step."""
+    dtype = row["dtype"]
+    model = lay_out(build(row["network"], row["contender"]).to(device), row["layout"])
+    if row["pass"] != "training":
+        return inference(model, input, device, dtype)
+    row["saved_bytes"] = testing.saved_bytes(lambda: loss_of(model, input, labels, device, dtype))
+    if "saved_bytes" in plain:
+        row["saved_ratio"] = row["saved_bytes"] / plain["saved_bytes"]
+    return training_step(model, input, labels, device, dtype)
+
+
 def measure(name: str, pass_name: str, dtype: str, options: argparse.Namespace) -> list[dict]:
     """Rows of all contenders and layouts; one that is wrong or fails has no time, and takes nothing from the others."""
-    device, training = options.device, pass_name == "training"
-    size, batch = segments(pass_name, options).values()
-    names = (PLAIN, OURS, SAVE_NONE, SAVE_ALL) if training else (PLAIN, OURS)
+    device = options.device
+    shape = segments(pass_name, options)
+    names = (PLAIN, OURS, SAVE_NONE, SAVE_ALL) if pass_name == "training" else (PLAIN, OURS)
     rows, calls = {}, {}
     for layout in options.layouts:
-        input, labels = make_input(size, batch, device, layout)
-        plain_error = error(name, PLAIN, layout, device, dtype)
+        given = make_input(shape["segment"], shape["batch"], device, layout)
         for contender in names:
             key = contender, layout
-            rows[key] = row = {
-                "network": name,
-                "pass": pass_name,
-                "dtype": dtype,
-                "segment": size,
-                "batch": batch,
-                "contender": contender,
-                "layout": layout,
-                "status": "ok",
-                "plain_error": plain_error,
-            }
+            rows[key] = row = {"network": name, "pass": pass_name, "dtype": dtype, **shape}
+            row |= {"contender": contender, "layout": layout, "status": "ok"}
             try:
-                row["error"] = error(name, contender, layout, device, dtype)
-                limit = 2 * plain_error + 16 * torch.finfo(DTYPES[dtype]).eps
-                if not row["error"] <= limit:
-                    row |= {"status": "wrong", "note": f"relative error {row['error']:.1e}, allowed {limit:.1e}"}
-                    continue
-                model = lay_out(build(name, contender).to(device), layout)
-                if training:
-                    row["saved_bytes"] = testing.saved_bytes(lambda: loss_of(model, input, labels, device, dtype))
-                    row["saved_ratio"] = row["saved_bytes"] / rows[PLAIN, layout]["saved_bytes"]
-                    calls[key] = training_step(model, input, labels, device, dtype)
-                else:
-                    calls[key] = inference(model, input, device, dtype)
+                check(row, rows[PLAIN, layout], device)
+                if row["status"] == "ok":
+                    calls[key] = prepare(row, rows[PLAIN, layout], *given, device)
             except Exception as failure:
                 row |= verdict_on(failure)
     times = interleave(calls, clock(device), options.seconds)
@@ -280,12 +285,12 @@ def table_row(row: dict) -> str:
     if row["status"] != "ok":
         cells += [f"{row['status'].upper()}: {row['note']}", "", "", ""]
     else:
-        saved = row.get("saved_bytes")
+        saved, of_plain = row.get("saved_bytes"), row.get("saved_ratio")
         cells += [
             f"{row['min_ms']:.1f}",
             f"{row['ratio']:.2f}x",
             "" if saved is None else f"{saved / 2**20:.0f}",
-            "" if saved is None else f"{row['saved_ratio']:.2f}",
+            "" if of_plain is None else f"{of_plain:.2f}",
         ]
     return "| " + " | ".join(cells) + " |"
 

@@ -874,6 +874,20 @@ def test_networks_are_judged_before_they_are_timed(narrow, tmp_path, monkeypatch
     assert "out of luck" in rows[networks.OURS]["note"] and "relative error" in rows[networks.SAVE_NONE]["note"]
 
 
+def test_a_plain_network_that_fails_takes_its_reason_with_it(narrow, monkeypatch):
+    error = networks.error
+
+    def out_of_memory(name, contender, *where):
+        if contender == networks.PLAIN:
+            raise torch.OutOfMemoryError("out of memory")
+        return error(name, contender, *where)
+
+    monkeypatch.setattr(networks, "error", out_of_memory)
+    plain, ours = networks.measure("AFN-1", "inference", "float32", networks.parse(NARROW))
+    assert (plain["status"], ours["status"]) == ("failed", "failed")
+    assert "out of memory" in plain["note"] and "the plain network failed" in ours["note"]
+
+
 def test_the_peak_of_a_training_step_is_not_that_of_the_first(narrow, monkeypatch):
     """A fake GPU: what the optimiser allocates at its first step is no part of a step."""
     called, at_peak = [], []
