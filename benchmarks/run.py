@@ -12,9 +12,12 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
+
+from autofocus_kernels.testing import Case
 
 from . import cases, memory
 from .arguments import Distinct, at_least, refuse, require_device
@@ -91,22 +94,73 @@ def is_complete(rows: list[dict], entrants: list[Contender], with_memory: bool) 
     return {(row["contender"], row["layout"]) for row in rows}.issuperset(entrants)
 
 
+class Job(NamedTuple):
+    """What is left to measure of one case in one dtype; no passes if nothing is."""
+
+    case: Case
+    dtype: str
+    entrants: list[Contender]
+    passes: list[str]
+
+
+def jobs_of(options: argparse.Namespace, backends: list[str], store: Rows, with_memory: bool) -> list[Job]:
+    jobs = []
+    for case, dtype, compiled in plan(options):
+        entrants = contenders(backends, compiled)
+        kept = {name: store.of({"case": case.name, "dtype": dtype, "pass": name}) for name in options.passes}
+        passes = [name for name, rows in kept.items() if not is_complete(rows, entrants, with_memory)]
+        jobs.append(Job(case, dtype, entrants, passes))
+    return jobs
+
+
+def run_jobs(options: argparse.Namespace, jobs: list[Job], store: Rows, with_memory: bool, began: float) -> None:
+    ceilings = Ceilings(options.device)
+    # No bar in a log: a finished case prints a line there too.
+    with tqdm(jobs, unit="case", file=sys.stderr, dynamic_ncols=True, disable=None) as bar:
+        for case, dtype, entrants, passes in bar:
+            if not passes:
+                continue
+            if options.time_limit is not None and time.monotonic() - began > options.time_limit:
+                bar.write("time is up: the rest is not measured")
+                break
+            groups = measure(
+                case,
+                dtype,
+                passes,
+                entrants,
+                options.device,
+                ceilings,
+                options.seconds,
+                measure_memory=with_memory,
+                say=lambda text: bar.set_postfix_str(f"{case.name} {dtype}: {text}"),
+            )
+            for rows in groups:
+                store.add(rows)
+                bar.write(summary(rows).splitlines()[-1])
+
+
+def usable_backends(options: argparse.Namespace) -> list[str]:
+    """Those to measure. One that was asked for and does not run ends the program, another is left out."""
+    reasons = backends_of(options.device)
+    for name in options.backends or ():
+        reason = reasons.get(name, f"it is no backend of {options.device}")
+        if reason is not None:
+            refuse(f"--backends {name}: {reason}")
+    if options.backends:
+        return options.backends
+    for name, reason in reasons.items():
+        if reason is not None:
+            print(f"backend {name} takes no part: {reason}")
+    return [name for name, reason in reasons.items() if reason is None]
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     require_device(options.device, options.dtypes or ())
     if options.threads:
         torch.set_num_threads(options.threads)
     began = time.monotonic()
-    available = backends_of(options.device)
-    wanted = options.backends or list(available)
-    for name in wanted:
-        reason = available.get(name, f"it is no backend of {options.device}")
-        if reason is not None:
-            print(f"backend {name} takes no part: {reason}")
-            if options.backends:
-                return 2
-    backends = [name for name in wanted if available[name] is None]
-
+    backends = usable_backends(options)
     here = environment(options.device)
     print("\n".join(f"{name:<8} {value}" for name, value in here.items()))
     try:
@@ -114,42 +168,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         refuse(f"--out: {error}")
     with_memory = not options.no_memory and (options.device == "cuda" or memory.can_measure_cpu())
-    jobs = plan(options)
-    todo = []
-    for case, dtype, compiled in jobs:
-        entrants = contenders(backends, compiled)
-        kept = {name: store.of({"case": case.name, "dtype": dtype, "pass": name}) for name in options.passes}
-        passes = [name for name, rows in kept.items() if not is_complete(rows, entrants, with_memory)]
-        todo.append((case, dtype, entrants, passes))
-    done = sum(not passes for *_, passes in todo)
+    jobs = jobs_of(options, backends, store, with_memory)
+    done = sum(not job.passes for job in jobs)
     if done:
-        print(f"{done} of {len(todo)} are measured already in {options.out} (--anew measures them again)")
-    if done < len(todo):
-        ceilings = Ceilings(options.device)
-        # No bar in a log: a finished case prints a line there too.
-        with tqdm(todo, unit="case", file=sys.stderr, dynamic_ncols=True, disable=None) as bar:
-            for case, dtype, entrants, passes in bar:
-                if not passes:
-                    continue
-                if options.time_limit is not None and time.monotonic() - began > options.time_limit:
-                    bar.write("time is up: the rest is not measured")
-                    break
-                groups = measure(
-                    case,
-                    dtype,
-                    passes,
-                    entrants,
-                    options.device,
-                    ceilings,
-                    options.seconds,
-                    measure_memory=with_memory,
-                    say=lambda text: bar.set_postfix_str(f"{case.name} {dtype}: {text}"),
-                )
-                for rows in groups:
-                    store.add(rows)
-                    bar.write(summary(rows).splitlines()[-1])
+        print(f"{done} of {len(jobs)} are measured already in {options.out} (--anew measures them again)")
+    if done < len(jobs):
+        run_jobs(options, jobs, store, with_memory, began)
 
-    names = {case.name for case, *_ in jobs}
+    names = {job.case.name for job in jobs}
     rows = [row for row in read(options.out) if row["case"] in names and row["pass"] in options.passes]
     print(table(rows))
     print("\nTime, times as fast as the best naive layer, share of the floor (peak memory over the naive layer's):\n")

@@ -103,6 +103,10 @@ def test_what_the_device_cannot_do_is_refused(capsys, monkeypatch, command, argu
     assert " ".join(arguments) in refused(capsys, command.main, arguments)
 
 
+def test_a_backend_that_is_asked_for_and_does_not_run_is_refused(capsys):
+    assert "--backends triton: it is no backend of cpu" in refused(capsys, run.main, ["--backends", "triton"])
+
+
 def test_a_gpu_takes_tf32(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     require_device("cuda", ["tf32", "float32"])
