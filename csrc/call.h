@@ -35,8 +35,8 @@ struct Gradients {
   void* scale;  // [K, O]
 };
 
-// What exists of a call between the passes of batch-normalised branches (docs/branch_norm.md): of the problem N, O, K
-// and the output size, and the tensors of that size. Vectors beside it are contiguous [K, O] of the accumulator's type.
+// What the passes over branches in memory know of a call (docs/branch_norm.md): of the problem N, O, K and the output
+// size, and the tensors of that size. Vectors beside it are contiguous [K, O] of the accumulator's type.
 struct BranchTensors {
   Problem g;
   DType dtype;

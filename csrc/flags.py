@@ -40,7 +40,7 @@ def gencode(architectures=CUDA_ARCHITECTURES):
 
 
 def source_digest(*folders):
-    """Of all that is compiled in ``folders``, and how."""
+    """A digest of all that is compiled in ``folders``, and of how: these flags lie in one of them."""
     digest = hashlib.sha1()
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     for path in sorted(files):

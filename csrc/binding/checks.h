@@ -103,8 +103,9 @@ inline TensorView branches_of(const char* name, const Tensor& tensor, const Tens
           tensor.stride(0)};
 }
 
-// Of elements of a tensor, which views that repeat memory may have more of, and of voxels from the centre of a kernel
-// to its end, so that nothing computed from them overflows: LARGEST of autofocus_kernels/geometry.py.
+// The most elements of a tensor (a view that repeats memory may have more than memory has), and the farthest in voxels
+// that a kernel may reach from its centre, so that nothing computed from them overflows: LARGEST of
+// autofocus_kernels/geometry.py.
 constexpr int64_t kLargest = int64_t(1) << 48;
 
 // `largest` is what the kernels' arithmetic takes of any dilation, stride, origin or output size.
@@ -161,7 +162,7 @@ inline Call call_of(const Tensor& input, const Tensor& weight, const Tensor& att
           tf32};
 }
 
-// Of the call of branches [K, N, O, D, H, W] in memory: everything but attention, bias, scale and shift.
+// The call that branches [K, N, O, D, H, W] in memory belong to, without attention, bias, scale and shift.
 inline Call call_of_branches(const Tensor& input, const Tensor& weight, const Tensor& branches, const Ints& dilations,
                              const Ints& stride, const Ints& origin, bool tf32, int64_t largest) {
   STD_TORCH_CHECK(branches.dim() == 6, "branches must have six axes, got ", branches.dim());
@@ -170,7 +171,7 @@ inline Call call_of_branches(const Tensor& input, const Tensor& weight, const Te
   return {g, dtype_of(input), view(input), view(weight), {}, nullptr, nullptr, nullptr, tf32};
 }
 
-inline BranchTensors existing_branches(const Tensor& branches, const OptionalTensor& attention,
+inline BranchTensors existing_branches(const Tensor& branches, const Tensor& attention,
                                        const OptionalTensor& grad_output) {
   STD_TORCH_CHECK(branches.dim() == 6, "branches must have six axes, got ", branches.dim());
   STD_TORCH_CHECK(branches.numel() > 0, "branches must not be empty");

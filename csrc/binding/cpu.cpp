@@ -17,7 +17,8 @@ void parallel(int64_t count, const std::function<void(int64_t, int64_t)>& body) 
   torch::stable::parallel_for(0, count, 1, body);
 }
 
-// The widest instruction set this CPU has; AUTOFOCUS_CPU_ISA forces another ("avx512", "avx2", "generic").
+// The widest instruction set that this CPU has, or the widest up to the one that AUTOFOCUS_CPU_ISA names ("avx512",
+// "avx2", "generic").
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
     const char* forced = std::getenv("AUTOFOCUS_CPU_ISA");

@@ -191,7 +191,7 @@ std::string fast_tier_refusal(std::string pass, const Tensor& input, const Tenso
                               Ints dilations, Ints stride, Ints origin, bool tf32) {
   Problem g = problem_of(input, weight, output_size, dilations, stride, origin, Cuda::kLargest);
   take_samples_as_planes(g, {});
-  const Launches launches(input);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());  // whose limits decide
   const char* names[] = {"forward", "grad_input", "grad_attention", "grad_weight"};
   const Pass passes[] = {Pass::kForward, Pass::kGradInput, Pass::kGradAttention, Pass::kGradWeight};
   for (int i = 0; i < 4; ++i)

@@ -1,8 +1,8 @@
 // The operators that both libraries give, torch.ops.autofocus_cpu and torch.ops.autofocus_cuda: schemas and checks
 // once.
 //
-// A library is a class with the static functions that Operators calls below, on checked arguments; `input` (or the
-// branches) comes along for what only a tensor knows, as the device. Contracts:
+// A library is a class with the static functions that Operators calls below, on checked arguments. `input` (or the
+// branches) comes along for what only a tensor knows, its device for one. Contracts:
 // autofocus_kernels/backends/interface.py.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Products of bfloat16 on AMX: tiles of 16 rows of 64 bytes, of which a thread has eight.
+// Products of bfloat16 on AMX: a thread has eight tiles of 16 rows of 64 bytes.
 //
 // All tiles are whole, so that one configuration, loaded once by a thread, serves all products: to load one for each
 // shape takes longer than a product as small as those here. Operands are rounded up to whole tiles.

@@ -48,7 +48,7 @@ struct BranchViews {
   View<T> branch(int64_t k) const { return {first.data + k * distance, first.n, first.c, first.s}; }
 };
 
-// Branches in memory and what is summed with them; grad_output has null data where it is not read.
+// Branches in memory, and what they are summed with; grad_output has null data where it is not read.
 template <typename T>
 struct ExistingBranches {
   Problem g;  // of it N, O, K and the output size

@@ -12,13 +12,13 @@
 
 namespace autofocus {
 
-// Whether products of bfloat16 are to be had, and right, on this CPU.
+// Whether this CPU multiplies bfloat16, and does so rightly.
 bool has_bfloat16_gemm();
-// What they are made with there.
+// What it does that with: "AMX" or "AVX512_BF16".
 const char* bfloat16_instructions();
 
-// Up to where operands and result have room, since products may be of whole tiles: the rows of a and c, whatever they
-// hold beyond `rows`; and the depth of a and b, where both are zero beyond `depth`.
+// A product may read and write whole tiles. So a and c must have room for bfloat16_rows(rows) rows, whatever is in
+// those beyond `rows`; a and b have bfloat16_depth(depth) elements along the sum, zeros beyond `depth`.
 int64_t bfloat16_rows(int64_t rows);
 int64_t bfloat16_depth(int64_t depth);
 
@@ -27,8 +27,8 @@ int64_t bfloat16_depth(int64_t depth);
 void bfloat16_gemm(const uint16_t* a, int64_t a_row, const uint16_t* b, float* c, int64_t c_row, int64_t rows,
                    int64_t columns, int64_t depth, bool accumulate);
 
-// What a thread holds from its first product to its last: AMX tiles are configured, and have state. Holds nothing if
-// `used` is false.
+// A thread holds one from its first product to its last: AMX tiles must be configured before and released after. Does
+// nothing if `used` is false.
 class AmxTiles {
  public:
   explicit AmxTiles(bool used);

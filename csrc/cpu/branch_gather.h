@@ -15,7 +15,7 @@
 namespace autofocus {
 namespace AUTOFOCUS_ISA {
 
-// Of whole vectors: 0 times anything else is no zero.
+// Whether `count` values, whole vectors of them, are finite: 0 times NaN or Inf is NaN.
 template <typename A>
 bool all_finite(const A* values, int64_t count) {
   typename Vec<A>::Native sum = {};
@@ -95,11 +95,11 @@ class BranchGather {
       within(rows, [&](int64_t begin, int64_t end) { std::fill(dx + begin * row_size, dx + end * row_size, A(0)); });
     for (int64_t group = 0; group < plan_.groups; ++group) {
       const BranchBlock<A> block(plan_, lattice, group, values);
-      within(plan_.slabs.each(), [&](int64_t begin, int64_t end) {
+      within(plan_.slabs.per_lattice(), [&](int64_t begin, int64_t end) {
         BranchTile<A> tile(plan_);
         for (int64_t i = begin; i < end; ++i) {
           const Lattice slab = plan_.slabs.of(lattice, i);
-          produce(BranchBlock<A>(block, slab), tile, index * plan_.slabs.each() + i);
+          produce(BranchBlock<A>(block, slab), tile, index * plan_.slabs.per_lattice() + i);
         }
       });
       if (grad_input_.data || grad_weight_.data) gather(block, set, dx);
@@ -126,8 +126,8 @@ class BranchGather {
     });
   }
 
-  // Of a tile of input points. A voxel adds a zero for a tap that nothing reads, which must not meet NaN or Inf: where
-  // there are any, each voxel goes through its own taps only.
+  // Adds the part of one tile of input points. Where no output reads a voxel through a tap, v_t is zero, and times NaN
+  // or Inf it would be NaN: where there are any, each voxel goes through those taps only by which it is read.
   void gather_tile(const BranchBlock<A>& block, const TileGrid& grid, int64_t index, A* sum, A* dx,
                    Workspace& w) const {
     const Problem& sub = block.lattice.problem;
@@ -198,8 +198,8 @@ class BranchGather {
     });
   }
 
-  // The same two in bfloat16, of whole tiles. dx is summed in a tile of its own: a product may write more rows than are
-  // the tile's.
+  // Both in bfloat16, for the whole tile. dx is summed in a buffer of its own: a product may write more rows than the
+  // tile has.
   void add_low_precision(int64_t tap_row, int64_t voxels, bool accumulate, A* sum, Workspace& w) const {
     if constexpr (std::is_same_v<T, BFloat16>) {
       const int64_t columns = plan_.tap_columns;

@@ -23,7 +23,7 @@
 namespace autofocus {
 namespace AUTOFOCUS_ISA {
 
-// Of a row of a block, so that loops over one can be unrolled.
+// The most bytes of a voxel of a block: few enough for loops over its vectors to be unrolled.
 constexpr int kMaxBlockBytes = 256;
 
 // How the work is cut: by the problem alone, never by the number of threads.
@@ -34,8 +34,8 @@ struct BranchPlan {
         lattices(g, {lattice_step(g, &Index3::z, 8), lattice_step(g, &Index3::y, 8), lattice_step(g, &Index3::x, 16)}),
         slabs(lattices, lattices.count() < 4 ? kJobs / lattices.count() : 1,
               [](const Reach& reach) { return 3 * (reach.most - reach.least); }) {
-    // All channels, so that rows of tensors are read and written whole, unless there is little else to share out; and
-    // down to half of those if that leaves fewer vectors empty.
+    // A block has all channels, so that rows of tensors are read and written whole, unless slabs alone are too few
+    // jobs. Then its width may go down by half if that leaves fewer vectors empty.
     const int64_t all = vectors<A>(g.O);
     const int64_t parts =
         std::max(ceil_div(kJobs, slabs.count()), ceil_div(all, kMaxBlockBytes / AUTOFOCUS_VECTOR_BYTES));
@@ -52,7 +52,7 @@ struct BranchPlan {
     const Index3& largest = lattices.at(0).problem.output;
     lattice_size = g.K * volume(largest) * width;
     slab_size = g.K * slabs.largest(largest) * width;
-    together = (slabs.each() > 1 || lattices.count() == 1) && lattice_size >= kWorthSharing;
+    together = (slabs.per_lattice() > 1 || lattices.count() == 1) && lattice_size >= kWorthSharing;
     constexpr int64_t kTileBytes = 32 * 1024;
     voxels = std::clamp<int64_t>(kTileBytes / sizeof(A) / (tap_columns + in_width), 12, 64);
     rows = voxels - 1 + bfloat16_rows(1);

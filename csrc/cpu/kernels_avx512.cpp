@@ -1,34 +1,13 @@
 // The kernels for AVX-512.
-#include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <new>
-#include <optional>
-#include <type_traits>
-#include <utility>
-#include <vector>
-
-#include "arguments.h"
-#include "bfloat16_gemm.h"
-#include "bfloat16_tiles.h"
-#include "kernels.h"
-#include "lattice.h"
-#include "scratch.h"
-#include "slabs.h"
-#include "tile.h"
-#include "view.h"
+#include "shared.h"
 
 #if defined(__x86_64__)
-// Only what follows is compiled for these instructions: shared inline functions above must run on every CPU.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
                              apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
 #define AUTOFOCUS_ISA avx512
 #define AUTOFOCUS_VECTOR_BYTES 64
@@ -40,14 +19,6 @@
 #endif
 
 namespace autofocus {
-const Kernels avx512_kernels = {
-    "avx512",
-    avx512::forward_of,
-    avx512::backward_of,
-    avx512::branch_statistics_of,
-    avx512::branch_combine_of,
-    avx512::branch_reduce_of,
-    avx512::branch_norm_backward_of,
-};
+const Kernels avx512_kernels = avx512::entries("avx512");
 }
 #endif

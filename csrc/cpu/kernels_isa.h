@@ -118,5 +118,15 @@ void branch_norm_backward_of(const Call& call, const BranchTensors& in, void* a_
   });
 }
 
+constexpr Kernels entries(const char* name) {
+  return {name,
+          forward_of,
+          backward_of,
+          branch_statistics_of,
+          branch_combine_of,
+          branch_reduce_of,
+          branch_norm_backward_of};
+}
+
 }  // namespace AUTOFOCUS_ISA
 }  // namespace autofocus

@@ -16,7 +16,7 @@
 namespace autofocus {
 namespace AUTOFOCUS_ISA {
 
-// Whether tensors of type T are multiplied in bfloat16. Narrower instruction sets are there for CPUs without.
+// Whether tensors of type T are multiplied in bfloat16. CPUs of the narrower instruction sets cannot.
 template <typename T>
 bool use_bfloat16() {
   if constexpr (std::is_same_v<T, BFloat16> && AUTOFOCUS_VECTOR_BYTES == 64) return has_bfloat16_gemm();

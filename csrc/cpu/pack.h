@@ -34,7 +34,7 @@ inline __attribute__((always_inline)) void transpose(typename Vec<A>::Native* ro
   }
 }
 
-// Elements 0, 2, 4 ... of a row of which `a` holds the first kLanes and `b` those from kLanes - 1 on.
+// Elements 0, 2, 4 ... of a row: `a` holds its first kLanes, `b` those from kLanes - 1 on.
 template <typename A, int... lane>
 inline __attribute__((always_inline)) typename Vec<A>::Native every_other(typename Vec<A>::Native a,
                                                                           typename Vec<A>::Native b,
@@ -43,7 +43,7 @@ inline __attribute__((always_inline)) typename Vec<A>::Native every_other(typena
   return __builtin_shufflevector(a, b, (2 * lane < n ? 2 * lane : 2 * lane + 1)...);
 }
 
-// One vector of elements `step` apart, of which the first `count` exist.
+// One vector of elements `step` apart. Only the first `count` exist; the others are zero.
 template <typename T, typename A>
 inline __attribute__((always_inline)) typename Vec<A>::Native load_strided(const T* from, int64_t step, int64_t count) {
   constexpr int64_t n = Vec<A>::kLanes;

@@ -7,8 +7,8 @@
 //   dW_t      = sum_p u_t(p) G(p)^T                 the second GEMM
 //
 // A job owns one lattice and one group of input channels: no other job touches its part of dx, so the scatter needs no
-// atomics. Where there are few lattices a job has a slab of one, and the dx of slabs are added where they overlap.
-// Partial sums of dW and da are kept per job group.
+// atomics. Where there are few lattices a job has a slab of one, and the dx of slabs are added where they overlap. dW
+// and da are partial sums, added at the end.
 #pragma once
 
 #include <algorithm>
@@ -37,8 +37,8 @@ struct PlainBackwardPlan {
         groups(ceil_div(g.C, group_width)),
         // A slab is at least as thick as what it reads beyond its outputs, so that dx is held twice at most.
         slabs(lattices, wanted_slabs(g), [](const Reach& reach) { return 2 * reach.most; }),
-        slab_points(slabs.each() > 1 ? 0 : lattices.input_points()) {
-    if (slabs.each() > 1)
+        slab_points(slabs.per_lattice() > 1 ? 0 : lattices.input_points()) {
+    if (slabs.per_lattice() > 1)
       for (int64_t index = 0; index < slabs.count(); ++index)
         slab_points = std::max(slab_points, volume(slabs.at(index).problem.input));
     constexpr int64_t kPartials = 32;
@@ -96,7 +96,8 @@ class PlainBackward {
         low_weight_(
             round_matrices<T, A>(weight_, plan_.groups * tap_rows_, g_.O, tap_columns_, low_precision_ && projects_)),
         bias_(pack_bias<A>(args.bias, g_.O)),
-        slab_grads_(wanted_ & kInput && plan_.slabs.each() > 1 ? plan_.slabs.count() * plan_.groups * slab_size_ : 0),
+        slab_grads_(wanted_ & kInput && plan_.slabs.per_lattice() > 1 ? plan_.slabs.count() * plan_.groups * slab_size_
+                                                                      : 0),
         grad_weight_(wanted_ & kWeight ? plan_.groups * plan_.partials * weight_size_ : 0),
         grad_attention_(wanted_ & kAttention ? plan_.groups * attention_size_ : 0) {}
 
@@ -110,12 +111,13 @@ class PlainBackward {
         if (wanted_ & kWeight) std::fill(grad_weight, grad_weight + weight_size_, A(0));
         for (int64_t index = partial; index < plan_.slabs.count(); index += plan_.partials) {
           const Lattice slab = plan_.slabs.at(index);
-          A* slab_grad = plan_.slabs.each() > 1 ? slab_grads_ + (index * plan_.groups + group) * slab_size_ : nullptr;
+          A* slab_grad =
+              plan_.slabs.per_lattice() > 1 ? slab_grads_ + (index * plan_.groups + group) * slab_size_ : nullptr;
           run_job(Job(slab, plan_, group), slab_grad, grad_weight, workspace);
         }
       }
     });
-    if (wanted_ & kInput && plan_.slabs.each() > 1) add_slab_grads();
+    if (wanted_ & kInput && plan_.slabs.per_lattice() > 1) add_slab_grads();
     if (wanted_ & kWeight) reduce_grad_weight();
     if (wanted_ & kAttention)
       reduce_attention(g_, args_.parallel, plan_.groups, grad_attention_.get(), args_.grad_attention);
@@ -140,7 +142,7 @@ class PlainBackward {
   struct Workspace {
     explicit Workspace(const PlainBackward& b)
         : x(b.reads_input_ ? b.slab_size_ : 0),
-          own_dx(b.wanted_ & kInput && b.plan_.slabs.each() == 1 ? b.slab_size_ : 0),
+          own_dx(b.wanted_ & kInput && b.plan_.slabs.per_lattice() == 1 ? b.slab_size_ : 0),
           attention((b.g_.K + 1) * b.plan_.voxels),
           grad_output(b.plan_.voxels * b.out_width_),
           projected(bfloat16_rows(b.plan_.voxels) * b.tap_columns_),
@@ -286,17 +288,18 @@ class PlainBackward {
       const Index3& size = lattice.problem.input;
       const int64_t row_size = size.x * plan_.group_width;
       std::vector<Lattice> slabs;
-      for (int64_t i = 0; i < plan_.slabs.each(); ++i) slabs.push_back(plan_.slabs.of(lattice, i));
+      for (int64_t i = 0; i < plan_.slabs.per_lattice(); ++i) slabs.push_back(plan_.slabs.of(lattice, i));
       args_.parallel(size.z * size.y * plan_.groups, [&](int64_t begin, int64_t end) {
         const Scratch<A> sum(row_size);
         for (int64_t job = begin; job < end; ++job) {
           const int64_t group = job % plan_.groups, row = job / plan_.groups;
           const Index3 first{row / size.y, row % size.y, 0};
           std::fill(sum.get(), sum + row_size, A(0));
-          for (int64_t i = 0; i < plan_.slabs.each(); ++i) {
+          for (int64_t i = 0; i < plan_.slabs.per_lattice(); ++i) {
             const Index3 at = lattice.input_point(slabs[i].first_input), in_slab{first.z - at.z, first.y - at.y, 0};
             if (!inside(in_slab, slabs[i].problem.input)) continue;
-            const A* grad = slab_grads_ + ((index * plan_.slabs.each() + i) * plan_.groups + group) * slab_size_ +
+            const A* grad = slab_grads_ +
+                            ((index * plan_.slabs.per_lattice() + i) * plan_.groups + group) * slab_size_ +
                             ravel(in_slab, slabs[i].problem.input) * plan_.group_width;
             for (int64_t e = 0; e < row_size; ++e) sum[e] += grad[e];
           }

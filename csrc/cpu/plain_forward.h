@@ -20,7 +20,7 @@ namespace AUTOFOCUS_ISA {
 
 // Channels are reduced in chunks, so that a blended tile of all taps of a row fits the L1 cache for any C.
 struct Chunks {
-  explicit Chunks(int64_t channels, int64_t largest = 64) : channels(channels), count(ceil_div(channels, largest)) {}
+  explicit Chunks(int64_t channels) : channels(channels), count(ceil_div(channels, 64)) {}
   int64_t begin(int64_t chunk) const { return channels * chunk / count; }
   int64_t size(int64_t chunk) const { return begin(chunk + 1) - begin(chunk); }
   int64_t largest() const { return size(count - 1); }

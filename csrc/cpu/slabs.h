@@ -21,16 +21,17 @@ struct Reach {
   int64_t least, most;
 };
 
-// That there should be, for threads to share.
+// How many jobs a pass should have, so that threads can share them.
 constexpr int64_t kJobs = 16;
 
-// Branch values that a lattice has at least where its slabs are worth more than handing them to threads costs.
+// The least number of branch values of a lattice that makes up for handing its slabs to threads.
 constexpr int64_t kWorthSharing = 1 << 16;
 
 // The slabs of a problem, one lattice after another, each cut alike.
 class Slabs {
  public:
-  // As many of a lattice as wanted, each at least as thick as thickness(reach of an axis) planes of the input.
+  // Cuts each lattice into `wanted` slabs, or into fewer if these would be thinner than thickness(reach of the axis)
+  // planes of the input.
   template <typename Thickness>
   Slabs(const Lattices& lattices, int64_t wanted, const Thickness& thickness) : lattices_(lattices) {
     const Problem lattice = lattices.at(0).problem;
@@ -40,23 +41,23 @@ class Slabs {
     };
     const int64_t z = most(&Index3::z), y = most(&Index3::y);
     axis_ = z >= y ? &Index3::z : &Index3::y;
-    each_ = std::clamp<int64_t>(std::max(z, y), 1, std::max<int64_t>(1, wanted));
+    per_lattice_ = std::clamp<int64_t>(std::max(z, y), 1, std::max<int64_t>(1, wanted));
   }
 
-  int64_t count() const { return lattices_.count() * each_; }
-  Lattice at(int64_t index) const { return of(lattices_.at(index / each_), index % each_); }
+  int64_t count() const { return lattices_.count() * per_lattice_; }
+  Lattice at(int64_t index) const { return of(lattices_.at(index / per_lattice_), index % per_lattice_); }
 
-  // Of one lattice.
-  int64_t each() const { return each_; }
-  // The share of a lattice's planes that the thickest slab has.
+  int64_t per_lattice() const { return per_lattice_; }
+  // Positions of the thickest slab of a lattice of this size.
   int64_t largest(const Index3& size) const {
-    return volume(size) == 0 ? 0 : volume(size) / (size.*axis_) * ceil_div(size.*axis_, each_);
+    return volume(size) == 0 ? 0 : volume(size) / (size.*axis_) * ceil_div(size.*axis_, per_lattice_);
   }
   Lattice of(const Lattice& lattice, int64_t index) const {
-    if (each_ == 1) return lattice;  // with what no output reads: nobody else writes its gradient
+    // Including the inputs that no output reads: nobody else writes their gradient.
+    if (per_lattice_ == 1) return lattice;
     Lattice slab = lattice;
     Problem& g = slab.problem;
-    const int64_t size = g.output.*axis_, begin = size * index / each_, end = size * (index + 1) / each_;
+    const int64_t size = g.output.*axis_, begin = size * index / per_lattice_, end = size * (index + 1) / per_lattice_;
     const int64_t reach = Reach(g, axis_).most;
     const int64_t first = g.origin.*axis_ + g.stride.*axis_ * begin, last = first + g.stride.*axis_ * (end - begin - 1);
     const int64_t low = std::clamp<int64_t>(first - reach, 0, g.input.*axis_);
@@ -72,7 +73,7 @@ class Slabs {
  private:
   const Lattices lattices_;
   int64_t Index3::* axis_;
-  int64_t each_;
+  int64_t per_lattice_;
 };
 
 }  // namespace autofocus

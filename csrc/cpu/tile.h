@@ -21,10 +21,9 @@ class TileGrid {
  public:
   TileGrid(const Index3& size, int64_t voxels) : size_(size) {
     if (volume(size) == 0) return;
-    parts_ = (size.x + voxels - 1) / voxels;
+    parts_ = ceil_div(size.x, voxels);
     rows_ = std::max<int64_t>(1, voxels / size.x);
-    const int64_t rows = size.z * size.y;
-    tiles_ = parts_ * ((rows + rows_ - 1) / rows_);
+    tiles_ = parts_ * ceil_div(size.z * size.y, rows_);
   }
 
   int64_t count() const { return tiles_; }
