@@ -55,9 +55,9 @@ def candidates(*configs, refused=(), error=None):
     launched, submit = [], launch.submit
 
     def submit_or_refuse(work):
-        if "G" not in work.plan.constants:  # it packs or adds up
+        if "TILING" not in work.plan.constants:  # it packs or adds up
             return submit(work)
-        launched.append(work.plan.constants["G"].rows)
+        launched.append(work.plan.constants["TILING"].rows)
         if launched[-1] in [config.rows for config in refused]:
             raise error or OutOfResources(300000, 232448, "shared memory")
         submit(work)

@@ -126,7 +126,7 @@ def _ways(problem: Geometry, axis: int, rows: int, transposed: bool) -> list[_Ax
     for step in sorted(steps):
         move = step // stride if transposed else step * stride
         points = -(-size // step)
-        cosets = min(step, size)
+        classes = min(step, size)
         for exponent in range(rows.bit_length()):
             tile = 2**exponent
             by_tap = [
@@ -138,7 +138,7 @@ def _ways(problem: Geometry, axis: int, rows: int, transposed: bool) -> list[_Ax
                     step=step,
                     move=move,
                     tile=tile,
-                    waste=cosets * -(-points // tile) * tile / size,
+                    waste=classes * -(-points // tile) * tile / size,
                     read=min(len(set().union(*by_tap)), read_size),
                     read_by_tap=sum(min(len(reads), read_size) for reads in by_tap),
                 )
@@ -156,13 +156,14 @@ def configurations(kernel: str, itemsize: int, precision: str, capability: int, 
     def block(channels: int, most: int) -> int:
         return min(most, max(16, 1 << (channels - 1).bit_length()))
 
+    makes_grad_weight, scaled = kernel.startswith("grad_input_weight"), kernel == "grad_input_weight_scaled"
     if itemsize == 4 and precision == "ieee":
         # Products without tensor cores hold their operands in registers.
-        if kernel.startswith("grad_input_weight"):
-            return (Config(32, 16, 16, 8 if kernel == "grad_input_weight_scaled" else 4, 255),)
+        if makes_grad_weight:
+            return (Config(32, 16, 16, 8 if scaled else 4, 255),)
         return Config(64, 16, 16, 4, 255), Config(32, 16, 16, 4, 255)
-    if kernel.startswith("grad_input_weight"):
-        return _grad_input_weight(kernel, itemsize, capability, block, C, O)
+    if makes_grad_weight:
+        return _grad_input_weight(scaled, itemsize, capability, block, C, O)
     if itemsize == 4:
         return Config(128, 16, block(O, 64), 8, 255), Config(64, 16, block(O, 32), 4, 255)
     # Every block of O blends anew in the forward; 128 channels cover the usual layers at once.
@@ -179,7 +180,7 @@ def configurations(kernel: str, itemsize: int, precision: str, capability: int, 
 
 
 def _grad_input_weight(
-    kernel: str, itemsize: int, capability: int, block: Callable[[int, int], int], C: int, O: int
+    scaled: bool, itemsize: int, capability: int, block: Callable[[int, int], int], C: int, O: int
 ) -> tuple[Config, ...]:
     """Every block of C gathers anew, so it is wide; blocks of O cost nothing but their loop."""
     least = Config(64, block(C, 32), 16, 4, 255)
@@ -187,11 +188,11 @@ def _grad_input_weight(
         return Config(128, block(C, 32), block(O, 32), 8, 255), least
     if capability < 9:
         # Operands of the older tensor cores are all in registers.
-        most_o = 32 if C <= 32 and kernel != "grad_input_weight_scaled" else 16
+        most_o = 32 if C <= 32 and not scaled else 16
         return Config(128 if C <= 64 else 64, block(C, 128), block(O, most_o), 8, 255), least
-    small = max(C, O) <= 32 and kernel != "grad_input_weight_scaled"
+    small = max(C, O) <= 32 and not scaled
     # A scale and a wide x each take registers from the rest.
-    most_o = 64 // (2 if C > 64 else 1) // (1 if kernel != "grad_input_weight_scaled" else 2)
+    most_o = 64 // (2 if C > 64 else 1) // (2 if scaled else 1)
     # With 128 registers two programs share an SM: the gathers of one wait while the other's are multiplied.
     narrow = Config(128, block(C, 128), block(O, most_o), 8, 128 if small else 255)
     wide = Config(256, block(C, 64), block(O, 32 if max(C, O) <= 32 else 16), 8, 255)

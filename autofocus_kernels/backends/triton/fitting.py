@@ -20,8 +20,7 @@ _chosen: dict[Hashable, Config] = {}
 # Keys that nothing fits, with the message: to find that out takes seconds of compilation, so it is done once.
 _unfit: dict[Hashable, str] = {}
 
-
-# Where the compiler gives a kernel up on a device for which it was not tried, Triton raises RuntimeError with this.
+# In the RuntimeError that Triton raises where its compiler gives a kernel up.
 _COMPILER_FAILED = "PassManager::run failed"
 
 
@@ -50,11 +49,11 @@ def run(key: Hashable, candidates: Sequence[Config], launch: Callable[[Config], 
         NoConfigurationFits: no candidate fits the device, now or in an earlier call.
     """
     require_fit([key])
-    if key in _chosen and misfit(key, _chosen[key], launch) is None:
+    if key in _chosen and _misfit(key, _chosen[key], launch) is None:
         return
     # One that fitted once may not fit now: a key does not tell layouts and 64-bit offsets apart.
     for config in candidates:
-        why = misfit(key, config, launch)
+        why = _misfit(key, config, launch)
         if why is None:
             _chosen[key] = config
             return
@@ -63,8 +62,8 @@ def run(key: Hashable, candidates: Sequence[Config], launch: Callable[[Config], 
     raise NoConfigurationFits(_unfit[key])
 
 
-def misfit(key: Hashable, config: Config, launch: Callable[[Config], None]) -> str | None:
-    """Launches; or why the device has no kernel for ``config``, which is logged too."""
+def _misfit(key: Hashable, config: Config, launch: Callable[[Config], None]) -> str | None:
+    """Launches, and returns None; or logs and returns why there is no kernel with ``config`` on the device."""
     try:
         launch(config)
     except (OutOfResources, PTXASError, RuntimeError) as error:

@@ -7,11 +7,11 @@ A program owns a tile of lattice points: on every axis the positions ``start + s
 and ``point`` in 0 .. tile - 1. For one branch and one tap, the coordinates read are ``corner + move * point``. So
 all that depends on tile, branch and tap is scalar, and the row tensors are small constants of each thread.
 
-``G`` is the constexpr ``Tiling`` of configs.py. ``*_stride`` is (batch, channel or branch, d, h, w). The tensor that is
-gathered (input, or grad_output in grad_input_weight_kernel) has READ adjacent channels and strides in units of ALIGN
-elements, which shows the compiler how wide its loads may be; TILE_ALIGN says the same of the other tensors with C or O
-channels. DOT is the dtype of the operands of tl.dot, BLEND that of
-blends, ROW that of offsets within a tile.
+``TILING`` is the constexpr ``Tiling`` of configs.py. ``*_stride`` is (batch, channel or branch, d, h, w). The tensor
+that is gathered (input, or grad_output in grad_input_weight_kernel) has READ adjacent channels and strides in units of
+ALIGN elements, which shows the compiler how wide its loads may be; TILE_ALIGN says the same of the other tensors with C
+or O channels. DOT is the dtype of the operands of tl.dot, BLEND that of blends, ROW that of offsets within a tile. In
+formulas G is grad_output.
 """
 
 import triton
@@ -25,30 +25,37 @@ OUTSIDE = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def tile_start(index, tiles, cosets, G: tl.constexpr):
-    """Batch entry and position of the first row of tile ``index``, scalars."""
+def tile_start(index, tiles, classes, TILING: tl.constexpr):
+    """Batch entry and position of the first row of tile ``index``, scalars.
+
+    ``classes`` is how many classes of positions, equal modulo the step, each axis has; ``tiles`` how many tiles each.
+    """
     w = index % tiles[2]
     index = index // tiles[2]
     h = index % tiles[1]
     index = index // tiles[1]
     d = index % tiles[0]
     index = index // tiles[0]
-    w = index % cosets[2] + w * (G.step[2] * G.tile[2])
-    index = index // cosets[2]
-    h = index % cosets[1] + h * (G.step[1] * G.tile[1])
-    index = index // cosets[1]
-    d = index % cosets[0] + d * (G.step[0] * G.tile[0])
-    return (index // cosets[0]).to(tl.int64), (d, h, w)
+    w = index % classes[2] + w * (TILING.step[2] * TILING.tile[2])
+    index = index // classes[2]
+    h = index % classes[1] + h * (TILING.step[1] * TILING.tile[1])
+    index = index // classes[1]
+    d = index % classes[0] + d * (TILING.step[0] * TILING.tile[0])
+    return (index // classes[0]).to(tl.int64), (d, h, w)
 
 
 @triton.jit
-def tile_rows(G: tl.constexpr):
+def tile_rows(TILING: tl.constexpr):
     """How far the rows lie from the first, as positions and as coordinates read: [P] per axis, twice."""
-    row = tl.arange(0, G.tile[0] * G.tile[1] * G.tile[2])
-    d = row // (G.tile[1] * G.tile[2])
-    h = row // G.tile[2] % G.tile[1]
-    w = row % G.tile[2]
-    return (d * G.step[0], h * G.step[1], w * G.step[2]), (d * G.move[0], h * G.move[1], w * G.move[2])
+    row = tl.arange(0, TILING.tile[0] * TILING.tile[1] * TILING.tile[2])
+    d = row // (TILING.tile[1] * TILING.tile[2])
+    h = row // TILING.tile[2] % TILING.tile[1]
+    w = row % TILING.tile[2]
+    return (d * TILING.step[0], h * TILING.step[1], w * TILING.step[2]), (
+        d * TILING.move[0],
+        h * TILING.move[1],
+        w * TILING.move[2],
+    )
 
 
 @triton.jit
@@ -92,20 +99,20 @@ def rows_inside(corner, rows, size):
 
 
 @triton.jit
-def constant_dilation(k: tl.constexpr, G: tl.constexpr):
-    d: tl.constexpr = G.dilations[k][0]
-    h: tl.constexpr = G.dilations[k][1]
-    w: tl.constexpr = G.dilations[k][2]
+def constant_dilation(k: tl.constexpr, TILING: tl.constexpr):
+    d: tl.constexpr = TILING.dilations[k][0]
+    h: tl.constexpr = TILING.dilations[k][1]
+    w: tl.constexpr = TILING.dilations[k][2]
     return d, h, w
 
 
 @triton.jit
-def dilation_of(k, G: tl.constexpr):
+def dilation_of(k, TILING: tl.constexpr):
     """Dilation of a branch known at run time: selects over constants, so that no table has to be in memory."""
-    K: tl.constexpr = G.branches
-    d, h, w = constant_dilation(0, G)
+    K: tl.constexpr = TILING.branches
+    d, h, w = constant_dilation(0, TILING)
     for other in tl.static_range(1, K):
-        other_d, other_h, other_w = constant_dilation(other, G)
+        other_d, other_h, other_w = constant_dilation(other, TILING)
         d = tl.where(k == other, other_d, d)
         h = tl.where(k == other, other_h, h)
         w = tl.where(k == other, other_w, w)
@@ -128,124 +135,126 @@ def corner_on_axis(start, origin, reach, STRIDE: tl.constexpr, TRANSPOSED: tl.co
 
 
 @triton.jit
-def axis_corner(axis: tl.constexpr, dilation, tap, start, origin, G: tl.constexpr):
-    reach = dilation[axis] * (tap - G.kernel[axis] // 2)
-    return corner_on_axis(start[axis], origin[axis], reach, G.stride[axis], G.transposed)
+def axis_corner(axis: tl.constexpr, dilation, tap, start, origin, TILING: tl.constexpr):
+    reach = dilation[axis] * (tap - TILING.kernel[axis] // 2)
+    return corner_on_axis(start[axis], origin[axis], reach, TILING.stride[axis], TILING.transposed)
 
 
 @triton.jit
-def corner_of(dilation, tap, start, origin, G: tl.constexpr):
+def corner_of(dilation, tap, start, origin, TILING: tl.constexpr):
     """Coordinates that the first row reads, for one branch's dilation and one tap: three scalars."""
-    d = axis_corner(0, dilation, tap[0], start, origin, G)
-    h = axis_corner(1, dilation, tap[1], start, origin, G)
-    w = axis_corner(2, dilation, tap[2], start, origin, G)
+    d = axis_corner(0, dilation, tap[0], start, origin, TILING)
+    h = axis_corner(1, dilation, tap[1], start, origin, TILING)
+    w = axis_corner(2, dilation, tap[2], start, origin, TILING)
     return d, h, w
 
 
 @triton.jit
-def home_of(start, origin, G: tl.constexpr):
+def home_of(start, origin, TILING: tl.constexpr):
     """Coordinates near those that the first row reads at the centre tap: offsets of all taps count from there."""
-    if G.transposed:
-        d = (start[0] - origin[0]) // G.stride[0]
-        h = (start[1] - origin[1]) // G.stride[1]
-        w = (start[2] - origin[2]) // G.stride[2]
+    if TILING.transposed:
+        d = (start[0] - origin[0]) // TILING.stride[0]
+        h = (start[1] - origin[1]) // TILING.stride[1]
+        w = (start[2] - origin[2]) // TILING.stride[2]
     else:
-        d = start[0] * G.stride[0] + origin[0]
-        h = start[1] * G.stride[1] + origin[1]
-        w = start[2] * G.stride[2] + origin[2]
+        d = start[0] * TILING.stride[0] + origin[0]
+        h = start[1] * TILING.stride[1] + origin[1]
+        w = start[2] * TILING.stride[2] + origin[2]
     return d, h, w
 
 
 @triton.jit
-def word_of(bits, G: tl.constexpr):
+def word_of(bits, TILING: tl.constexpr):
     """A word with room for a bit for each tap of each axis: first those of D, then H, then W."""
-    if G.kernel[0] + G.kernel[1] + G.kernel[2] < 32:
+    if TILING.kernel[0] + TILING.kernel[1] + TILING.kernel[2] < 32:
         return tl.full([], bits, tl.int32)
     else:
         return tl.full([], bits, tl.int64)
 
 
 @triton.jit
-def axis_bit(axis: tl.constexpr, tap, G: tl.constexpr):
-    first: tl.constexpr = (axis > 0) * G.kernel[0] + (axis > 1) * G.kernel[1]
-    return word_of(1, G) << (first + tap)
+def axis_bit(axis: tl.constexpr, tap, TILING: tl.constexpr):
+    first: tl.constexpr = (axis > 0) * TILING.kernel[0] + (axis > 1) * TILING.kernel[1]
+    return word_of(1, TILING) << (first + tap)
 
 
 @triton.jit
-def tap_word(tap, G: tl.constexpr):
+def tap_word(tap, TILING: tl.constexpr):
     """The three bits of a tap."""
-    return axis_bit(0, tap[0], G) | axis_bit(1, tap[1], G) | axis_bit(2, tap[2], G)
+    return axis_bit(0, tap[0], TILING) | axis_bit(1, tap[1], TILING) | axis_bit(2, tap[2], TILING)
 
 
 @triton.jit
-def outside_on_axis(axis: tl.constexpr, dilation, moved, start, origin, size, G: tl.constexpr):
-    TAPS: tl.constexpr = G.kernel[axis]
-    word = word_of(0, G)
+def outside_on_axis(axis: tl.constexpr, dilation, moved, start, origin, size, TILING: tl.constexpr):
+    TAPS: tl.constexpr = TILING.kernel[axis]
+    word = word_of(0, TILING)
     for tap in tl.static_range(TAPS):
-        corner = axis_corner(axis, dilation, tap, start, origin, G)
+        corner = axis_corner(axis, dilation, tap, start, origin, TILING)
         # A negative coordinate is a huge unsigned one.
         inside = (corner + moved[axis]).to(tl.uint32, bitcast=True) < size[axis]
-        word |= tl.where(inside, word_of(0, G), axis_bit(axis, tap, G))
+        word |= tl.where(inside, word_of(0, TILING), axis_bit(axis, tap, TILING))
     return word
 
 
 @triton.jit
-def outside_word(dilation, valid, moved, start, origin, size, G: tl.constexpr):
+def outside_word(dilation, valid, moved, start, origin, size, TILING: tl.constexpr):
     """For one branch, which taps of an axis read outside the volume [P]; all bits where not ``valid``.
 
     In the loops over taps one instruction asks it for the three bits of a tap, where coordinates would take six.
     """
-    word = tl.where(valid, word_of(0, G), word_of(-1, G))
-    word |= outside_on_axis(0, dilation, moved, start, origin, size, G)
-    word |= outside_on_axis(1, dilation, moved, start, origin, size, G)
-    return word | outside_on_axis(2, dilation, moved, start, origin, size, G)
+    word = tl.where(valid, word_of(0, TILING), word_of(-1, TILING))
+    word |= outside_on_axis(0, dilation, moved, start, origin, size, TILING)
+    word |= outside_on_axis(1, dilation, moved, start, origin, size, TILING)
+    return word | outside_on_axis(2, dilation, moved, start, origin, size, TILING)
 
 
 @triton.jit
-def missed_on_axis(axis: tl.constexpr, dilation, start, origin, size, G: tl.constexpr):
-    TAPS: tl.constexpr = G.kernel[axis]
-    word = word_of(0, G)
+def missed_on_axis(axis: tl.constexpr, dilation, start, origin, size, TILING: tl.constexpr):
+    TAPS: tl.constexpr = TILING.kernel[axis]
+    word = word_of(0, TILING)
     for tap in tl.static_range(TAPS):
-        corner = axis_corner(axis, dilation, tap, start, origin, G)
-        reads = (corner < size[axis]) & (corner + G.move[axis] * (G.tile[axis] - 1) >= 0)
-        word |= tl.where(reads, word_of(0, G), axis_bit(axis, tap, G))
+        corner = axis_corner(axis, dilation, tap, start, origin, TILING)
+        reads = (corner < size[axis]) & (corner + TILING.move[axis] * (TILING.tile[axis] - 1) >= 0)
+        word |= tl.where(reads, word_of(0, TILING), axis_bit(axis, tap, TILING))
     return word
 
 
 @triton.jit
-def missed_word(dilation, start, origin, size, G: tl.constexpr):
+def missed_word(dilation, start, origin, size, TILING: tl.constexpr):
     """For one branch, with which taps of an axis no row of the tile's box reads inside the volume (a scalar)."""
-    word = missed_on_axis(0, dilation, start, origin, size, G) | missed_on_axis(1, dilation, start, origin, size, G)
-    return word | missed_on_axis(2, dilation, start, origin, size, G)
+    word = missed_on_axis(0, dilation, start, origin, size, TILING) | missed_on_axis(
+        1, dilation, start, origin, size, TILING
+    )
+    return word | missed_on_axis(2, dilation, start, origin, size, TILING)
 
 
 @triton.jit
-def words_of_branches(valid, moved, start, origin, size, G: tl.constexpr):
+def words_of_branches(valid, moved, start, origin, size, TILING: tl.constexpr):
     """``outside_word`` of each branch, and the taps of an axis with which no branch reads inside the volume.
 
-    A tap with any of the latter is worth nothing.
+    A tap of which any bit is among the latter adds nothing.
     """
-    K: tl.constexpr = G.branches
+    K: tl.constexpr = TILING.branches
     outside = ()
-    missed = word_of(-1, G)
+    missed = word_of(-1, TILING)
     for k in tl.static_range(K):
-        dilation = constant_dilation(k, G)
-        outside = outside + (outside_word(dilation, valid, moved, start, origin, size, G),)
-        missed &= missed_word(dilation, start, origin, size, G)
+        dilation = constant_dilation(k, TILING)
+        outside = outside + (outside_word(dilation, valid, moved, start, origin, size, TILING),)
+        missed &= missed_word(dilation, start, origin, size, TILING)
     return outside, missed
 
 
 @triton.jit
-def centre_tap(G: tl.constexpr):
-    d: tl.constexpr = G.kernel[0] // 2
-    h: tl.constexpr = G.kernel[1] // 2
-    w: tl.constexpr = G.kernel[2] // 2
+def centre_tap(TILING: tl.constexpr):
+    d: tl.constexpr = TILING.kernel[0] // 2
+    h: tl.constexpr = TILING.kernel[1] // 2
+    w: tl.constexpr = TILING.kernel[2] // 2
     return d, h, w
 
 
 @triton.jit
-def tap_index(tap, G: tl.constexpr):
-    return (tap[0] * G.kernel[1] + tap[1]) * G.kernel[2] + tap[2]
+def tap_index(tap, TILING: tl.constexpr):
+    return (tap[0] * TILING.kernel[1] + tap[1]) * TILING.kernel[2] + tap[2]
 
 
 # ------------------------------------------------------------------ loads and stores
@@ -268,12 +277,12 @@ def store_rows(pointer, rows, mask, channel, channel_stride, tile, CHANNELS: tl.
 
 
 @triton.jit
-def weight_tile(pointer, tap, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, G: tl.constexpr):
+def weight_tile(pointer, tap, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILING: tl.constexpr):
     """Pointers to a tile of one tap of a [T, ROWS, COLUMNS] tensor: the repacked weight or a sum of its gradient.
 
     The weight is padded with zeros to whole blocks, so that it needs no mask.
     """
-    return pointer + tap_index(tap, G) * (ROWS * COLUMNS) + (row[:, None] * COLUMNS + column[None, :])
+    return pointer + tap_index(tap, TILING) * (ROWS * COLUMNS) + (row[:, None] * COLUMNS + column[None, :])
 
 
 @triton.jit
@@ -330,10 +339,10 @@ def forward_kernel(
     output_size,
     origin,
     tiles,
-    cosets,
+    classes,
     C: tl.constexpr,
     O: tl.constexpr,
-    G: tl.constexpr,
+    TILING: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
     READ: tl.constexpr,
@@ -346,14 +355,14 @@ def forward_kernel(
     PRECISION: tl.constexpr,
 ):
     """out = sum_t W_t u_t + sum_k a_k shift_k, u_t the blend of tap t. Weight [T, C, O]; grid (tiles, blocks of O)."""
-    K: tl.constexpr = G.branches
-    P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
+    K: tl.constexpr = TILING.branches
+    P: tl.constexpr = TILING.tile[0] * TILING.tile[1] * TILING.tile[2]
     C_PADDED: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C * BLOCK_C
     O_PADDED: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O * BLOCK_O
-    n, start = tile_start(tl.program_id(0), tiles, cosets, G)
-    position, moved = tile_rows(G)
+    n, start = tile_start(tl.program_id(0), tiles, classes, TILING)
+    position, moved = tile_rows(TILING)
     valid = rows_inside(start, position, output_size)
-    home = home_of(start, origin, G)
+    home = home_of(start, origin, TILING)
     input += offset_of(n, home, input_stride, ALIGN)
     input_rows = row_offsets(moved, input_stride, ALIGN, ROW)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -372,32 +381,32 @@ def forward_kernel(
     if HAS_SHIFT:
         for k in tl.static_range(K):
             result += gates[k][:, None] * load_vector(shift, k, shift_stride, o, O, BLOCK_O)[None, :]
-    outside, missed = words_of_branches(valid, moved, start, origin, input_size, G)
+    outside, missed = words_of_branches(valid, moved, start, origin, input_size, TILING)
     for c_start in range(0, C, BLOCK_C):
         c = c_start + tl.arange(0, BLOCK_C)
         # The centre tap, which the branches share.
-        tap = centre_tap(G)
-        corner = corner_of(constant_dilation(0, G), tap, start, origin, G)
-        mask = outside[0] & tap_word(tap, G) == 0
+        tap = centre_tap(TILING)
+        corner = corner_of(constant_dilation(0, TILING), tap, start, origin, TILING)
+        mask = outside[0] & tap_word(tap, TILING) == 0
         rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
         x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C)
-        w = tl.load(weight_tile(weight, tap, c, o, C_PADDED, O_PADDED, G)).to(DOT)
+        w = tl.load(weight_tile(weight, tap, c, o, C_PADDED, O_PADDED, TILING)).to(DOT)
         shared = (total[:, None] * widened(x)).to(DOT)
         result = tl.dot(pinned(shared), w, result, input_precision=PRECISION)
-        for tap_d in range(G.kernel[0]):
-            for tap_h in range(G.kernel[1]):
-                for tap_w in range(G.kernel[2]):
+        for tap_d in range(TILING.kernel[0]):
+            for tap_h in range(TILING.kernel[1]):
+                for tap_w in range(TILING.kernel[2]):
                     tap = (tap_d, tap_h, tap_w)
-                    bits = tap_word(tap, G)
-                    if (missed & bits == 0) & (bits != tap_word(centre_tap(G), G)):
+                    bits = tap_word(tap, TILING)
+                    if (missed & bits == 0) & (bits != tap_word(centre_tap(TILING), TILING)):
                         blend = tl.zeros([P, BLOCK_C], BLEND)
                         for k in tl.static_range(K):
-                            corner = corner_of(constant_dilation(k, G), tap, start, origin, G)
+                            corner = corner_of(constant_dilation(k, TILING), tap, start, origin, TILING)
                             mask = outside[k] & bits == 0
                             source = input + offset_between(home, corner, input_stride, ALIGN, ROW)
                             x = load_rows(source, input_rows, mask, c, 1, READ, BLOCK_C)
                             blend = blended(blend, gates[k], x)
-                        w = tl.load(weight_tile(weight, tap, c, o, C_PADDED, O_PADDED, G)).to(DOT)
+                        w = tl.load(weight_tile(weight, tap, c, o, C_PADDED, O_PADDED, TILING)).to(DOT)
                         result = tl.dot(pinned(blend.to(DOT)), w, result, input_precision=PRECISION)
 
     output += offset_of(n, start, output_stride, TILE_ALIGN)
@@ -419,10 +428,10 @@ def grad_attention_kernel(
     output_size,
     origin,
     tiles,
-    cosets,
+    classes,
     C: tl.constexpr,
     O: tl.constexpr,
-    G: tl.constexpr,
+    TILING: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
     READ: tl.constexpr,
@@ -434,12 +443,12 @@ def grad_attention_kernel(
     PRECISION: tl.constexpr,
 ):
     """da_k = sum_t <g_t, x read by branch k> + <shift_k, G> with g_t = W_t^T G. Weight [T, O, C]; grid (tiles, 1)."""
-    K: tl.constexpr = G.branches
-    P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
-    n, start = tile_start(tl.program_id(0), tiles, cosets, G)
-    position, moved = tile_rows(G)
+    K: tl.constexpr = TILING.branches
+    P: tl.constexpr = TILING.tile[0] * TILING.tile[1] * TILING.tile[2]
+    n, start = tile_start(tl.program_id(0), tiles, classes, TILING)
+    position, moved = tile_rows(TILING)
     valid = rows_inside(start, position, output_size)
-    home = home_of(start, origin, G)
+    home = home_of(start, origin, TILING)
     input += offset_of(n, home, input_stride, ALIGN)
     input_rows = row_offsets(moved, input_stride, ALIGN, ROW)
     grad_output += offset_of(n, start, grad_output_stride, TILE_ALIGN)
@@ -464,11 +473,11 @@ def grad_attention_kernel(
             constants = added
     grad = load_rows(grad_output, grad_rows, valid, tl.arange(0, BLOCK_O), grad_output_stride[1], O, BLOCK_O)
     shared = tl.zeros([P, BLOCK_C // ALIGN], tl.float32)
-    outside, missed = words_of_branches(valid, moved, start, origin, input_size, G)
+    outside, missed = words_of_branches(valid, moved, start, origin, input_size, TILING)
     for c_start in range(0, C, BLOCK_C):
         c = c_start + tl.arange(0, BLOCK_C)
         # The centre tap, which the branches share.
-        tap = centre_tap(G)
+        tap = centre_tap(TILING)
         g = tap_gradient(
             grad,
             grad_output,
@@ -480,23 +489,23 @@ def grad_attention_kernel(
             c,
             C,
             O,
-            G,
+            TILING,
             BLOCK_C,
             BLOCK_O,
             DOT,
             PRECISION,
         )
-        corner = corner_of(constant_dilation(0, G), tap, start, origin, G)
-        mask = outside[0] & tap_word(tap, G) == 0
+        corner = corner_of(constant_dilation(0, TILING), tap, start, origin, TILING)
+        mask = outside[0] & tap_word(tap, TILING) == 0
         rows = input_rows + offset_between(home, corner, input_stride, ALIGN, ROW)
         x = load_rows(input, rows, mask, c, 1, READ, BLOCK_C)
         shared += lane_sums(g, x, ALIGN)
-        for tap_d in range(G.kernel[0]):
-            for tap_h in range(G.kernel[1]):
-                for tap_w in range(G.kernel[2]):
+        for tap_d in range(TILING.kernel[0]):
+            for tap_h in range(TILING.kernel[1]):
+                for tap_w in range(TILING.kernel[2]):
                     tap = (tap_d, tap_h, tap_w)
-                    bits = tap_word(tap, G)
-                    if (missed & bits == 0) & (bits != tap_word(centre_tap(G), G)):
+                    bits = tap_word(tap, TILING)
+                    if (missed & bits == 0) & (bits != tap_word(centre_tap(TILING), TILING)):
                         g = tap_gradient(
                             grad,
                             grad_output,
@@ -508,7 +517,7 @@ def grad_attention_kernel(
                             c,
                             C,
                             O,
-                            G,
+                            TILING,
                             BLOCK_C,
                             BLOCK_O,
                             DOT,
@@ -516,7 +525,7 @@ def grad_attention_kernel(
                         )
                         added = ()
                         for k in tl.static_range(K):
-                            corner = corner_of(constant_dilation(k, G), tap, start, origin, G)
+                            corner = corner_of(constant_dilation(k, TILING), tap, start, origin, TILING)
                             mask = outside[k] & bits == 0
                             source = input + offset_between(home, corner, input_stride, ALIGN, ROW)
                             x = load_rows(source, input_rows, mask, c, 1, READ, BLOCK_C)
@@ -553,7 +562,7 @@ def tap_gradient(
     c,
     C: tl.constexpr,
     O: tl.constexpr,
-    G: tl.constexpr,
+    TILING: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
     DOT: tl.constexpr,
@@ -562,14 +571,14 @@ def tap_gradient(
     """g_t of one tile and one block of C: [P, BLOCK_C] in fp32. ``grad`` is the tile's first block of grad_output."""
     C_PADDED: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C * BLOCK_C
     O_PADDED: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O * BLOCK_O
-    w = tl.load(weight_tile(weight, tap, tl.arange(0, BLOCK_O), c, O_PADDED, C_PADDED, G)).to(DOT)
+    w = tl.load(weight_tile(weight, tap, tl.arange(0, BLOCK_O), c, O_PADDED, C_PADDED, TILING)).to(DOT)
     g = tl.dot(grad.to(DOT), w, input_precision=PRECISION)
     for o_start in range(BLOCK_O, O, BLOCK_O):
         o = o_start + tl.arange(0, BLOCK_O)
         block = load_rows(grad_output, grad_rows, valid, o, grad_output_stride[1], O, BLOCK_O).to(DOT)
-        w = tl.load(weight_tile(weight, tap, o, c, O_PADDED, C_PADDED, G)).to(DOT)
+        w = tl.load(weight_tile(weight, tap, o, c, O_PADDED, C_PADDED, TILING)).to(DOT)
         g = tl.dot(block, w, g, input_precision=PRECISION)
-    # As for ``pinned``: g goes to the layout of the K tiles it meets, once, and not they to that of tl.dot's result.
+    # As in ``pinned``: g is converted once to the layout of the K tiles that it meets, not each of them to that of g.
     return g.to(DOT)
 
 
@@ -592,7 +601,7 @@ def project(
     o,
     C: tl.constexpr,
     O: tl.constexpr,
-    G: tl.constexpr,
+    TILING: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
     READ: tl.constexpr,
@@ -602,26 +611,26 @@ def project(
     PRECISION: tl.constexpr,
 ):
     """y_k of one tile and one block of O: [P, BLOCK_O] in fp32. Weight is [T, C, O]."""
-    P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
+    P: tl.constexpr = TILING.tile[0] * TILING.tile[1] * TILING.tile[2]
     C_PADDED: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C * BLOCK_C
     O_PADDED: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O * BLOCK_O
-    dilation = dilation_of(k, G)
-    outside = outside_word(dilation, valid, moved, start, origin, input_size, G)
-    missed = missed_word(dilation, start, origin, input_size, G)
+    dilation = dilation_of(k, TILING)
+    outside = outside_word(dilation, valid, moved, start, origin, input_size, TILING)
+    missed = missed_word(dilation, start, origin, input_size, TILING)
     y = tl.zeros([P, BLOCK_O], tl.float32)
     for c_start in range(0, C, BLOCK_C):
         c = c_start + tl.arange(0, BLOCK_C)
-        for tap_d in range(G.kernel[0]):
-            for tap_h in range(G.kernel[1]):
-                for tap_w in range(G.kernel[2]):
+        for tap_d in range(TILING.kernel[0]):
+            for tap_h in range(TILING.kernel[1]):
+                for tap_w in range(TILING.kernel[2]):
                     tap = (tap_d, tap_h, tap_w)
-                    bits = tap_word(tap, G)
+                    bits = tap_word(tap, TILING)
                     if missed & bits == 0:
-                        corner = corner_of(dilation, tap, start, origin, G)
+                        corner = corner_of(dilation, tap, start, origin, TILING)
                         mask = outside & bits == 0
                         source = input + offset_between(home, corner, input_stride, ALIGN, ROW)
                         x = load_rows(source, input_rows, mask, c, 1, READ, BLOCK_C).to(DOT)
-                        w = tl.load(weight_tile(weight, tap, c, o, C_PADDED, O_PADDED, G)).to(DOT)
+                        w = tl.load(weight_tile(weight, tap, c, o, C_PADDED, O_PADDED, TILING)).to(DOT)
                         y = tl.dot(x, w, y, input_precision=PRECISION)
     return y
 
@@ -643,10 +652,10 @@ def forward_scaled_kernel(
     output_size,
     origin,
     tiles,
-    cosets,
+    classes,
     C: tl.constexpr,
     O: tl.constexpr,
-    G: tl.constexpr,
+    TILING: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
     READ: tl.constexpr,
@@ -658,12 +667,12 @@ def forward_scaled_kernel(
     PRECISION: tl.constexpr,
 ):
     """out = sum_k a_k (s_k y_k + h_k), branch by branch in the tile. Weight is [T, C, O]; grid (tiles, blocks of O)."""
-    K: tl.constexpr = G.branches
-    P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
-    n, start = tile_start(tl.program_id(0), tiles, cosets, G)
-    position, moved = tile_rows(G)
+    K: tl.constexpr = TILING.branches
+    P: tl.constexpr = TILING.tile[0] * TILING.tile[1] * TILING.tile[2]
+    n, start = tile_start(tl.program_id(0), tiles, classes, TILING)
+    position, moved = tile_rows(TILING)
     valid = rows_inside(start, position, output_size)
-    home = home_of(start, origin, G)
+    home = home_of(start, origin, TILING)
     input += offset_of(n, home, input_stride, ALIGN)
     input_rows = row_offsets(moved, input_stride, ALIGN, ROW)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -686,7 +695,7 @@ def forward_scaled_kernel(
             o,
             C,
             O,
-            G,
+            TILING,
             BLOCK_C,
             BLOCK_O,
             READ,
@@ -700,8 +709,8 @@ def forward_scaled_kernel(
             y += load_vector(shift, k, shift_stride, o, O, BLOCK_O)[None, :]
         gate = tl.load(attention + branch_offset(k, attention_stride, ROW) + attention_rows, mask=valid, other=0.0)
         result += gate.to(tl.float32)[:, None] * y
-    # The same n once more, as the compiler cannot know: else it is held from above, or spilled.
-    n, _ = tile_start(tl.maximum(tl.program_id(0), -tiles[0]), tiles, cosets, G)
+    # The same n once more, which the compiler cannot know: else it would keep n from above in registers, or spill it.
+    n, _ = tile_start(tl.maximum(tl.program_id(0), -tiles[0]), tiles, classes, TILING)
     output += offset_of(n, start, output_stride, TILE_ALIGN)
     store_rows(output, row_offsets(position, output_stride, TILE_ALIGN, ROW), valid, o, output_stride[1], result, O)
 
@@ -726,10 +735,10 @@ def grad_scaled_kernel(
     output_size,
     origin,
     tiles,
-    cosets,
+    classes,
     C: tl.constexpr,
     O: tl.constexpr,
-    G: tl.constexpr,
+    TILING: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
     READ: tl.constexpr,
@@ -746,12 +755,12 @@ def grad_scaled_kernel(
 
     Weight is [T, C, O]; grid (tiles, 1). Each tile leaves its part of dscale in sums[tile, K, O], fp32.
     """
-    K: tl.constexpr = G.branches
-    P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
-    n, start = tile_start(tl.program_id(0), tiles, cosets, G)
-    position, moved = tile_rows(G)
+    K: tl.constexpr = TILING.branches
+    P: tl.constexpr = TILING.tile[0] * TILING.tile[1] * TILING.tile[2]
+    n, start = tile_start(tl.program_id(0), tiles, classes, TILING)
+    position, moved = tile_rows(TILING)
     valid = rows_inside(start, position, output_size)
-    home = home_of(start, origin, G)
+    home = home_of(start, origin, TILING)
     input += offset_of(n, home, input_stride, ALIGN)
     input_rows = row_offsets(moved, input_stride, ALIGN, ROW)
     grad_output += offset_of(n, start, grad_output_stride, TILE_ALIGN)
@@ -779,7 +788,7 @@ def grad_scaled_kernel(
                 o,
                 C,
                 O,
-                G,
+                TILING,
                 BLOCK_C,
                 BLOCK_O,
                 READ,
@@ -827,7 +836,7 @@ def gathered_blend(
     tap,
     o,
     O: tl.constexpr,
-    G: tl.constexpr,
+    TILING: tl.constexpr,
     BLOCK_O: tl.constexpr,
     READ: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -840,12 +849,12 @@ def gathered_blend(
 
     Without gates the sum is of dy_k, each ``branch_stride`` after the one before it.
     """
-    K: tl.constexpr = G.branches
-    P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
+    K: tl.constexpr = TILING.branches
+    P: tl.constexpr = TILING.tile[0] * TILING.tile[1] * TILING.tile[2]
     v = tl.zeros([P, BLOCK_O], BLEND)
     for k in tl.static_range(K):
-        corner = corner_of(constant_dilation(k, G), tap, start, origin, G)
-        mask = outside[k] & tap_word(tap, G) == 0
+        corner = corner_of(constant_dilation(k, TILING), tap, start, origin, TILING)
+        mask = outside[k] & tap_word(tap, TILING) == 0
         source = grad_output
         if HAS_GATE:
             rows = attention_rows + offset_between(home, corner, attention_stride, 1, ROW)
@@ -899,11 +908,11 @@ def grad_input_weight_kernel(
     output_size,
     origin,
     tiles,
-    cosets,
+    classes,
     num_tiles,
     C: tl.constexpr,
     O: tl.constexpr,
-    G: tl.constexpr,
+    TILING: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
     READ: tl.constexpr,
@@ -925,11 +934,11 @@ def grad_input_weight_kernel(
     the same bits. Without gates grad_output is [K, N, O, D, H, W], the gradient of each branch, and ``branch_stride``
     that of K in units of ALIGN.
     """
-    P: tl.constexpr = G.tile[0] * G.tile[1] * G.tile[2]
-    T: tl.constexpr = G.kernel[0] * G.kernel[1] * G.kernel[2]
+    P: tl.constexpr = TILING.tile[0] * TILING.tile[1] * TILING.tile[2]
+    T: tl.constexpr = TILING.kernel[0] * TILING.kernel[1] * TILING.kernel[2]
     C_PADDED: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C * BLOCK_C
     O_PADDED: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O * BLOCK_O
-    position, moved = tile_rows(G)
+    position, moved = tile_rows(TILING)
     grad_rows = row_offsets(moved, grad_output_stride, ALIGN, ROW)
     attention_rows = row_offsets(moved, attention_stride, 1, ROW)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -938,9 +947,9 @@ def grad_input_weight_kernel(
         sums += tl.program_id(0).to(tl.int64) * (T * O * C_SUMS)
     index = tl.program_id(0)
     while index < num_tiles:
-        n, start = tile_start(index, tiles, cosets, G)
+        n, start = tile_start(index, tiles, classes, TILING)
         valid = rows_inside(start, position, input_size)
-        home = home_of(start, origin, G)
+        home = home_of(start, origin, TILING)
         tile_grad_output = grad_output + offset_of(n, home, grad_output_stride, ALIGN)
         tile_attention = attention
         if HAS_GATE:
@@ -953,15 +962,15 @@ def grad_input_weight_kernel(
             rows = row_offsets(in_line, input_stride, TILE_ALIGN, ROW)
             channel = recomputed(c, index, TILE_ALIGN)
             x = load_rows(source, rows, valid, channel, input_stride[1], C, BLOCK_C).to(DOT)
-        outside, missed = words_of_branches(valid, moved, start, origin, output_size, G)
+        outside, missed = words_of_branches(valid, moved, start, origin, output_size, TILING)
         result = tl.zeros([P, BLOCK_C], tl.float32)
         for o_start in range(0, O, BLOCK_O):
             o = o_start + tl.arange(0, BLOCK_O)
-            for tap_d in range(G.kernel[0]):
-                for tap_h in range(G.kernel[1]):
-                    for tap_w in range(G.kernel[2]):
+            for tap_d in range(TILING.kernel[0]):
+                for tap_h in range(TILING.kernel[1]):
+                    for tap_w in range(TILING.kernel[2]):
                         tap = (tap_d, tap_h, tap_w)
-                        if missed & tap_word(tap, G) == 0:
+                        if missed & tap_word(tap, TILING) == 0:
                             v = gathered_blend(
                                 tile_grad_output,
                                 tile_attention,
@@ -979,7 +988,7 @@ def grad_input_weight_kernel(
                                 tap,
                                 o,
                                 O,
-                                G,
+                                TILING,
                                 BLOCK_O,
                                 READ,
                                 ALIGN,
@@ -989,13 +998,13 @@ def grad_input_weight_kernel(
                                 ROW,
                             ).to(DOT)
                             if WANT_INPUT:
-                                w = tl.load(weight_tile(weight, tap, o, c, O_PADDED, C_PADDED, G)).to(DOT)
+                                w = tl.load(weight_tile(weight, tap, o, c, O_PADDED, C_PADDED, TILING)).to(DOT)
                                 result = tl.dot(v, w, result, input_precision=PRECISION)
                             if WANT_WEIGHT:
-                                # Always so, but in a block of code of its own this product is no link of a chain to the
-                                # compiler, which would give each warp other rows: of those dW has too few for all.
+                                # Always true: it puts the product into a block of its own. Otherwise the compiler takes
+                                # it for a link of a chain and gives each warp rows of its own, and dW has too few rows.
                                 if num_tiles > 0:
-                                    pointers = weight_tile(sums, tap, o, c, O, C_SUMS, G)
+                                    pointers = weight_tile(sums, tap, o, c, O, C_SUMS, TILING)
                                     inside = (o < O)[:, None] & (c < C_SUMS)[None, :]
                                     part = tl.load(pointers, mask=inside, other=0.0)
                                     part = tl.dot(tl.trans(v), x, part, input_precision=PRECISION)

@@ -22,20 +22,21 @@ from ..interface import Gradients
 from . import fitting, interpreted, kernels
 from .configs import Config, Tiling, choose_tiling, configurations
 
-# Elements of the weight that a program repacks, and of its gradient of which one adds up all parts, PARTS at a time.
+# A program repacks ELEMENTS of the weight, or adds up the parts of PARTS_BLOCK elements of its gradient, PARTS of them
+# at a time.
 ELEMENTS, PARTS_BLOCK, PARTS = 4096, 256, 16
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 class Plan:
-    """All of a kernel call that holds for every call with tensors that are alike.
+    """How a kernel is launched on all tensors that are alike (:func:`likeness`).
 
     Attributes:
         kernel, grid, constants: as Triton takes them.
         numbers: the kernel's arguments after its tensors.
-        any_numbers: whether numbers that are multiples of 16 are compiled for like others: five times fewer kernels.
-        repacking: the plan by which the weight is repacked before, where it is.
-        adding: the plan by which parts of its gradient are added up after, where they are.
+        any_numbers: compile one kernel whether or not numbers are multiples of 16: five times fewer kernels.
+        repacking: the plan that repacks the weight before, if any.
+        adding: the plan that adds up the parts of its gradient after, if any.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Plan:
         self.repacking: Plan | None = None
         self.adding: Plan | None = None
         self._compiled: Callable | None = None
+        self._after_tensors: tuple = ()
 
     def run(self, tensors: tuple[Tensor | None, ...]) -> None:
         """Launches; after the first time without Triton's look-up, which would find the same again."""
@@ -59,18 +61,18 @@ class Plan:
         self._compiled(*tensors, *self._after_tensors)
 
     def compiled(self, tensors: tuple[Tensor | None, ...]):
-        """What Triton compiles. It depends on the tensors' dtypes, on which of them are aligned to 16 bytes, and of the
-        numbers on which are one, which need 64 bits and, unless ``any_numbers``, which are multiples of 16.
+        """What Triton compiles. It depends on the tensors' dtypes and on which of them are aligned to 16 bytes; and on
+        which numbers are one, need 64 bits or, unless ``any_numbers``, are multiples of 16.
 
-        Kernels to which ALIGN shows what they can load at once have no use for the last. It differs from volume to
-        volume, and so between a call and the self-check that is to speak for it.
+        The last is of no use to kernels that learn from ALIGN what they can load at once. And it differs from volume to
+        volume, so the self-check would test another kernel than the call runs.
         """
         numbers = _representative(self.numbers) if self.any_numbers else self.numbers
         return self.kernel.warmup(*tensors, *numbers, grid=self.grid, **self.constants)
 
 
 def _representative(number):
-    """A number, or a tuple of them, for which Triton compiles as for this one, were there no multiples of 16."""
+    """A number (or a tuple of them) that Triton compiles like ``number``, but that is no multiple of 16."""
     if isinstance(number, tuple):
         return tuple(map(_representative, number))
     if number == 1:
@@ -120,7 +122,7 @@ def _keep(key: tuple, plan: Plan) -> Plan:
 
 
 def kept(kernel, tensors: tuple[Tensor | None, ...], make: Callable[[], Plan]) -> Plan:
-    """The plan of ``kernel`` for tensors that are like these, of which all of it follows."""
+    """The plan of ``kernel`` for tensors like these, which decide all of it."""
     key = (kernel.__name__, *map(likeness, tensors))
     plan = _plans.get(key)
     return _keep(key, make()) if plan is None else plan
@@ -178,12 +180,12 @@ def backward(call: Call, grad_output: Tensor, gradients: Gradients) -> None:
 
 
 def require_fit(call: Call, *kernels: Kernel) -> None:
-    """Raises NoConfigurationFits if that is known of one of them: before anything is packed for it."""
+    """Raises NoConfigurationFits, before anything is packed, if an earlier call found that nothing fits one of them."""
     fitting.require_fit(_key(kernel, call) for kernel in kernels)
 
 
 def run(kernel: Kernel, call: Call, *tensors: Tensor | Source | Weight | None) -> None:
-    """Launches ``kernel`` as calls like this one were before, or by the first configuration that fits."""
+    """Launches ``kernel`` by the plan of earlier calls like this one, or by the first configuration that fits."""
     weight = call.weight
     key = (kernel.name, call.geometry, dot_precision(weight), *map(likeness, tensors))
     plan = _plans.get(key)
@@ -362,7 +364,7 @@ def _constants(config: Config, walk: Walk, source: Source, weight: Tensor, align
     return {
         "C": weight.shape[1],
         "O": weight.shape[0],
-        "G": walk.tiling,
+        "TILING": walk.tiling,
         "BLOCK_C": config.block_c,
         "BLOCK_O": config.block_o,
         "READ": source.tensor.shape[1],
@@ -415,18 +417,18 @@ class Walk:
 
     Attributes:
         arguments: the kernel's integers.
-        beyond: on each axis, farther than this from the volume is no position that offsets count from.
+        beyond: how far outside the volume, on each axis, a position may lie that offsets count from.
     """
 
     def __init__(self, problem: Geometry, config: Config, batch: int, transposed: bool = False) -> None:
         self.tiling: Tiling = choose_tiling(problem.tiled, config.rows, transposed)
         sizes = problem.input_size if transposed else problem.output_size
-        cosets = tuple(map(min, self.tiling.step, sizes))
+        classes = tuple(map(min, self.tiling.step, sizes))
         tiles = tuple(
             ceil_div(ceil_div(size, step), tile) for size, step, tile in zip(sizes, self.tiling.step, self.tiling.tile)
         )
-        self.num_tiles = batch * math.prod(cosets) * math.prod(tiles)
-        self.arguments = (problem.input_size, problem.output_size, problem.origin, tiles, cosets)
+        self.num_tiles = batch * math.prod(classes) * math.prod(tiles)
+        self.arguments = (problem.input_size, problem.output_size, problem.origin, tiles, classes)
         # By so much both where the first row reads at its centre tap and where the last one does.
         self.beyond = tuple(2 * abs(origin) for origin in problem.origin)
 

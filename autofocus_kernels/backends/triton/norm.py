@@ -23,9 +23,9 @@ ELEMENTS = 4096
 WARPS = 8
 # Channels of a tile at most: the rest of ELEMENTS are then 32 positions, whole sectors of contiguous tensors.
 MAX_BLOCK_O = 128
-# Tiles of one program where sums leave it: the sum over rows and what is stored come once for all of them, the
-# grad_output of four (32 KiB in 16 bits) is read from a cache by all branches but the first, and 32^3 voxels of 32
-# channels still give 64 programs.
+# Tiles of a program that leaves sums. It sums over rows, and stores, once for all of them. The grad_output of four
+# (32 KiB in 16 bits) stays in a cache for all branches but the first, and 32^3 voxels of 32 channels still make 64
+# programs.
 TILES = 4
 GRAD_INPUT_WEIGHT_BRANCHES = launch.GRAD_INPUT_WEIGHT._replace(name="grad_input_weight_branches")
 
@@ -252,7 +252,7 @@ def _fill_gradients(
     launch.submit(Launch(launch.kept(norm_kernels.grad_branches_kernel, tensors, plan), tensors))
 
 
-# ------------------------------------------------------------------
+# ------------------------------------------------------------------ tiles and strides
 
 
 def _constants(O: int, align: int, *volumes: Tensor) -> dict:
@@ -289,6 +289,6 @@ def _strides(branches: Tensor, align: int = 1) -> tuple[int, tuple[int, ...]]:
 
 
 def _deliver(flat: Tensor, target: Tensor) -> None:
-    """Copies what a kernel left in ``flat`` to ``target``, of which it is a view only where strides allow."""
+    """Copies what a kernel left in ``flat`` to ``target``, unless it is a view of that: not all strides allow one."""
     if flat.data_ptr() != target.data_ptr():
         target.copy_(flat.view(target.shape))
