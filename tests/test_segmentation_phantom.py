@@ -97,14 +97,14 @@ def test_monai_reads_it(phantom_3d):
 def test_anisotropic_volumes(phantom_3d):
     case = read_dataset(phantom_3d).training[0]
     assert read_nifti(case.images[0]).data.shape == (24, 26, 10, 2)
-    assert read_labels(case.label).spacing == (1, 1, 3)
+    assert read_labels(case.label).header.get_zooms() == (1, 1, 3)
     assert read_case(case, 2, 3, 5).image.shape == (2, 24, 26, 10)
 
 
 def test_one_modality_and_the_spacing_of_b(tmp_path):
     make_phantom(tmp_path, cases=2, size=(20, 24), dims=2, site="B", modalities=1)
     image = read_nifti(tmp_path / "imagesTr" / "B_000.nii.gz")
-    assert image.data.shape == (20, 24) and image.spacing == (1.25, 1.25)
+    assert image.data.shape == (20, 24) and image.header.get_zooms() == (1.25, 1.25)
 
 
 def test_a_data_set_is_not_overwritten(phantom_2d):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,11 +97,12 @@ class Block(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         output = self.layer2(self.act1(self.layer1(input)))
-        return self.act2(output + self.shortcut(_centre(input, output.shape[2:])))
+        return self.act2(output + self.shortcut(centre(input, output.shape[2:])))
 
 
 @torch.fx.wrap
-def _centre(input: Tensor, size: torch.Size) -> Tensor:
+def centre(input: Tensor, size: Sequence[int]) -> Tensor:
+    """The middle of ``input`` ``[N, C, *S]``, ``size`` voxels along each spatial axis."""
     for axis, length in enumerate(size, start=2):
         input = input.narrow(axis, (input.shape[axis] - length) // 2, length)
     return input

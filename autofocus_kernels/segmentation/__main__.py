@@ -18,7 +18,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; what the user can mend ends in one line on stderr and 2."""
+    """Runs a command. An error that the user can mend is one line on stderr, and the status is 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         parser = _Parser(prog="python -m autofocus_kernels.segmentation", description=__doc__)
@@ -45,12 +45,12 @@ class _Parser(argparse.ArgumentParser):
         self.register("type", Path, _path)  # of every argument with type=Path
 
     def error(self, message: str) -> NoReturn:
-        """Instead of all options and exit: they are what --help is for."""
+        """Instead of printing all options, which --help does, and exiting."""
         raise ValueError(f"{message} ({self.prog} --help tells more)")
 
 
 def _path(text: str) -> Path:
-    """What an unset variable of a shell leaves, "", would be the current folder to Path."""
+    """Refuses "", which an unset variable of a shell leaves: Path would take it for the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("must name a file or a folder, got ''")
     return Path(text)

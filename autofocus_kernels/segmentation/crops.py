@@ -49,8 +49,8 @@ class _Load(Transform):
 class Crops(torch.utils.data.Dataset):
     """Item j: a window ``[M, *window]`` float32, zero beyond the volume, and int64 labels ``[*tile]`` of its centre.
 
-    Of two crops one is centred on a voxel of the foreground, the other on one of the background inside the mask, but
-    the labels lie within the volume where that is large enough.
+    Even items are centred on a voxel of the foreground, odd ones on one of the background inside the mask; but they are
+    moved so that the labels lie within the volume, where that is large enough.
 
     Args:
         cases: of ``dataset``.
@@ -58,7 +58,7 @@ class Crops(torch.utils.data.Dataset):
         cache: how many cases to keep in memory, the others being read for every crop; None for all.
 
     Raises:
-        SegmentationError: a case that is no good. All are read at the beginning.
+        SegmentationError: a file of a case that does not fit. All cases are read once by the constructor.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Crops(torch.utils.data.Dataset):
 
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
-    """MONAI makes a RuntimeError, which names no file, of what a transform raises."""
+    """Raises the error of a transform itself: MONAI wraps it in a RuntimeError that names no file."""
     try:
         yield
     except RuntimeError as error:

@@ -47,7 +47,7 @@ class Dataset:
     test: tuple[Case, ...]
 
     def spatial_dims(self) -> int:
-        """2 or 3, read off the first label map for training, of which there must be one."""
+        """2 or 3, as the first label map for training has; there must be one."""
         dims = read_labels(self.training[0].label).data.ndim
         if dims not in (2, 3):
             raise SegmentationError(f"{self.training[0].label}: must have 2 or 3 axes, got {dims}")

@@ -81,8 +81,11 @@ def evaluate(
     pairs = match_cases(Path(pred), Path(truth), subset)
     names = _label_names(Path(truth))
     known = None if names is None else set(names)
-    if regions == "brats2015":
-        known = {0, 1, 2, 3, 4}
+    if isinstance(regions, str):
+        if regions not in PRESETS:
+            raise ValueError(f"regions must be a mapping or one of {', '.join(PRESETS)}, got {regions!r}")
+        regions = PRESETS[regions]
+        known = {0}.union(*regions.values())
     if regions is None:
         labels = set(names) if names is not None else _labels_of(path for pair in pairs.values() for path in pair)
         structures = {(names or {}).get(label, f"label {label}"): (label,) for label in sorted(labels - {0})}
@@ -223,11 +226,7 @@ def _label_names(truth: Path) -> dict[int, str] | None:
     return None
 
 
-def _check_regions(regions: Regions | str, known: set[int] | None) -> dict[str, tuple[int, ...]]:
-    if isinstance(regions, str):
-        if regions not in PRESETS:
-            raise ValueError(f"regions must be a mapping or one of {', '.join(PRESETS)}, got {regions!r}")
-        regions = PRESETS[regions]
+def _check_regions(regions: Regions, known: set[int] | None) -> dict[str, tuple[int, ...]]:
     for name, labels in regions.items():
         if not labels or min(labels) < 1:
             raise ValueError(f"region {name} must hold labels above 0, got {list(labels)}")

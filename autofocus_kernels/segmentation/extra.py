@@ -1,4 +1,4 @@
-"""Imported before what needs the extra: an ImportError that names it where one of its packages is missing."""
+"""Import this before what needs the extra: it raises an ImportError that names the extra if a package is missing."""
 
 import importlib.util
 

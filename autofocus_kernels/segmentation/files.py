@@ -36,11 +36,6 @@ class Image(NamedTuple):
     affine: np.ndarray
     header: Any
 
-    @property
-    def spacing(self) -> tuple[float, ...]:
-        """Millimetres a voxel, for every axis of the data (meaningless for an axis of modalities)."""
-        return tuple(float(zoom) for zoom in self.header.get_zooms())
-
 
 def is_nifti(path: str | os.PathLike) -> bool:
     return str(path).endswith(SUFFIXES)
@@ -120,9 +115,9 @@ def digest_of(path: str | os.PathLike) -> bytes:
 
 
 def fingerprint_of(path: str | os.PathLike) -> str:
-    """What changes with the content of a file, but not with its place or age.
+    """A string that changes with the content of a file, but not with its place or age.
 
-    Of a gzip file the end, which holds checksum and length of what is packed: data sets have gigabytes of them.
+    Of a gzip file only the end is read, the checksum and the length of what is packed: data sets have gigabytes.
 
     Raises:
         SegmentationError: the file cannot be read.
@@ -138,7 +133,10 @@ def fingerprint_of(path: str | os.PathLike) -> str:
 
 
 def _require_place(path: str | os.PathLike, affine: np.ndarray, dims: int) -> None:
-    """Every distance and every picture would be wrong, or fail, without naming the file."""
+    """Raises SegmentationError unless the affine gives every axis a length and a direction of its own.
+
+    Otherwise all distances and pictures would be wrong, or fail without naming the file.
+    """
     axes = affine[:3, :dims]
     lengths = np.linalg.norm(axes, axis=0)
     # float32, as sforms are, leaves 1e-7 between axes that are one.
@@ -177,10 +175,11 @@ class Grid(NamedTuple):
         return cls(file, image.data.shape, image.affine, image.header)
 
     def require_same(self, other: Grid) -> None:
-        """
+        """Checks that both files have the same voxels in the same places.
+
         Raises:
-            SegmentationError: the shapes differ, but for a third axis of one voxel that one of them has, or a voxel
-                lies more than a tenth of a voxel from that of ``other``.
+            SegmentationError: the shapes differ (one of them may have a third axis of one voxel), or a voxel lies more
+                than a tenth of a voxel from that of ``other``.
         """
         shape = self.shape[: len(other.shape)]  # a slice may be stored as a volume
         if shape != other.shape[: len(shape)] or math.prod(self.shape) != math.prod(other.shape):
@@ -311,7 +310,7 @@ def _temporary(target: Path) -> BinaryIO:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A rename lasts through a power failure only once its folder is on the disk."""
+    """Writes a folder to the disk: only then does a rename in it survive a power failure."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -321,10 +320,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: str | os.PathLike) -> None:
-    """With those above it, unless it is there; one that takes files.
+    """Makes a folder and those above it, where they are missing, and checks that files can be written to it.
 
     Raises:
-        SegmentationError: it cannot be made, or there can be no file in it.
+        SegmentationError: it cannot be made, or no file can be written to it.
     """
     try:
         os.makedirs(path, exist_ok=True)
@@ -354,7 +353,8 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> Non
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """
+    """What a JSON file holds.
+
     Raises:
         SegmentationError: the file is missing, or is no JSON.
     """

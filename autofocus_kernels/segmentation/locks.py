@@ -1,4 +1,4 @@
-"""A lock on a file, which the kernel gives up when the process ends, however it ends."""
+"""A lock on a file. The operating system releases it when the process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ except ImportError:  # Windows
 def lock(file: IO) -> bool:
     """Locks an open file against other processes: False if one of them holds it.
 
-    Forked processes do not hold it: those that make crops may outlive a killed training for seconds. Where there are no
-    locks, on Windows and on some file systems, nothing is locked, and work goes on as if alone.
+    Forked processes do not hold it, since those that make crops may outlive a killed training for seconds. Where there
+    are no locks, on Windows and on some file systems, this locks nothing and returns True.
     """
     if fcntl is None:
         return True

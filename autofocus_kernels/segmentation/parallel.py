@@ -52,7 +52,8 @@ def processes(device: str | None) -> Iterator[Place]:
 
 
 def find_device(name: str | None) -> torch.device:
-    """
+    """The device of this name, after a try whether it works.
+
     Args:
         name: as PyTorch has it; None is a GPU where there is one.
 
@@ -72,13 +73,13 @@ def find_device(name: str | None) -> torch.device:
 
 
 def parallel(network: nn.Module, place: Place) -> nn.Module:
-    """What to call in training: ``network`` itself, or what also averages its gradients over the processes.
+    """``network`` as it is called in training: in several processes wrapped, to average gradients over them.
 
-    Batch norms of ``network``, the parameters kept, become ones that share their statistics.
+    Its batch norms are then replaced, in place, by ones that share their statistics and have the same parameters.
     """
     if place.world == 1:
         return network
-    # DDP refuses SyncBatchNorm on a CPU, which does not work there, unlike ours: so it sees the network before.
+    # Wrapped before its norms are replaced: DDP refuses nn.SyncBatchNorm, and so ours, on a CPU, where ours works.
     devices = [place.device] if place.device.type == "cuda" else None
     wrapped = DistributedDataParallel(network, device_ids=devices)
     _share_statistics(network)
@@ -98,7 +99,7 @@ def _share_statistics(module: nn.Module) -> None:
 
 
 class SharedBatchNorm(nn.SyncBatchNorm):
-    """``nn.SyncBatchNorm``, whose own forward is for GPUs only, on CPUs too. Both take the same count on all ranks."""
+    """``nn.SyncBatchNorm`` on CPUs too, where torch's cannot run. All ranks must have equally many values."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.is_cuda or not self.training:

@@ -141,7 +141,7 @@ def make_phantom(
 
     Args:
         size: voxels along each axis; None for 128 in 2D and 96 in 3D.
-        anisotropic: voxels are three times as long along the last axis, of which the default size is a third.
+        anisotropic: voxels are three times as long along the last axis, whose default size is a third.
 
     Raises:
         ValueError: an argument out of range.

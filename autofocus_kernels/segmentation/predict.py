@@ -20,7 +20,7 @@ from .files import SegmentationError, digest_of, make_folder, nifti_files, read_
 from .parallel import find_device
 from .pictures import is_ours, write_attention, write_overlay
 from .run import Config, load_model
-from .windows import TILINGS, Windows, autofocus_layers, one_an_axis
+from .windows import TILINGS, Windows, autofocus_layers, window_sizes
 
 
 def predict(
@@ -35,7 +35,7 @@ def predict(
     attention: bool = False,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Segments every case of ``input`` that ``output`` does not hold yet; label files say of what they are.
+    """Segments every case of ``input`` that ``output`` does not hold yet; label files record what they were made of.
 
     Each case gives ``CASE.nii.gz`` (uint8, with the shape, affine and orientation of its image) and ``CASE.png``, and
     with ``attention`` ``attention/CASE.png`` and for every autofocus layer ``attention/CASE/LAYER_weights.nii.gz``
@@ -65,7 +65,7 @@ def predict(
         raise ValueError(f"attention: {network.name} has no autofocus layer whose attention could be written")
     if len(config.labels) > 256:
         raise ValueError(f"labels must be at most 256, to be written as uint8, got {len(config.labels)}")
-    window = one_an_axis("window", config.window if window is None else window, config.spatial_dims)
+    window = window_sizes(config.window if window is None else window, config.spatial_dims)
     windows = Windows(network, window, tiling, find_device(device))
     cases = find_cases(Path(input), config)
     files = {case.name: Path(output) / f"{case.name}.nii.gz" for case in cases}
@@ -108,7 +108,7 @@ def _require_order(source: Path, kind: str, names: Sequence[str], trained: Seque
 
 
 def _require_places(cases: Sequence[Case], files: Iterable[Path], overwrite: bool) -> None:
-    """Before the work: the outputs replace no input, nothing that is no file, and no picture of somebody else's."""
+    """Refuses, before the work, outputs in the place of an input, of what is no file, or of a picture not ours."""
     inputs = {file.resolve() for case in cases for file in case.files}
     for file in files:
         picture = target_of(_picture(file))
@@ -149,9 +149,10 @@ def _signature(case: Case, origin: str) -> str:
 
 
 def _is_done(labels: Path, attention: bool, case: Case, origin: str) -> bool:
-    """
+    """Whether the files of a case are all there, made from this image in this way.
+
     Raises:
-        SegmentationError: the file is there, but of another origin or of another image.
+        SegmentationError: the label file is there, but of another origin or of another image.
     """
     if not labels.exists():
         return False
@@ -189,7 +190,7 @@ def _predict_case(case: Case, windows: Windows, config: Config, file: Path, atte
 def _write_attention_files(
     folder: Path, layer: str, weights: np.ndarray, rates: Sequence[int], box: tuple[slice, ...], sample: Sample
 ) -> None:
-    """Of ``weights``, ``[K, *B]``, with zeros around the box B."""
+    """Writes ``weights`` ``[K, *B]``, and which dilation has the largest, with zeros around the box B."""
     whole = np.zeros((*sample.mask.shape, len(rates)), np.float32)
     whole[box] = np.moveaxis(weights, 0, -1)
     whole = whole.reshape(*sample.shape, len(rates))

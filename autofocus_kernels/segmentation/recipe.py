@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Recipe:
-    """
+    """How a network is trained.
+
     Args:
         optimiser: "rmsprop" (alpha 0.9, eps 1e-4, momentum 0.6) or "adamw"; weight decay is on every parameter.
         schedule: "poly", ``lr (1 - i / iterations)^0.9``, or "cosine"; a step an iteration.

@@ -55,7 +55,10 @@ class Config:
 
 
 class Lock:
-    """What one process holds to train a run. The file stays: one that went could be locked under two processes."""
+    """Held by the one process that trains a run.
+
+    The file is never removed: another process could then lock a new one of its name, while this one holds the old.
+    """
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -69,7 +72,8 @@ class Lock:
             self.file.close()
 
     def take(self) -> None:
-        """
+        """Locks the run for this process.
+
         Raises:
             SegmentationError: another process trains the run, or there can be no file in its folder.
         """
@@ -92,7 +96,8 @@ def write_config(run: Path, config: Config) -> None:
 
 
 def read_config(run: Path) -> Config:
-    """
+    """What ``config.json`` of a run says.
+
     Raises:
         SegmentationError: there is no config.json, or it is none of a run.
     """
@@ -120,19 +125,21 @@ def _tuples(value: Any) -> Any:
 
 
 def require_same(run: Path, config: Config, files: Sequence[Path]) -> None:
-    """
+    """Checks that a run was started with this config and these files.
+
     Args:
-        files: those of which ``config`` has the fingerprints.
+        files: those that ``config.fingerprints`` are of.
 
     Raises:
         SegmentationError: the run was started with another config, or with other files under the same names; the
             message names every field that differs, or the first such file.
     """
     before = read_config(run)
-    fingerprints = before.fingerprints or config.fingerprints  # a run of before they were kept has none
-    differences = []
-    for name, old, new in _differences(replace(before, fingerprints=config.fingerprints), config):
-        differences.append(f"{name} is {old!r} there, {new!r} here")
+    fingerprints = before.fingerprints or config.fingerprints  # older runs kept none
+    differences = [
+        f"{name} is {old!r} there, {new!r} here"
+        for name, old, new in _differences(replace(before, fingerprints=config.fingerprints), config)
+    ]
     if not differences and len(fingerprints) != len(files):
         differences.append(f"its cases had {len(fingerprints)} files there, {len(files)} here")
     if differences:
@@ -209,7 +216,8 @@ def _built(config: Config, path: Path) -> SegmentationNetwork:
 
 
 def load_weights(network: nn.Module, weights: Any, path: Path) -> None:
-    """
+    """Copies the weights of the checkpoint ``path`` into the network.
+
     Raises:
         SegmentationError: the weights are those of another network; the message names the file.
     """

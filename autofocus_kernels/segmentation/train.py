@@ -27,7 +27,7 @@ from .files import SegmentationError, fingerprint_of, make_folder, read_checkpoi
 from .parallel import Place, gather, mean_over_processes, parallel, processes
 from .recipe import PUBLISHED, RECIPES, Recipe, make_loss, make_optimiser, make_scheduler
 from .run import Config, Lock, build_network, load_weights, require_same, write_config
-from .windows import Windows, one_an_axis, out_of_memory
+from .windows import Windows, out_of_memory, window_sizes
 
 
 def train(
@@ -63,8 +63,8 @@ def train(
         branch_norm: False for one batch norm after the sum of an autofocus layer, instead of one a branch.
         iterations: None for ``recipe.epochs`` rounds through the cases.
         window: voxels that the network reads at once, ``(n,)`` for every axis or one number an axis; None is 75.
-        validate_every: iterations between validations, at each of which the run is saved; None for 40 in all, but
-            not more than one a round through the cases.
+        validate_every: iterations between validations; the run is saved at each. None for 40 in all, but at most one
+            a round through the cases.
         device: as PyTorch names it; None is a GPU where there is one.
         cache: cases of those to train on that are kept in memory; None for all.
         workers: processes that make crops beside this one.
@@ -99,7 +99,7 @@ def train(
         spatial_dims,
         dataset.modalities,
         dataset.labels,
-        (75,) * spatial_dims if window is None else one_an_axis("window", window, spatial_dims),
+        (75,) * spatial_dims if window is None else window_sizes(window, spatial_dims),
         None if widths is None else tuple(widths),
         tuple(d if isinstance(d, int) else tuple(d) for d in dilations),
         padding,
@@ -177,10 +177,10 @@ class _Training:
             dataset, training, config.window, self.network.crop, config.seed, recipe.flip_every_axis, cache
         )
         for case in validation:
-            self._read(case)  # before training, rather than after the first round, an error
+            self._read(case)  # what is wrong with it is said now, not after the first round
         if place.rank == 0:
             make_folder(run)
-            if not begun:  # only now is all that was given known to be good, and a folder worth to be made
+            if not begun:  # only now that all arguments and files are known to be good
                 lock.take()
                 if (run / "config.json").exists():
                     raise SegmentationError(
@@ -268,7 +268,7 @@ class _Training:
         """Adds a row to the history."""
         self.network.eval()
         scores = np.array(gather([self._dice(case) for case in self.validation], self.place))
-        self.network.to(self.place.device)  # out of memory, a window leaves it on the CPU
+        self.network.to(self.place.device)  # Windows leaves it on the CPU if memory ran out
         by_label = [_mean(column) for column in scores.T]
         self.history.append(
             {
@@ -298,7 +298,7 @@ class _Training:
         return dice(*maps)[0].tolist()
 
     def _save(self) -> None:
-        """last.pt at last: killed before it is there, the run repeats the round and writes the others again, alike."""
+        """Writes last.pt last: killed before that, the run repeats the round and writes the same files again."""
         row = self.history[-1]
         weights = self.network.state_dict()
         if best_row(self.history) is row:

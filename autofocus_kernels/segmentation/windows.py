@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import AutofocusConvNd
+from ..networks.blocks import centre
 
 TILINGS = ("published", "gaussian")
 
@@ -99,7 +100,8 @@ class Windows:
         return Segmentation(labels, box, prediction.attention)
 
     def __call__(self, image: Tensor, box: tuple[slice, ...], attention: bool = False) -> Prediction:
-        """
+        """The logits of a box of the volume, and the attention of every layer if that is asked for.
+
         Args:
             image: ``[C, *S]``, float32 on the CPU.
             box: the part of ``S`` to predict.
@@ -110,7 +112,7 @@ class Windows:
         while True:
             device, tile = self.attempts[0]
             try:
-                self.network.to(device)  # not in inference mode, whose tensors could be trained no more
+                self.network.to(device)  # outside inference mode: parameters moved inside could not be trained again
                 return self._run(image, box, attention, device, tile)
             except RuntimeError as error:
                 if not out_of_memory(error):
@@ -139,7 +141,7 @@ class Windows:
             tile = tuple(min(pair) for pair in zip(tile, size))
             laid_out, how = size, {"overlap": 0.5, "mode": "gaussian"}
         else:
-            # A whole number of tiles, of which MONAI moves none back into the box: none overlaps another.
+            # A whole number of tiles, so that MONAI moves none back into the box, where it would overlap another.
             laid_out, how = [math.ceil(n / t) * t for n, t in zip(size, tile)], {"overlap": 0.0, "mode": "constant"}
         crop = self.network.crop
         read = [t + c for t, c in zip(tile, crop)]
@@ -149,7 +151,8 @@ class Windows:
             start = [axis.start + place.start - c // 2 for axis, place, c in zip(box, places[0][2:], crop)]
             with _recorded_attention(layers) as maps:
                 logits = self.network(cut(image, start, read)[None].to(device))
-            return torch.cat([logits, *(_centre(maps[name], tile) for name in layers)], dim=1).float()
+            # Layers before the last see more than the window's logits cover.
+            return torch.cat([logits, *(centre(maps[name], tile) for name in layers)], dim=1).float()
 
         grid = torch.zeros(1).expand(1, 1, *laid_out)  # MONAI asks for a volume; what is read is cut from the image
         inferer = SlidingWindowInferer(tile, sw_batch_size=1, sw_device=device, device="cpu", with_coord=True, **how)
@@ -160,7 +163,7 @@ class Windows:
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """Around all true voxels, of which there is one at least."""
+    """The smallest box around all true voxels; there must be one."""
     box = []
     for axis in range(mask.ndim):
         (inside,) = np.nonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
@@ -172,15 +175,15 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def one_an_axis(name: str, sizes: Sequence[int], spatial_dims: int) -> tuple[int, ...]:
-    """``sizes``, of which one stands for all axes.
+def window_sizes(window: Sequence[int], spatial_dims: int) -> tuple[int, ...]:
+    """One size for each axis; a single one is that of all.
 
     Raises:
-        ValueError: there are neither one nor ``spatial_dims`` of them; the message names them ``name``.
+        ValueError: there are neither one nor ``spatial_dims`` of them.
     """
-    if len(sizes) not in (1, spatial_dims):
-        raise ValueError(f"{name} must be one size, or {spatial_dims}, got {list(sizes)}")
-    return tuple(sizes) * (spatial_dims // len(sizes))
+    if len(window) not in (1, spatial_dims):
+        raise ValueError(f"window must be one size, or {spatial_dims}, got {list(window)}")
+    return tuple(window) * (spatial_dims // len(window))
 
 
 def _halved(tile: tuple[int, ...]) -> tuple[int, ...]:
@@ -196,13 +199,6 @@ def cut(image: Tensor, start: Sequence[int], size: Sequence[int]) -> Tensor:
         image = image.narrow(axis, first + before, length - before - after)
         pads = [before, after, *pads]  # F.pad begins with the last axis
     return F.pad(image, pads)
-
-
-def _centre(map: Tensor, size: Sequence[int]) -> Tensor:
-    """The middle of the last axes: layers before the last see more than the window's logits cover."""
-    for axis, length in enumerate(size, start=2):
-        map = map.narrow(axis, (map.shape[axis] - length) // 2, length)
-    return map
 
 
 @contextlib.contextmanager
