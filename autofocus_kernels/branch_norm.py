@@ -20,7 +20,7 @@ from .functional import prepare
 from .ops import branch_norm as ops
 from .ops import derivatives
 
-# A sequence or ModuleList of _BatchNorm, whose statistics and parameters are Optional by type but there where read.
+# A sequence or ModuleList of _BatchNorm. Any, since their statistics and parameters are Optional by type alone here.
 Norms = Any
 BATCH_NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _OF_SOME_DIMENSION = tuple(BATCH_NORM.values())  # nn.SyncBatchNorm is of any
@@ -69,7 +69,7 @@ def normed_autofocus_conv(
             backend=backend,
         )
     call, unbatched = prepare(*tensors, None, None, dilations, stride, padding, backend)
-    call = call._replace(bias=None)  # where it goes the norms decide, and in their own dtype
+    call = call._replace(bias=None)  # the norms add it, in their own dtype
     _check_norms(norms, call.geometry.num_branches, call.weight)
     if uses_batch_statistics(norms):
         output = _by_batch_statistics(call, bias, norms, save_branches)
@@ -94,7 +94,7 @@ def _check_norms(norms: Norms, K: int, weight: Tensor) -> None:
         if norm.num_features != weight.shape[0]:
             raise ValueError(f"branch_norm[{k}] must have num_features = {weight.shape[0]}, got {norm.num_features}")
         if norm.weight is not None and hasattr(norm.weight, "full_tensor") and not hasattr(weight, "full_tensor"):
-            # Whole only in the norm's own forward, which is not called.
+            # FSDP makes it whole only in the norm's own forward, which is not called.
             raise RuntimeError(f"branch_norm[{k}] must not be sharded without its layer: fully_shard the layer alone")
         tensor = norm.running_mean if norm.weight is None else norm.weight
         if tensor is not None and tensor.device != weight.device:

@@ -43,11 +43,11 @@ def as_3d(tensor: Tensor | None, first_axis: int = 2) -> Tensor | None:
 
 
 def allows_tf32(dtype: torch.dtype) -> bool:
-    """Whether torch's convolutions would multiply tensors of ``dtype`` as TF32 on an NVIDIA GPU, when it is asked."""
+    """Whether torch's convolutions would now multiply tensors of ``dtype`` as TF32 on an NVIDIA GPU."""
     return dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" and torch.version.hip is None
 
 
-# Functions and not properties: torch.compile before 2.11 looks for none on a NamedTuple.
+# Functions, not properties: torch.compile before 2.11 finds no properties of a NamedTuple.
 def operator_arguments(call: Call) -> tuple:
     """The six tensors and :func:`operator_settings`, as the schemas of the operators name them."""
     return (*call[:6], *operator_settings(call))

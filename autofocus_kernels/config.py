@@ -1,4 +1,4 @@
-"""What this process has to compute with, for bug reports."""
+"""What this process can compute with, for bug reports."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Classes for networks that take the class of their convolutions as an argument: ``conv_op=ConvOp3d``.
 
-Such networks, those of nnU-Net's dynamic_network_architectures for one, call the class as ``nn.ConvNd``, with a padding
-that fits a dilation of 1, and ask whether it is a subclass of ``nn.ConvNd``.
+Such networks, for example those of nnU-Net's dynamic_network_architectures, call the class like ``nn.ConvNd``, with a
+padding that fits a dilation of 1, and ask whether it is a subclass of ``nn.ConvNd``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .modules import AUTOFOCUS, CONV
 
 
 class _ConvOp:
-    """What the three classes share; mixed in front of ``nn.Conv1d/2d/3d``, of which no instance is ever made."""
+    """What the three classes share, in front of ``nn.Conv1d/2d/3d``. Calling one makes an instance of another class."""
 
     spatial_dims: int
     dilations: Sequence[IntOrTuple] = RELATIVE_DILATIONS

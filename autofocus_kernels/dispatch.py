@@ -22,15 +22,15 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 # Compute capability -> dtypes of the calls that go to cuda before Triton, if its fast tier has every pass of the call.
 CUDA_FIRST = {
-    # Not measured, predicted (benchmarks/NOTES.md): 1.3 to 1.8 times as fast as Triton measured on an H100 in
-    # inference, twice in training; and there Triton's calls took 0.4 ms of the host more. float32 where torch allows
-    # TF32, which alone the fast tier takes.
+    # Predicted, not measured (benchmarks/NOTES.md): 1.3 to 1.8 times as fast as Triton was measured on an H100 in
+    # inference, twice in training; and Triton's calls took 0.4 ms more of the host. float32 only where torch allows
+    # TF32: the fast tier has no other float32.
     (9, 0): (torch.float16, torch.bfloat16, torch.float32),
 }
-# Triton stays first for the rest. Other capabilities: never run, not measured; their windows go through ldmatrix and
-# mma.sync, which give up what the prediction rests on. Other dtypes, and passes that the fast tier leaves to the
-# simple one: measured on an H100, 2D, 2.81 ms where Triton took 0.061. Passes over existing branches: not measured;
-# Triton reads channels-last tensors side by side, cuda a thread a position.
+# For the rest Triton stays first. Other capabilities were never run: without wgmma, by ldmatrix and mma.sync, the
+# prediction does not hold. Other dtypes, and passes that the fast tier leaves to the simple one: 2.81 ms on an H100,
+# in 2D, where Triton took 0.061. Passes over existing branches were not measured: neighbouring threads of Triton read
+# neighbouring channels of channels-last tensors, cuda's read neighbouring positions.
 
 
 @cache
@@ -46,7 +46,7 @@ def check_backend_name(name: str | None, source: str = "backend") -> None:
 
 
 def forced_backend() -> str | None:
-    """What the environment variable names, whether there is such a backend or not."""
+    """The name in the environment variable, unchecked; None if it is not set."""
     return os.environ.get(ENVIRONMENT_VARIABLE, "").strip().lower() or None
 
 
@@ -89,7 +89,7 @@ def preferred(function: str, call: Call, arguments: tuple) -> tuple[str, ...]:
     names = PREFERENCE.get(device.type, ("reference",))
     if device.type != "cuda" or dtype not in _CUDA_FIRST_DTYPES:
         return names
-    # Every call on a GPU passes here. Which gradients are wanted decides which passes there are.
+    # Every call on a GPU passes here, so the choice is kept. Which gradients are wanted decides on the passes.
     wanted = arguments[1] if function == "backward" else arguments
     absent = [tensor is None for tensor in wanted]
     key = (function, device, dtype, allows_tf32(dtype), call.geometry, call.input.shape[0], weight.shape, *absent)

@@ -41,7 +41,7 @@ def _backward(grad_output, *arguments):
     rules = []
     for primals, output in _RULES:
         gradients = [
-            # An unwanted gradient is an empty tensor. A whole tensor that meets others' parts has a sum for a gradient.
+            # An unwanted gradient is an empty tensor. That of a tensor that is whole where others are sharded is a sum.
             Replicate() if not wanted or primals is _WHOLE else Partial() if placement == Replicate() else placement
             for placement, wanted in zip(primals, output_mask)
         ]
@@ -49,8 +49,8 @@ def _backward(grad_output, *arguments):
     return rules
 
 
-# DTensor remembers placements and shapes by the arguments that it is told matter, and register_sharding tells of single
-# ints only. Without this a backward for other gradients than the first one's would get what that one had.
+# DTensor keeps placements and shapes by those arguments that it is told matter, and register_sharding names single ints
+# only. Without this line a backward that wants other gradients than an earlier one would get that one's placements.
 _SETTINGS_START = 7
 DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[torch.ops.autofocus.backward.default] = RuntimeSchemaInfo(
     _SETTINGS_START, needs_pytree=True

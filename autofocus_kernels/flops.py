@@ -21,7 +21,7 @@ from . import ops  # noqa: F401  (it defines the operators)
 
 
 def forward(input, weight, attention, *_, **__) -> int:
-    """Of one operator call; where the operator takes tensors, a formula takes their shapes."""
+    """Operations of one call; where the operator takes tensors, a formula takes their shapes."""
     return _convolutions(weight, attention)
 
 
@@ -90,7 +90,7 @@ def _register(flop_counter) -> None:
 class _WhenImported(importlib.abc.MetaPathFinder):
     """Registers the formulas as soon as somebody imports torch.utils.flop_counter.
 
-    To import it here would make every program import Triton, which that module does.
+    Importing that module here would make every program import Triton, which it imports.
     """
 
     module = "torch.utils.flop_counter"

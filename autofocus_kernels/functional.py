@@ -119,8 +119,8 @@ def autocasts(input: Tensor) -> bool:
     """Whether autocast is on for the device of ``input``."""
     if not isinstance(input, Tensor):
         return False
-    # Asking about a device that knows no autocast is an error, and torch.amp.is_autocast_available cannot be traced
-    # by torch.compile before torch 2.13. The meta device is the one such that tensors of layers live on.
+    # Asking about a device without autocast is an error, and torch.compile cannot trace
+    # torch.amp.is_autocast_available before torch 2.13. Of such devices, layers are found on meta alone.
     device_type = input.device.type
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 

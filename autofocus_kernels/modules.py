@@ -115,8 +115,8 @@ class ScaleAttention(nn.Module):
         halves = [size // 2 for size in self.kernel_size]
         reach = tuple(r * half for r, half in zip(self.dilation, halves))
         pads = resolve_padding(padding, self.stride, reach)
-        # What the layer pads for its smallest dilation, less what that dilation reaches beyond this convolution.
-        # Below zero it is a crop: a view, of which autograd keeps no copy.
+        # The layer's padding, less what its smallest dilation reaches beyond this convolution. Where that is below
+        # zero the input is cropped: by a view, so that autograd keeps no copy.
         margins = [pad - r + half for pad, r, half in zip(pads, reach, halves)]
         self.crop = tuple(max(-margin, 0) for margin in margins)
         conv = CONV[spatial_dims]
@@ -133,7 +133,7 @@ class ScaleAttention(nn.Module):
         self.weight_shape = (hidden_channels, in_channels, *self.kernel_size)
 
     def forward(self, input: Tensor) -> Tensor:
-        # Not conv1's own weight: FSDP, offloading and quantisation make it what it should be in conv1's forward.
+        # Not by conv1.weight: with FSDP, offloading or quantisation it is itself only inside conv1's forward.
         _check_gate_input(input, self.weight_shape)
         spatial_dims = len(self.kernel_size)
         size = input.shape[-spatial_dims:]
@@ -227,7 +227,7 @@ class AutofocusConvNd(_ConvNd):
     def forward(self, input: Tensor, return_attention: bool = False):
         # Before the gate, whose convolutions would complain first and without naming an argument of the layer.
         check_layer_input(input, self.weight)
-        _require_zeros(self.padding_mode)  # which nn.ConvNd, too, reads at every call
+        _require_zeros(self.padding_mode)  # nn.ConvNd, too, takes a change after the constructor
         attention = self.attention(input.detach() if self.detach_attention else input)
         output = self.blend(input, attention, self.padding)
         return _result(output, attention, return_attention)
@@ -248,7 +248,7 @@ class AutofocusConvNd(_ConvNd):
         return normed_autofocus_conv(*tensors, self.branch_norm, save_branches=self.save_branches, **options)
 
     def __prepare_scriptable__(self):
-        """What torch.jit.script calls; it would fail at an annotation, and name neither the layer nor a way."""
+        """torch.jit.script calls this; it would fail later, at an annotation, without naming the layer or a way out."""
         raise RuntimeError(
             f"torch.jit.script cannot read {type(self).__name__}: use torch.jit.trace, torch.export or torch.compile"
         )

@@ -127,4 +127,5 @@ def _cropped(input: Tensor, crop: tuple[int, ...]) -> Tensor:
 
 
 def per_channel(vector: Tensor, geometry: Geometry) -> Tensor:
+    """``vector`` ``[O]`` as ``[O, 1, ...]``, to be combined with ``[N, O, *S]``."""
     return vector.view(-1, *(1,) * geometry.spatial_dims)

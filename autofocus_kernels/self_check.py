@@ -1,16 +1,17 @@
-"""Checks kernels against the reference at their first use, so that no GPU that nobody tried computes silently wrong.
+"""Checks kernels against the reference at their first use, so that none is silently wrong on a GPU nobody tried.
 
 Before a call goes to a backend that asks for it (``Backend.checked``), its function runs once on a small random problem
 of the same kind: same channels, branches, dilations, kernel, stride, padding, dtype, order of axes in memory, tensors
 given and gradients wanted; two samples of a volume with interior and ragged tiles. From memory filled with NaN, results
 must come within twice the tolerance of tolerance.py, in norm and at the worst element. The truth is the reference in
-float32 (hence twice), or in float64 for float64. What errs is refused, on that device, for the rest of the process.
+float32 (hence twice), or in float64 for float64. A kernel that is wrong is refused, on that device, for the rest of the
+process.
 
 The kind of a problem is the small problem itself: calls with the same one share its check. Nothing is checked while a
-CUDA graph is recorded, when nothing may wait for the GPU: warm up before, as recording asks for anyhow. The check
-leaves random states, streams, autograd, autocast and the precision of float32 products alone: values have so few bits
-that TF32 holds them and products of two or three of them, so the truth is the same with and without it. Only cuDNN's
-search for the fastest convolution is off, for all threads, while the truth is computed.
+CUDA graph is recorded, when nothing may wait for the GPU: warm up first, as recording demands anyway. The check leaves
+random states, streams, autograd, autocast and the precision of float32 products alone: values have so few bits that
+TF32 holds them and products of two or three of them, so the truth is the same with and without it. Only cuDNN's search
+for the fastest convolution is off, for all threads, while the truth is computed.
 
 Not seen: what only large volumes do (64-bit offsets, in most cases the CUDA backend's parts). Not survived: a kernel
 that reads or writes where it must not may end the process's use of the GPU, check or no check.
@@ -36,14 +37,15 @@ from .geometry import Geometry
 
 logger = logging.getLogger("autofocus_kernels")
 
-# Of the small problem: voxels of a sample where dilations ask for no more, and how many voxels of all samples and
-# multiply-adds of the reference's forward are too many. Rates 2, 6, 10, 14 keep interior voxels up to 64 channels.
+# The small problem has BATCH samples, of VOXELS unless the dilations need more, but at most MOST_VOXELS in all, and at
+# most MOST_WORK multiply-adds in the reference's forward. Rates 2, 6, 10, 14 keep interior voxels up to 64 channels.
 BATCH = 2
 VOXELS = 4096
 MOST_VOXELS = 2**17
 MOST_WORK = 2**35
-# By TF32, for the roundings of two operands, a blend and a result: what the reference rounds, cuDNN decides.
-TF32_TOLERANCE = 4 * 2.0**-10
+# By TF32: an eps each for two operands, a blend and a result. Not by the reference's own error, as in 16 bits: whether
+# that uses TF32 is for cuDNN to decide.
+TF32_TOLERANCE = 4 * tolerance.TF32_EPS
 
 # What each function of backends/interface.py reads and then fills after the call; gradients have their tensor's name.
 _READ = {
@@ -122,7 +124,7 @@ class Outcome(NamedTuple):
 
 
 _outcomes: dict[Variant, Outcome] = {}
-# The same for every call that came: a look-up without a small problem.
+# The refusals by call: a call that came before is looked up without making its small problem.
 _known: dict[tuple, str | None] = {}
 _MOST_KNOWN = 4096
 _lock = threading.RLock()
@@ -140,7 +142,8 @@ def refusal(name: str, backend: Backend, function: str, call: Call, arguments: t
     device, dtype = weight.device, weight.dtype
     tf32 = device.type == "cuda" and allows_tf32(dtype)
     in_place = function == "branch_norm_backward" and arguments[5].data_ptr() == arguments[1].data_ptr()
-    # Every call passes here. What is filled lies like what is read, and the layout of vectors hardly matters.
+    # Every call passes here, so the key has no more strides than it needs: what is filled lies in memory like what is
+    # read, and the layout of vectors hardly matters.
     key = (
         name,
         function,
@@ -245,7 +248,7 @@ def _small(geometry: Geometry, C: int, O: int, tiles_by_volume: bool) -> Geometr
     axes = list(
         zip(geometry.kernel_size, zip(*geometry.dilations), geometry.stride, geometry.origin, geometry.input_size)
     )
-    # All that a kernel reads for one voxel, so that some read within the volume only, and neighbours.
+    # As long as all that is read for one voxel, so that some voxels read within the volume only, and some more.
     targets = [
         min(size, max(dilations) * (kernel - 1) + 1 + room * stride) for kernel, dilations, stride, _, size in axes
     ]

@@ -11,19 +11,19 @@ from ..call import Call
 
 
 class CannotRun(RuntimeError):
-    """The call is beyond this backend on this device, as turned out only while it ran; the message is the reason."""
+    """A backend found only while it ran a call that it cannot run it on this device; the message is the reason."""
 
 
 def compute(backend: Backend, function: str, call: Call, arguments: tuple) -> None:
-    """``backend.function(call, *arguments)``; memory that runs out is a torch.OutOfMemoryError, whoever asked for it.
+    """``backend.function(call, *arguments)``, which raises torch.OutOfMemoryError whoever ran out of memory.
 
-    A compiled library knows only RuntimeError, since torch's stable ABI hands on no other.
+    A compiled library itself can only raise RuntimeError: torch's stable ABI hands on no other.
     """
     try:
         getattr(backend, function)(call, *arguments)
     except RuntimeError as error:
         if type(error) is RuntimeError and "out of memory" in str(error):
-            # Asking for memory is also how a library meets what an earlier kernel did to the GPU: then that is raised.
+            # If an earlier kernel broke the GPU, asking for memory may be what fails first: then this raises its error.
             if call.input.is_cuda and not torch.cuda.is_current_stream_capturing():
                 torch.cuda.synchronize(call.input.device)
             raise torch.OutOfMemoryError(str(error)) from error

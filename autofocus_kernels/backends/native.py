@@ -56,7 +56,7 @@ def build_record() -> dict:
 
 
 def _digest_of_checkout() -> str | None:
-    """Of the sources beside the package, which a build may be older than; None for one that was installed."""
+    """The digest of the sources beside the package, which may be newer than the build; None if it is installed."""
     root = PACKAGE.parent
     if not (root / "setup.py").exists() or not (root / "csrc" / "flags.py").exists():
         return None
@@ -64,7 +64,7 @@ def _digest_of_checkout() -> str | None:
 
 
 def _find(name: str) -> Path | None:
-    # As setup.py builds them first: one for a single Python is another's, or old.
+    # First the stable-ABI library that setup.py builds: one for a single Python may be another's, or old.
     suffixes = sorted(EXTENSION_SUFFIXES, key=lambda suffix: "abi3" not in suffix)
     candidates = (PACKAGE / f"_{name}{suffix}" for suffix in suffixes)
     return next((path for path in candidates if path.exists()), None)

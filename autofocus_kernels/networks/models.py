@@ -61,6 +61,11 @@ def build(
             default) the second of each block, for most of the speed at less than half of the memory
             (docs/branch_norm.md, section 3). Results are the same.
         backend: see :class:`autofocus_kernels.AutofocusConv3d`.
+        device, dtype: of the parameters.
+
+    Returns:
+        a network from images ``[N, in_channels, *S]`` to logits ``[N, num_classes, *S_out]``, ``S_out`` as ``padding``
+        says.
 
     Raises:
         ValueError, TypeError: an argument of the wrong form; the message names it.

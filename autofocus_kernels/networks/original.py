@@ -27,8 +27,8 @@ def load_original_state_dict(model: SegmentationNetwork, state_dict: Mapping[str
 
     Raises:
         TypeError: ``model`` is none of :func:`build`'s, ``state_dict`` no mapping of names, or an entry no tensor.
-        ValueError: entries are missing, unexpected or of another shape; the message names each. The model is then
-            unchanged.
+        ValueError: entries are missing, unexpected or of another shape; the message names each. Or the model has norms
+            or activations with parameters that the original has not. The model is then unchanged.
     """
     names = _names(model)
     given = state_dict.get("state_dict", state_dict) if isinstance(state_dict, Mapping) else state_dict
@@ -64,6 +64,7 @@ def original_state_dict(model: SegmentationNetwork) -> OrderedDict[str, Tensor]:
 
     Raises:
         TypeError: ``model`` is none of :func:`build`'s.
+        ValueError: it has norms or activations with parameters that the original has not.
     """
     names = _names(model)
     return OrderedDict((names[ours], value) for ours, value in model.state_dict().items())
