@@ -128,14 +128,14 @@ class Judge:
         if dtype == "tf32":
             same = testing.evaluate(reference.autofocus_conv, case, tensors)
             self.limits = {
-                name: tolerance.of_tf32(testing.relative_error(same[name], exact))
+                name: tolerance.of_tf32(tolerance.worst_error(same[name], exact).item())
                 for name, exact in self.expected.items()
             }
         else:
             self.limits = testing.tolerances(case, tensors, self.expected)
 
     def errors(self, contender: Contender, function: Callable[..., Tensor], tensors: Tensors) -> dict[str, float]:
-        """Largest relative error of "output" and of each gradient, with and without a graph for backward."""
+        """The worst error (tolerance.py) of "output" and of each gradient, with and without a graph for backward."""
         runs = [testing.evaluate(function, self.case, tensors)]
         runs.append({"output": runner("inference", function, self.case, tensors)()})
         if contender.is_ours:
@@ -146,7 +146,7 @@ class Judge:
         errors: dict[str, float] = {}
         for results in runs:
             for name, result in results.items():
-                error = testing.relative_error(result, self.expected[name])
+                error = tolerance.worst_error(result, self.expected[name]).item()
                 # Not max(): a NaN comes and stays.
                 if error > errors.get(name, -1.0) or math.isnan(error):
                     errors[name] = error

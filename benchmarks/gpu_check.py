@@ -1,4 +1,4 @@
-"""Everything to do on a GPU that is rented by the minute, in one command, in at most eight of them.
+"""Everything to check and measure on a GPU, in one command, in at most eight minutes.
 
     python -m benchmarks.gpu_check --out FOLDER            all of it
     python -m benchmarks.gpu_check --out FOLDER --quick    probes, the cuda backend's tests and the table
@@ -6,9 +6,9 @@
 In this order: the probes (benchmarks/probes: what the kernels take for granted of a GPU), the tests of the cuda
 backend, those of Triton's that a GPU adds something to, the table of times and memory (gpu_table.py), the paper's
 networks against plain ones (networks.py), memory errors and races of the cuda backend (compute-sanitizer). Each stage
-is a process, of one backend where it can be, so that a crash takes nothing else with it, and has a time at which it
-must have ended: what one does not need the next may use, and what each must have none can take. log.txt,
-table-BACKEND.csv, networks.csv and summary.txt in the folder are written while it runs.
+is a process, of one backend where it can be, so that a crash takes nothing else with it. Each has a deadline: what one
+stage leaves of its time the next may use, but none can take another's. log.txt, table-BACKEND.csv, networks.csv and
+summary.txt in the folder are written while it runs.
 
 Needs torch, Triton, pytest and hypothesis, no network. Uses what cross_build.py left in build/cross, if it is of these
 sources, for this GPU and loads; else nvcc compiles, if it is there. The status is non-zero if anything is wrong, fails
@@ -63,8 +63,8 @@ LIMITS = {
 MORE_DTYPE, PROFILE = 60, 75  # seconds that a table takes longer where they are asked for
 LONGEST = 570  # for all: many a machine ends a command after ten minutes
 GRACE = 5  # seconds from an interrupt, after which pytest says what it has found, to the end of it
-# Triton's compiler is what its tests take; so few configurations, each used by several tests. What the interpreter on a
-# CPU shows as well is left out. Names of tests and cases as pytest's -k reads them.
+# Most of the time of Triton's tests is its compiler's, so these share few configurations. What the interpreter on a CPU
+# shows as well is left out. Names of tests and cases as pytest's -k reads them.
 TRITON_TESTS = (
     "[triton and (many_tiles and bfloat16 or many_tiles and larger- and not float32 or tf32 and triton-larger] "
     "or repeats and triton-larger-torch.bfloat16 or stream or graph or refused or compiled or elements "
@@ -117,7 +117,7 @@ class Session:
         self.began = time.monotonic()
         self.results: list[Result] = []
         self.tables: list[Path] = []
-        # What a shell started in the background ignores interrupts, and so would all processes that it starts.
+        # If a shell started this in the background it ignores interrupts, and so would the processes that it starts.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def left(self, stage: str) -> float:
@@ -135,7 +135,7 @@ class Session:
         return self.results[-1]
 
     def attempt(self, stage: Callable, *arguments) -> None:
-        """A stage that breaks by itself, and not just what it runs, is a failure and no more."""
+        """Runs a stage. An error of the stage itself, not of what it runs, is a failure and ends nothing else."""
         try:
             stage(*arguments)
         except Exception as error:
@@ -192,7 +192,7 @@ class Session:
 def show_until_end(process: subprocess.Popen, written: TextIO, seconds: float) -> str:
     """Shows what is written until the process has ended, or ``seconds`` are over; returns it.
 
-    The file's end would tell nothing: what the process leaves behind may hold it open.
+    The end of a pipe would not tell that it has ended: processes that it left behind may hold that open.
     """
     deadline, shown = time.monotonic() + seconds, []
     while True:
@@ -207,10 +207,10 @@ def show_until_end(process: subprocess.Popen, written: TextIO, seconds: float) -
 # ------------------------------------------------------------------ the stages
 
 
-def architecture() -> str:
-    """Of the GPU, as nvcc has it."""
+def architecture(dot: str = "") -> str:
+    """Of the GPU, as nvcc has it; torch writes it with a dot."""
     major, minor = torch.cuda.get_device_capability()
-    return f"{major}{minor}" + "a" * (major == 9)
+    return f"{major}{dot}{minor}" + "a" * (major == 9)
 
 
 def probes(session: Session, device: str) -> None:
@@ -250,11 +250,10 @@ def build(session: Session, device: str) -> None:
     if cross_build.tool("nvcc") is None:
         session.note("build", "not run", f"no nvcc, and {reason}: the cuda backend runs if it is built already")
         return
-    major, minor = torch.cuda.get_device_capability()
     session.run(
         "build",
         [sys.executable, "setup.py", "build_ext", "--inplace"],
-        {"AUTOFOCUS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}" + "a" * (major == 9)},
+        {"AUTOFOCUS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": architecture(".")},
     )
 
 
@@ -345,7 +344,7 @@ def check_small(name: str) -> int:
     for case in (case for case in testing.CASES if case.name in SMALL_CASES):
         for dtype in ("bfloat16", "float32", "tf32"):
             tensors = testing.make_tensors(case, DTYPES[dtype])
-            on_device = type(tensors)(*(None if t is None else t.to(device) for t in tensors))
+            on_device = testing.Tensors(*(None if t is None else t.to(device) for t in tensors))
 
             def function(**arguments) -> torch.Tensor:
                 return autofocus_conv(**arguments, backend=name)
@@ -396,7 +395,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("torch sees no GPU here (--cpu tries the steps without one)")
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    # Without a GPU no machine waits to go back.
+    # Without a GPU nothing is in a hurry.
     session = Session(options.out, {} if options.cpu else schedule(options))
     run_stages(session, device, options)
     session.say(summary(session))

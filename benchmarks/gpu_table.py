@@ -26,6 +26,7 @@ from autofocus_kernels import testing, tolerance
 from autofocus_kernels.testing import Case, Tensors
 
 from . import cases, memory
+from .arguments import require_device
 from .contenders import DTYPES, LAYOUTS, NAIVE, Contender, backends_of, lay_out, layer, precision, runner, verdict_on
 from .profiling import PASSES, by_counter, by_kernel
 from .provenance import ENVIRONMENT, ROOT, command_line, environment
@@ -85,7 +86,7 @@ def limits(case: Case, dtype: str, tensors: Tensors) -> tuple[dict[str, torch.Te
         terms = tolerance.terms(testing.call_of(case, tensors))
         return expected, {name: 2 * tolerance.of_sum(terms[name], torch.float32) for name in expected}
     same = testing.evaluate(layer(NAIVE), case, tensors)
-    errors = {name: testing.relative_error(same[name], value) for name, value in expected.items()}
+    errors = {name: tolerance.worst_error(same[name], value).item() for name, value in expected.items()}
     if dtype == "tf32":
         return expected, {name: tolerance.of_tf32(error) for name, error in errors.items()}
     eps = torch.finfo(DTYPES[dtype]).eps
@@ -98,7 +99,7 @@ def judge(contender: Contender, case: Case, tensors: Tensors, expected: dict, al
         results = testing.evaluate(layer(contender.name), case, tensors)
     except Exception as error:
         return verdict_on(error)
-    errors = {name: testing.relative_error(results[name], value) for name, value in expected.items()}
+    errors = {name: tolerance.worst_error(results[name], value).item() for name, value in expected.items()}
     wrong = tolerance.complaints(errors, allowed)
     worst = max(error / allowed[name] for name, error in errors.items())
     return {"status": "wrong" if wrong else "ok", "note": "; ".join(wrong), "error_of_limit": worst}
@@ -298,8 +299,7 @@ def profile(case: Case, dtype: str, options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda needs a GPU that torch sees")
+    require_device(options.device, options.dtypes)
     chosen = chosen_cases(options)
     if options.warm:
         for case in chosen:

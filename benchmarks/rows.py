@@ -17,7 +17,7 @@ COLUMNS = (
     "layout",
     "status",  # ok; wrong, refused or failed, and then no time
     "note",  # why not ok
-    "error",  # largest relative error of output and gradients
+    "error",  # the worst (tolerance.py) of output and gradients
     "error_of_limit",  # the same, each over its tolerance: at most 1
     "min_ms",
     "median_ms",

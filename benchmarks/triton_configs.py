@@ -136,7 +136,7 @@ def verdict(call: Callable[[], None], filled: dict, expected: dict, allowed: dic
     """The columns status, note and device_ms."""
     try:
         call()
-        errors = {name: testing.relative_error(tensor, expected[name]) for name, tensor in filled.items()}
+        errors = {name: tolerance.worst_error(tensor, expected[name]).item() for name, tensor in filled.items()}
         wrong = tolerance.complaints(errors, allowed)
         if wrong:
             return {"status": "wrong", "note": "; ".join(wrong)}
@@ -147,13 +147,14 @@ def verdict(call: Callable[[], None], filled: dict, expected: dict, allowed: dic
         return verdict_on(error)
 
 
-def best(rows: list[dict], most: int = 4) -> list[str]:
-    """The fastest rows of a launch, and the default, which is the first, in words."""
+def best(rows: list[dict]) -> list[str]:
+    """The four fastest rows of a launch, and the default, which is the first, in words."""
     timed = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: row["device_ms"])
     first = rows[0]
     head = f"{first['case']:<16}{first['dtype']:<9}{first['launch']:<18}"
     said = [f"{head}of {len(rows)} configurations {len(timed)} run"]
-    for row in timed[:most] + [first] * (first not in timed[:most]):
+    fastest = timed[:4]
+    for row in fastest + [first] * (first not in fastest):
         time = f"{row['device_ms']:8.3f} ms" if row["status"] == "ok" else row["status"].upper()
         named = ", ".join(f"{name} {row[name]}" for name in Config._fields)
         said.append(f"    {time}  {named}{'  (the default)' if row['default'] else ''}")

@@ -122,12 +122,15 @@ def wrong_layer(name, where):
         if where == "nan":
             output = output.clone()
             output[0, 0, 0, 0, 0] = math.nan
+        if where == "one element":  # which the norm of them all would not show
+            output = output.clone()
+            output[0, 0, 0, 0, 0] += 2e-5 * output.detach().abs().max()
         return output
 
     return contenders.layer(name) if name == NAIVE else layer
 
 
-@pytest.mark.parametrize("where", ["output", "attention", "inference", "nan"])
+@pytest.mark.parametrize("where", ["output", "attention", "inference", "nan", "one element"])
 def test_a_wrong_contender_gets_no_time(monkeypatch, ceilings, where):
     monkeypatch.setattr(measurement, "layer", lambda name: wrong_layer(name, where))
     for rows in measure(TINY, [NAIVE, "broken"], ceilings):
@@ -319,7 +322,7 @@ def fake_gpu(monkeypatch):
         return session.note(stage, "ok")
 
     monkeypatch.setattr(gpu_check.Session, "run", run)
-    monkeypatch.setattr(gpu_check, "architecture", lambda: "90a")
+    monkeypatch.setattr(gpu_check, "architecture", lambda dot="": f"9{dot}0a")
     monkeypatch.setattr(gpu_check.cross_build, "tool", lambda name: f"/bin/{name}")
     monkeypatch.setattr(gpu_check.cross_build, "install", lambda package: planned.append(("install", [], 0)))
     monkeypatch.setattr(gpu_check.cross_build, "refusal", lambda architecture: None)
@@ -465,7 +468,7 @@ def test_gpu_check_asks_whether_a_backend_runs(monkeypatch, capsys):
 
 
 def test_a_cross_built_library_that_does_not_load_is_built_anew(session, monkeypatch):
-    monkeypatch.setattr(gpu_check, "architecture", lambda: "90a")
+    monkeypatch.setattr(gpu_check, "architecture", lambda dot="": f"9{dot}0a")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu_check.cross_build, "refusal", lambda architecture: None)
     monkeypatch.setattr(gpu_check.cross_build, "install", lambda package: None)
