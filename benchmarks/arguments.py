@@ -1,4 +1,4 @@
-"""What the commands of this folder ask of their arguments: what the user can mend ends in a line on stderr and 2."""
+"""Arguments of the commands of this folder. An error that the user can mend is one line on stderr, with status 2."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def at_least(least: int | float) -> Callable[[str], int | float]:
 
 
 class Distinct(argparse.Action):
-    """Of several values each once: nothing is measured twice."""
+    """Keeps each of several values once, so that nothing is measured twice."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         setattr(namespace, self.dest, list(dict.fromkeys(values)))

@@ -69,7 +69,7 @@ FUSED_UNITS = {"inference": 1, "forward": 1, "training": 4}
 def multiply_adds(case: Case, pass_name: str) -> int:
     """Of the fused op's matrix products, without the taps that no branch reads inside the input.
 
-    Each axis is counted for its smallest dilation, which reaches inside from every voxel from which another does.
+    Each axis is counted for its smallest dilation: where another branch reads inside the input, that one does too.
     """
     geometry = case.geometry
     reads = 1  # (voxel, tap) pairs to project

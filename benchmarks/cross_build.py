@@ -37,7 +37,7 @@ def source_digest() -> str:
 
 
 def tool(name: str, toolkits: Path = Path("/usr/local")) -> Path | None:
-    """A program of CUDA's, which many a machine has beside the PATH; None if it is not there."""
+    """A program of the CUDA toolkit, which is often installed but not on the PATH; None if it is not there."""
     found = shutil.which(name) or next(iter(sorted(toolkits.glob(f"cuda*/bin/{name}"))), None)
     return None if found is None else Path(found)
 

@@ -1,6 +1,6 @@
-"""A plugin of pytest: why a test failed stands beside its name in the moment it does, as gpu_check.py asks for by -p.
+"""A pytest plugin, for gpu_check.py: shows why a test failed as soon as it has, beside its name.
 
-By itself pytest says so when all tests are done, which a run that is killed never comes to.
+pytest itself shows it when all tests are done, which a run that is killed never gets to.
 """
 
 import pytest

@@ -46,28 +46,16 @@ def measure(
     A contender whose output or any gradient is not within tolerance of float64 truth gets a row without a time.
     ``seconds`` is what the timed rounds of a pass may take; ``tensors`` are contiguous, random ones if None.
     """
-    say("float64 truth")
     with precision(dtype):
         given = make_tensors(case, dtype, device) if tensors is None else tensors
-        judge = Judge(case, dtype, given)
-        verdicts, ready = {}, {}
-        torch.compiler.reset()  # what was compiled for another case must not count against dynamo's limit
-        for contender in contenders:
-            say(f"checking {contender.name}")
-            laid_out = lay_out(given, case, contender.layout)
-            function = layer(contender.name)
-            verdicts[contender] = verdict = _judge(judge, contender, function, laid_out)
-            if verdict["status"] == "ok":
-                ready[contender] = (function, laid_out)
-        del judge
+        verdicts, ready = _checked(case, dtype, contenders, given, say)
         peaks = {}
         if measure_memory and device == "cpu" and memory.can_measure_cpu():
             say("peak memory")
             wanted = [(contender, pass_name) for contender in ready for pass_name in passes]
-            threads = torch.get_num_threads()
             peaks = {
                 (contender, pass_name): peak
-                for contender, pass_name, peak in memory.peaks_cpu(case, dtype, threads, wanted)
+                for contender, pass_name, peak in memory.peaks_cpu(case, dtype, torch.get_num_threads(), wanted)
             }
         for pass_name in passes:
             say(f"timing {pass_name}")
@@ -95,6 +83,24 @@ def measure(
                         row["saved_bytes"] = testing.saved_bytes(runner("forward", function, case, laid_out))
                 rows.append(row)
             yield with_ratios(rows)
+
+
+def _checked(
+    case: Case, dtype: str, contenders: list[Contender], given: Tensors, say: Callable[[str], None]
+) -> tuple[dict[Contender, dict], dict[Contender, tuple[Callable, Tensors]]]:
+    """The verdict on each contender, and for those that are right their function and tensors."""
+    say("float64 truth")
+    judge = Judge(case, dtype, given)
+    verdicts, ready = {}, {}
+    torch.compiler.reset()  # what was compiled for another case must not count against dynamo's limit
+    for contender in contenders:
+        say(f"checking {contender.name}")
+        laid_out = lay_out(given, case, contender.layout)
+        function = layer(contender.name)
+        verdicts[contender] = verdict = _judge(judge, contender, function, laid_out)
+        if verdict["status"] == "ok":
+            ready[contender] = (function, laid_out)
+    return verdicts, ready
 
 
 def _judge(judge: Judge, contender: Contender, function: Callable, tensors) -> dict:

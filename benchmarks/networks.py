@@ -222,7 +222,7 @@ def prepare(row: dict, plain: dict, input, labels, device: str) -> Callable:
 
 
 def measure(name: str, pass_name: str, dtype: str, options: argparse.Namespace) -> list[dict]:
-    """Rows of all contenders and layouts; one that is wrong or fails has no time, and takes nothing from the others."""
+    """Rows of all contenders and layouts; one that is wrong or fails has no time, and the others go on without it."""
     device = options.device
     shape = segments(pass_name, options)
     names = (PLAIN, OURS, SAVE_NONE, SAVE_ALL) if pass_name == "training" else (PLAIN, OURS)
