@@ -90,7 +90,7 @@ def check_input(input: Tensor, weight: Tensor, mixed: bool = False) -> None:
 
 
 def check_input_shape(input: Tensor, weight_shape: tuple[int, ...]) -> None:
-    """:func:`check_input` of what needs no weight, but its shape."""
+    """As :func:`check_input`, where of the weight only the shape is to be looked at."""
     _check_tensor("input", input, input)
     _check_input_shape(input.shape, weight_shape)
 

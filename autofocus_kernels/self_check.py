@@ -184,21 +184,29 @@ def refusal(name: str, backend: Backend, function: str, call: Call, arguments: t
         in_place,
     )
     with _lock:
-        global _checking
-        if _checking:
+        outcome = _outcome(variant, backend)
+        if outcome is None:
             return None
-        if variant not in _outcomes:
-            _checking = True
-            try:
-                _outcomes[variant] = _check(variant, backend)
-            except torch.OutOfMemoryError:
-                return None  # no fault of the kernel: the next call may find room
-            finally:
-                _checking = False
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
-        _known[key] = _outcomes[variant].refusal
-        return _known[key]
+        _known[key] = outcome.refusal
+        return outcome.refusal
+
+
+def _outcome(variant: Variant, backend: Backend) -> Outcome | None:
+    """Of the check of a variant, which runs here if it has not yet; None if it cannot run now. Under the lock."""
+    global _checking
+    if _checking:  # by this thread, whose check has come to a call of its own
+        return None
+    if variant not in _outcomes:
+        _checking = True
+        try:
+            _outcomes[variant] = _check(variant, backend)
+        except torch.OutOfMemoryError:
+            return None  # no fault of the kernel: the next call may find room
+        finally:
+            _checking = False
+    return _outcomes[variant]
 
 
 def capturing(device: torch.device) -> bool:

@@ -21,7 +21,7 @@ class CompiledBackend:
 
     Args:
         device_type: of the tensors that they read.
-        largest: of the integers of a geometry, what fits their arithmetic.
+        largest: the largest integer of a geometry that fits their arithmetic.
     """
 
     checked = tiles_by_volume = False

@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .. import dispatch
 from ..backends.interface import Gradients
-from ..call import from_operator
+from ..call import Call, from_operator
 from .allocation import allocate_gradients, allocate_output
 from .terms import attention_weighted_sums, constant_term, constant_term_grad, sum_into
 
@@ -34,7 +35,9 @@ def forward(*arguments):
     if output.numel() == 0:
         return output
     if call.input.numel() == 0:
-        return output.copy_(constant_term(call.attention, call.bias, call.branch_shift, output))
+        if call.bias is None and call.branch_shift is None:
+            return output.zero_()
+        return output.copy_(constant_term(call.attention, call.bias, call.branch_shift))
     dispatch.run("forward", call, output)
     return output
 
@@ -59,17 +62,20 @@ def backward(grad_output, *arguments):
             sum_into(gradients[SHIFT], sums, 0)
 
     of_backend = Gradients(*(gradients[i] if output_mask[i] else None for i in (INPUT, WEIGHT, ATTENTION, SCALE)))
-    if all(gradient is None for gradient in of_backend):
-        pass
-    elif call.input.numel() == 0 or grad_output.numel() == 0:
-        for gradient in of_backend:
-            if gradient is not None:
-                gradient.zero_()
-        if output_mask[ATTENTION] and (call.bias is not None or call.branch_shift is not None):
-            gradients[ATTENTION].copy_(constant_term_grad(grad_output, call.attention, call.bias, call.branch_shift))
-    else:
+    if call.input.numel() == 0 or grad_output.numel() == 0:
+        _backward_of_nothing(call, grad_output, of_backend)
+    elif any(gradient is not None for gradient in of_backend):
         dispatch.run("backward", call, grad_output, of_backend)
     return tuple(gradients)
+
+
+def _backward_of_nothing(call: Call, grad_output: Tensor, gradients: Gradients) -> None:
+    """Where input or output has no voxels, which no backend takes: only the terms of bias and shift are left."""
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.zero_()
+    if gradients.attention is not None and (call.bias is not None or call.branch_shift is not None):
+        gradients.attention.copy_(constant_term_grad(grad_output, call.attention, call.bias, call.branch_shift))
 
 
 torch.library.impl("autofocus::backward", "CompositeExplicitAutograd")(backward)

@@ -51,7 +51,7 @@ def _tangent(primals, tangents, settings: tuple) -> Tensor | None:
     """The directional derivative of the forward; None if every tangent is None."""
     terms = [_forward(*term, *settings) for _, term in _tangent_terms(primals, tangents)]
     if tangents[BIAS] is not None or tangents[SHIFT] is not None:
-        terms.append(constant_term(primals[ATTENTION], tangents[BIAS], tangents[SHIFT], None))
+        terms.append(constant_term(primals[ATTENTION], tangents[BIAS], tangents[SHIFT]))
     return sum(terms[1:], terms[0]) if terms else None
 
 

@@ -10,17 +10,15 @@ from torch import Tensor
 from .allocation import memory_format_of
 
 
-def constant_term(attention, bias, branch_shift, like: Tensor) -> Tensor:
-    """``sum_k a_k h_k`` with ``h_k`` the bias or the branch shift; zeros if there is neither."""
+def constant_term(attention, bias, branch_shift) -> Tensor:
+    """``sum_k a_k h_k`` ``[N, O, *S_out]`` with ``h_k`` the branch shift or the bias, one of which must be there."""
     if branch_shift is not None:
         return _mixed(attention, branch_shift.t())
-    if bias is not None:
-        return _mixed(attention.sum(1, keepdim=True), bias[:, None])
-    return torch.zeros_like(like)
+    return _mixed(attention.sum(1, keepdim=True), bias[:, None])
 
 
 def constant_term_grad(grad_output, attention, bias, branch_shift) -> Tensor:
-    """The gradient of :func:`constant_term` for attention: ``<h_k, G(p)>``."""
+    """The gradient of :func:`constant_term` for attention ``[N, K, *S_out]``: ``<h_k, G(p)>``."""
     if branch_shift is not None:
         return _mixed(grad_output, branch_shift)
     return _mixed(grad_output, bias[None]).expand_as(attention)
