@@ -249,7 +249,7 @@ def _conv_like(layer: AutofocusConvNd, branch: int) -> _ConvNd:
     padding = layer.padding
     if padding != "same":
         smallest = smallest_dilation(layer.dilations)
-        given = (0,) * len(dilation) if padding == "valid" else padding
+        given: Any = (0,) * len(dilation) if padding == "valid" else padding
         padding = tuple(
             pad + (r - least) * (size // 2) for pad, r, least, size in zip(given, dilation, smallest, layer.kernel_size)
         )
