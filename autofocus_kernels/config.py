@@ -7,7 +7,7 @@ import platform
 import torch
 
 from . import self_check
-from .backends.cuda import MINIMUM_CAPABILITY
+from .backends.interface import MINIMUM_CAPABILITY
 from .dispatch import BACKENDS, CUDA_FIRST, ENVIRONMENT_VARIABLE, PREFERENCE, available_backends, forced_backend
 from .version import __version__
 

@@ -11,8 +11,8 @@ import torch
 
 from ..call import Call, allows_tf32
 from .compiled import CompiledBackend
+from .interface import MINIMUM_CAPABILITY
 
-MINIMUM_CAPABILITY = (8, 0)
 PASSES = ("forward", "grad_input", "grad_attention", "grad_weight")
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..call import Call
 
+# What the kernels for NVIDIA GPUs, of either backend, need at least.
+MINIMUM_CAPABILITY = (8, 0)
+
 
 class CannotRun(RuntimeError):
     """A backend found only while it ran a call that it cannot run it on this device; the message is the reason."""

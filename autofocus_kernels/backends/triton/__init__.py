@@ -11,7 +11,7 @@ from typing import cast
 import torch
 
 from ...call import Call
-from ..interface import Backend
+from ..interface import MINIMUM_CAPABILITY, Backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Coordinates are 32-bit in the kernels, and a read this far out marks one that is switched off (kernels.OUTSIDE).
@@ -56,8 +56,8 @@ class TritonBackend:
             return f"dtype {dtype} is none of float16, bfloat16, float32"
         if device_type == "cuda" and torch.version.hip is None:
             capability = torch.cuda.get_device_capability(device)
-            if capability < (8, 0):
-                return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+            if capability < MINIMUM_CAPABILITY:
+                return f"compute capability {capability} is below {MINIMUM_CAPABILITY}"
         if call.geometry.farthest >= COORDINATE_LIMIT:
             return f"coordinates of {COORDINATE_LIMIT} and more are read"
         if sum(call.geometry.as_3d.kernel_size) > TAPS_LIMIT:
