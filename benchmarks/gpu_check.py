@@ -134,10 +134,10 @@ class Session:
         (self.folder / "summary.txt").write_text(summary(self))
         return self.results[-1]
 
-    def attempt(self, stage: Callable, *arguments) -> None:
-        """Runs a stage. An error of the stage itself, not of what it runs, is a failure and ends nothing else."""
+    def attempt(self, stage: Callable, *arguments):
+        """What a stage returns; or None, after a note, if the stage itself fails and not only what it runs."""
         try:
-            stage(*arguments)
+            return stage(*arguments)
         except Exception as error:
             self.note(stage.__name__, "FAILED", f"{type(error).__name__}: {error}")
 
@@ -266,13 +266,14 @@ def runs(session: Session, stage: str, name: str, unavailable: str = "not run") 
     return session.run(stage, [sys.executable, "-c", ASK, name], judge=judge).outcome == "ok"
 
 
-def backends(session: Session, device: str, found: list[str]) -> None:
-    """Fills ``found`` with those of ``device`` that run."""
+def backends(session: Session, device: str) -> list[str]:
+    """Those of ``device`` that run."""
     session.run("config", [sys.executable, "-m", "autofocus_kernels"])
     names = [name for name in sorted(PREFERENCE[device]) if name != "reference"]  # cuda first
-    found += [name for name in names if runs(session, f"backend {name}", name)]
+    found = [name for name in names if runs(session, f"backend {name}", name)]
     if device == "cuda" and not found:
         session.note("backends", "FAILED", "no backend of this package runs on this GPU")
+    return found
 
 
 def tests(session: Session, device: str, names: list[str]) -> None:
@@ -405,8 +406,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run_stages(session: Session, device: str, options: argparse.Namespace) -> None:
     session.attempt(probes, session, device)
     session.attempt(build, session, device)
-    names: list[str] = []
-    session.attempt(backends, session, device, names)
+    names = session.attempt(backends, session, device) or []
     session.attempt(tests, session, device, [name for name in names if name == "cuda" or not options.quick])
     session.attempt(tables, session, device, names, options)
     if not options.quick:

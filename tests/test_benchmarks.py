@@ -303,7 +303,7 @@ def test_gpu_check_fails_if_a_result_is_wrong(monkeypatch, tmp_path, factor, sta
     script = tmp_path / "wrong_table.py"
     script.write_text(WRONG_TABLE.replace("FACTOR", str(factor)))
     monkeypatch.setattr(gpu_check, "TABLE", (str(script),))
-    monkeypatch.setattr(gpu_check, "backends", lambda session, device, found: found.append("reference"))
+    monkeypatch.setattr(gpu_check, "backends", lambda session, device: ["reference"])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert gpu_check.main(["--cpu", "--quick", "--out", str(tmp_path)]) == status
     summary = (tmp_path / "summary.txt").read_text()
@@ -438,21 +438,19 @@ def outcomes(session):
 
 
 def test_a_backend_that_crashes_as_it_loads_takes_no_other_with_it(session, tmp_path):
-    begun, found = session('case "$*" in *autofocus_kernels | *cuda) kill -ABRT $$;; esac'), []
-    begun.attempt(gpu_check.backends, begun, "cuda", found)
-    assert found == ["triton"]
+    begun = session('case "$*" in *autofocus_kernels | *cuda) kill -ABRT $$;; esac')
+    assert begun.attempt(gpu_check.backends, begun, "cuda") == ["triton"]
     crashed = {"config: status -6: ": "FAILED", "backend cuda: status -6: ": "FAILED"}
     assert outcomes(begun) == {**crashed, "backend triton: ": "ok"}
     assert "backend cuda" in (tmp_path / "summary.txt").read_text()  # already
 
 
 def test_a_backend_that_does_not_run_is_no_failure_unless_it_is_the_only_one(session):
-    begun, found = session(f'case "$*" in *cuda) echo not built; exit {gpu_check.UNAVAILABLE};; esac'), []
-    gpu_check.backends(begun, "cuda", found)
-    assert found == ["triton"] and not any(result.is_failure for result in begun.results)
-    begun, found = session(f"exit {gpu_check.UNAVAILABLE}"), []
-    gpu_check.backends(begun, "cuda", found)
-    assert found == [] and begun.results[-1].is_failure
+    begun = session(f'case "$*" in *cuda) echo not built; exit {gpu_check.UNAVAILABLE};; esac')
+    assert gpu_check.backends(begun, "cuda") == ["triton"]
+    assert not any(result.is_failure for result in begun.results)
+    begun = session(f"exit {gpu_check.UNAVAILABLE}")
+    assert gpu_check.backends(begun, "cuda") == [] and begun.results[-1].is_failure
 
 
 def test_gpu_check_asks_whether_a_backend_runs(monkeypatch, capsys):
