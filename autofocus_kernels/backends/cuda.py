@@ -55,8 +55,8 @@ class CudaBackend(CompiledBackend):
     def is_fast(self, function: str, call: Call, arguments: tuple) -> bool:
         """Whether the fast tier has every pass of ``function(call, *arguments)`` of a call that the backend takes.
 
-        What branch norm does at each position besides (statistics, the gradient of a branch) has one tier only and does
-        not count; a function that does nothing else is not fast.
+        What branch norm does position by position (statistics, the gradients of branches) exists in one tier and does
+        not count. A function that does only that is not fast.
         """
         passes = _passes(function, arguments)
         return bool(passes) and all(self.fast_refusal(name, call) is None for name in passes)

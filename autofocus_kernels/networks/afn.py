@@ -26,8 +26,8 @@ class AFN(SegmentationNetwork):
         name: one of :data:`autofocus_kernels.networks.NAMES`.
         widths, dilations, save_branches, backend: as in :func:`autofocus_kernels.networks.build`.
         padding: "same" (logits of the input's size, as sliding windows expect) or "valid", as published.
-        act, norm: a name or ``(name, arguments)``, as MONAI's factories take them. "batch" is the paper's: a batch norm
-            for every branch of an autofocus layer, as is any that is a batch norm. Others follow the layer's sum.
+        act, norm: a name or ``(name, arguments)``, as MONAI's factories take them. "batch" is the paper's. In an
+            autofocus layer every branch has a batch norm of its own; a norm of another kind follows the branches' sum.
 
     Shape:
         ``[N, in_channels, *S]`` -> logits ``[N, out_channels, *S]``.

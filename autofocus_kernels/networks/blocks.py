@@ -68,14 +68,14 @@ class Options:
         if per_branch:
             layer.branch_norm = nn.ModuleList(norms)
             return layer
-        # Other norms do not fold into a branch: one of them follows the sum.
+        # A norm of another kind is no scale and shift of a branch: one follows the sum.
         return nn.Sequential(OrderedDict(conv=layer, norm=norms[0]))
 
 
 class Block(nn.Module):
     """Two layers and a shortcut; ``autofocus`` says which of the two is an autofocus layer.
 
-    The others are a convolution of the smallest dilation and a norm. With ``padding="valid"`` the shortcut is
+    A layer that is not is a convolution of the smallest dilation and a norm. With ``padding="valid"`` the shortcut is
     cropped to the size of the result, before its convolution and norm where the channel count changes.
     """
 

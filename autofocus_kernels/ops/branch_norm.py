@@ -136,7 +136,7 @@ def allocate_branches(input: Tensor, weight: Tensor, attention: Tensor) -> Tenso
 
 
 def _run(function: str, call: Call, *arguments) -> None:
-    """As ``dispatch.run``; an input without elements, which other backends do not take, goes to the reference."""
+    """As ``dispatch.run``; an input without elements goes to the reference, the only backend that takes it."""
     if call.input.numel() == 0:
         call = call._replace(backend="reference")
     dispatch.run(function, call, *arguments)
@@ -209,7 +209,7 @@ def _branch_norm_backward(
     empty = grad_output.numel() == 0
 
     inv, scale, shift = fold(norm_weight, norm_bias, mean, var, settings.eps)
-    # Of a_k G with y_k - mean_k and with one; [2, K, O] so that processes exchange them in one message.
+    # The sums over voxels of a_k G (y_k - mean_k) and of a_k G: one tensor, for processes to exchange in one message.
     sums = norm_weight.new_zeros(2, *norm_weight.shape)
     if not empty:
         if not settings.save_branches:
@@ -247,7 +247,7 @@ def _branch_norm_backward(
 
 
 def _allocate_gradients(primals, output_mask) -> list[Tensor]:
-    """Those of the two vectors are always there: they cost nothing."""
+    """Those of the two vectors are made whether wanted or not: they cost nothing."""
     return allocate_gradients(primals, (*output_mask[:3], *(True for _ in output_mask[3:])))
 
 
