@@ -18,6 +18,6 @@
 #endif
 
 namespace autofocus {
-const Kernels avx2_kernels = avx2::entries("avx2");
+constexpr Kernels avx2_kernels = avx2::entries("avx2");
 }
 #endif

@@ -19,6 +19,6 @@
 #endif
 
 namespace autofocus {
-const Kernels avx512_kernels = avx512::entries("avx512");
+constexpr Kernels avx512_kernels = avx512::entries("avx512");
 }
 #endif

@@ -5,5 +5,5 @@
 #define AUTOFOCUS_VECTOR_BYTES 16
 #include "kernels_isa.h"
 namespace autofocus {
-const Kernels generic_kernels = generic::entries("generic");
+constexpr Kernels generic_kernels = generic::entries("generic");
 }

@@ -118,6 +118,7 @@ void branch_norm_backward_of(const Call& call, const BranchTensors& in, void* a_
   });
 }
 
+// For a constant: nothing of an instruction set may run before it is chosen.
 constexpr Kernels entries(const char* name) {
   return {name,
           forward_of,
