@@ -56,7 +56,9 @@ def normed_autofocus_conv(
             not fit or are not all in one mode, and for a single value per channel to normalise by itself.
     """
     tensors = (input, weight, attention, bias)
-    if has_torch_function(tensors):  # a proxy of torch.fx, a subclass of Tensor
+    # A proxy of torch.fx, a subclass of Tensor. Under torch.compile the operator meets the subclass, not this: there
+    # has_torch_function also holds within a __torch_function__, where it should not, so the call would come back here.
+    if has_torch_function(tensors) and not torch.compiler.is_compiling():
         return handle_torch_function(
             normed_autofocus_conv,
             tensors,

@@ -64,7 +64,9 @@ def autofocus_conv(
         RuntimeError: a forced backend cannot run the call; the message says why.
     """
     tensors = (input, weight, attention, bias, branch_scale, branch_shift)
-    if has_torch_function(tensors):  # a proxy of torch.fx, a subclass of Tensor
+    # A proxy of torch.fx, a subclass of Tensor. Under torch.compile the operator meets the subclass, not this: there
+    # has_torch_function also holds within a __torch_function__, where it should not, so the call would come back here.
+    if has_torch_function(tensors) and not torch.compiler.is_compiling():
         return handle_torch_function(
             autofocus_conv,
             tensors,

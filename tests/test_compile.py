@@ -126,6 +126,20 @@ def test_dynamic_shapes_compile_once(backend):
             torch.compiler.set_stance("fail_on_recompile")
 
 
+class Marked(torch.Tensor):
+    """A subclass that adds nothing: what __torch_function__ makes of a result is what is tested."""
+
+
+@pytest.mark.parametrize("branch_norm", [False, True])
+def test_a_subclass_of_tensor_stays_one(branch_norm):
+    layer = AutofocusConv2d(2, 3, dilations=(1, 2), branch_norm=branch_norm)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    input = torch.randn(2, 2, 5, 6)
+    output, expected = (f(input.as_subclass(Marked)) for f in (compiled, layer))
+    assert type(output) is type(expected) is Marked
+    torch.testing.assert_close(output, expected)
+
+
 TRANSFORMS = {
     "grad": lambda f, x: grad(lambda t: f(t).tanh().sum())(x),
     "grad over samples": lambda f, x: vmap(grad(lambda t: f(t[None]).tanh().sum()))(x),
