@@ -239,7 +239,8 @@ def resolve(
             f"input is too small: spatial size {input_size} with padding {pad} leaves no output for kernel "
             f"{kernel_size} at the smallest dilation {smallest}"
         )
-    output_size = tuple(-(-span // s) for span, s in zip(spans, stride))
+    # As nn.ConvNd writes it: torch.export with dynamic sizes compares the two, symbol by symbol.
+    output_size = tuple((span - 1) // s + 1 for span, s in zip(spans, stride))
     return Geometry(kernel_size, branches, stride, origin, input_size, output_size)
 
 

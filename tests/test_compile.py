@@ -187,6 +187,17 @@ def test_export_with_dynamic_batch_and_size():
         torch.testing.assert_close(program.module()(input), layer(input))
 
 
+@pytest.mark.parametrize("kernel_size, stride, padding", [(3, 2, 1), (3, 3, 5), (5, 2, 2)])
+def test_export_with_named_sizes_and_a_stride(kernel_size, stride, padding):
+    """A named dimension takes every size of its range, as that of a convolution does."""
+    layer = AutofocusConv2d(2, 3, kernel_size, stride, padding, dilations=(1, 2)).eval()
+    names = {2: torch.export.Dim("height", min=3, max=64), 3: torch.export.Dim("width", min=3, max=64)}
+    program = torch.export.export(layer, (torch.randn(1, 2, 8, 9),), dynamic_shapes=(names,))
+    for size in ((3, 4), (11, 6)):
+        input = torch.randn(1, 2, *size)
+        torch.testing.assert_close(program.module()(input), layer(input))
+
+
 def test_an_exported_layer_has_all_derivatives():
     """Which its operators hold: nothing of Python is left."""
     layer = AutofocusConv2d(2, 3, dilations=(1, 2)).eval()
