@@ -124,7 +124,7 @@ class SpatiallySharded(nn.Module):
         smallest = smallest_dilation(geometry.dilations)
         padding = [r * (k // 2) - o for r, k, o in zip(smallest, geometry.kernel_size, geometry.origin)]
         padding[dim] += geometry.origin[dim] - axis.reach
-        output = layer.blend(part(axis.read_by(outputs[rank])), attention, tuple(padding))
+        output = layer.blend(part(axis.read_by(outputs[rank])), layer.weight, attention, tuple(padding))
         return (output, attention) if return_attention else output
 
     def _agreed_shards(self, input: Tensor, return_attention: bool) -> list[Span]:

@@ -226,17 +226,18 @@ class AutofocusConvNd(_ConvNd):
 
     def forward(self, input: Tensor, return_attention: bool = False):
         # Before the gate, whose convolutions would complain first and without naming an argument of the layer.
-        check_layer_input(input, self.weight)
+        weight = self.weight  # once: a parametrization computes it at every look, and spectral_norm takes a step
+        check_layer_input(input, weight)
         _require_zeros(self.padding_mode)  # nn.ConvNd, too, takes a change after the constructor
         attention = self.attention(input.detach() if self.detach_attention else input)
-        output = self.blend(input, attention, self.padding)
+        output = self.blend(input, weight, attention, self.padding)
         return _result(output, attention, return_attention)
 
-    def blend(self, input: Tensor, attention: Tensor, padding: Padding) -> Tensor:
-        """The layer's output for the attention that the gate gave and the padding that the caller chooses."""
+    def blend(self, input: Tensor, weight: Tensor, attention: Tensor, padding: Padding) -> Tensor:
+        """The layer's output for its weight, the gate's attention and the padding that the caller chooses."""
         if not isinstance(attention, (Tensor, torch.fx.Proxy)):
             raise TypeError(f"attention must return a tensor [N, K, *S_out], got {_kind(attention)}")
-        tensors = (input, self.weight, attention.to(input.dtype), self.bias)
+        tensors = (input, weight, attention.to(input.dtype), self.bias)
         options: dict[str, Any] = {
             "dilations": self.dilations,
             "stride": self.stride,

@@ -281,7 +281,7 @@ def test_statistics_of_many_voxels_far_from_zero(backend, size):
     )
     nn.init.ones_(layer.weight)
     input = 0.1 + 1e-3 * torch.randn(1, 1, *size, generator=torch.Generator().manual_seed(0))
-    output = layer.blend(input, torch.full((1, 2, *size), 0.5), "same")
+    output = layer.blend(input, layer.weight, torch.full((1, 2, *size), 0.5), "same")
     norm = (nn.BatchNorm1d, nn.BatchNorm2d)[len(size) - 1](1, dtype=torch.float64)
     assert relative_error(output, norm(input.double())) < 1e-5
     output.backward(0.1 * torch.ones_like(output))

@@ -214,6 +214,26 @@ def test_an_empty_spatial_axis_is_named(dims):
             layer(torch.randn(*batch, 3, *SIZE[: dims - 1], 0))
 
 
+@pytest.mark.parametrize("branch_norm", [False, True])
+def test_a_parametrized_weight_is_computed_once(branch_norm):
+    """spectral_norm takes a step of its power iteration each time: as many as a convolution's."""
+    computed = []
+
+    class Counting(nn.Module):
+        def forward(self, weight):
+            computed.append(weight)
+            return 2 * weight
+
+    layer = AutofocusConv2d(3, 5, dilations=(1, 2), branch_norm=branch_norm)
+    expected = copy.deepcopy(layer)
+    expected.weight.data *= 2
+    nn.utils.parametrize.register_parametrization(layer, "weight", Counting())
+    computed.clear()
+    input = torch.randn(2, 3, 6, 7)
+    assert torch.equal(layer(input), expected(input))
+    assert len(computed) == 1
+
+
 def test_backend_is_passed_on():
     layer = AutofocusConv2d(3, 5, dilations=(1, 2), backend="cuda")
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this call"):
