@@ -169,9 +169,12 @@ def _process_group(norms: Norms) -> str | None:
     return names.pop()
 
 
-@torch.no_grad()
 def _update_running_statistics(norms: Norms, statistics: ops.Statistics | None, bias: Tensor | None) -> None:
-    """As ``nn.BatchNormNd`` does; an empty batch (None) is counted and changes nothing else."""
+    """As ``nn.BatchNormNd`` does; an empty batch (None) is counted and changes nothing else.
+
+    Nothing here needs a gradient, so it needs no torch.no_grad either, which torch.export would keep as a region of its
+    own that mutates buffers: a program that can neither be loaded nor unflattened.
+    """
     for k, norm in enumerate(norms):
         if not (norm.training and norm.track_running_stats):
             continue
@@ -182,7 +185,7 @@ def _update_running_statistics(norms: Norms, statistics: ops.Statistics | None, 
         momentum = norm.momentum
         if momentum is None:
             momentum = 0.0 if norm.num_batches_tracked is None else 1 / float(norm.num_batches_tracked)
-        mean = statistics.mean[k] if k > 0 or bias is None else statistics.mean[k] + bias
+        mean = statistics.mean[k] if k > 0 or bias is None else statistics.mean[k] + bias.detach()
         unbiased = statistics.var[k] * (statistics.count / (statistics.count - 1))
         norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
         norm.running_var.mul_(1 - momentum).add_(unbiased, alpha=momentum)

@@ -1,6 +1,7 @@
 """Batch-normalised branches against the layer written out: a convolution and an ``nn.BatchNormNd`` per branch."""
 
 import copy
+import io
 from functools import partial
 
 import pytest
@@ -509,6 +510,27 @@ def test_compiled_steps(backend, training, save_branches):
         torch.testing.assert_close(value, expected, msg=lambda text: f"{name}: {text}")
     for parameter, expected in zip(layer.parameters(), other.parameters()):
         torch.testing.assert_close(parameter.grad, expected.grad)
+
+
+def test_an_exported_layer_in_training_loads_and_trains():
+    """torch.export of a network that is to be trained: the program updates running statistics as the layer does."""
+    layer = make_layer(dtype=torch.float32)
+    input = torch.randn(2, 3, 6, 7)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(layer, (input,)), file)
+    file.seek(0)
+    program = torch.export.load(file)
+    expected = layer(input)
+    expected.square().sum().backward()
+    for module in (program.module(), torch.export.unflatten(program)):
+        output = module(input)
+        torch.testing.assert_close(output, expected)
+        output.square().sum().backward()
+        parameters = dict(module.named_parameters())
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(parameters[name].grad, parameter.grad)
+        for name, buffer in module.named_buffers():
+            torch.testing.assert_close(buffer, layer.get_buffer(name))
 
 
 @each_choice
