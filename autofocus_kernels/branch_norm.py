@@ -175,9 +175,16 @@ def _update_running_statistics(norms: Norms, statistics: ops.Statistics | None, 
     Nothing here needs a gradient, so it needs no torch.no_grad either, which torch.export would keep as a region of its
     own that mutates buffers: a program that can neither be loaded nor unflattened.
     """
+    is_batched = torch._C._functorch.is_batchedtensor
     for k, norm in enumerate(norms):
         if not (norm.training and norm.track_running_stats):
             continue
+        if statistics is not None and norm.running_mean is not None and not torch.compiler.is_compiling():
+            if is_batched(statistics.mean) and not is_batched(norm.running_mean):
+                raise RuntimeError(
+                    f"branch_norm[{k}] cannot update its running statistics by those of every sample of torch.vmap: "
+                    "call torch.func.replace_all_batch_norm_modules_(model) first, or model.eval()"
+                )
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         if statistics is None or norm.running_mean is None:

@@ -433,6 +433,17 @@ def test_functorch_and_forward_mode(backend, training):
     torch.testing.assert_close(mapped, torch.stack([layer(sample) for sample in samples]))
 
 
+def test_vmap_over_samples_that_would_share_running_statistics_says_what_to_do():
+    layer = make_layer()
+    samples = torch.randn(3, 2, 3, 4, 5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"branch_norm\[0\] cannot update .*replace_all_batch_norm_modules_"):
+        torch.func.vmap(layer)(samples)
+    assert all(norm.num_batches_tracked == 0 for norm in layer.branch_norm)
+    torch.func.replace_all_batch_norm_modules_(layer)
+    mapped = torch.func.vmap(layer)(samples)
+    torch.testing.assert_close(mapped, torch.stack([layer(sample) for sample in samples]))
+
+
 # ------------------------------------------------------------------ torch.library, torch.compile, autocast
 
 
