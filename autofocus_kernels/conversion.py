@@ -352,7 +352,9 @@ def _branch_of(
         return branch
     least = _constant_attention(layer.attention) if measured is None else measured.get(name)
     if least is None and measured is None:
-        raise ValueError(f"{shown} has a gate that depends on its input: give a branch, or an example to measure it on")
+        raise ValueError(
+            f"{shown} has a gate that is not known to ignore its input: give a branch, or an example to measure it on"
+        )
     if least is None:
         raise ValueError(f"{shown} is not reached by example: give a branch, or leave it out with select")
     chosen = int(least.argmax())
@@ -365,7 +367,7 @@ def _branch_of(
 
 
 def _constant_attention(gate) -> Tensor | None:
-    """[K], what the gate gives every voxel of any input; None if that depends on the input, or is not known yet."""
+    """[K], what the gate gives every voxel of any input; None if that depends on the input or has no values (meta)."""
     if type(gate) is not ScaleAttention or gate.conv2.weight.is_meta or gate.conv2.weight.any():
         return None
     return gate.conv2.bias.detach().softmax(0)
