@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .arguments import DTYPES
 from .geometry import IntOrTuple, resolve_dilations, smallest_dilation
 from .modules import AUTOFOCUS, CONV, AutofocusConv1d, AutofocusConvNd, ScaleAttention
 
@@ -222,8 +223,8 @@ def _layer_like(name: str, conv: _ConvNd, dilations: Sequence[IntOrTuple]) -> An
     own = [attribute for attribute in sorted(_settings_of_layers_only() | {"attention"}) if hasattr(conv, attribute)]
     if own:
         raise ValueError(f"{name} has attributes of its own that an autofocus layer needs: {', '.join(own)}")
-    if not conv.weight.dtype.is_floating_point:
-        raise ValueError(f"{name} must have a real floating dtype, got {conv.weight.dtype}")
+    if conv.weight.dtype not in DTYPES:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {conv.weight.dtype}")
     try:
         return AUTOFOCUS[spatial_dims](
             conv.in_channels,

@@ -255,7 +255,8 @@ REFUSED = {
     "computes its weight": lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1)),
     "computes its bias": lambda: prune.l1_unstructured(nn.Conv2d(4, 4, 3, padding=1), "bias", 1),
     "forward replaced": lambda: replaced_forward(nn.Conv2d(4, 4, 3, padding=1)),
-    "real floating dtype": lambda: nn.Conv2d(4, 4, 3, padding=1, dtype=torch.complex64),
+    "got torch.complex64": lambda: nn.Conv2d(4, 4, 3, padding=1, dtype=torch.complex64),
+    "got torch.float8_e5m2": lambda: nn.Conv2d(4, 4, 3, padding=1).to(torch.float8_e5m2),
 }
 
 
