@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import grad, hessian, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 from autofocus_kernels import (
@@ -315,6 +316,16 @@ def test_a_traced_layer_holds_the_operator():
     kinds = {node.kind() for node in traced.inlined_graph.nodes()}
     assert "autofocus::forward" in kinds and "prim::PythonOp" not in kinds
     torch.testing.assert_close(traced(input), layer(input))
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_make_fx_holds_the_operator(pre_dispatch):
+    """Not the kernel that this machine happens to run, through which no gradient comes."""
+    layer, input = AutofocusConv2d(2, 3, dilations=(1, 2)), torch.randn(1, 2, 6, 7)
+    graph = make_fx(layer, pre_dispatch=pre_dispatch)(input)
+    assert torch.ops.autofocus.forward.default in {node.target for node in graph.graph.nodes}
+    torch.testing.assert_close(graph(input), layer(input))
+    torch.testing.assert_close(grad(lambda t: graph(t).sum())(input), grad(lambda t: layer(t).sum())(input))
 
 
 def test_torch_jit_script_is_refused_with_what_to_use():

@@ -10,8 +10,13 @@ from torch._functorch.utils import enable_single_level_autograd_function
 
 
 def traced() -> bool:
-    """Whether a tracer looks at operators, not at Python: torch.compile, torch.export, torch.jit.trace."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether a tracer looks at operators, not at Python: torch.compile, torch.export, torch.jit.trace, make_fx."""
+    # The last is that of make_fx(pre_dispatch=True), whose modes are on a stack of their own.
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+    )
 
 
 class Derivative(torch.autograd.function._SingleLevelFunction):
