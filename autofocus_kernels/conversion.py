@@ -43,7 +43,8 @@ def convert(
     its keys and gains those of the gates (``NAME.attention.*``), so a checkpoint of the original network loads with
     ``strict=False``. The gates are new, trainable parameters in the convolution's dtype, device and memory format:
     create the optimizer afterwards, or add them to it. Forward and other hooks stay. A convolution used in several
-    places stays one layer. Convert before ``torch.compile``, FSDP and the like, not after.
+    places stays one layer. Convert before ``torch.compile``, FSDP and the like, not after; and after the weights are
+    loaded where the network is built on the meta device, on which a gate cannot hold ``initial_attention``.
 
     Args:
         network: a module; it may be a convolution itself.
