@@ -418,13 +418,6 @@ def test_revert_selects_as_convert_does():
     assert layers(network) == ["down"]
 
 
-def test_a_network_without_values_reverts_to_the_branch_that_is_named():
-    network = ak.convert(UNet().to("meta"))
-    with pytest.raises(ValueError, match="give a branch"):
-        ak.revert(network)
-    assert layers(ak.revert(network, 0)) == []
-
-
 def test_branch_norm_cannot_become_a_convolution():
     network = nn.Sequential(ak.AutofocusConv2d(3, 3, branch_norm=True))
     with pytest.raises(ValueError, match="^0 has a branch norm"):
