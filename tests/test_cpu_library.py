@@ -182,6 +182,18 @@ def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype, factor):
     torch.testing.assert_close(output, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_flushing_subnormal_floats_leaves_those_of_float16():
+    """As in torch's own conversions: they are normal numbers of float32, in which all is computed."""
+    input = torch.arange(2**10).to(torch.int16).view(torch.float16).view(1, 1, -1)
+    weight, attention = torch.ones(1, 1, 1, dtype=torch.float16), torch.ones_like(input)
+    torch.set_flush_denormal(True)
+    try:
+        output = autofocus_conv(input, weight, attention, dilations=(1,), backend="cpu")
+    finally:
+        torch.set_flush_denormal(False)
+    torch.testing.assert_close(output, input, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dilations", [(1, 3), (2, 4)], ids=str)
 @pytest.mark.parametrize("mode", ["plain", "branch"])
 def test_sums_over_many_voxels_of_one_sign(mode, dilations):

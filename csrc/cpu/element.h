@@ -29,12 +29,12 @@ inline float to_accumulator(float value) { return value; }
 inline double to_accumulator(double value) { return value; }
 inline float to_accumulator(BFloat16 value) { return bits_float(uint32_t(value.bits) << 16); }
 inline float to_accumulator(Half value) {
-  // Shift exponent and mantissa into place and rescale; numbers with the largest exponent are Inf or NaN.
+  // Never through a subnormal float, which torch.set_flush_denormal(True) makes zero.
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
-  const uint32_t rest = uint32_t(value.bits & 0x7fffu) << 13;
-  const float scaled = bits_float(rest) * bits_float(0x77800000u);  // 2^112
-  const uint32_t special = rest >= 0x0f800000u ? 0x7f800000u : 0u;
-  return bits_float(sign | float_bits(scaled) | special);
+  const uint32_t rest = value.bits & 0x7fffu;
+  const uint32_t subnormal = float_bits(float(int32_t(rest)) * 0x1p-24f);
+  const uint32_t normal = (rest << 13) + (rest < 0x7c00u ? 0x38000000u : 0x70000000u);  // the latter Inf and NaN
+  return bits_float(sign | (rest < 0x0400u ? subnormal : normal));
 }
 
 inline void from_accumulator(float value, float& to) { to = value; }
