@@ -146,6 +146,15 @@ def test_memory_that_there_is_not_is_named():
         autofocus_conv(volume, torch.ones(1, 1, 1), attention, **arguments)
 
 
+def test_memory_that_threads_cannot_have_is_named():
+    """As above, of the gradient of the weight: each thread packs the lattices that it computes."""
+    volume, weight = zeros(1, 1, 1, 1, 1).expand(1, 1, 1, 1, 2**46), torch.ones(1, 1, 1, 1, 1)
+    attention = torch.ones(1, 1, 1, 1, 4)
+    call = (volume, weight, attention, None, None, None, [1, 1, 1], [1, 1, 2**44], [0, 0, 0], "cpu")
+    with pytest.raises(torch.OutOfMemoryError, match=r"out of memory: \d+ bytes"):
+        torch.ops.autofocus.backward(attention, *call, [False, True, False, False, False, False])
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_a_tensor_on_another_device_raises(name):
     arguments = CALLS[name]()

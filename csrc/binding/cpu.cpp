@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
+#include <exception>
+#include <mutex>
 #include <string>
 
 #include "../cpu/bfloat16_gemm.h"
@@ -14,7 +16,18 @@ using namespace autofocus;
 using namespace autofocus::binding;
 
 void parallel(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
-  torch::stable::parallel_for(0, count, 1, body);
+  // An error that leaves parallel_for has lost its type and message: it goes round.
+  std::exception_ptr error;
+  std::mutex mutex;
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    try {
+      body(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
 }
 
 // The widest instruction set that this CPU has, or the widest up to the one that AUTOFOCUS_CPU_ISA names ("avx512",
