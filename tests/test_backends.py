@@ -240,6 +240,7 @@ THREADED = (
     Case("slabs", (29, 12, 13), 5, 20, dilations=(1, 2, 3)),
     Case("slabs_branch", (29, 12, 13), 5, 20, dilations=(1, 2, 3), mode="branch"),
     Case("slabs_of_two_samples", (13, 60), 5, 33, batch=2, dilations=(1, 2, 3), mode="branch"),
+    Case("tiny_samples", (3, 2, 2), 5, 20, batch=37, dilations=(1, 2)),
     # A problem with less to share out than there are threads.
     Case("one_row", (1, 1, 70), 40, 33, dilations=(1, 2)),
     Case("one_voxel", (1, 1), 3, 70, dilations=(1, 2), mode="branch"),

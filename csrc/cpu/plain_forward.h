@@ -13,6 +13,7 @@
 #include "blend.h"
 #include "gemm.h"
 #include "operands.h"
+#include "slabs.h"
 #include "source.h"
 
 namespace autofocus {
@@ -52,11 +53,18 @@ class PlainForward {
     // The x axis stays whole: its rows are long, and read in place they are read in order.
     const Lattices lattices(g_, {lattice_step(g_, &Index3::z, 8), lattice_step(g_, &Index3::y, 8), 1});
     const int64_t last_chunk_end = chunks_.begin(chunks_.count - 1) + padded<A>(chunks_.largest());
-    const SourceMaker<T, A> make_source(args_, lattices, last_chunk_end - g_.C);
-    for (int64_t index = 0; index < lattices.count(); ++index) {
-      const Lattice lattice = lattices.at(index);
-      if (volume(lattice.problem.output) > 0) run_lattice(lattice, make_source(lattice));
-    }
+    // All threads at one lattice after another, or a lattice for each where they are many and too small to share, as
+    // in a batch of tiny volumes.
+    const int64_t points = std::max(lattices.input_points(), lattices.output_points());
+    const bool together = lattices.count() < kJobs || g_.K * points * out_width_ >= kWorthSharing;
+    const ParallelFor over = together ? serial : args_.parallel, within = together ? args_.parallel : serial;
+    over(lattices.count(), [&](int64_t begin, int64_t end) {
+      const SourceMaker<T, A> make_source(args_, within, lattices, last_chunk_end - g_.C);
+      for (int64_t index = begin; index < end; ++index) {
+        const Lattice lattice = lattices.at(index);
+        if (volume(lattice.problem.output) > 0) run_lattice(lattice, make_source(lattice), within);
+      }
+    });
   }
 
  private:
@@ -112,9 +120,9 @@ class PlainForward {
     return low_weight_ + (tap_row * chunks_.count + chunk) * low_depth_ * out_width_;
   }
 
-  void run_lattice(const Lattice& lattice, const Source<A>& source) const {
+  void run_lattice(const Lattice& lattice, const Source<A>& source, ParallelFor parallel) const {
     const Cut cut(lattice, source, voxels_);
-    args_.parallel(cut.grid.count(), [&](int64_t begin, int64_t end) {
+    parallel(cut.grid.count(), [&](int64_t begin, int64_t end) {
       Workspace w(*this);
       for (int64_t tile = begin; tile < end; ++tile) run_tile(cut, tile, w);
     });

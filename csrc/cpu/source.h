@@ -34,8 +34,9 @@ struct Source {
 template <typename T, typename A>
 class SourceMaker {
  public:
-  SourceMaker(const Convolution<T>& conv, const Lattices& lattices, int64_t spill)
+  SourceMaker(const Convolution<T>& conv, ParallelFor parallel, const Lattices& lattices, int64_t spill)
       : conv_(conv),
+        parallel_(parallel),
         width_(padded<A>(conv.g.C)),
         in_place_(can_read_in_place(conv, spill)),
         copies_last_(in_place_ && spill > 0),
@@ -83,7 +84,7 @@ class SourceMaker {
 
   void pack(const Lattice& lattice) const {
     const Index3& size = lattice.problem.input;
-    conv_.parallel(size.z * size.y, [&](int64_t begin, int64_t end) {
+    parallel_(size.z * size.y, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
         pack_row(lattice.input_row(conv_.input, 0, {row / size.y, row % size.y, 0}), size.x, conv_.g.C,
                  packed_ + row * size.x * width_, width_);
@@ -91,6 +92,7 @@ class SourceMaker {
   }
 
   const Convolution<T>& conv_;
+  const ParallelFor parallel_;
   const int64_t width_;
   const bool in_place_, copies_last_;
   const Scratch<A> packed_, last_row_;
