@@ -133,6 +133,14 @@ def test_channels_last_in_channels_last_out():
     assert layer(input).is_contiguous(memory_format=torch.channels_last_3d)
 
 
+@pytest.mark.parametrize("branch_norm", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
+def test_one_channel_keeps_its_memory_format(layout, branch_norm):
+    """The strides of an image of one channel tell which of the two that it is in is meant."""
+    layer = AutofocusConv3d(1, 5, dilations=(1, 2), branch_norm=branch_norm)
+    assert layer(torch.randn(2, 1, 5, 6, 7).to(memory_format=layout)).is_contiguous(memory_format=layout)
+
+
 # ------------------------------------------------------------------ what it computes
 
 

@@ -12,9 +12,10 @@ def allocate_output(input: Tensor, weight: Tensor, attention: Tensor) -> Tensor:
 
 
 def memory_format_of(input: Tensor) -> torch.memory_format:
-    if not input.is_contiguous():
-        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
-        if channels_last is not None and input.is_contiguous(memory_format=channels_last):
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
+    if channels_last is not None and input.is_contiguous(memory_format=channels_last):
+        # A single channel is contiguous in either format: its stride says which is meant, as in torch's convolutions.
+        if not input.is_contiguous() or (input.shape[1] == 1 and input.stride(1) == 1):
             return channels_last
     return torch.contiguous_format
 
