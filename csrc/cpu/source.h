@@ -1,8 +1,8 @@
 // Where the blend of the plain forward reads the input of a lattice: packed, or in place.
 //
-// Channels-last rows of the right type are read where they are. The last vector of a voxel reads `spill` elements more
-// than it has, which no sum uses. Past the end of the tensor there may be none to read, so its last row is copied; the
-// other rows end early enough if rows are that far apart.
+// Channels-last rows of the right type, and those of a single channel, are read where they are. The last vector of a
+// voxel reads `spill` elements more than it has, which no sum uses. Past the end of the tensor there may be none to
+// read, so its last row is copied; the other rows end early enough if rows are that far apart.
 #pragma once
 
 #include <type_traits>
@@ -57,7 +57,8 @@ class SourceMaker {
   static bool can_read_in_place(const Convolution<T>& conv, int64_t spill) {
     const auto apart = [&](int64_t size, int64_t stride) { return size == 1 || stride >= spill; };
     const Problem& g = conv.g;
-    return std::is_same_v<T, A> && conv.input.c == 1 && apart(g.N, conv.input.n) && apart(g.input.z, conv.input.s.z) &&
+    const bool neighbours = conv.input.c == 1 || g.C == 1;
+    return std::is_same_v<T, A> && neighbours && apart(g.N, conv.input.n) && apart(g.input.z, conv.input.s.z) &&
            apart(g.input.y, conv.input.s.y);
   }
 
