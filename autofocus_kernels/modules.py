@@ -229,7 +229,8 @@ class AutofocusConvNd(_ConvNd):
         weight = self.weight  # once: a parametrization computes it at every look, and spectral_norm takes a step
         check_layer_input(input, weight)
         _require_zeros(self.padding_mode)  # nn.ConvNd, too, takes a change after the constructor
-        attention = self.attention(input.detach() if self.detach_attention else input)
+        # By the function: torch.compile goes wrong in MetaTensor.__torch_function__ (MONAI) behind the method.
+        attention = self.attention(torch.detach(input) if self.detach_attention else input)
         output = self.blend(input, weight, attention, self.padding)
         return _result(output, attention, return_attention)
 

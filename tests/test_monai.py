@@ -148,3 +148,18 @@ def test_meta_tensors_train(branch_norm):
     for of_tensor, of_meta in zip(*outputs):
         assert torch.equal(torch.as_tensor(of_meta), of_tensor)
     assert isinstance(outputs[1][0], data.MetaTensor)
+
+
+@pytest.mark.parametrize("branch_norm", [False, True])
+def test_compiled_layers_take_meta_tensors(branch_norm):
+    """Their __torch_function__ breaks graphs, so that the operator is called from code that is not compiled."""
+    data = pytest.importorskip("monai.data", reason="MONAI is not installed (pip install '.[monai]')")
+    layer = ak.AutofocusConv3d(2, 3, dilations=(1, 2), branch_norm=branch_norm)
+    input = torch.randn(2, 2, 6, 5, 4)
+    expected = layer(input)
+    torch._dynamo.reset()
+    output = torch.compile(layer)(data.MetaTensor(input))
+    assert isinstance(output, data.MetaTensor)
+    torch.testing.assert_close(output.as_tensor(), expected)
+    gradients = (torch.autograd.grad(y.square().sum(), layer.weight)[0] for y in (output, expected))
+    torch.testing.assert_close(*gradients)

@@ -37,6 +37,9 @@ def register(name: str, derivative: type[Derivative]) -> None:
     torch's operators do, so transforms nest. Without a jvp it refuses forward mode.
     """
 
+    # torch.compile would look for frames to compile in here where it could not compile the call itself, as behind a
+    # __torch_function__ that it does not understand.
+    @torch._disable_dynamo
     def kernel(*arguments):
         with enable_single_level_autograd_function():
             return derivative.apply(*arguments)
