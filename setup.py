@@ -18,6 +18,7 @@ import site
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from setuptools import setup
@@ -165,6 +166,7 @@ class BuildLibraries(BuildExtension):
         for extension in wanted:
             name = extension.name.rpartition("._")[2]
             flags = dict(extension.extra_compile_args)
+            began, sources = time.time(), FLAGS["source_digest"]("csrc")
             self.extensions = [extension]
             # Without ninja torch wraps this method at every call; wrapped twice it repeats flags.
             vars(self.compiler).pop("_compile", None)
@@ -179,8 +181,12 @@ class BuildLibraries(BuildExtension):
                 RECORD[name] = {
                     "torch": torch.__version__,
                     "flags": flags,
-                    "sources": FLAGS["source_digest"]("csrc"),
+                    "sources": sources,
                 }
+            # Edited while it was compiled: newer than its object file again, so that the next build compiles it.
+            for path in CSRC.rglob("*"):
+                if path.stat().st_mtime >= began:
+                    path.touch()
         self.extensions = built
 
 
