@@ -377,6 +377,21 @@ def test_an_image_of_zeros_has_no_mask(tmp_path):
         read_case(Case("case", (tmp_path / "image.nii",)), 1, 2)
 
 
+def test_zero_is_no_background_in_ct(tmp_path):
+    """It is water there, so that a mask of nonzero voxels has holes, and so do the labels that are predicted in it."""
+    noise = np.random.default_rng(0).normal(0, 20, (16, 16, 8)).round()
+    body = np.zeros(noise.shape, bool)
+    body[3:13, 3:13] = True
+    scans = {"ct": noise + np.where(body, 0, -1000), "standardised": noise / 20 * body, "magnitude": abs(noise) * body}
+    masks = {}
+    for name, scan in scans.items():
+        write_nifti(tmp_path / f"{name}.nii", scan.astype(np.float32), AFFINE)
+        masks[name] = read_case(Case("case", (tmp_path / f"{name}.nii",)), 1, 3).mask
+    assert not scans["ct"].all() and masks["ct"].all()
+    for name in ("standardised", "magnitude"):
+        np.testing.assert_array_equal(masks[name], scans[name] != 0)
+
+
 def test_modalities_in_files_of_their_own(tmp_path):
     random = np.random.default_rng(0)
     paths = [tmp_path / name for name in ("t1.nii", "t2.nii")]

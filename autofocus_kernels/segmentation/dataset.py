@@ -314,11 +314,17 @@ def _plane(image: Image) -> Image:
 
 
 def _read_mask(file: Path | None, image: np.ndarray, grid: Grid) -> np.ndarray:
-    """Where to look, ``[*S]``: the nonzero voxels of the file or, without one, those nonzero in any modality."""
+    """Where to look, ``[*S]``: the nonzero voxels of the file or, without one, those nonzero in any modality.
+
+    Without a file it is everything where zeros are less than a tenth as many as negative voxels: 0 is then a value like
+    any other, as it is water in CT, and without these voxels the mask would have holes all over.
+    """
     if file is None:
         mask = (image != 0).any(axis=0)
         if not mask.any():
             raise SegmentationError(f"{grid.file}: every voxel is zero, so there is nothing inside its mask")
+        if 10 * np.count_nonzero(~mask) < np.count_nonzero((image < 0).any(axis=0)):
+            mask[:] = True
         return mask
     mask = _read_labels_on(file, grid) != 0
     if not mask.any():
