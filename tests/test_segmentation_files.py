@@ -533,6 +533,7 @@ def test_decathlon(tmp_path):
         ({"labels": {"0": "background"}}, "must name the background and at least one more label"),
         ({"training": [], "test": []}, "must list at least one case"),
         ({"training": [{"image": "1.nii"}]}, '"training" must have an "image" and a "label"'),
+        ({"training": [{"image": "1.nii", "label": None}]}, '"training" must have an "image" and a "label"'),
         ({"training": [{"image": ["1.nii", "2.nii"], "label": "3.nii"}]}, "expected one image or 1"),
         ({"training": [{"image": 3, "label": "1.nii"}]}, "files must be given by name"),
         ({"training": GOOD["training"] * 2}, "every case must be listed once, got 1 twice"),

@@ -229,7 +229,7 @@ def _dataset(path: Path, modalities: Sequence[str], labels: Sequence[str], split
 def _case(path: Path, entry: Any, num_modalities: int, split: str) -> Case:
     if isinstance(entry, str):  # the Decathlon's test cases
         entry = {"image": entry}
-    if not isinstance(entry, dict) or "image" not in entry or ("label" not in entry and split != "test"):
+    if not isinstance(entry, dict) or "image" not in entry or (entry.get("label") is None and split != "test"):
         raise SegmentationError(
             f'{path}: entries of "{split}" must have an "image" and a "label", which only those for test may lack, '
             f"got {entry!r}"
