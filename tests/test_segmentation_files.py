@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tracemalloc
 
 import nibabel
 import numpy as np
@@ -409,6 +410,18 @@ def test_normalise_in_float64():
     image = (1e4 + np.random.default_rng(0).random((1, 100, 100))).astype(np.float32)
     normalised = normalise(image, np.ones((100, 100), bool), ["image"])
     assert abs(normalised.mean()) < 1e-4 and normalised.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_normalise_takes_one_modality_at_a_time():
+    """In float64 those of a large volume together would need twice the memory of the volume."""
+    image = np.random.default_rng(0).random((8, 40, 40, 40), np.float32)
+    tracemalloc.start()
+    try:
+        normalise(image, np.ones((40, 40, 40), bool), ["image"])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * image.nbytes  # of which the result is half
 
 
 def test_csv_and_json_lists(tmp_path):

@@ -346,9 +346,11 @@ def normalise(image: np.ndarray, mask: np.ndarray, files: Sequence[Path]) -> np.
         SegmentationError: a modality that is constant inside the mask.
     """
     result = np.zeros(image.shape, np.float32)
-    for modality, voxels in enumerate(image[:, mask].astype(np.float64)):
+    for modality, values in enumerate(image):
+        voxels = values[mask].astype(np.float64)
         deviation = voxels.std()
         if deviation <= 1e-6 * abs(voxels).max():
             raise SegmentationError(f"{files[modality]}: modality {modality} is constant inside the mask")
-        result[modality, mask] = (voxels - voxels.mean()) / deviation
+        voxels -= voxels.mean()
+        result[modality][mask] = voxels / deviation
     return result
