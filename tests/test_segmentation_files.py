@@ -230,6 +230,24 @@ def test_labels_may_be_floats_with_their_rounding(tmp_path):
     assert read_labels(tmp_path / "label.nii").data.tolist() == [[0, 1], [2, 0]]
 
 
+@pytest.mark.parametrize("shape", [(4, 5, 6, 1, 2), (4, 5, 1, 2), (4, 5, 1, 1, 2)])
+def test_modalities_after_axes_of_one_voxel(tmp_path, shape):
+    """ITK writes the components of an image along the fifth axis, as the fourth is time."""
+    data = np.random.default_rng(0).random(shape, np.float32)
+    source = nibabel.Nifti1Image(data, AFFINE)
+    source.header.set_intent("vector")
+    nibabel.save(source, tmp_path / "image.nii")
+    size = tuple(n for n in shape[:-1] if n > 1)
+    sample = read_case(Case("case", (tmp_path / "image.nii",)), 2, len(size))
+    expected = normalise(np.moveaxis(data.reshape(*size, 2), -1, 0), np.ones(size, bool), ["image"])
+    np.testing.assert_array_equal(sample.image, expected)
+    assert sample.shape == shape[:3]
+    write_nifti(tmp_path / "label.nii", np.ones(sample.shape, np.uint8), sample.affine, sample.header)
+    label = nibabel.load(tmp_path / "label.nii")
+    assert label.header.get_intent()[0] == "none"  # labels are no vectors
+    np.testing.assert_array_equal(label.affine, nibabel.load(tmp_path / "image.nii").affine)
+
+
 def test_axes_of_one_voxel_at_the_end(tmp_path):
     write_nifti(tmp_path / "image.nii", np.arange(24.0).reshape(2, 3, 4, 1, 1), AFFINE)
     write_nifti(tmp_path / "label.nii", np.ones((2, 3, 4, 1), np.uint8), AFFINE)

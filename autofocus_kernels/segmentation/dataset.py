@@ -292,7 +292,7 @@ def read_images(files: Sequence[Path], num_modalities: int, spatial_dims: int) -
         SegmentationError: a file that cannot be read, or a shape or an affine that does not fit.
     """
     images = [read_nifti(file, spatial_dims) for file in files]
-    if spatial_dims == 2 and len(files) == num_modalities:
+    if spatial_dims == 2:
         images = [_plane(image) for image in images]
     first = images[0]
     if len(files) == 1 and first.data.ndim == spatial_dims + 1 and first.data.shape[-1] == num_modalities:
@@ -309,8 +309,8 @@ def read_images(files: Sequence[Path], num_modalities: int, spatial_dims: int) -
 
 
 def _plane(image: Image) -> Image:
-    """A slice that is stored as a volume, as one of two axes."""
-    return image._replace(data=image.data[..., 0]) if image.data.shape[2:] == (1,) else image
+    """A slice that is stored as a volume, without its third axis."""
+    return image._replace(data=image.data[:, :, 0]) if image.data.shape[2:3] == (1,) else image
 
 
 def _read_mask(file: Path | None, image: np.ndarray, grid: Grid) -> np.ndarray:

@@ -67,7 +67,7 @@ def nifti_files(folder: Path) -> dict[str, Path]:
 
 
 def read_nifti(path: str | os.PathLike, spatial_dims: int = 3) -> Image:
-    """An image as float32, without the trailing axes of one voxel beyond the third that some programs add.
+    """An image as float32, without the axes of one voxel beyond the third that some programs add.
 
     Args:
         spatial_dims: 2 where a third axis is one of modalities, whose spacing means nothing.
@@ -87,8 +87,7 @@ def read_nifti(path: str | os.PathLike, spatial_dims: int = 3) -> Image:
                     pass
     except Exception as error:  # gzip, zlib, nibabel and numpy each have their own for a damaged file
         raise SegmentationError(f"{path}: cannot be read, it is damaged or truncated: {_reason(error)}") from error
-    while data.ndim > 3 and data.shape[-1] == 1:
-        data = data[..., 0]
+    data = data.squeeze(tuple(axis for axis, size in enumerate(data.shape) if axis > 2 and size == 1))
     if data.size == 0:
         raise SegmentationError(f"{path}: must hold voxels, its shape is {list(data.shape)}")
     bad = data.size - np.count_nonzero(np.isfinite(data))
@@ -235,6 +234,7 @@ def write_nifti(path: str | os.PathLike, data: np.ndarray, affine: np.ndarray, h
         header.set_data_dtype(data.dtype)
         header.set_slope_inter(1, 0)
         header["cal_min"] = header["cal_max"] = 0  # the grey values that a viewer would show of the image
+        header.set_intent("none")
     make = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
     image = make(data, affine, header, dtype=data.dtype)
 
