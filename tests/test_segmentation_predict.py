@@ -282,6 +282,20 @@ def test_affine_spacing_and_codes_are_those_of_the_image(tmp_path):
     assert (int(result.header["sform_code"]), result.header.get_xyzt_units()[0]) == (1, "mm")
 
 
+@pytest.mark.usefixtures("quick_pictures")
+@pytest.mark.parametrize("trained, warned", [((), False), (("SR", "AI"), False), (("AS", "RA"), True)])
+def test_an_image_whose_axes_run_as_none_in_training_is_warned_of(run, images, tmp_path, caplog, trained, warned):
+    data = labels_of(images / "a.nii.gz")
+    affine = np.array([[0, 1.0, 0, 0], [0, 0, 1, 0], [2.0, 0, 0, 0], [0, 0, 0, 1]])  # upwards, and to the right
+    nibabel.save(nibabel.Nifti1Image(data, affine), images / "a.nii.gz")
+    write_config(run, dataclasses.replace(CONFIG, orientations=trained))
+    predict(run, images / "a.nii.gz", tmp_path / "out")
+    assert caplog.messages == warned * [
+        f"{images / 'a.nii.gz'}: its axes run SR, those of the images of training AS, RA; nothing is turned, so the "
+        "network sees this one mirrored or turned"
+    ]
+
+
 def test_attention_as_files(run, images, tmp_path):
     out = tmp_path / "out"
     predict(run, images / "a.nii.gz", out, attention=True)

@@ -14,6 +14,7 @@ import signal
 import socket
 import warnings
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -295,10 +296,27 @@ def test_a_run_that_kept_no_fingerprints_goes_on(finished, phantom_2d, tmp_path)
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
     config = files.read_json(run / "config.json")
-    fingerprints = config.pop("fingerprints")
-    files.write_json(run / "config.json", config)
+    files.write_json(
+        run / "config.json", {k: v for k, v in config.items() if k not in ("fingerprints", "orientations")}
+    )
     assert len(train.train(phantom_2d, run, **SMALL)) == 2
-    assert files.read_json(run / "config.json")["fingerprints"] == fingerprints
+    assert files.read_json(run / "config.json") == config
+
+
+@pytest.mark.parametrize("split, orientations", [("training", ("RA", "RP")), ("validation", ("RA",))])
+def test_cases_whose_axes_run_differently_are_warned_of(finished, phantom_2d, tmp_path, caplog, split, orientations):
+    config = read_config(finished[0])
+    assert config.orientations == ("RA",) and not caplog.records
+    data = tmp_path / "data"
+    shutil.copytree(phantom_2d, data)
+    (case,) = (case for case in read_dataset(data).training if case.name == getattr(config, split)[-1])
+    for file in case.files:
+        image = nibabel.load(file)
+        nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj), np.diag([1.0, -1, 1, 1])), file)
+    train.train(data, tmp_path / "run", **SMALL | {"iterations": 1})
+    assert read_config(tmp_path / "run").orientations == orientations
+    (warning,) = caplog.messages
+    assert f"RP in {case.images[0]}" in warning and "RA in " in warning
 
 
 def as_rank(rank, port, data, run, options):

@@ -97,6 +97,27 @@ def read_nifti(path: str | os.PathLike, spatial_dims: int = 3) -> Image:
     return Image(data, image.affine, image.header)
 
 
+def read_orientation(path: str | os.PathLike, spatial_dims: int) -> str:
+    """:func:`orientation_of` a file, of which only the header is read.
+
+    Raises:
+        SegmentationError: the file is missing or no NIfTI, or has an affine that :func:`read_nifti` refuses.
+    """
+    image = _load(path)
+    dims = min(len(image.shape), spatial_dims)
+    _require_place(path, image.affine, dims)
+    return orientation_of(image.affine, image.header, dims)
+
+
+def orientation_of(affine: np.ndarray, header: Any, spatial_dims: int) -> str:
+    """Where the axes run to: "RAS" is to the right, the front and the top. "" where the header does not say."""
+    from nibabel import aff2axcodes
+
+    if not _is_placed(header):
+        return ""
+    return "".join(aff2axcodes(affine[:, [*range(spatial_dims), 3]]))
+
+
 def digest_of(path: str | os.PathLike) -> bytes:
     """SHA-256 of the bytes of a file.
 
@@ -186,7 +207,8 @@ class Grid(NamedTuple):
                 f"{self.file}: must have the shape of {other.file}, {list(other.shape)}, got {list(self.shape)}"
             )
         name, affines = "affine", [self.affine, other.affine]
-        if not self._is_placed() or not other._is_placed():  # nibabel makes an affine up: the spacing is all there is
+        if not (_is_placed(self.header) and _is_placed(other.header)):
+            # nibabel makes an affine up: the spacing is all there is.
             name, affines = "spacing", [np.diag(np.linalg.norm(affine, axis=0)) for affine in affines]
         corners = [(*index, *[0] * (3 - len(index)), 1) for index in itertools.product(*((0, n) for n in shape))]
         apart = np.linalg.norm((affines[0] - affines[1])[:3] @ np.transpose(corners), axis=0).max()
@@ -198,8 +220,9 @@ class Grid(NamedTuple):
                 f"got {got.round(4).tolist()}, which puts voxels up to {apart:.3g} mm elsewhere"
             )
 
-    def _is_placed(self) -> bool:
-        return bool(self.header["sform_code"] or self.header["qform_code"])
+
+def _is_placed(header: Any) -> bool:
+    return bool(header["sform_code"] or header["qform_code"])
 
 
 def _load(path: str | os.PathLike):

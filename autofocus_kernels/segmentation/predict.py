@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,11 +17,23 @@ from torch import nn
 from tqdm import tqdm
 
 from .dataset import Case, Sample, read_case, read_dataset
-from .files import SegmentationError, digest_of, make_folder, nifti_files, read_nifti, stem, target_of, write_nifti
+from .files import (
+    SegmentationError,
+    digest_of,
+    make_folder,
+    nifti_files,
+    orientation_of,
+    read_nifti,
+    stem,
+    target_of,
+    write_nifti,
+)
 from .parallel import find_device
 from .pictures import is_ours, write_attention, write_overlay
 from .run import Config, load_model
 from .windows import TILINGS, Windows, autofocus_layers, window_sizes
+
+_log = logging.getLogger(__name__)
 
 
 def predict(
@@ -166,6 +179,15 @@ def _is_done(labels: Path, attention: bool, case: Case, origin: str) -> bool:
 
 def _predict_case(case: Case, windows: Windows, config: Config, file: Path, attention: bool, origin: str) -> None:
     sample = read_case(case, len(config.modalities), config.spatial_dims)
+    axes = orientation_of(sample.affine, sample.header, config.spatial_dims)
+    if axes and config.orientations and axes not in config.orientations:
+        _log.warning(
+            "%s: its axes run %s, those of the images of training %s; nothing is turned, so the network sees this one "
+            "mirrored or turned",
+            case.images[0],
+            axes,
+            ", ".join(config.orientations),
+        )
     try:
         labels, box, weights_of = windows.segment(sample.image, sample.mask, attention)
     except MemoryError as error:

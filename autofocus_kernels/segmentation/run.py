@@ -34,6 +34,7 @@ class Config:
         branch_norm: False for one batch norm after the sum of an autofocus layer, instead of one a branch.
         recipe and what follows: of the training; None for a checkpoint from elsewhere.
         training, validation: names of cases; ``fingerprints`` are of their files, one after the other.
+        orientations: where the axes of the images of training run to, as "RAS"; empty if that is not known.
     """
 
     arch: str
@@ -52,6 +53,7 @@ class Config:
     training: tuple[str, ...] | None = None
     validation: tuple[str, ...] | None = None
     fingerprints: tuple[str, ...] = ()
+    orientations: tuple[str, ...] = ()
 
 
 class Lock:
@@ -113,7 +115,8 @@ def read_config(run: Path) -> Config:
         config = Config(**content)
     except (TypeError, ValueError) as error:
         raise SegmentationError(f"{path}: {error}") from error
-    for name, kind in (("modalities", str), ("labels", str), ("window", int), ("fingerprints", str)):
+    lists = (("modalities", str), ("labels", str), ("window", int), ("fingerprints", str), ("orientations", str))
+    for name, kind in lists:
         values = getattr(config, name)
         if not isinstance(values, tuple) or not all(isinstance(value, kind) for value in values):
             raise SegmentationError(f"{path}: {name} must be a list of {kind.__name__}, got {values!r}")
@@ -136,9 +139,9 @@ def require_same(run: Path, config: Config, files: Sequence[Path]) -> None:
     """
     before = read_config(run)
     fingerprints = before.fingerprints or config.fingerprints  # older runs kept none
+    of_files = {"fingerprints": config.fingerprints, "orientations": config.orientations}
     differences = [
-        f"{name} is {old!r} there, {new!r} here"
-        for name, old, new in _differences(replace(before, fingerprints=config.fingerprints), config)
+        f"{name} is {old!r} there, {new!r} here" for name, old, new in _differences(replace(before, **of_files), config)
     ]
     if not differences and len(fingerprints) != len(files):
         differences.append(f"its cases had {len(fingerprints)} files there, {len(files)} here")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -23,11 +24,21 @@ from tqdm import tqdm
 from .. import networks
 from .crops import Crops
 from .dataset import Case, Dataset, read_case, read_dataset
-from .files import SegmentationError, fingerprint_of, make_folder, read_checkpoint, write_checkpoint, write_csv
+from .files import (
+    SegmentationError,
+    fingerprint_of,
+    make_folder,
+    read_checkpoint,
+    read_orientation,
+    write_checkpoint,
+    write_csv,
+)
 from .parallel import Place, gather, mean_over_processes, parallel, processes
 from .recipe import PUBLISHED, RECIPES, Recipe, make_loss, make_optimiser, make_scheduler
 from .run import Config, Lock, build_network, load_weights, require_same, write_config
 from .windows import Windows, out_of_memory, window_sizes
+
+_log = logging.getLogger(__name__)
 
 
 def train(
@@ -90,6 +101,7 @@ def train(
         )
     training, validation = _split(dataset, seed)
     spatial_dims = dataset.spatial_dims()
+    orientations = _orientations((*training, *validation), spatial_dims)
     round_length = math.ceil(len(training) / recipe.batch_size)
     iterations = round_length * recipe.epochs if iterations is None else iterations
     if validate_every is None:
@@ -111,9 +123,17 @@ def train(
         tuple(case.name for case in training),
         tuple(case.name for case in validation),
         tuple(map(fingerprint_of, _files(training, validation))),
+        tuple(sorted(_orientations(training, spatial_dims))),
     )
     run = Path(run)
     with processes(device) as place, Lock(run) as lock:
+        if place.rank == 0 and len(orientations) > 1:
+            _log.warning(
+                "%s: the axes of images run differently, %s; nothing is turned, so the network sees some of them "
+                "mirrored or turned",
+                dataset.source,
+                ", ".join(f"{axes} in {file}" for axes, file in orientations.items()),
+            )
         training_run = _Training(run, config, dataset, training, validation, place, lock, cache)
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             return training_run(workers, progress)
@@ -135,6 +155,15 @@ def _split(dataset: Dataset, seed: int) -> tuple[tuple[Case, ...], tuple[Case, .
 
 def _files(training: Sequence[Case], validation: Sequence[Case]) -> list[Path]:
     return [file for case in (*training, *validation) for file in case.files]
+
+
+def _orientations(cases: Sequence[Case], spatial_dims: int) -> dict[str, Path]:
+    """Where the axes of images run to -> the first image of which that holds; without those that do not say."""
+    found: dict[str, Path] = {}
+    for case in cases:
+        found.setdefault(read_orientation(case.images[0], spatial_dims), case.images[0])
+    found.pop("", None)
+    return found
 
 
 class _Training:
