@@ -283,6 +283,20 @@ def test_affine_spacing_and_codes_are_those_of_the_image(tmp_path):
 
 
 @pytest.mark.usefixtures("quick_pictures")
+def test_more_labels_than_eight_bits_hold(images, tmp_path):
+    config = dataclasses.replace(CONFIG, labels=tuple(map(str, range(300))))
+    network = randomise(build_network(config))
+    network.head.bias.data[299] += 100
+    (tmp_path / "run").mkdir()
+    write_config(tmp_path / "run", config)
+    write_checkpoint(tmp_path / "run" / "best.pt", {"model": network.state_dict()})
+    for _ in range(2):  # the second finds what the first has written
+        (file,) = predict(tmp_path / "run", images / "a.nii.gz", tmp_path / "out")
+    labels = labels_of(file)
+    assert labels.dtype == np.uint16 and set(np.unique(labels)) == {0, 299}
+
+
+@pytest.mark.usefixtures("quick_pictures")
 @pytest.mark.parametrize("trained, warned", [((), False), (("SR", "AI"), False), (("AS", "RA"), True)])
 def test_an_image_whose_axes_run_as_none_in_training_is_warned_of(run, images, tmp_path, caplog, trained, warned):
     data = labels_of(images / "a.nii.gz")

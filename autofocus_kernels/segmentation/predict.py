@@ -50,10 +50,11 @@ def predict(
 ) -> list[Path]:
     """Segments every case of ``input`` that ``output`` does not hold yet; label files record what they were made of.
 
-    Each case gives ``CASE.nii.gz`` (uint8, with the shape, affine and orientation of its image) and ``CASE.png``, and
-    with ``attention`` ``attention/CASE.png`` and for every autofocus layer ``attention/CASE/LAYER_weights.nii.gz``
-    (float32, dilations along the last axis) and ``LAYER_dilation.nii.gz`` (the dilation of the largest weight, 0 where
-    nothing was predicted). The label file comes last: where it is, its case is complete.
+    Each case gives ``CASE.nii.gz`` (uint8, uint16 for more than 256 labels, with the shape, affine and orientation of
+    its image) and ``CASE.png``, and with ``attention`` ``attention/CASE.png`` and for every autofocus layer
+    ``attention/CASE/LAYER_weights.nii.gz`` (float32, dilations along the last axis) and ``LAYER_dilation.nii.gz`` (the
+    dilation of the largest weight, 0 where nothing was predicted). The label file comes last: where it is, its case is
+    complete.
 
     Args:
         model: a run's folder, a checkpoint of one, or with ``arch`` a checkpoint of the authors' code.
@@ -76,8 +77,6 @@ def predict(
     network, config = load_model(model, arch=arch)
     if attention and not autofocus_layers(network):
         raise ValueError(f"attention: {network.name} has no autofocus layer whose attention could be written")
-    if len(config.labels) > 256:
-        raise ValueError(f"labels must be at most 256, to be written as uint8, got {len(config.labels)}")
     window = window_sizes(config.window if window is None else window, config.spatial_dims)
     windows = Windows(network, window, tiling, find_device(device))
     cases = find_cases(Path(input), config)
@@ -192,7 +191,7 @@ def _predict_case(case: Case, windows: Windows, config: Config, file: Path, atte
         labels, box, weights_of = windows.segment(sample.image, sample.mask, attention)
     except MemoryError as error:
         raise SegmentationError(f"{case.images[0]}: {error}, and there is nothing smaller to try") from error
-    labels = labels.astype(np.uint8)
+    labels = labels.astype(np.min_scalar_type(len(config.labels) - 1))
     image = np.where(sample.mask, sample.image[0], sample.image[0].min())
     if attention:
         maps = {name: weights.numpy() for name, weights in weights_of.items()}
