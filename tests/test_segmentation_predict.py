@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.segmentation_runs import in_process, kill_before_file, rewrite_header
+from matplotlib.figure import Figure
 from torch import nn
 
 from autofocus_kernels import networks
@@ -280,6 +281,20 @@ def test_affine_spacing_and_codes_are_those_of_the_image(tmp_path):
     assert result.shape == (9, 8, 7)
     assert result.header.get_zooms() == nibabel.load(image).header.get_zooms()
     assert (int(result.header["sform_code"]), result.header.get_xyzt_units()[0]) == (1, "mm")
+
+
+@pytest.mark.filterwarnings("error")  # of matplotlib, when the legend leaves no room for the picture
+def test_a_picture_has_room_beside_the_names_of_many_labels(tmp_path, monkeypatch):
+    legends = []
+    legend = Figure.legend
+    monkeypatch.setattr(Figure, "legend", lambda *args, **options: legends.append(options) or legend(*args, **options))
+    labels = np.zeros((20, 20), np.uint16)
+    labels.flat[:300] = np.arange(300)
+    labels[-3:] = 299
+    pictures.write_overlay(
+        tmp_path / "a.png", np.ones((20, 20)), labels, np.eye(4), dict(enumerate(map(str, range(300))))
+    )
+    assert [handle.get_label() for handle in legends[0]["handles"]] == [*map(str, range(1, 20)), "299", "279 more"]
 
 
 @pytest.mark.usefixtures("quick_pictures")

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from .files import write_atomic
 
 _SOFTWARE = "autofocus_kernels.segmentation"
+_NAMED = 20  # labels in a legend: more leave no room for the picture
 _PLANES = {0: "sagittal", 1: "coronal", 2: "axial"}  # by the axis that a slice cuts, of left-right, back-front, up
 
 
@@ -28,7 +29,7 @@ def write_overlay(
     Args:
         image, labels: ``[*S]``, two or three axes; label 0 is not drawn.
         affine: voxel to world; volumes are turned to the axes nearest to those of the body.
-        names: of the labels, for the legend.
+        names: of the labels, for the legend, which holds those of most voxels.
     """
     (image, labels), spacing = _turned([image, labels], affine)
     cuts = _cuts(labels)
@@ -45,8 +46,11 @@ def write_overlay(
         axes[0, column].set_title("image" if axis is None else f"{_PLANES[axis]}, slice {index}", fontsize=10)
         _draw_labels(axes[1, column], marked, _aspect(spacing, axis))
     axes[1, 0].set_title("segmentation", fontsize=10)
-    present = [label for label in np.unique(labels).tolist() if label]
-    handles = [Patch(color=_colour(label), label=names.get(label, f"label {label}")) for label in present]
+    present, voxels = np.unique(labels[labels > 0], return_counts=True)
+    largest = np.sort(present[np.argsort(-voxels, kind="stable")[:_NAMED]]).tolist()
+    handles = [Patch(color=_colour(label), label=names.get(label, f"label {label}")) for label in largest]
+    if len(present) > len(largest):
+        handles.append(Patch(color="none", label=f"{len(present) - len(largest)} more"))
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
     else:
