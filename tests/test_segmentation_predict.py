@@ -297,6 +297,11 @@ def test_a_picture_has_room_beside_the_names_of_many_labels(tmp_path, monkeypatc
     assert [handle.get_label() for handle in legends[0]["handles"]] == [*map(str, range(1, 20)), "299", "279 more"]
 
 
+def test_a_name_of_a_label_is_no_formula(tmp_path):
+    labels = np.eye(6, dtype=np.uint8)
+    pictures.write_overlay(tmp_path / "a.png", np.ones((6, 6)), labels, np.eye(4), {1: r"$\frac$"})
+
+
 @pytest.mark.usefixtures("quick_pictures")
 def test_more_labels_than_eight_bits_hold(images, tmp_path):
     config = dataclasses.replace(CONFIG, labels=tuple(map(str, range(300))))

@@ -48,7 +48,7 @@ def write_overlay(
     axes[1, 0].set_title("segmentation", fontsize=10)
     present, voxels = np.unique(labels[labels > 0], return_counts=True)
     largest = np.sort(present[np.argsort(-voxels, kind="stable")[:_NAMED]]).tolist()
-    handles = [Patch(color=_colour(label), label=names.get(label, f"label {label}")) for label in largest]
+    handles = [Patch(color=_colour(label), label=_plain(names.get(label, f"label {label}"))) for label in largest]
     if len(present) > len(largest):
         handles.append(Patch(color="none", label=f"{len(present) - len(largest)} more"))
     if handles:
@@ -168,6 +168,11 @@ def _draw_labels(panel, labels: np.ndarray, aspect: float) -> None:
         _show(panel, mask, aspect, cmap=ListedColormap([_colour(label)]), alpha=0.35)
         if min(labels.shape) > 1:
             panel.contour((labels == label).T.astype(float), levels=[0.5], colors=[_colour(label)], linewidths=0.9)
+
+
+def _plain(text: str) -> str:
+    """As matplotlib draws it without looking for a formula."""
+    return text.replace("$", r"\$")
 
 
 def _colour(label: int):
