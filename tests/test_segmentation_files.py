@@ -498,6 +498,7 @@ def test_a_list_with_blanks_and_capitals(tmp_path):
     "lines, message",
     [
         ("case;t1;label\np1;a.nii;b.nii", "columns must be separated by commas, got 'case;t1;label'"),
+        ("t1\tlabel\na.nii\tb.nii", "columns must be separated by commas, got 't1.+label'"),
         ("case,t1,t1 ,label\np1,a.nii,b.nii,c.nii", "every column must have a name of its own"),
         ("case,t1,label\np1,a.nii,b.nii,c.nii", "line 2 must have as many columns as the first"),
         ("case,t1,label\np1,a.nii", "line 2 must have as many columns as the first"),

@@ -111,7 +111,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[dict]]:
     modalities = [column for column in columns if column not in _COLUMNS]
     if not rows or not modalities:
         raise SegmentationError(f"{path}: must have rows, and columns of images beside {', '.join(_COLUMNS)}")
-    if len(columns) == 1 and ";" in columns[0]:
+    if len(columns) == 1 and (";" in columns[0] or "\t" in columns[0]):
         raise SegmentationError(f"{path}: columns must be separated by commas, got {columns[0]!r}")
     if len(set(columns)) < len(columns):
         raise SegmentationError(f"{path}: every column must have a name of its own, got {columns}")
