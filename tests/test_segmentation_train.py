@@ -549,6 +549,19 @@ def test_a_bad_case_is_found_before_training(finished, phantom_2d, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("cache", [None, 0])
+def test_cases_without_any_label_are_not_trained_on(phantom_2d, tmp_path, cache):
+    """Crops of background alone would train for days, and validation score nothing."""
+    data = tmp_path / "data"
+    shutil.copytree(phantom_2d, data)
+    for file in (data / "labelsTr").iterdir():
+        image = files.read_labels(file)
+        files.write_nifti(file, 0 * image.data, image.affine, image.header)
+    with pytest.raises(SegmentationError, match="dataset.json: at least one case to train on must have a label above"):
+        train.train(data, tmp_path / "run", **SMALL, cache=cache)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("folder", ["imagesTr", "labelsTr"])
 def test_a_file_without_a_place_is_not_trained_on(phantom_2d, tmp_path, folder):
     data = tmp_path / "data"

@@ -58,7 +58,8 @@ class Crops(torch.utils.data.Dataset):
         cache: how many cases to keep in memory, the others being read for every crop; None for all.
 
     Raises:
-        SegmentationError: a file of a case that does not fit. All cases are read once by the constructor.
+        SegmentationError: a file of a case that does not fit, or no case with a label above 0. All cases are read once
+            by the constructor.
     """
 
     def __init__(
@@ -75,8 +76,13 @@ class Crops(torch.utils.data.Dataset):
         kept = sys.maxsize if cache is None else cache
         with _own_errors():
             self.cases = CacheDataset(list(cases), load, cache_num=kept, progress=False, copy_cache=False)
-        for case in cases[kept:]:
-            load(case)
+        labelled = [len(self.cases[i].foreground) > 0 for i in range(min(kept, len(cases)))]
+        labelled += [len(load(case).foreground) > 0 for case in cases[kept:]]
+        if not any(labelled):
+            raise SegmentationError(
+                f"{dataset.source}: at least one case to train on must have a label above 0, got none in "
+                f"{len(cases)} label files"
+            )
         self.window, self.crop, self.seed = window, crop, seed
         self.flipped_axes = len(window) if flip_every_axis else 1
 
