@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("autofocus_kernels.segmentation.extra", exc_type=ImportError)
 import nibabel
 from helpers.segmentation_runs import rewrite_header
+from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter
 
 from autofocus_kernels.segmentation import __main__ as command
 from autofocus_kernels.segmentation.evaluate import (
@@ -69,6 +70,19 @@ def test_distances_are_in_the_spacing_of_their_axis(axis):
     spacing = (0.5, 1.5, 4.0)
     _, hausdorff, surface, _ = score(predicted, true, spacing)
     assert (hausdorff, surface) == pytest.approx((2 * spacing[axis], 2 * spacing[axis]))
+
+
+@pytest.mark.parametrize("shape, spacing", [((17, 12), (0.5, 3.0)), ((9, 12, 7), (1.0, 0.7, 5.0))])
+def test_scores_are_those_that_scipy_gives(shape, spacing):
+    random = np.random.default_rng(0)
+    for smoothness in (0.5, 1.0, 2.0):
+        masks = [gaussian_filter(random.standard_normal(shape), smoothness) > 0 for _ in range(2)]
+        surfaces = [mask & ~binary_erosion(mask) for mask in masks]
+        directed = [distance_transform_edt(~surfaces[1 - i], sampling=spacing)[surfaces[i]] for i in range(2)]
+        dice, hausdorff, surface, _ = score(*(mask.astype(np.uint8) for mask in masks), spacing)
+        assert dice == pytest.approx(2 * (masks[0] & masks[1]).sum() / (masks[0].sum() + masks[1].sum()))
+        assert hausdorff == pytest.approx(max(np.percentile(distances, 95) for distances in directed), rel=1e-5)
+        assert surface == pytest.approx(np.concatenate(directed).mean(), rel=1e-5)
 
 
 def test_hausdorff_leaves_out_the_farthest_twentieth():
