@@ -586,6 +586,17 @@ def test_a_split_of_another_form(tmp_path, split):
         read_dataset(tmp_path / "list.json", ["background", "organ"])
 
 
+@pytest.mark.parametrize(
+    "shape, dims", [((4, 5), 2), ((4, 5, 1), 2), ((4, 5, 1, 1), 2), ((4, 1, 5), 3), ((4, 5, 2), 3)]
+)
+def test_slices_stored_as_volumes_are_for_a_network_of_two_axes(tmp_path, shape, dims):
+    files.write_json(tmp_path / "dataset.json", GOOD)
+    (case,) = read_dataset(tmp_path).training
+    case.label.parent.mkdir(exist_ok=True)
+    write_nifti(case.label, np.ones(shape, np.uint8), AFFINE)
+    assert read_dataset(tmp_path).spatial_dims() == dims
+
+
 def test_a_description_without_lists(tmp_path):
     files.write_json(tmp_path / "dataset.json", {key: GOOD[key] for key in ("modality", "labels")})
     with pytest.raises(SegmentationError, match='must list cases, as "training", .* got modality, labels'):

@@ -47,11 +47,11 @@ class Dataset:
     test: tuple[Case, ...]
 
     def spatial_dims(self) -> int:
-        """2 or 3, as the first label map for training has; there must be one."""
-        dims = read_labels(self.training[0].label).data.ndim
-        if dims not in (2, 3):
-            raise SegmentationError(f"{self.training[0].label}: must have 2 or 3 axes, got {dims}")
-        return dims
+        """2 or 3, as the first label map for training has; there must be one. A third axis of one voxel is none."""
+        shape = read_labels(self.training[0].label).data.shape
+        if len(shape) not in (2, 3):
+            raise SegmentationError(f"{self.training[0].label}: must have 2 or 3 axes, got {len(shape)}")
+        return 2 if shape[2:] == (1,) else len(shape)
 
 
 class Sample(NamedTuple):
