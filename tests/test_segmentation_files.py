@@ -62,6 +62,28 @@ def test_header_of_the_image_is_kept(tmp_path):
     assert isinstance(nibabel.load(tmp_path / "label.nii.gz"), nibabel.Nifti2Image)
 
 
+@pytest.mark.parametrize("codes", [(0, 0), (0, 1), (2, 0), (2, 1)])
+@pytest.mark.parametrize(
+    "shape, written", [((4, 5, 2), (4, 5)), ((4, 5), (4, 5, 3)), ((4, 5, 6, 2), (4, 5, 6)), ((4, 5, 6), (4, 5, 6, 3))]
+)
+def test_the_place_of_the_image_is_kept_as_its_header_says_it(tmp_path, codes, shape, written):
+    """Of labels, which have no axis of modalities, and of attention, which has one of dilations."""
+    source = nibabel.Nifti1Image(np.ones(shape, np.int16), None)
+    source.header.set_zooms((1.5, 2.0, 3.0, 1.0)[: len(shape)])
+    for set_form, code in zip((source.header.set_sform, source.header.set_qform), codes):
+        if code:
+            set_form(AFFINE, code)
+    nibabel.save(source, tmp_path / "image.nii")
+    image = nibabel.load(tmp_path / "image.nii")
+    write_nifti(tmp_path / "label.nii", np.ones(written, np.uint8), image.affine, image.header)
+    label = nibabel.load(tmp_path / "label.nii")
+    for field in ("sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "quatern_b", "qoffset_x"):
+        np.testing.assert_array_equal(label.header[field], image.header[field])
+    if any(codes):
+        np.testing.assert_allclose(label.affine, image.affine)
+    assert label.header.get_zooms()[:2] == image.header.get_zooms()[:2]
+
+
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "file.txt"
     files.write_text(path, "before")

@@ -245,7 +245,7 @@ def write_nifti(path: str | os.PathLike, data: np.ndarray, affine: np.ndarray, h
     """Writes voxels of any NIfTI dtype under an affine; all of the file, or nothing. The same bytes for the same image.
 
     Args:
-        header: of the image the voxels belong to; units, spacing, and the codes of qform and sform are kept.
+        header: of the image the voxels belong to, which has this affine; units, spacing, qform and sform are kept.
 
     Raises:
         SegmentationError: the file cannot be written (a full disk, say); what it held before is kept.
@@ -258,8 +258,12 @@ def write_nifti(path: str | os.PathLike, data: np.ndarray, affine: np.ndarray, h
         header.set_slope_inter(1, 0)
         header["cal_min"] = header["cal_max"] = 0  # the grey values that a viewer would show of the image
         header.set_intent("none")
+        spacing = header["pixdim"][:4].copy()
+        header.set_data_shape(data.shape)
+        header["pixdim"][:4] = spacing  # also that of an axis the voxels do not have, on which a qform depends
+    placed = header is None or _is_placed(header)  # or nibabel would write the affine that it has made up
     make = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
-    image = make(data, affine, header, dtype=data.dtype)
+    image = make(data, affine if placed else None, header, dtype=data.dtype)
 
     def write(file: BinaryIO) -> None:
         if str(path).endswith(".gz"):
