@@ -330,6 +330,26 @@ def test_an_image_whose_axes_run_as_none_in_training_is_warned_of(run, images, t
     ]
 
 
+@pytest.mark.usefixtures("quick_pictures")
+def test_images_without_masks_are_warned_of_where_training_had_some(run, images, tmp_path, caplog):
+    """They are normalised inside another mask."""
+    predict(run, images, tmp_path / "out")
+    assert not caplog.messages
+    write_config(run, dataclasses.replace(CONFIG, masks=True))
+    predict(run, images, tmp_path / "out", overwrite=True)
+    assert caplog.messages == [
+        f"{images / 'a.nii.gz'}: has no mask file, as the cases of training had (2 such in all); it is normalised, and "
+        "segmented, inside the mask that its voxels give"
+    ]
+    caplog.clear()
+    mask = images.parent / "mask.nii"
+    nibabel.save(nibabel.Nifti1Image(labels_of(images / "a.nii.gz").any(-1).astype(np.uint8), ROTATED), mask)
+    entries = [{"image": str(images / "a.nii.gz"), "mask": str(mask), "split": "test"}]
+    write_json(tmp_path / "list.json", entries)
+    predict(run, tmp_path / "list.json", tmp_path / "masked")
+    assert not caplog.messages
+
+
 def test_attention_as_files(run, images, tmp_path):
     out = tmp_path / "out"
     predict(run, images / "a.nii.gz", out, attention=True)

@@ -296,9 +296,9 @@ def test_a_run_that_kept_no_fingerprints_goes_on(finished, phantom_2d, tmp_path)
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
     config = files.read_json(run / "config.json")
-    files.write_json(
-        run / "config.json", {k: v for k, v in config.items() if k not in ("fingerprints", "orientations")}
-    )
+    assert config["masks"]
+    later = ("fingerprints", "orientations", "masks")
+    files.write_json(run / "config.json", {name: value for name, value in config.items() if name not in later})
     assert len(train.train(phantom_2d, run, **SMALL)) == 2
     assert files.read_json(run / "config.json") == config
 

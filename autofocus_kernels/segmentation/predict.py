@@ -86,6 +86,14 @@ def predict(
     done = set() if overwrite else {case.name for case in cases if _is_done(files[case.name], attention, case, origin)}
     if len(done) < len(cases):
         make_folder(output)
+    unmasked = [case for case in cases if case.mask is None and case.name not in done]
+    if config.masks and unmasked:
+        _log.warning(
+            "%s: has no mask file, as the cases of training had (%d such in all); it is normalised, and segmented, "
+            "inside the mask that its voxels give",
+            unmasked[0].images[0],
+            len(unmasked),
+        )
     for case in tqdm(cases, desc="predict", unit="case", disable=None):
         if case.name not in done:
             _predict_case(case, windows, config, files[case.name], attention, origin)

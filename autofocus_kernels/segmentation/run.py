@@ -35,6 +35,7 @@ class Config:
         recipe and what follows: of the training; None for a checkpoint from elsewhere.
         training, validation: names of cases; ``fingerprints`` are of their files, one after the other.
         orientations: where the axes of the images of training run to, as "RAS"; empty if that is not known.
+        masks: whether every case for training had a mask file.
     """
 
     arch: str
@@ -54,6 +55,7 @@ class Config:
     validation: tuple[str, ...] | None = None
     fingerprints: tuple[str, ...] = ()
     orientations: tuple[str, ...] = ()
+    masks: bool = False
 
 
 class Lock:
@@ -139,7 +141,7 @@ def require_same(run: Path, config: Config, files: Sequence[Path]) -> None:
     """
     before = read_config(run)
     fingerprints = before.fingerprints or config.fingerprints  # older runs kept none
-    of_files = {"fingerprints": config.fingerprints, "orientations": config.orientations}
+    of_files = {name: getattr(config, name) for name in ("fingerprints", "orientations", "masks")}
     differences = [
         f"{name} is {old!r} there, {new!r} here" for name, old, new in _differences(replace(before, **of_files), config)
     ]

@@ -124,6 +124,7 @@ def train(
         tuple(case.name for case in validation),
         tuple(map(fingerprint_of, _files(training, validation))),
         tuple(sorted(_orientations(training, spatial_dims))),
+        all(case.mask is not None for case in training),
     )
     run = Path(run)
     with processes(device) as place, Lock(run) as lock:
