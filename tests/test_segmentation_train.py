@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -560,6 +561,21 @@ def test_cases_without_any_label_are_not_trained_on(phantom_2d, tmp_path, cache)
     with pytest.raises(SegmentationError, match="dataset.json: at least one case to train on must have a label above"):
         train.train(data, tmp_path / "run", **SMALL, cache=cache)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("cache", [None, 0])
+def test_labels_outside_the_masks_are_warned_of(phantom_2d, tmp_path, caplog, cache):
+    """As those of lungs in CT whose air was cut off to zero: they are trained on, and never predicted."""
+    train.train(phantom_2d, tmp_path / "first", **SMALL | {"iterations": 1}, cache=cache)
+    assert not caplog.messages
+    data = tmp_path / "data"
+    shutil.copytree(phantom_2d, data)
+    for file in (data / "masksTr").iterdir():
+        mask = files.read_labels(file)
+        files.write_nifti(file, mask.data * (np.arange(mask.data.shape[1]) < 16), mask.affine, mask.header)
+    train.train(data, tmp_path / "run", **SMALL | {"iterations": 1}, cache=cache)
+    (warning,) = caplog.messages
+    assert re.search(r"dataset.json: \d\d % of the labelled voxels to train on lie outside the masks", warning)
 
 
 @pytest.mark.parametrize("folder", ["imagesTr", "labelsTr"])

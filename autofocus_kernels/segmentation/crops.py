@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,15 +26,21 @@ from .dataset import Case, Dataset, read_case
 from .files import SegmentationError
 from .windows import cut
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)  # MONAI would take named tuples apart
 class Loaded:
-    """A normalised image ``[M, *S]``, its labels ``[*S]``, and flat indices of the voxels that crops may centre on."""
+    """A normalised image ``[M, *S]``, its labels ``[*S]``, and flat indices of the voxels that crops may centre on.
+
+    ``outside`` is how many voxels of the foreground are outside the mask.
+    """
 
     image: Tensor
     label: Tensor
     foreground: np.ndarray
     background: np.ndarray
+    outside: int
 
 
 class _Load(Transform):
@@ -43,7 +51,8 @@ class _Load(Transform):
         sample = read_case(case, *self.arguments)
         foreground = np.flatnonzero(sample.label).astype(np.int32)
         background = np.flatnonzero((sample.label == 0) & sample.mask).astype(np.int32)
-        return Loaded(torch.from_numpy(sample.image), torch.from_numpy(sample.label), foreground, background)
+        outside = np.count_nonzero(sample.label[~sample.mask])
+        return Loaded(torch.from_numpy(sample.image), torch.from_numpy(sample.label), foreground, background, outside)
 
 
 class Crops(torch.utils.data.Dataset):
@@ -76,12 +85,20 @@ class Crops(torch.utils.data.Dataset):
         kept = sys.maxsize if cache is None else cache
         with _own_errors():
             self.cases = CacheDataset(list(cases), load, cache_num=kept, progress=False, copy_cache=False)
-        labelled = [len(self.cases[i].foreground) > 0 for i in range(min(kept, len(cases)))]
-        labelled += [len(load(case).foreground) > 0 for case in cases[kept:]]
-        if not any(labelled):
+        labelled = outside = 0
+        for loaded in itertools.chain((self.cases[i] for i in range(min(kept, len(cases)))), map(load, cases[kept:])):
+            labelled += len(loaded.foreground)
+            outside += loaded.outside
+        if not labelled:
             raise SegmentationError(
                 f"{dataset.source}: at least one case to train on must have a label above 0, got none in "
                 f"{len(cases)} label files"
+            )
+        if outside > 0.01 * labelled:
+            _log.warning(
+                "%s: %.0f %% of the labelled voxels to train on lie outside the masks, where predict writes label 0",
+                dataset.source,
+                100 * outside / labelled,
             )
         self.window, self.crop, self.seed = window, crop, seed
         self.flipped_axes = len(window) if flip_every_axis else 1
