@@ -1,21 +1,23 @@
-// Batch-normalised branches: what works on branches that exist already (docs/branch_norm.md, sections 2 and 3).
+// Batch-normalised branches: the passes over branches that are in memory already (docs/branch_norm.md, sections 2 and
+// 3): statistics, combination, and the gradients of both. Calls of either tier use them.
 //
-// Memory bounds every kernel: a thread takes a position and a few channels of it. The mean of a branch is estimated
-// from a sample first, and moments are taken about that: a variance is never a difference of large sums.
+// All kernels are bound by memory; a thread has a position and a few channels of it. For the statistics, the mean of a
+// branch is first estimated from a sample, and moments are taken about this estimate, the pivot. So a variance is never
+// a difference of large sums.
 #include "simple/simple.h"
 
 namespace autofocus::cuda {
 
-constexpr int kNormChannels = 8;    // that a thread takes: enough loads under way, few enough registers for kNormBlocks
-constexpr int kNormBlocks = 4;      // at least, a multiprocessor
-constexpr int64_t kSamples = 1024;  // positions that the first estimate of a mean is made of
-constexpr int64_t kBlockPositions = 131072;  // at most, so that no sum of floats gets long
+constexpr int kNormChannels = 8;             // channels of a thread: enough loads under way, few enough registers
+constexpr int kNormBlocks = 4;               // the fewest blocks on a multiprocessor, for __launch_bounds__
+constexpr int64_t kSamples = 1024;           // positions (about) that the first estimate of a mean is made of
+constexpr int64_t kBlockPositions = 131072;  // the most of a block, so that a thread sums at most 1024 in float32
 
-// What becomes of the two sums of a branch and channel, of w and of w (y - pivot).
+// What branch_totals makes of the two sums of a branch and channel: those of w and of w (y - pivot).
 enum class Totals { kEstimate, kMoments, kGradients };
 
-// partial [splits, K, O, 2]; grid (splits, output tiles, K). w is the gated gradient a_k G, or, without one, y - pivot.
-// Every `spacing`-th position counts. A null pivot is zero.
+// Writes partial [splits, K, O, 2], the sums of w and of w (y - pivot) over `count` positions, `spacing` apart. w is
+// a_k G, or y - pivot if grad_output is null. A null pivot is zero. Grid (splits, blocks of kNormChannels, K).
 template <typename T>
 __global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_sums(Problem g, Strided<const T> branches,
                                                                            Strided<const T> attention,
@@ -58,8 +60,9 @@ __global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_sums(Probl
     partial[((int64_t(blockIdx.x) * g.K + k) * g.O + o0) * 2 + row] = sums[row * kSimpleThreads];
 }
 
-// One block an element [k, o]. kEstimate: first = mean. kMoments: `first` is the pivot and becomes the mean, `second`
-// the biased variance. kGradients: the sums themselves.
+// Adds up the splits, in double. Grid (O, K), a block for each branch and channel.
+// kEstimate: `first` becomes the mean of the sample, `second` is not written. kMoments: `first` is the pivot and
+// becomes the mean, `second` becomes the biased variance. kGradients: they become the two sums.
 template <typename A>
 __global__ __launch_bounds__(kSimpleThreads) void branch_totals(int64_t splits, const A* partial, int64_t count,
                                                                 Totals totals, A* first, A* second) {
@@ -93,7 +96,7 @@ __global__ __launch_bounds__(kSimpleThreads) void branch_totals(int64_t splits, 
   }
 }
 
-// Both steps, over `count` positions `spacing` apart.
+// Runs both kernels, over `count` positions `spacing` apart.
 template <typename T>
 void sum_branches(const BranchTensors& in, const void* pivot, int64_t count, int64_t spacing, Totals totals,
                   void* first, void* second, const Context& context) {
@@ -101,7 +104,7 @@ void sum_branches(const BranchTensors& in, const void* pivot, int64_t count, int
   using Read = Strided<const T>;
   const Problem& g = in.g;
   const int64_t tiles = (g.O + kNormChannels - 1) / kNormChannels;
-  // Enough blocks to fill the device a few times over, with at least 1024 positions each, and not too many either.
+  // Enough blocks to fill the device a few times over, with at least 1024 and at most kBlockPositions positions each.
   const int64_t wanted = (8 * int64_t(device_limits().multiprocessors) + tiles * g.K - 1) / (tiles * g.K);
   const int64_t possible = (count + 1023) / 1024, needed = (count + kBlockPositions - 1) / kBlockPositions;
   const int64_t filling = wanted < possible ? wanted : possible;
@@ -118,7 +121,7 @@ void sum_branches(const BranchTensors& in, const void* pivot, int64_t count, int
 
 void branch_moments(const BranchTensors& in, void* mean, void* var, const Context& context) {
   const int64_t positions = in.g.N * volume(in.g.output);
-  // Odd, so that the sample does not keep to one side of the volume.
+  // Odd: sizes are often powers of two, and a spacing like that would keep to the columns at one side.
   const int64_t spacing = positions / kSamples | 1;
   const int64_t samples = (positions + spacing - 1) / spacing;
   for_dtype(in.dtype, [&](auto element) {
@@ -128,7 +131,7 @@ void branch_moments(const BranchTensors& in, void* mean, void* var, const Contex
   });
 }
 
-// output = sum_k a_k (scale_k y_k + shift_k); grid (positions, output tiles).
+// output = sum_k a_k (scale_k y_k + shift_k). Grid (position blocks, blocks of kNormChannels).
 template <typename T>
 __global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_combination(Problem g, Strided<const T> branches,
                                                                                   Strided<const T> attention,
@@ -166,7 +169,7 @@ void branch_combine(const BranchTensors& in, const void* scale, const void* shif
   });
 }
 
-// da_k = sum_o G (scale_k y_k + shift_k); grid (positions, K).
+// da_k = sum_o G (scale_k y_k + shift_k). Grid (position blocks, K).
 template <typename T>
 __global__ __launch_bounds__(kSimpleThreads, kNormBlocks) void branch_grad_attention(
     Problem g, Strided<const T> grad_output, Strided<const T> branches, const Accumulator<T>* scale,
@@ -200,7 +203,8 @@ void branch_reduce(const BranchTensors& in, const void* mean, const void* scale,
   });
 }
 
-// dy_k = a_coef_k a_k G + b_coef_k y_k + c_coef_k, which may take the place of y_k; grid (positions, output tiles).
+// dy_k = a_coef_k a_k G + b_coef_k y_k + c_coef_k. Grid (position blocks, blocks of kNormChannels). grad_branches may
+// be the memory of the branches: a thread reads all elements of y_k that it overwrites first.
 template <typename T>
 __global__ __launch_bounds__(kSimpleThreads,
                              kNormBlocks) void branch_gradient(Problem g, Strided<const T> grad_output,

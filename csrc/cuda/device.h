@@ -1,7 +1,8 @@
-// The only file in which a kernel meets CUDA: element types, warp instructions, asynchronous copies, launches.
+// The only file where kernels touch CUDA itself: element types, inline PTX, asynchronous copies, launches. Every kernel
+// includes it.
 //
-// nvcc takes the first half. Any other compiler takes cuda_emulation.h (tests/cuda_host), which gives the same names to
-// code that runs the threads of a block on a CPU; so the tests execute the very kernel bodies the GPU gets.
+// nvcc compiles the first half. Any other compiler includes cuda_emulation.h (tests/cuda_host) instead, which defines
+// the same names for threads that run on a CPU. So the tests execute the same kernel bodies as a GPU.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +28,7 @@ __device__ inline float to_float(BFloat16 value) { return __bfloat162float(value
 __device__ inline void from_float(Half& to, float value) { to = __float2half_rn(value); }
 __device__ inline void from_float(BFloat16& to, float value) { to = __float2bfloat16_rn(value); }
 
-// Dynamic shared memory of the block, 128-byte aligned.
+// The block's dynamic shared memory, aligned to 128 bytes because bulk copies of planes need it.
 __device__ inline unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char autofocus_shared[];
   return autofocus_shared;
@@ -37,7 +38,8 @@ __device__ inline uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
-// Asynchronous copy of kBytes (8 or 16) into shared memory; zeros where `valid` is false (nothing is read then).
+// Asynchronous copy of kBytes (8 or 16) from global to shared memory by this thread. If not `valid` it writes zeros and
+// reads nothing, so `from` may point anywhere.
 template <int kBytes>
 __device__ inline void copy_async(unsigned char* to, const void* from, bool valid) {
   const uint32_t address = shared_address(to);
@@ -49,17 +51,18 @@ __device__ inline void copy_async(unsigned char* to, const void* from, bool vali
                  : "memory");
 }
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most kPending of this thread's newest groups are still under way.
+// Waits until all but the newest kPending groups of this thread have landed. Other threads see them after a barrier.
 template <int kPending>
 __device__ inline void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Bulk copies, by the copy engine of GPUs from compute capability 9.0 on: one thread asks for them. What they bring is
-// counted by a barrier in shared memory. Its phase ends when it has had its one arrival and every byte that it was told
-// to expect; the next one begins at once.
+// Bulk copies: from compute capability 9.0 on, one thread asks the copy engine for a whole copy. A barrier in shared
+// memory (an mbarrier) counts the bytes that land. Its phase ends after one arrival and once every expected byte has
+// landed, in any order; the next phase begins at once. Bytes may land before they are expected, because without the
+// arrival no phase ends.
 using CopyBarrier = uint64_t;
-// Volumes of points of 16 bytes, and how many columns and rows of a plane of them one copy takes.
+// Describes volumes of points of 16 bytes to the copy engine, and the box of a plane (columns, rows) that a copy takes.
 using PlaneMap = CUtensorMap;
 
 #if __CUDA_ARCH__ >= 900
@@ -74,13 +77,14 @@ __device__ inline void expect_bytes(CopyBarrier& barrier, int bytes) {
 __device__ inline void arrive(CopyBarrier& barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
-// Its memory is for other things now.
+// Ends the barrier's life, so that its memory can hold other data.
 __device__ inline void end_barrier(CopyBarrier& barrier) {
   asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
-// Waits until a phase has ended, that before the current one or the current one, by its number modulo 2. A copy that
-// has not landed after four times 2^32 cycles never will: then the GPU does not hang, but the kernel ends with the
-// error of an illegal address (trap would do too, and costs registers).
+// Waits until the phase with number `phase` modulo 2 has ended. It must be the barrier's current phase or the one
+// before. The thread then sees what the phase's copies wrote. After more than 4 * 2^32 cycles (some ten seconds) a copy
+// will never land: a store to address 0 then ends the kernel with an error instead of a hang (trap would cost
+// registers).
 __device__ inline void wait_for_copies(CopyBarrier& barrier, uint32_t phase) {
   asm volatile(
       "{\n.reg .pred ended, late;\n.reg .u32 begun, now;\n.reg .u64 nowhere;\n"
@@ -100,26 +104,27 @@ __device__ inline void wait_for_copies(CopyBarrier& barrier, uint32_t phase) {
       "r"(phase)
       : "memory");
 }
-// Fetches a map, which the first copy would wait for.
+// Fetches a map early; otherwise the first copy would wait for it.
 __device__ inline void prefetch_map(const PlaneMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
-// To this block's own shared memory. The PTX of CUDA 12.6 has no such name yet; that of a cluster's memory means the
-// same for a block alone, but makes code that asks for the block's number where a GPU has no clusters, as sm_120.
+// The destination of a bulk copy is this block's own shared memory. The PTX of CUDA 12.6 has no shared::cta here.
+// shared::cluster means the same for a block that is its own cluster, but on sm_120, which has no clusters, it adds
+// code that looks up the block's number.
 #if __CUDA_ARCH__ >= 1000
 #define AUTOFOCUS_TO_BLOCK "shared::cta"
 #else
 #define AUTOFOCUS_TO_BLOCK "shared::cluster"
 #endif
-// A multiple of 16 bytes, at multiples of 16.
+// Copies `bytes` bytes, a multiple of 16; both addresses are multiples of 16.
 __device__ inline void copy_bulk(unsigned char* to, const void* from, int bytes, CopyBarrier& barrier) {
   asm volatile("cp.async.bulk." AUTOFOCUS_TO_BLOCK
                ".global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(&barrier))
                : "memory");
 }
-// The map's columns and rows of one plane of a volume, from point (x, y, z) on, row behind row, to a multiple of 128
-// bytes. Points outside the volume are zeros, and counted like all others.
+// Copies the map's box from plane z of a volume, beginning at column x and row y. Rows follow each other without gaps
+// from `to` on, a multiple of 128 bytes. Points outside the volume become zeros, and the barrier counts them too.
 __device__ inline void copy_plane(unsigned char* to, const PlaneMap& map, int x, int y, int z, int volume,
                                   CopyBarrier& barrier) {
   asm volatile("cp.async.bulk.tensor.4d." AUTOFOCUS_TO_BLOCK
@@ -128,8 +133,10 @@ __device__ inline void copy_plane(unsigned char* to, const PlaneMap& map, int x,
                : "memory");
 }
 #undef AUTOFOCUS_TO_BLOCK
-// Copy engine and warpgroup MMA reach shared memory by a way of their own. What they do there behind the next barrier
-// of the block comes after what this thread has done by ordinary instructions: written, read, a barrier set up.
+// The copy engine and warpgroup MMA access shared memory through a proxy of their own (the async proxy), which barriers
+// alone do not order with ordinary instructions. A thread that has read, written or set up a barrier there with
+// ordinary instructions calls this before the block's next barrier; what the async proxy does after that barrier comes
+// later.
 __device__ inline void fence_proxies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #else
 __device__ constexpr bool has_bulk_copies() { return false; }
@@ -146,16 +153,15 @@ __device__ inline void fence_proxies() {}
 
 __device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
-// The nearest number of 10 bits behind the point, as TF32 has them, halves away from zero. The tensor cores would cut
-// the rest off.
+// Rounds to TF32 (10 fraction bits), to nearest with halves away from zero. Tensor cores would cut the other bits off.
 __device__ inline uint32_t tf32(float value) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return bits;
 }
 
-// d[16x8] += a[16xk] b[kx8] over the warp; k is 16, or 8 with float, whose operands are TF32. Fragment layouts are
-// those of the PTX manual, mma.m16n8k16 and m16n8k8.
+// d[16 x 8] += a[16 x k] b[k x 8] by one warp. k is 16 for 16-bit types, and 8 for float, whose operands are TF32. The
+// fragment layouts are those of mma.m16n8k16 and m16n8k8 in the PTX manual.
 template <typename T>
 __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint2 b) {
   if constexpr (std::is_same_v<T, float>)
@@ -172,12 +178,12 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint2 b) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
 }
 
-// A place in shared memory in units of 16 bytes, as ldmatrix (times 16) and the descriptors of warpgroup MMA count.
+// An address in shared memory in units of 16 bytes, the unit of warpgroup MMA descriptors and of load_matrices.
 __device__ inline uint32_t shared_units(const unsigned char* at) { return shared_address(at) >> 4; }
 
-// Four 8x8 matrices of 16-bit elements, of which lane i gives row i % 8 of matrix i / 8. A lane gets elements 2 (lane %
-// 4) and the next of row lane / 4 of each, or element lane % 4 of a row of four floats; of column lane / 4 if
-// kTransposed, which is for 16 bits.
+// Loads four 8x8 matrices of 16-bit elements with a warp. Lane i passes the address of row i % 8 of matrix i / 8, in
+// units of 16 bytes. From each matrix a lane gets elements 2 (lane % 4) and 2 (lane % 4) + 1 of row lane / 4, or of
+// column lane / 4 if kTransposed. A row may also be four floats: a lane then gets float lane % 4 (never transposed).
 template <bool kTransposed>
 __device__ inline void load_matrices(uint32_t (&d)[4], uint32_t row) {
   const uint32_t address = row * 16;
@@ -193,21 +199,21 @@ __device__ inline void load_matrices(uint32_t (&d)[4], uint32_t row) {
                  : "memory");
 }
 
-// The transpose of an 8x8 matrix of 16-bit elements, of which a lane has elements 2 (lane % 4) and the next of row lane
-// / 4.
+// Transposes an 8x8 matrix of 16-bit elements held by a warp: a lane has elements 2 (lane % 4) and 2 (lane % 4) + 1 of
+// row lane / 4.
 __device__ inline uint32_t transposed(uint32_t pair) {
   uint32_t result;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
   return result;
 }
 
-// Warpgroup MMA is Hopper's alone. Machine code made for sm_90a has it, and nothing else does: not sm_90, not what a
-// driver compiles from PTX.
+// Only Hopper has warpgroup MMA, and only in machine code compiled for sm_90a: not for sm_90, and not when a driver
+// compiles PTX.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define AUTOFOCUS_WARPGROUP_MMA
 __device__ constexpr bool has_warpgroup_mma() { return true; }
 
-// `layouts`: that neither operand is transposed, which 16-bit types are asked.
+// `layouts` says that neither operand is transposed. Only 16-bit types have these two flags.
 #define AUTOFOCUS_MMA(k, type, layouts, n, d_list, left, right, adds, ...)                                         \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " adds                                                            \
                ", 0;\n"                                                                                            \
@@ -239,7 +245,8 @@ __device__ constexpr bool has_warpgroup_mma() { return true; }
       : AUTOFOCUS_D3                                                                \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 
-// d = a b, added to d if `add`; operands as product.h encodes them.
+// d = a b, or d += a b if `add`, by a warpgroup: 64 rows by 8 kTiles columns. a and b are descriptors of operands in
+// shared memory (encoded() in product.h). d holds the result only after warpgroup_wait.
 template <typename T, int kTiles>
 __device__ inline void warpgroup_mma(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool add) {
   static_assert(kTiles == 2 || kTiles == 4 || kTiles == 5 || kTiles == 8, "written down for these only");
@@ -251,7 +258,7 @@ __device__ inline void warpgroup_mma(float (&d)[kTiles][4], uint64_t a, uint64_t
     AUTOFOCUS_MMA_OF("16", "bf16", ", 0, 0");
   }
 }
-// d += a b, with the warps' rows of a in registers and b read the other way round: rows are k.
+// d += a b, where each warp holds its 16 rows of a in registers and b is read transposed: a row in memory is a k.
 template <typename T>
 __device__ inline void warpgroup_mma_over_points(float (&d)[3][4], const uint32_t (&a)[4], uint64_t b) {
   if constexpr (std::is_same_v<T, Half>)
@@ -268,7 +275,7 @@ __device__ inline void warpgroup_wait() {
 template <int kPending, int kCount, int kTiles>
 __device__ inline void warpgroup_wait(float (&d)[kCount][kTiles][4]) {
   warpgroup_wait<kPending>();
-  // Or the compiler could read d before it waits.
+  // Makes the compiler believe that d changes here. Otherwise it could read d before the wait.
 #pragma unroll
   for (int m = 0; m < kCount; ++m)
 #pragma unroll
@@ -283,26 +290,26 @@ __device__ inline void warpgroup_wait(float (&d)[kCount][kTiles][4]) {
 __device__ constexpr bool has_warpgroup_mma() { return false; }
 #endif
 
-// Whether this is code for compute capability 9.0: as 90a it has warpgroup MMA, as 90 it has not.
+// Whether this code is for compute capability 9.0. Compiled as sm_90a it has warpgroup MMA, as sm_90 it has not.
 #if __CUDA_ARCH__ == 900
 __device__ constexpr bool is_for_hopper() { return true; }
 #else
 __device__ constexpr bool is_for_hopper() { return false; }
 #endif
 
-// a b + c in one instruction, also where the compiler joins what is common to two ways to it.
+// a b + c in one instruction, even where the compiler merges two code paths that share only a part of it.
 __device__ inline float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-// threadIdx.x, whose consequences the compiler is not to keep in registers from one use to the next.
+// threadIdx.x, read anew. The compiler cannot keep values derived from it in registers between uses.
 __device__ inline int reread_thread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
-// A number that is the same in all lanes of a warp, so that the compiler sees it.
+// Tells the compiler that `value` is the same in all lanes of a warp, as the caller knows.
 __device__ inline int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 __device__ inline float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
-// Two neighbouring 16-bit elements in one register, the first in the low half. Of floats a pair is two.
+// A pair is two neighbouring elements: two 16-bit ones in a register, the first in the low half, or two floats.
 __device__ inline float2 unpack(float2 pair, float) { return pair; }
 __device__ inline float2 unpack(uint32_t pair, Half) {
   __half2 halves;
@@ -324,7 +331,7 @@ __device__ inline uint32_t pack(float low, float high, BFloat16) {
   memcpy(&pair, &halves, sizeof(pair));
   return pair;
 }
-// Two products of neighbours, each rounded once.
+// Multiplies two pairs of 16-bit elements, rounding each product once.
 template <typename T>
 __device__ inline uint32_t multiply(uint32_t a, uint32_t b, T) {
   std::conditional_t<std::is_same_v<T, Half>, __half2, __nv_bfloat162> left, right;
@@ -340,7 +347,7 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("autofocus_cuda: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// What a launch plan depends on, of the current device.
+// What a launch plan needs to know of the current device.
 struct DeviceLimits {
   int multiprocessors;
   int shared_bytes;  // largest dynamic shared memory of a block
@@ -358,9 +365,9 @@ inline DeviceLimits device_limits() {
 
 inline bool device_has_bulk_copies() { return device_limits().capability >= 90; }
 
-// [volume, z, y, x] points in memory one behind the other, and the columns and rows of a copy. By a function of the
-// driver, which has it for every GPU with a copy engine; this thread must have called the runtime before, as every pass
-// has by packing its operands.
+// The map of contiguous points [volumes, z, y, x], of which one copy takes columns x rows points of a plane. Only the
+// driver can encode it, so this asks the runtime for the driver's function; every driver for a GPU with a copy engine
+// has it. This thread must have called the runtime before: a pass has launched its packing kernel.
 inline PlaneMap plane_map(const void* points, int64_t volumes, int z, int y, int x, int columns, int rows) {
   static const auto encode = [] {
     void* function = nullptr;
@@ -375,7 +382,7 @@ inline PlaneMap plane_map(const void* points, int64_t volumes, int z, int y, int
       throw std::runtime_error("autofocus_cuda: the driver has no cuTensorMapEncodeTiled, as CUDA 12 has it");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
-  // A point is four words.
+  // Sizes and boxes count words of 4 bytes along x: a point has four.
   const uint64_t sizes[] = {uint64_t(4) * x, uint64_t(y), uint64_t(z), uint64_t(volumes)};
   const uint64_t strides[] = {uint64_t(16) * x, uint64_t(16) * x * y, uint64_t(16) * x * y * z};  // bytes, from y on
   const uint32_t box[] = {4u * uint32_t(columns), uint32_t(rows), 1, 1}, every[] = {1, 1, 1, 1};
@@ -388,10 +395,11 @@ inline PlaneMap plane_map(const void* points, int64_t volumes, int z, int y, int
   return map;
 }
 
+// Launches a kernel with `threads` threads a block and so many bytes of dynamic shared memory. `name` is for errors.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, void* stream,
             Arguments... arguments) {
-  // More than 48 KB has to be asked for, kernel by kernel.
+  // CUDA gives a kernel more than 48 KB only on request.
   if (shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name);
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);

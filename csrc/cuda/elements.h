@@ -1,4 +1,5 @@
-// Typed views, accumulators, and the dtype switch of the CUDA kernels.
+// What kernels of both tiers share: accumulator types, loads and stores of elements, typed views of tensors, a block's
+// sum, and the switch from a dtype to an element type.
 #pragma once
 
 #include "device.h"
@@ -6,7 +7,7 @@
 
 namespace autofocus::cuda {
 
-// Sums of double are double, all others float.
+// The type that sums are kept in: double for double, else float.
 template <typename T>
 struct AccumulatorOf {
   using Type = float;
@@ -23,7 +24,7 @@ __device__ inline float to_accumulator(float value) { return value; }
 __device__ inline float to_accumulator(Half value) { return to_float(value); }
 __device__ inline float to_accumulator(BFloat16 value) { return to_float(value); }
 
-// Two neighbours, as unpack takes them.
+// Two neighbouring elements, the argument of unpack (device.h).
 template <typename T>
 using Pair = std::conditional_t<std::is_same_v<T, float>, float2, uint32_t>;
 
@@ -40,13 +41,13 @@ __device__ inline Pair<T> pack_pair(const float2& values, T) {
     return pack(values.x, values.y, T{});
 }
 
-// A TensorView whose element type is known. Offsets are 64-bit throughout.
+// A TensorView with its element type. Strides count elements; all offsets are 64-bit.
 template <typename T>
 struct Strided {
   T* data;
   int64_t n, c;
   Index3 s;
-  int64_t k;
+  int64_t k;  // from one branch to the next, 0 if there is one tensor for all branches
 
   explicit Strided(const TensorView& tensor)
       : data(static_cast<T*>(tensor.data)), n(tensor.n), c(tensor.c), s(tensor.s), k(tensor.k) {}
@@ -56,8 +57,8 @@ struct Strided {
   }
 };
 
-// The largest power of two, up to 16, of which all positions of a volume are multiples in bytes, its channels side by
-// side; 1 where they are apart.
+// How many bytes can be loaded at once at every position of a volume: the largest power of two, at most 16, that
+// divides all their addresses. 1 if channels are not contiguous.
 inline int alignment_of(const TensorView& volume, int element) {
   if (volume.c != 1) return 1;
   const int64_t strides = volume.n | volume.s.z | volume.s.y | volume.s.x | volume.k;
@@ -73,7 +74,8 @@ __device__ inline Accumulator<T> branch_value(const Strided<const T>& matrix, in
   return to_accumulator(matrix.data[k * matrix.n + o * matrix.c]);
 }
 
-// Adds up rows of kThreads values in shared memory, each into its first element, in a fixed order.
+// Adds up each of `rows` rows of kThreads values in shared memory into its first element, as a tree, so in a fixed
+// order. All kThreads threads of the block call it; it begins and ends with a barrier.
 template <int kThreads, typename A>
 __device__ inline void sum_rows(A* values, int rows) {
   for (int half = kThreads / 2; half > 0; half /= 2) {
@@ -97,7 +99,7 @@ void for_dtype(DType dtype, Function&& function) {
   }
 }
 
-// The same for the element types that tensor cores multiply; float by TF32.
+// The same for the element types of the fast tier, where tensor cores multiply float as TF32.
 template <typename Function>
 void for_matrix_dtype(DType dtype, Function&& function) {
   if (dtype == DType::kFloat32) return function(float{});

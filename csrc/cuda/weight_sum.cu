@@ -1,4 +1,4 @@
-// See weight_sum.h.
+// The two kernels behind sum_weight_partials (weight_sum.h): one for the weight, one for the branch scale.
 #include "elements.h"
 #include "weight_sum.h"
 
@@ -17,7 +17,7 @@ __device__ inline A sum_of_splits(const WeightPartials& partials, int64_t k, int
   return sum;
 }
 
-// One thread an element of the weight.
+// A thread for each element of the weight.
 template <typename T>
 __global__ __launch_bounds__(kSumThreads) void weight_sum(Problem g, WeightPartials partials, Strided<const T> scale,
                                                           Strided<T> grad_weight, bool adds) {
@@ -35,7 +35,7 @@ __global__ __launch_bounds__(kSumThreads) void weight_sum(Problem g, WeightParti
   store(to, adds ? to_accumulator(*to) + total : total);
 }
 
-// One block an element [k, o] of the scale.
+// A block for each element [k, o] of the scale; grid (O, K).
 template <typename T>
 __global__ __launch_bounds__(kSumThreads) void scale_sum(Problem g, WeightPartials partials, Strided<const T> weight,
                                                          Strided<T> grad_scale) {

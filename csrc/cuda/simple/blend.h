@@ -1,17 +1,18 @@
-// Blend, then project: the forward without branch scale, and, run backwards, the gradient of the input.
+// Blend, then project: the forward without branch scale and, run backwards, the gradient of the input (simple tier).
 //
-// One body for both (docs/math.md, sections 2 and 3): each target position gathers K source positions a tap, weighted
-// by attention, and the blended channels meet the shared weight once. Forward: targets are outputs and the attention is
-// theirs. Adjoint: targets are inputs, sources are the outputs that read them, and the attention is the source's.
+// One kernel for both (docs/math.md, sections 2 and 3). For each tap a target position gathers one source position for
+// every branch, blends them with the attention, and projects the blend once. Forward, targets are outputs and the
+// attention is that of the target. In the adjoint, targets are inputs, sources are the outputs that read them, and the
+// attention is that of the source.
 #pragma once
 
 #include "simple.h"
 
 namespace autofocus::cuda {
 
-// input or grad_output [N, C or O, *] (the latter also one for each branch), weight [O, C, *kernel], attention
-// [N, K, *S_out], target [N, O or C, *].
-// Forward adds sum_k a_k shift_k; the adjoint multiplies the sources by scale. Either may be null.
+// Forward: source is the input [N, C, *S_in], target the output [N, O, *S_out]; adds sum_k a_k shift_k.
+// Adjoint: source is grad_output [N, O, *S_out] or one for each branch, target grad_input [N, C, *S_in]; multiplies the
+// source by scale. Scale and shift may be null. Grid (position blocks, blocks of kTargets target channels).
 template <typename T, bool kAdjoint>
 __global__ __launch_bounds__(kSimpleThreads,
                              kSimpleBlocks) void simple_blend(Problem g, Strided<const T> source,

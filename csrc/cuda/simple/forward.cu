@@ -1,10 +1,10 @@
-// Forward of the simple tier.
+// Forward of the simple tier: with a branch scale by the kernel below, otherwise by that of blend.h.
 #include "blend.h"
 
 namespace autofocus::cuda {
 
-// With a branch scale the branches cannot be blended first: out = sum_k a_k (scale_k y_k + shift_k), branch by branch,
-// no branch leaving the registers.
+// out = sum_k a_k (scale_k y_k + shift_k). With a branch scale the branches cannot be blended first, so each is
+// computed by itself, in registers. Grid (position blocks, blocks of kTargets output channels).
 template <typename T>
 __global__ __launch_bounds__(kSimpleThreads,
                              kSimpleBlocks) void simple_branches(Problem g, Strided<const T> input,

@@ -1,12 +1,13 @@
-// Gradient of the attention, simple tier (docs/math.md, section 3).
+// Gradient of the attention in the simple tier (docs/math.md, section 3): a kernel each for calls without and with a
+// branch scale.
 #include "simple.h"
 
 namespace autofocus::cuda {
 
-constexpr int kBranchGroup = 4;  // branches a thread accumulates at a time
+constexpr int kBranchGroup = 4;  // branches that a thread sums at a time
 
-// Without a branch scale g_t(p) = W_t^T G(p) is the same for all branches: project once, then one dot product with the
-// input a branch. blockIdx.y counts groups of branches.
+// Without a branch scale g_t(p) = W_t^T G(p) is the same for all branches: it is projected once, and each branch takes
+// its dot product with the input. Grid (position blocks, groups of kBranchGroup branches).
 template <typename T>
 __global__ __launch_bounds__(kSimpleThreads, kSimpleBlocks) void simple_grad_attention_shared(
     Problem g, Strided<const T> grad_output, Strided<const T> input, Strided<const T> weight, Strided<const T> shift,
@@ -55,7 +56,7 @@ __global__ __launch_bounds__(kSimpleThreads, kSimpleBlocks) void simple_grad_att
     if (k0 + b < g.K) store(grad_attention.at(position.n, k0 + b, position.p), sum[b]);
 }
 
-// With one: da_k = sum_o G_o (scale_ko y_ko + shift_ko), blockIdx.y = k.
+// With a branch scale: da_k = sum_o G_o (scale_ko y_ko + shift_ko). Grid (position blocks, K).
 template <typename T>
 __global__ __launch_bounds__(kSimpleThreads, kSimpleBlocks) void simple_grad_attention_scaled(
     Problem g, Strided<const T> grad_output, Strided<const T> input, Strided<const T> weight, Strided<const T> scale,

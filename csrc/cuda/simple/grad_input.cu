@@ -1,4 +1,4 @@
-// Gradient of the input, simple tier: the forward's blend run backwards (docs/math.md, section 3).
+// Gradient of the input in the simple tier: the blend of the forward run backwards (docs/math.md, section 3).
 #include "blend.h"
 
 namespace autofocus::cuda {

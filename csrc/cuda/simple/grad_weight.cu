@@ -1,20 +1,20 @@
-// Gradients of the weight and of the branch scale, simple tier (docs/math.md, section 3).
+// Gradients of the weight and of the branch scale in the simple tier (docs/math.md, section 3).
 //
-// dW_t = sum_p G(p) u_t(p)^T with the forward's blend u_t. With a branch scale, or a G for each branch, the sum is kept
-// apart by branch, M_kt = sum_p G(p) a_k(p) x(.)^T, of which weight_sum.h makes the gradients. Positions are split
-// among blocks.
+// dW_t = sum_p G(p) u_t(p)^T, where u_t is the blend of the forward. With a branch scale, or a G for each branch, sums
+// are kept apart by branch: M_kt = sum_p G(p) a_k(p) x(.)^T. Positions are split among blocks; weight_sum.h adds up
+// their partial sums and makes the gradients.
 #include "../elements.h"
 #include "../weight_sum.h"
 
 namespace autofocus::cuda {
 
-constexpr int kTile = 32;            // channels of a block, outputs by inputs
-constexpr int kPositions = 32;       // positions staged at a time
-constexpr int kWeightThreads = 256;  // each sums 2x2 elements of the tile
-constexpr int kRows = kWeightThreads / kPositions;
+constexpr int kTile = 32;                           // output channels, and input channels, of a block
+constexpr int kPositions = 32;                      // positions staged at a time
+constexpr int kWeightThreads = 256;                 // each sums 2 x 2 elements
+constexpr int kRows = kWeightThreads / kPositions;  // channels that all threads stage at once
 
-// partial [splits, branches, O, C, T]; grid (T * output tiles * input tiles, splits, branches), where branches is 1 for
-// the blend of all or K.
+// Writes partial [splits, branches, O, C, T]. Grid (T * output tiles * input tiles, splits, branches), where branches
+// is K, or 1 for the blend of all branches.
 template <typename T>
 __global__ __launch_bounds__(kWeightThreads) void simple_weight_partial(Problem g, Strided<const T> grad_output,
                                                                         Strided<const T> input,
@@ -62,7 +62,7 @@ __global__ __launch_bounds__(kWeightThreads) void simple_weight_partial(Problem 
       blends[lane * kTile + row + i * kRows] = blended[i];
     }
     __syncthreads();
-    A staged[2][2] = {};  // a sum of its own: a split may have 10^5 positions, and float32 would round as often
+    A staged[2][2] = {};  // summed apart: a split may have 10^5 positions, too many to add one by one in float32
 #pragma unroll 4
     for (int i = 0; i < kPositions; ++i)
       for (int a = 0; a < 2; ++a)
@@ -83,7 +83,7 @@ void simple_grad_weight(const Inputs& in, const TensorView& grad_output, const T
   const int64_t taps = num_taps(g), elements = g.O * g.C * taps;
   const int64_t branches = in.scale.data == nullptr && grad_output.k == 0 ? 1 : g.K;
   const int64_t tiles = taps * ((g.O + kTile - 1) / kTile) * ((g.C + kTile - 1) / kTile);
-  // Enough blocks to fill the device a few times over, and at least 1024 positions each.
+  // Enough blocks to fill the device a few times over, but at least 1024 positions for each.
   const int64_t wanted = (8 * int64_t(device_limits().multiprocessors) + tiles * branches - 1) / (tiles * branches);
   const int64_t possible = (g.N * volume(g.output) + 1023) / 1024;
   const int splits = static_cast<int>(wanted < possible ? wanted : possible);

@@ -1,5 +1,5 @@
-// The simple tier's common parts: one thread a position, a few channels of it in registers, weights through shared
-// memory.
+// What the passes of the simple tier share: a thread has one position and a few channels of it in registers, and
+// weights come through shared memory. branch_norm.cu uses the positions, too.
 #pragma once
 
 #include "../elements.h"
@@ -7,13 +7,14 @@
 namespace autofocus::cuda {
 
 constexpr int kSimpleThreads = 128;
-// At least, a multiprocessor; asked for, ptxas takes the registers it needs and spills none.
+// The fewest blocks on a multiprocessor, for __launch_bounds__. They leave 255 registers a thread; told so, ptxas takes
+// what it needs and spills none.
 constexpr int kSimpleBlocks = 2;
-constexpr int kTargets = 16;  // channels a thread accumulates
-constexpr int kSources = 4;   // channels it gathers at a time, so that a position is computed once for all of them
+constexpr int kTargets = 16;  // channels that a thread sums
+constexpr int kSources = 4;   // channels that it gathers at a time, so that a position is computed once for all of them
 
-// One position of one sample for each thread; threads beyond the last have active = false but keep the barriers
-// company.
+// A thread's position in a sample. Threads beyond the last position have active = false: they take part in barriers
+// only.
 struct Position {
   bool active;
   int64_t n;
@@ -30,15 +31,15 @@ inline unsigned int position_blocks(int64_t N, const Index3& size) {
   return static_cast<unsigned int>((N * volume(size) + kSimpleThreads - 1) / kSimpleThreads);
 }
 
-// W_t into shared memory as [kSources][kTargets]: sources from `source0`, targets from `target0`, zero beyond the last.
-// `transposed`: the sources are the weight's output channels.
+// Copies the weight of a tap to shared memory as [kSources][kTargets], zero beyond the last source or target, and
+// returns it. `transposed`: sources are the weight's output channels. All threads call it; it ends with a barrier.
 template <typename T>
 __device__ inline const Accumulator<T>* stage_weight(const Strided<const T>& weight, const Index3& tap, int64_t source0,
                                                      int64_t sources, int64_t target0, int64_t targets,
                                                      bool transposed) {
   using A = Accumulator<T>;
   A* staged = reinterpret_cast<A*>(shared_memory());
-  __syncthreads();  // the last tap's readers are done
+  __syncthreads();  // others may still read the weight staged before
   for (int i = threadIdx.x; i < kSources * kTargets; i += kSimpleThreads) {
     const int64_t source = source0 + i / kTargets, target = target0 + i % kTargets;
     const bool valid = source < sources && target < targets;
@@ -54,7 +55,8 @@ constexpr int staged_weight_bytes() {
   return kSources * kTargets * int(sizeof(Accumulator<T>));
 }
 
-// y_k(p) for the kTargets output channels from `o0`: gather and project one branch (docs/math.md, section 1).
+// y_k(p) of the kTargets output channels from `o0` on: gathers and projects one branch (docs/math.md, section 1). All
+// threads call it.
 template <typename T>
 __device__ inline void branch_output(const Problem& g, const Strided<const T>& input, const Strided<const T>& weight,
                                      const Position& position, int64_t k, int64_t o0, Accumulator<T> (&y)[kTargets]) {
