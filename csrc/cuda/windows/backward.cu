@@ -1,18 +1,20 @@
-// A backward: operands are packed once for the passes that share them, then the passes run one after the other.
+// The backward of the fast tier: slice by slice and part by part it packs operands and runs the passes that were asked
+// for, one after the other in the same scratch memory.
 #include "backward.h"
 
 namespace autofocus::cuda {
 
 namespace {
 
-// Of at most kLatticeBranches branches. Gradients that sum over branches are added to what is there if `adds`.
+// The backward of one slice. `adds`: gradients that sum over branches are added to those of the slices before.
 void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradients& gradients, bool adds,
                     const Context& context) {
   const bool by_branch = grad_output.k != 0, wants_input = gradients.input.data != nullptr,
              wants_attention = gradients.attention.data != nullptr,
              wants_weight = gradients.weight.data != nullptr || gradients.scale != nullptr;
-  // a_k G of every branch is large and for the gradient of the input alone: that comes first, and what the other passes
-  // read takes its place.
+  // The gradient of the input reads a_k G of every branch, which is large and which no other pass reads. So it runs
+  // first, in parts of its own; the operands of the other passes then overwrite its own. With a G for each branch, all
+  // passes share one set of operands.
   const bool input_first = wants_input && !by_branch;
   const Int3 step = common_step(in.g);
   Operands gated(in, step), shared(in, step);
@@ -25,7 +27,7 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
     const Work work = work_of_multiprocessors(input_plan, ceil_div(in.g.C, 8 * input_plan.tiles));
     if (input_first)
       input_split =
-          split_in_slabs(in.g, input_plan.lattice, work, in.g.K, kForMemory);  // then a_k G takes about as much as G
+          split_in_slabs(in.g, input_plan.lattice, work, in.g.K, kForMemory);  // K parts: then a_k G is as large as G
     else
       passes.push_back(work);
     of_input.want_grad_output(grad_output, input_first);

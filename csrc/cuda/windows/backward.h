@@ -1,4 +1,5 @@
-// The passes of a backward, each on operands that hold what it reads: fast_backward wants and packs them.
+// The passes of a backward, as fast_backward (backward.cu) calls them for each part: it has chosen the plan and packed
+// the operands that the pass reads.
 #pragma once
 
 #include "../weight_sum.h"
@@ -6,7 +7,8 @@
 
 namespace autofocus::cuda {
 
-// Of a grad_output for each branch, or a gated one. Adds to grad_input if `adds`.
+// The operands' grad_output must be gated, or one for each branch. `adds`: adds to grad_input instead of overwriting
+// it.
 void launch_grad_input(const Plan& plan, const Inputs& in, const Operands& operands, const TensorView& grad_input,
                        bool adds, const Context& context);
 
@@ -14,11 +16,11 @@ void launch_grad_attention(const Plan& plan, const Inputs& in, const Operands& o
                            const TensorView& grad_attention, const Context& context);
 
 Work grad_weight_work(const Plan& plan, const Problem& g, DType dtype);
-// What the weight's pass leaves of the work of a part for sum_weight_partials; by branch with a branch scale or a
-// grad_output for each branch.
+// The sizes of the partial sums that the weight's pass leaves for sum_weight_partials, where each part has `work`. Sums
+// are kept apart by branch if there is a branch scale or a grad_output for each branch.
 WeightPartials weight_partials_of(const Work& work, const Problem& g, DType dtype, bool by_branch);
-// Fills them with the sums of a part, or adds those if `adds`; they lie in the operands' scratch memory. With
-// `by_branch` grad_output is one for each branch.
+// Writes the partial sums of a part to the operands' scratch memory, or adds them to what is there if `adds`.
+// `by_branch`: the operands' grad_output is one for each branch.
 void launch_grad_weight(const Inputs& in, bool by_branch, const Part& part, const Operands& operands,
                         const WeightPartials& sums, bool adds, const Context& context);
 

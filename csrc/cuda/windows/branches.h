@@ -1,9 +1,16 @@
-// Branches from windows: y_k of a tile, one branch after the other, each handed to an epilogue before the next.
+// The kernel of forward and grad_attention: computes the branches y_k of a tile, one after the other, and hands each to
+// an epilogue while it is in registers.
 //
-// In shared memory a point is 16 bytes, a chunk of channels, and eight points that are neighbours in x are what the
-// product reads as a block of rows. So the 8x8 points of a tile's plane, seen through a tap, are an operand with 64
-// rows that begins wherever the tap says: nothing is unpacked or blended. A branch is the sum of one tz of one chunk of
-// input channels: what an epilogue makes of it must be linear in y_k.
+// In shared memory a point is 16 bytes, the channels of one chunk, and eight neighbours in x are what the product reads
+// as a block of eight rows. So the 8x8 points of a tile's plane, seen through a tap, are an operand of 64 rows that
+// begins wherever the tap says: nothing is unpacked or blended. The epilogue does not get a whole y_k but a term of it,
+// the sum over one tz and one chunk of input channels. So it must be linear in y_k.
+//
+// An Epilogue has kInTurn (whether one thread block goes through all output channels of a tile, block by block) and
+//   begin(tile, number)  before the first term of a block of output channels: may write the epilogue's shared memory,
+//   begin_shared()       after a barrier of the block: may read it,
+//   take(k, m0, y)       for each term of branch k, of the tile planes from share.z0 + m0 on,
+//   end(tile)            after the last term of a tile.
 #pragma once
 
 #include "tile.h"
@@ -12,12 +19,12 @@ namespace autofocus::cuda {
 
 template <typename T>
 struct BranchesArguments {
-  Source source;                // Operands::input
-  const unsigned char* weight;  // Operands::weight
-  int64_t outputs;
-  const unsigned char* targets;  // Operands::attention, or grad_output
-  Strided<const T> scale, shift;
-  Target<T> result;
+  Source source;                  // Operands::input
+  const unsigned char* weight;    // Operands::weight
+  int64_t outputs;                // O
+  const unsigned char* targets;   // the epilogue's operand: Operands::attention or grad_output
+  Strided<const T> scale, shift;  // of the branches; null: none
+  Target<T> result;               // output, or grad_attention
 };
 
 template <typename T>
@@ -33,7 +40,8 @@ BranchesArguments<T> branches_arguments(const Inputs& in, const Operands& operan
           result};
 }
 
-// The branch scale or shift of a block of output channels as [branch, channel], if there is one.
+// Copies the branch scale or shift, if there is one, of the 8 kTiles output channels from output0 on to shared memory
+// as [branch, channel], in float.
 template <int kTiles, typename T>
 __device__ inline void copy_vectors(const Lattice& lattice, const Strided<const T>& matrix, int64_t output0,
                                     int64_t outputs, float* shared) {
@@ -44,18 +52,18 @@ __device__ inline void copy_vectors(const Lattice& lattice, const Strided<const 
   }
 }
 
-// Shared memory of an epilogue: behind the pipeline's own and the weight of a chunk.
+// The epilogue's shared memory, behind the pipeline's own and the weight of a chunk.
 template <int kTiles>
 __device__ inline unsigned char* epilogue_memory(const Lattice& lattice) {
   return shared_memory() + pipeline_bytes(lattice) + chunk_weight_bytes(kTiles);
 }
 
-// Grid (blocks, blocks of 8 kTiles output channels), or (blocks) if the epilogue takes those in turn.
+// Grid (thread blocks, blocks of 8 kTiles output channels), or (thread blocks) if Epilogue::kInTurn.
 template <typename T, int kTiles, typename Epilogue>
 __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattice, BranchesArguments<T> args,
                                                                   const __grid_constant__ SourcePlanes planes) {
-  if (kTiles > kNarrowTiles && !is_for_hopper()) return;  // plan.cu asks for none, and they would spill
-  // Products under way at once, one a plane: as many as leave registers.
+  if (kTiles > kNarrowTiles && !is_for_hopper()) return;  // never launched elsewhere (plan.cu), and would spill
+  // Planes whose products are under way at once: as many as there are registers for.
   constexpr int kTogether = kTiles <= 2 ? kGroupPlanes : 1;
   const Share share;
   const int turns = Epilogue::kInTurn ? int(ceil_div(args.outputs, 8 * kTiles)) : 1;
@@ -70,7 +78,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
   for (pipeline.start(slabs); pipeline.running(); pipeline.advance()) {
     const int chunk = pipeline.turn().chunk;
     if (chunk % chunks == 0) {
-      __syncthreads();  // what begin writes others may still read, of the tile or the output channels before
+      __syncthreads();  // others may still read what begin overwrites: that of the last tile or output channels
       epilogue.begin(pipeline.tile(), chunk / chunks);
     }
 #pragma unroll 1
@@ -79,7 +87,8 @@ __global__ __launch_bounds__(kMaxThreads, 1) void branches_kernel(Lattice lattic
       if (tz < 0 && chunk % chunks == 0) epilogue.begin_shared();
       const Operand slab(shared_units(shared_memory() + pipeline.behind() + (tz + 1) * kSlabBytes<kTiles>), 8 * kTiles,
                          8);
-      // Half of the warpgroups write ahead while the others keep the tensor cores busy.
+      // Without a copy engine half of the warpgroups write ahead before their products and half after them, so that the
+      // tensor cores are always busy. With one, writing ahead costs little and comes first.
       const int writes_in = has_bulk_copies() ? 0 : uniform(reread_thread() / kGroupThreads % 2);
 #pragma unroll 1
       for (int turn = 0; turn < 2; ++turn) {

@@ -1,15 +1,16 @@
-// The forward in every mode: out = sum_k a_k (scale_k y_k + shift_k), each branch scaled in registers and added to the
-// sum.
+// The forward of the fast tier in every mode, out = sum_k a_k (scale_k y_k + shift_k): an epilogue for branches.h that
+// scales each term in registers and adds it to the output's sum. Also the launch that stores each branch by itself.
 #include "branches.h"
 
 namespace autofocus::cuda {
 
+// The epilogue. A thread block has 8 kTiles output channels, by blockIdx.y, and its whole tile's sums in registers.
 template <typename T, int kTiles>
 class WeightedSum {
  public:
   static constexpr bool kInTurn = false;
 
-  // In shared memory: the attention of the tile's points, and branch scale and shift.
+  // Shared memory: the gates of the tile's points, branch scale, branch shift (more_bytes in plan.cu).
   __device__ WeightedSum(const Lattice& lattice, const BranchesArguments<T>& args, const Share& share)
       : lattice_(lattice), args_(args), share_(share) {
     copy_vectors<kTiles>(lattice, args.scale, output0(), args.outputs, scales());
@@ -34,7 +35,8 @@ class WeightedSum {
 
   __device__ void end(const Tile& tile) {
     store_targets(lattice_, tile, args_.result, output0(), share_, sum_, [&](const Int3& point) {
-      // Not from shared memory: a faster warp may be writing the next tile's.
+      // From global memory, although the gates are in shared memory: a faster warp may already write the next tile's
+      // there.
       Gates<T> packed{};
       if (args_.shift.data != nullptr) packed = packed_attention<T>(lattice_, tile, args_.targets, point);
       const float2 low = unpack(packed.pairs[0], T{}), high = unpack(packed.pairs[1], T{});
@@ -108,7 +110,8 @@ void launch_forward(const char* name, const Plan& plan, const Inputs& in, const 
   });
 }
 
-// Calls run(plan, operands, part) for every part of the call, packed.
+// Cuts the forward of a slice into parts, and for each packs its operands and calls run(plan of the part, operands,
+// part).
 template <typename Run>
 void for_parts(const Inputs& in, const Context& context, const Run& run) {
   const Plan plan = plan_of(Pass::kForward, in);

@@ -1,18 +1,18 @@
-// Gradient of the attention: da_k = sum_o G_o (scale_k y_k + shift_k) (docs/math.md, section 3), the forward's branches
-// once more, each multiplied by G where it lies in registers.
+// Gradient of the attention in the fast tier, da_k = sum_o G_o (scale_k y_k + shift_k) (docs/math.md, section 3): an
+// epilogue for branches.h, which computes the branches again. Each term is multiplied by G while it is in registers.
 #include "backward.h"
 #include "branches.h"
 
 namespace autofocus::cuda {
 
-// Blocks of output channels go in turn: a lane adds up those of its channels for each of its four points, and at the
-// end of a tile the four lanes of a point add up theirs.
+// The epilogue. A thread block goes through all blocks of output channels of a tile. For each of its four points a lane
+// sums over its own channels; at the end of the tile the four lanes that share a point add up their sums.
 template <typename T, int kTiles>
 class DotWithGrad {
  public:
   static constexpr bool kInTurn = true;
 
-  // In shared memory: branch scale and shift of the block's output channels.
+  // Shared memory: branch scale and shift of the current block of output channels.
   __device__ DotWithGrad(const Lattice& lattice, const BranchesArguments<T>& args, const Share& share)
       : lattice_(lattice), args_(args), share_(share) {}
 
@@ -42,7 +42,7 @@ class DotWithGrad {
     }
   }
 
-  // <shift_k, G>, when what begin wrote can be read.
+  // Adds <shift_k, G>, once for each block of output channels.
   __device__ void begin_shared() {
     if (args_.shift.data == nullptr) return;
 #pragma unroll 1
@@ -76,7 +76,7 @@ class DotWithGrad {
   }
 
  private:
-  // Two values of G, as floats where there are registers for them.
+  // Two values of G: as floats where there are registers for them, else packed.
   static constexpr bool kHoldsFloats = kTiles <= 4;
   using Held = std::conditional_t<kHoldsFloats, float2, Pair<T>>;
   __device__ static Held held(Pair<T> pair) {
@@ -95,7 +95,7 @@ class DotWithGrad {
   __device__ float* scales() const { return reinterpret_cast<float*>(epilogue_memory<kTiles>(lattice_)); }
   __device__ float* shifts() const { return scales() + kLatticeBranches * 8 * kTiles; }
 
-  // Adds sum_o G_o factors_k[o] value(m, tile, i) at the points of planes m0 .. m0 + kTogether.
+  // Adds sum_o G_o factors_k[o] value(m, tile, i) to total_[k], at the points of planes m0 .. m0 + kTogether - 1.
   template <int kTogether, bool kFactors, typename Value>
   __device__ void add(int k, int m0, const float* factors, const Value& value) {
 #pragma unroll
@@ -116,7 +116,7 @@ class DotWithGrad {
       }
 #pragma unroll
       for (int branch = 0; branch < kLatticeBranches; ++branch)
-        if (branch == k) {
+        if (branch == k) {  // not total_[k]: an array that is indexed at run time lies in local memory
           total_[branch][m0 + m][0] += dot[0];
           total_[branch][m0 + m][1] += dot[1];
         }
@@ -126,8 +126,8 @@ class DotWithGrad {
   const Lattice& lattice_;
   const BranchesArguments<T>& args_;
   const Share& share_;
-  Held grad_[kGroupPlanes][kTiles][2];  // two channels of each point
-  float total_[kLatticeBranches][kGroupPlanes][2];
+  Held grad_[kGroupPlanes][kTiles][2];              // G by plane and row, two channels of each eight
+  float total_[kLatticeBranches][kGroupPlanes][2];  // by plane and row
 };
 
 void launch_grad_attention(const Plan& plan, const Inputs& in, const Operands& operands,
@@ -137,7 +137,7 @@ void launch_grad_attention(const Plan& plan, const Inputs& in, const Operands& o
     const auto args =
         branches_arguments<T>(in, operands, operands.grad_output(), Target<T>(grad_attention, in.g.K, false));
     for_tiles(plan.tiles, [&](auto tiles) {
-      // Wider ones, which plan.cu gives no floats, would spill.
+      // Wider ones would spill with floats; plan.cu chooses none.
       if constexpr (!std::is_same_v<T, float> || tiles() <= kNarrowTiles)
         launch("fast_grad_attention", &branches_kernel<T, tiles(), DotWithGrad<T, tiles()>>, grid_of(plan, 1),
                plan.threads, plan.shared_bytes, context.stream, plan.lattice, args,

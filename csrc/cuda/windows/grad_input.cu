@@ -1,8 +1,8 @@
-// Gradient of the input: the windows run backwards, one sum for all branches (docs/math.md, section 3). A branch's
-// source is a_k G, or the gradient of the branch where the caller has it; a branch scale is in the weight, one for each
-// branch.
+// Gradient of the input in the fast tier: the gather run backwards, with one sum for all branches (docs/math.md,
+// section 3). The source of a branch is its packed a_k G, or its own gradient dy_k if the caller has it. A branch scale
+// is multiplied into the packed weight, which then exists once for each branch.
 //
-// Chunks are those of the output channels, branch by branch within.
+// The turns of a tile are the chunks of output channels and, within a chunk, the branches.
 #include "backward.h"
 #include "tile.h"
 
@@ -12,21 +12,21 @@ template <typename T>
 struct AdjointArguments {
   Source source;                // Operands::grad_output of each branch
   const unsigned char* weight;  // Operands::adjoint_weight
-  bool scaled;                  // a weight for each branch
+  bool scaled;                  // there is a branch scale: each branch has a weight of its own
   Target<T> target;
 };
 
-// Grid (blocks, blocks of 8 kTiles input channels).
+// Grid (thread blocks, blocks of 8 kTiles input channels).
 template <typename T, int kTiles>
 __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice lattice, AdjointArguments<T> args,
                                                                  const __grid_constant__ SourcePlanes planes) {
   const Share share;
   const int64_t target0 = int64_t(blockIdx.y) * (8 * kTiles);
-  const int chunks = args.source.chunks, weights = args.scaled ? lattice.K : 1;  // of a chunk
+  const int chunks = args.source.chunks, weights = args.scaled ? lattice.K : 1;  // weights of a chunk
   const unsigned char* weight = args.weight + int64_t(blockIdx.y) * chunks * weights * chunk_weight_bytes(kTiles);
   Pipeline<Readers::kOne> pipeline(lattice, args.source, planes, chunks);
   const auto slabs = [&](const Turn& turn, int first, int last) {
-    // Another chunk of channels has another weight; without a scale all branches of one share it.
+    // Without a scale all branches share a chunk's weight, which then stays for all its turns.
     if (args.scaled || turn.branch == 0)
       copy_slabs<kTiles>(lattice, pipeline, weight, turn.chunk * weights + (args.scaled ? turn.branch : 0), first,
                          last);
@@ -53,7 +53,7 @@ __global__ __launch_bounds__(kMaxThreads, 1) void adjoint_kernel(Lattice lattice
           for (int m = 0; m < kGroupPlanes; ++m) a[m] = two_taps(lattice, window[m], pair, k);
           window_product<T>(sum, a, slab.moved(pair * (16 * kTiles)), true);
         }
-        commit_products();  // behind the branch ptxas would add a product of nothing to close the group with
+        commit_products();  // inside the `if`: after it, ptxas would add an empty product to close the group with
       }
       pipeline.ahead(tz);
       wait_for_products<0>(sum);

@@ -1,20 +1,20 @@
-// Gradient of the weight in 16 bits, and its launches. The three taps of a row are next to each other in operand b;
-// operand a is formed once for the three rows of taps of a plane.
+// Gradient of the weight in 16 bits, and the launches of both kernels (see grad_weight.h). The three taps of a row are
+// the 24 columns of one operand b; operand a is formed once for the three rows of taps of a plane.
 #include "grad_weight.h"
 
 namespace autofocus::cuda {
 
 namespace {
 
-constexpr int kPlaneSteps = kTileY / 2;  // products of a plane: two rows of eight points each
-constexpr int kBlockOutputs = 64;        // 16 a warp
-// The most tiles that a block goes through. Tensor cores cut their sums off (docs/cuda.md): after n products up to
-// n 2^-23 of a sum is missing, of 64 tiles, where each adds up to 64 products, half a thousandth at the worst.
+constexpr int kPlaneSteps = kTileY / 2;  // products of a plane and row of taps: k is two rows of eight points
+constexpr int kBlockOutputs = 64;        // output channels of a thread block, 16 for each warp of a group
+// The most tiles of a thread block. Tensor cores cut sums off instead of rounding them (docs/cuda.md), so n products in
+// a row may lose n 2^-23 of a sum. 64 tiles with up to 64 products each lose half a thousandth at worst.
 constexpr int64_t kTilesOfSum = 64;
 
-// grad_output of one plane of a tile as operand a, a product each: rows are this warp's 16 output channels, columns the
-// 16 points of a step, zeros outside. A row of eight packed points is an 8x8 matrix with the channels as columns:
-// loaded so, and turned when it is needed.
+// grad_output of one plane of a tile as fragments of operand a, one for each step: rows are this warp's 16 output
+// channels, columns the 16 points of a step. In memory it is the other way round: eight packed points in x are an 8x8
+// matrix whose columns are channels. load_grads loads it like that; turn transposes it when it is needed.
 using PlaneGrads = uint32_t[kPlaneSteps][4];
 
 __device__ inline void load_grads(const Lattice& lattice, const Tile& tile, const GradWeightArguments& args,
@@ -35,7 +35,8 @@ __device__ inline void turn(const PlaneGrads& loaded, PlaneGrads& grads) {
     for (int i = 0; i < 4; ++i) grads[step][i] = transposed(loaded[step][i]);
 }
 
-// The second group hands its sums over where the points were.
+// Stores the sums of the thread block. The second group hands its sums to the first through shared memory, where the
+// points were (pipeline.finish has been called).
 template <typename T>
 __device__ inline void leave_sums(const GradWeightArguments& args, int output0, const float (&sum)[3][3][1][3][4]) {
   const int group = threadIdx.x / kGroupThreads, lane = threadIdx.x % 32;
@@ -66,7 +67,7 @@ __device__ inline void leave_sums(const GradWeightArguments& args, int output0, 
     }
 }
 
-// Grid (blocks, chunks of input channels, blocks of kBlockOutputs output channels).
+// Grid (splits, chunks of input channels, blocks of kBlockOutputs output channels).
 template <typename T>
 __global__ void __launch_bounds__(kGradWeightThreads, 1)
     grad_weight_kernel(Lattice lattice, GradWeightArguments args, const __grid_constant__ SourcePlanes planes) {
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
   const int output0 = int(blockIdx.z) * kBlockOutputs + 16 * warp;
   const int group_planes = lattice.tile_z / kGradWeightGroups;
 
-  float sum[3][3][1][3][4];  // [tz, ty], then by tx
+  float sum[3][3][1][3][4];  // by tz and ty, then as window_product_over_points has d: tiles of columns are tx
   for (auto& plane : sum)
     for (auto& row : plane) clear(row);
   const Source source = chunk_of_block(args.source);
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
   PlaneGrads loaded;
   for (pipeline.start(NoSlabs{}); pipeline.running(); pipeline.advance()) {
     load_grads(lattice, pipeline.tile(), args, output0 / kChunk<T>, first_z, loaded);
-    __syncthreads();  // others may still read those of the tile before
+    __syncthreads();  // others may still read the gates of the tile before
     write_gates(lattice, pipeline.tile(), args, reinterpret_cast<T*>(gates));
 #pragma unroll
     for (int tz = 0; tz < 3; ++tz) {
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
       for (int z = first_z; z < (reads(lattice, tz - 1) ? first_z + group_planes : 0); ++z) {
         PlaneGrads grads;
         turn(loaded, grads);
-        // The next plane, or the first again for the next tz.
+        // Load the next plane early, or the first one again for the next tz.
         const int next_z = z + 1 < first_z + group_planes ? z + 1 : first_z;
         load_grads(lattice, pipeline.tile(), args, output0 / kChunk<T>, next_z, loaded);
 #pragma unroll
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
         }
       }
       for (auto& row : sum[tz]) wait_for_products<0>(row);
-      if (group == 1) pipeline.ahead(tz - 1);
+      if (group == 1) pipeline.ahead(tz - 1);  // copies by this group's threads too, if there is no copy engine
     }
   }
   pipeline.finish();

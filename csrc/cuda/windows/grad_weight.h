@@ -1,10 +1,10 @@
-// Gradient of the weight: dW_t = sum_k sum_p (a_k G)(p) x(p + r_k t)^T (docs/math.md, section 3); what the kernels of
-// either width of elements share.
+// Gradient of the weight in the fast tier, dW_t = sum_k sum_p (a_k G)(p) x(p + r_k t)^T (docs/math.md, section 3): what
+// the 16-bit kernel (grad_weight.cu) and the TF32 kernel (grad_weight_tf32.cu) share.
 //
-// Here positions are what is summed over: operand b is the same windows, read the other way round; operand a is a_k G
-// in registers. A block keeps to one chunk of input channels and some output channels and holds all 27 taps' sums in
-// registers while it goes through its tiles; weight_sum.h adds the sums of all blocks. With a branch scale, or a G for
-// each branch, the sums are kept apart by branch, one launch each.
+// Here the sum runs over positions. Operand b is the window of a tap, read transposed; operand a is a_k G, formed in
+// registers. A thread block has one chunk of input channels and some output channels. It holds the sums of all 27 taps
+// in registers while it goes through its tiles; weight_sum.h then adds up the sums of all thread blocks. With a branch
+// scale, or a G for each branch, sums are kept apart by branch, with one launch for each.
 #pragma once
 
 #include "backward.h"
@@ -14,35 +14,36 @@ namespace autofocus::cuda {
 
 struct GradWeightArguments {
   Source source;                       // Operands::input
-  const unsigned char *gates, *grads;  // Operands::attention and grad_output
-  int output_chunks;
-  int branch;         // of the gates, the lattice's first
-  int grad_branches;  // of grad_output: 1, or K and `branch` is meant
-  float* partial;     // [outputs rounded up to 16, chunks of input channels, taps], for each block
-  int64_t split_size;
-  bool adds;  // to what is there
-  int64_t outputs;
+  const unsigned char *gates, *grads;  // Operands::attention and Operands::grad_output
+  int output_chunks;                   // of grad_output
+  int branch;                          // which of the packed gates the lattice's branch 0 has
+  int grad_branches;                   // gradients in grad_output: 1, or K, of which `branch` is read
+  float* partial;  // [splits][outputs rounded up to 16, input channels of all chunks, taps], a split each blockIdx.x
+  int64_t split_size;  // elements from one split to the next
+  bool adds;           // adds to what is there instead of overwriting it
+  int64_t outputs;     // O
   Index3 kernel;
 };
 
-// A kernel of grid (blocks, chunks of input channels, blocks of `outputs` output channels).
+// A kernel with grid (splits, chunks of input channels, blocks of `outputs` output channels).
 struct GradWeightKernel {
   void (*run)(Lattice, GradWeightArguments, SourcePlanes);
   int outputs;
 };
 GradWeightKernel grad_weight_tf32_kernel_of();
 
-// The points of this block's chunk.
+// Only the chunk of this thread block, so that a tile has one turn.
 __device__ inline Source chunk_of_block(const Source& source) {
   return {source.points, source.held, int(blockIdx.y), 1};
 }
 
-// The weight is no operand here.
+// For Pipeline: there are no slabs to copy.
 struct NoSlabs {
   __device__ void operator()(const Turn&, int, int) const {}
 };
 
-// The attention of a tile as [branch, point], so that neighbours of one branch lie side by side.
+// Writes the attention of a tile to shared memory as [branch, point], so that a lane loads two neighbouring points of a
+// branch at once. Zeros outside the target, so the rest of a border tile adds nothing.
 template <typename T>
 __device__ inline void write_gates(const Lattice& lattice, const Tile& tile, const GradWeightArguments& args,
                                    T* gates) {
@@ -55,7 +56,7 @@ __device__ inline void write_gates(const Lattice& lattice, const Tile& tile, con
   }
 }
 
-// The packed grad_output under a column of a tile's points in y, the same plane and x, in a chunk of output channels.
+// The packed grad_output of a column of tile points (given z and x, any y) in one chunk of output channels.
 class GradColumn {
  public:
   __device__ GradColumn(const Lattice& lattice, const Tile& tile, const GradWeightArguments& args, int chunk, int z,
@@ -67,18 +68,19 @@ class GradColumn {
     points_ = args.grads + (plane * lattice.packed_targets + packed_target(lattice, tile, z, 0, x)) * kPointBytes;
   }
 
-  // Word `word` of the point in row y, zero where there is none.
+  // Word `word` (of four) of the point in row y; zero outside the target and beyond the last chunk.
   __device__ uint32_t word(int y, int word) const {
     return y < left_ ? reinterpret_cast<const uint32_t*>(points_ + y * row_bytes_)[word] : 0u;
   }
 
  private:
-  int left_;
+  int left_;  // rows that exist
   int64_t row_bytes_;
   const unsigned char* points_;
 };
 
-// Leaves the sum of tap (tz, ty, tx), each -1, 0 or 1; on an axis of one tap those beside it are nobody's.
+// Stores the sum of output channel o, input channel c (of `inputs`) and tap (tz, ty, tx), each in -1 .. 1. Taps outside
+// the kernel, on an axis with one tap, are dropped.
 __device__ inline void store_partial(const GradWeightArguments& args, float* partial, int64_t o, int64_t c,
                                      int64_t inputs, const Int3& tap, float sum) {
   const Index3 t = {args.kernel.z / 2 + tap.z, args.kernel.y / 2 + tap.y, args.kernel.x / 2 + tap.x};

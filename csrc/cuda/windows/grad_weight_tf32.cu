@@ -1,20 +1,21 @@
-// Gradient of the weight in TF32. Neither warpgroup MMA nor ldmatrix turns 32-bit elements round, so the windows come
-// as MMA fragments by plain loads: a product is 16 output channels, the eight points of a row, and two taps of the four
-// channels of a chunk. A warp has two rows of every plane of its group.
+// Gradient of the weight in TF32 (see grad_weight.h). Neither warpgroup MMA nor ldmatrix transposes 32-bit elements, so
+// every GPU loads the windows as fragments of mma.sync by plain loads. A product (m16n8k8) is 16 output channels by two
+// taps of the chunk's four input channels, summed over the eight points of a row. A warp has two rows of every plane of
+// its group.
 #include "grad_weight.h"
 
 namespace autofocus::cuda {
 
 namespace {
 
-constexpr int kOutputBlocks = 2;  // of 16 output channels, which read a fragment of operand b once
-constexpr int kWarpRows = 2;
+constexpr int kOutputBlocks = 2;  // 16 output channels each; a fragment of operand b is loaded once for both
+constexpr int kWarpRows = 2;      // rows of a plane
 constexpr int kWarps = kGradWeightThreads / 32;
 static_assert(kWarps == kOutputBlocks * 4, "a warp adds up one register of a product's sums");
 static_assert(kTileX == 8 && kWarpRows * kGroupThreads / 32 == kTileY, "a product's k, and every row has a warp");
 
-// kWarpRows rows of plane z of grad_output, from row y on, as operands a: rows are 16 output channels, columns the
-// points.
+// Loads kWarpRows rows of plane z of grad_output, from row y on, as fragments of operand a: rows are 16 output
+// channels, columns the eight points of a row.
 __device__ inline void load_grads(const Lattice& lattice, const Tile& tile, const GradWeightArguments& args,
                                   int first_chunk, int z, int y, float (&grads)[kWarpRows][kOutputBlocks][4]) {
   const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4;
@@ -29,7 +30,9 @@ __device__ inline void load_grads(const Lattice& lattice, const Tile& tile, cons
     }
 }
 
-// The warps' sums are added where the points were: a thread adds those of register `warp` of a lane.
+// Stores the sums of the thread block. Its warps have summed over different points, so their sums are added up, through
+// shared memory where the points were (pipeline.finish has been called). A product leaves kWarps registers of sums in a
+// lane; warp i adds up register i of all warps.
 __device__ inline void leave_sums(const GradWeightArguments& args, int output0,
                                   const float (&sum)[3][kTapPairs][kOutputBlocks][4]) {
   float* handed = reinterpret_cast<float*>(shared_memory());
@@ -63,7 +66,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
   const int output0 = int(blockIdx.z) * (16 * kOutputBlocks);
   const int group_planes = lattice.tile_z / kGradWeightGroups;
 
-  float sum[3][kTapPairs][kOutputBlocks][4];  // [tz]
+  float sum[3][kTapPairs][kOutputBlocks][4];  // by tz and pair of taps
   for (auto& plane : sum) clear(plane);
   const Source source = chunk_of_block(args.source);
   Pipeline<Readers::kAtOnce, Reads::kPlain> pipeline(lattice, source, planes, 1);
@@ -71,7 +74,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
   const int tile_points = lattice.tile_z * kTileY * kTileX;
 
   for (pipeline.start(NoSlabs{}); pipeline.running(); pipeline.advance()) {
-    __syncthreads();  // others may still read those of the tile before
+    __syncthreads();  // others may still read the gates of the tile before
     write_gates(lattice, pipeline.tile(), args, gates);
 #pragma unroll
     for (int tz = 0; tz < 3; ++tz) {
@@ -83,7 +86,8 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
         load_grads(lattice, pipeline.tile(), args, output0 / kChunk<float>, z, kWarpRows * warp, grads);
 #pragma unroll 1
         for (int k = 0; k < lattice.K; ++k) {
-          // The word of this lane's column of operand b in the point that tap (0, 0) of its row reads.
+          // Of operand b this lane has input channel row % 4 of points `column` and column + 4, through the first tap
+          // of a pair if row < 4, else through the second. This is its word for the middle tap and row 0 of the plane.
           const unsigned char* words = shared_memory() +
                                        (plane_place(lattice, pipeline, z, tz - 1, k) + column) * kPointBytes +
                                        row % kChunk<float> * int(sizeof(float));
@@ -98,7 +102,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, 1)
               for (int i = 0; i < 4; ++i) a[m][i] = tf32(gate[y * kTileX + i / 2 * 4] * grads[r][m][i]);
 #pragma unroll
             for (int pair = 0; pair < kTapPairs; ++pair) {
-              // The last tap has no second one: the same again, whose sums nobody reads.
+              // The ninth tap is paired with itself; nobody reads these sums.
               const int second = 2 * pair + 1 < kPlaneTaps ? 2 * pair + 1 : 2 * pair;
               const int tap = row < kChunk<float> ? lattice.tap_points[2 * pair][k] : lattice.tap_points[second][k];
               const unsigned char* at = words + (y * lattice.pitch[k] + tap) * kPointBytes;

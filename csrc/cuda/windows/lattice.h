@@ -1,94 +1,100 @@
-// The gather on sub-lattices: which points a tile loads and where each tap lands in it (docs/cuda.md).
+// All index arithmetic of the fast tier: lattices, their tiles, which source points a tile reads, and where each tap
+// finds them in shared memory (docs/cuda.md). Plain integers only, tested point by point on the host.
 //
-// With stride 1 and all dilations of an axis multiples of `step`, target positions of one class modulo `step` read
-// source positions of one class only. Such a class is a lattice on which the dilations are small: rate_k = dilation_k /
-// step. A tile is tile_z x 8 x 8 target points of one class; the block of source points it reads is larger by `halo`,
-// the largest rate, on every side. A kernel with one tap on an axis is treated as three taps at rate zero, those beside
-// the middle with weights of zero: they read points that the others read too, in an order in which no tap lies before
-// the last. Everything here is plain integer arithmetic, tested point by point on the host.
+// A pass gathers: it computes positions of a target from positions of a source. Forward the target is the output and
+// the source the input, in the adjoint it is the reverse. With stride 1 and all dilations of an axis multiples of
+// `step`, the targets of one class modulo `step` read sources of one class only. Such a class is a lattice with small
+// dilations: rate_k = dilation_k / step. A tile is tile_z x 8 x 8 target points of one class. The block of source
+// points that it reads is larger by `halo`, the largest rate, on every side.
+//
+// On an axis with one tap a kernel is treated as three taps at rate zero, where the outer two have weights of zero (or
+// sums that nobody reads). They read the same points as the middle one.
 #pragma once
 
 #include "../../geometry.h"
 
 namespace autofocus::cuda {
 
-constexpr int kLatticeBranches = 4;  // a thread holds the attention of every branch in registers
+constexpr int kLatticeBranches = 4;  // most branches of a slice: a lane has registers for a value of each
 constexpr int kTileY = 8;
-constexpr int kTileX = 8;  // eight points of 16 bytes side by side fill the 32 banks of shared memory once
-constexpr int kMaxHaloX = 7;
-constexpr int kMaxRows = 256;                    // of a block: a bulk copy takes no more
-constexpr int kPointBytes = 16;                  // of a packed point: a chunk of channels
-constexpr int kPlaneAligned = 8;                 // points: a bulk copy writes at multiples of 128 bytes
-constexpr int kPlaneTaps = 9;                    // taps (ty, tx) of one tz, in this order
-constexpr int kTapPairs = 5;                     // of a product; the last tap has no second one
-constexpr int kMaxWaits = kLatticeBranches + 2;  // for each branch at tz = -1, at tz = 0 and at tz = +1
+constexpr int kTileX = 8;                        // 8 points of 16 bytes use each of the 32 shared memory banks once
+constexpr int kMaxHaloX = 7;                     // points
+constexpr int kMaxRows = 256;                    // rows of a block: the limit of a bulk copy's box
+constexpr int kPointBytes = 16;                  // a packed point: the channels of one chunk
+constexpr int kPlaneAligned = 8;                 // points, 128 bytes: alignment of a plane that a bulk copy writes
+constexpr int kPlaneTaps = 9;                    // taps (ty, tx) of one tz, tx fastest
+constexpr int kTapPairs = 5;                     // a product takes two taps; the ninth has no second one
+constexpr int kMaxWaits = kLatticeBranches + 2;  // waits for planes in a turn: each branch at tz = -1, tz = 0, tz = +1
 
 struct Int3 {
   int z, y, x;
 };
 
-// Classes of a volume that are worked on: on each axis all of them, or one.
+// The classes that a part works on: on each axis all of them, or one.
 struct Classes {
   Int3 count, first;
 };
 
-// How a block of threads goes through the points that a branch reads: a pass is some rows of every plane, in which each
-// thread has one point of every `planes`th plane.
+// How the threads of a block copy a plane without the copy engine, a point each: `columns` x `rows` points of `planes`
+// planes at once. If a plane has more rows than that, they go through all planes `passes` times.
 struct Cover {
   int columns, rows, planes, passes;
-  uint32_t by_columns, by_rows;  // for divided()
-  int source_step, shared_step;  // from a thread's point to its next, in packed points and in shared memory
+  uint32_t by_columns, by_rows;  // inverses of columns and rows, for divided()
+  int source_step, shared_step;  // points from a thread's point to its next, among packed ones and in shared memory
 };
 
+// The gather of one pass and part, as a kernel gets it. Arrays are by branch; those marked "by source" have one entry
+// where all branches read the same source. Whatever holds for all classes is here, the rest is in Tile.
 struct Lattice {
-  int64_t N;
-  int K;
-  int sources;  // one that all branches read, or in the adjoint one for each, in turn
-  Int3 step;
-  Int3 rate[kLatticeBranches];  // zero from K on, and on an axis on which the kernel has one tap
-  Int3 halo;
-  Int3 reach[kLatticeBranches];     // of the points held for a branch: `halo`, or its own rate if it has its own source
-  Int3 origin_class, origin_point;  // of the source, under point 0 of target class 0
-  Index3 source, target;            // sizes
-  Int3 points;                      // lattice points of a source class per axis; the last may lie outside the source
-  Int3 target_points;               // and of a target class
-  Int3 full_classes;                // of the target; those behind them have a point less
-  Int3 tiles;                       // tiles of a target class per axis; the last ones may lie outside the target
-  int first_plane, first_target_plane;     // of all; what is packed and where there are tiles may begin further on
-  Classes source_classes, target_classes;  // what is packed, and where there are tiles
-  int packed_points, packed_targets;       // points of these classes, each in full
-  int taps_z;
-  int tile_z;
-  int ring, ring_bytes;               // planes of points held in shared memory
-  int plane_points;                   // from one plane to the next
-  int free_planes[kLatticeBranches];  // of a source, under the tile's first ones, that tz = +1 does not read
-  // Of a source: how many planes have to be there at each wait. Branches come in the order of branch_in_turn; where one
-  // reads less than those before it, what they read.
+  int64_t N;    // samples of the part
+  int K;        // branches of the slice
+  int sources;  // forward 1, which all branches read; in the adjoint K, one for each branch, read in turn
+  Int3 step;    // positions between lattice points
+  Int3 rate[kLatticeBranches];   // in points; zero from K on, and on an axis where the kernel has one tap
+  Int3 halo;                     // the largest rates
+  Int3 reach[kLatticeBranches];  // halo of the points held for a branch: `halo`, or its rate if it has its own source
+  Int3 origin_class, origin_point;  // class and point of the source under point 0 of target class 0
+  Index3 source, target;            // sizes in positions, of the whole volumes
+  Int3 points;                      // points of a source class (z: of the part); the last may lie outside the source
+  Int3 target_points;               // points of a target class; the last may lie outside the target
+  Int3 full_classes;                // target classes below this have all of target_points, the others one point less
+  Int3 tiles;                       // tiles of a target class (z: of the part); the last may reach outside the target
+  int first_plane, first_target_plane;     // where the part's planes begin in a class of the source and the target
+  Classes source_classes, target_classes;  // the part's: what is packed, and where there are tiles
+  int packed_points, packed_targets;       // points of all these classes, of one sample and chunk
+  int taps_z;                              // 1 or 3
+  int tile_z;                              // planes of a tile, 8 or 4
+  int ring, ring_bytes;                    // slots for planes in shared memory, and their size
+  int plane_points;                        // points from one slot to the next
+  int free_planes[kLatticeBranches];  // by source: how many of the planes right under the tile tz = +1 does not read
+  // By source: how many planes must have landed at each wait, counted from the first one held. The waits are those of
+  // its branches at tz = -1, in the order of branch_in_turn, then those of tz = 0 and tz = +1. Never decreases.
   int planes_read[kLatticeBranches][kMaxWaits];
-  // In a plane, of the points held for branch k: how many a row has; the point under point (0, 0) of a tile through tap
-  // (0, 0), and where tap (ty, tx) lies from there, ascending.
+  // Inside a plane held for branch k, in points: a row's length; the point under tile point (0, 0), which the middle
+  // tap reads; and where tap (ty, tx) lies relative to it. tap_points ascend, or stay equal.
   int pitch[kLatticeBranches], centre[kLatticeBranches], tap_points[kPlaneTaps][kLatticeBranches];
   Cover cover[kLatticeBranches];
-  // Of a pair of taps: where the first one lies, counted from tap 0, and in the upper half how far on the second one
-  // does.
+  // For the descriptor of two taps. Lower half: points from tap 0 to the first; upper half: from the first to the
+  // second.
   uint32_t tap_pairs[kTapPairs][kLatticeBranches];
 };
 
-// One tile: its target class and first target point, of which the target has `target_left` more on each axis, and the
-// source point at plane 0, row 0, column 0; what number these two points have among the packed ones.
+// One tile.
 struct Tile {
-  int64_t n;
-  Int3 target_class, target_first, target_left, source_first;
-  int target_at, source_at;
-  int source_volume;  // the number of the source class among those packed
+  int64_t n;                        // sample of the part
+  Int3 target_class, target_first;  // the class, and the tile's first point in it
+  Int3 target_left;                 // points that the class has from target_first on
+  Int3 source_first;                // the block's first point, from the part's first plane on; may be negative
+  int target_at, source_at;         // packed numbers of these two points; source_at may lie outside
+  int source_volume;                // number of the source class among the packed ones
 };
 
 AUTOFOCUS_HD inline int64_t volume(const Int3& sizes) { return int64_t(sizes.z) * sizes.y * sizes.x; }
 AUTOFOCUS_HD inline int64_t num_tiles(const Lattice& lattice) {
   return lattice.N * volume(lattice.tiles) * volume(lattice.target_classes.count);
 }
-// The number of class `c` among those packed, and of its point `p`, classes outermost. lattice_refusal sees to it that
-// it fits.
+// The number of class `c` among those packed, and the number of its point `p` among all packed points, which lie class
+// by class. lattice_refusal ensures that both fit an int.
 AUTOFOCUS_HD inline int class_number(const Classes& classes, const Int3& c) {
   const Int3 &first = classes.first, &count = classes.count;
   return ((c.z - first.z) * count.y + (c.y - first.y)) * count.x + (c.x - first.x);
@@ -97,45 +103,47 @@ AUTOFOCUS_HD inline int packed_number(const Classes& classes, const Int3& c, con
   return ((class_number(classes, c) * points.z + p.z) * points.y + p.y) * points.x + p.x;
 }
 
-// value / divisor for an inverse of the divisor, as long as their product is below 2^16.
+// value / divisor by one multiplication with inverse_of(divisor). Exact while value * divisor < 2^16.
 AUTOFOCUS_HD inline uint32_t inverse_of(int divisor) { return (1u << 16) / uint32_t(divisor) + 1; }
 AUTOFOCUS_HD inline int divided(int value, uint32_t inverse) { return int(uint32_t(value) * inverse >> 16); }
 
-// The block of source points under a tile.
+// Planes of the block under a tile.
 AUTOFOCUS_HD inline int planes(const Lattice& lattice) { return lattice.tile_z + 2 * lattice.halo.z; }
-// What is held of it for a branch.
+// Rows and columns of the planes held for a branch.
 AUTOFOCUS_HD inline int rows(const Int3& reach) { return kTileY + 2 * reach.y; }
 AUTOFOCUS_HD inline int columns(const Int3& reach) { return kTileX + 2 * reach.x; }
-// Its first point, counted from the first of the block.
+// Where the points held for branch k begin within the block.
 AUTOFOCUS_HD inline int first_held(const Lattice& lattice, int k) { return lattice.halo.z - lattice.reach[k].z; }
 AUTOFOCUS_HD inline int first_row(const Lattice& lattice, int k) { return lattice.halo.y - lattice.reach[k].y; }
 AUTOFOCUS_HD inline int first_column(const Lattice& lattice, int k) { return lattice.halo.x - lattice.reach[k].x; }
 
-// Planes of a source are counted from the first that is held for a branch, 0 .. tile_z + 2 reach, and are read in this
-// order: tz = -1 begins with the first, and none of those in front of first_read is read from tz on.
+// The planes held of a source, tile_z + 2 reach of them, are counted from the first one. They are read in ascending
+// order: from phase tz on, no plane before first_read(tz) is read any more, so its slot is free once all threads are
+// past the phase before.
 AUTOFOCUS_HD inline int held_planes(const Lattice& lattice, int source) {
   return lattice.tile_z + 2 * lattice.reach[source].z;
 }
 AUTOFOCUS_HD inline int first_read(const Lattice& lattice, int source, int tz) {
   return tz < 0 ? 0 : lattice.reach[source].z + (tz > 0 ? lattice.free_planes[source] : 0);
 }
-// Branches that read a source one after the other: at tz = -1 that of the largest rate, which reads the first planes,
-// before the others, if rates ascend as they usually do.
+// How many branches read one source, and which branch comes i-th. At tz = -1 they go backwards: rates usually ascend,
+// and the largest reads the first planes, so it can begin before the others' planes have landed.
 AUTOFOCUS_HD inline int readers(const Lattice& lattice) { return lattice.sources == 1 ? lattice.K : 1; }
 AUTOFOCUS_HD inline int branch_in_turn(const Lattice& lattice, int tz, int i) { return tz < 0 ? lattice.K - 1 - i : i; }
-// What tz needs altogether.
+// Planes that phase tz needs, all branches together.
 AUTOFOCUS_HD inline int end_read(const Lattice& lattice, int source, int tz) {
   return lattice.planes_read[source][readers(lattice) + tz];
 }
 
-// Division: the number becomes the quotient, the remainder is returned.
+// Divides `number` in place and returns the remainder.
 AUTOFOCUS_HD inline int take_remainder(uint32_t& number, int divisor) {
   const uint32_t quotient = number / uint32_t(divisor), remainder = number - quotient * uint32_t(divisor);
   number = quotient;
   return int(remainder);
 }
 
-// Tile number `number`. Classes vary fastest: neighbouring classes read and write the same memory sectors.
+// Tile `number` of 0 .. num_tiles. Classes vary fastest, because neighbouring classes read and write the same memory
+// sectors; samples vary slowest.
 AUTOFOCUS_HD inline Tile tile_at(const Lattice& lattice, int number) {
   uint32_t rest = uint32_t(number);
   Tile tile;
@@ -144,7 +152,7 @@ AUTOFOCUS_HD inline Tile tile_at(const Lattice& lattice, int number) {
     const Classes& classes = lattice.target_classes;
     const int of_target = classes.first.*axis + take_remainder(rest, classes.count.*axis);
     tile.target_class.*axis = of_target;
-    // The source's classes begin again, a point further on.
+    // Behind the last class of the source comes its first one, one point further on.
     const int of_source = lattice.origin_class.*axis + of_target, wraps = of_source >= lattice.step.*axis ? 1 : 0;
     source_class.*axis = of_source - wraps * lattice.step.*axis;
     tile.source_first.*axis = lattice.origin_point.*axis + wraps - lattice.halo.*axis;
@@ -171,14 +179,14 @@ AUTOFOCUS_HD inline Tile tile_at(const Lattice& lattice, int number) {
   return tile;
 }
 
-// Target position of point (z, y, x) of a tile; outside the target for the surplus points of border tiles.
+// The target position of point (z, y, x) of a tile. It lies outside the target where has_target is false.
 AUTOFOCUS_HD inline Index3 target_position(const Lattice& lattice, const Tile& tile, int z, int y, int x) {
   return {int64_t(lattice.step.z) * (tile.target_first.z + z) + tile.target_class.z,
           int64_t(lattice.step.y) * (tile.target_first.y + y) + tile.target_class.y,
           int64_t(lattice.step.x) * (tile.target_first.x + x) + tile.target_class.x};
 }
 
-// Whether the target has it, and its number among the packed points of the target.
+// Whether the target has this point, and its number among the packed points of the target.
 AUTOFOCUS_HD inline bool has_target(const Tile& tile, int z, int y, int x) {
   return z < tile.target_left.z && y < tile.target_left.y && x < tile.target_left.x;
 }
@@ -186,8 +194,8 @@ AUTOFOCUS_HD inline int packed_target(const Lattice& lattice, const Tile& tile, 
   return tile.target_at + (z * lattice.target_points.y + y) * lattice.target_points.x + x;
 }
 
-// Whether the source lattice has points in a row or column of a block with this source_first; if not, zeros are read
-// there.
+// Whether the source lattice has points in this row or column of a block whose source_first is `first`. If not, taps
+// read zeros there.
 AUTOFOCUS_HD inline bool has_row(const Lattice& lattice, const Int3& first, int row) {
   return uint32_t(first.y + row) < uint32_t(lattice.points.y);
 }
@@ -195,14 +203,14 @@ AUTOFOCUS_HD inline bool has_column(const Lattice& lattice, const Int3& first, i
   return uint32_t(first.x + column) < uint32_t(lattice.points.x);
 }
 
-// The number of the point at (plane, row, column) among the packed points of one sample and channel chunk.
+// The number of the block's point (plane, row, column) among the packed points of one sample and chunk.
 AUTOFOCUS_HD inline int packed_index(const Lattice& lattice, const Tile& tile, int plane, int row, int column) {
   return tile.source_at + (plane * lattice.points.y + row) * lattice.points.x + column;
 }
 
-// Source position of packed point number `index` of those from `first_plane` on, counted with the position fastest and
-// the class per axis inside it, so that neighbouring threads of the packing kernel read neighbouring memory. `packed`
-// is where it goes.
+// For the packing kernel: the position that its thread `index` reads, and in `packed` the packed number where it goes.
+// `points` are those of a class from `first_plane` on. Indices ascend with the position and not by class, so that
+// neighbouring threads read neighbouring memory.
 AUTOFOCUS_HD inline Index3 unpacked_position(const Int3& points, int first_plane, const Int3& step,
                                              const Classes& classes, int index, int& packed) {
   uint32_t rest = uint32_t(index);
@@ -220,19 +228,20 @@ AUTOFOCUS_HD inline Index3 unpacked_position(const Int3& points, int first_plane
           int64_t(step.x) * point.x + c.x};
 }
 
-// The plane read by tile plane z through tap tz of branch k.
+// The plane, of those held for branch k, that tile plane z reads through tz.
 AUTOFOCUS_HD inline int tap_plane(const Lattice& lattice, int z, int tz, int k) {
   return lattice.reach[k].z + z + tz * lattice.rate[k].z;
 }
-// Whether phase tz reads anything: a kernel with one tap in z has tz = 0 only.
+// Whether phase tz reads anything. A kernel with one tap in z reads at tz = 0 only.
 AUTOFOCUS_HD inline bool reads(const Lattice& lattice, int tz) { return tz == 0 || lattice.taps_z > 1; }
 
 // ------------------------------------------------------------------ host: from a problem to its lattices
 
-// Which way the gather goes: outputs from inputs (forward), or inputs from outputs (its adjoint). The adjoint is the
+// Which way a pass gathers: outputs from inputs (forward), or inputs from outputs (its adjoint). The adjoint is the
 // same gather with the origin negated and the taps counted backwards.
 enum class Direction { kForward, kAdjoint };
 
+// Of one axis: the common factor of the dilations in positions, and the largest rate in points.
 struct StepAndHalo {
   int step, halo;
 };
@@ -249,11 +258,12 @@ inline Int3 common_step(const Problem& g) {
   return {step_and_halo(g, &Index3::z).step, step_and_halo(g, &Index3::y).step, step_and_halo(g, &Index3::x).step};
 }
 
+// Points of a class, the same for all classes: what lies outside the volume is packed as zeros.
 inline Int3 lattice_points(const Index3& size, const Int3& step) {
   return {int(ceil_div(size.z, step.z)), int(ceil_div(size.y, step.y)), int(ceil_div(size.x, step.x))};
 }
 
-// Why a problem has no lattice form, or null.
+// Why the fast tier cannot take this problem on any GPU, or null.
 inline const char* lattice_refusal(const Problem& g) {
   for (int64_t Index3::* axis : {&Index3::z, &Index3::y, &Index3::x})
     if (g.kernel.*axis != 1 && g.kernel.*axis != 3) return "the kernel has other than 1 or 3 taps on an axis";
@@ -265,7 +275,7 @@ inline const char* lattice_refusal(const Problem& g) {
       return "an axis or its padding is too long for 32-bit lattice indices";
     for (int64_t k = 0; k < g.K; ++k)
       if (g.dilation[k].*axis >= kLimit) return "a dilation is too large for 32-bit lattice indices";
-    // Classes without a single point would make the packed source far larger than the source.
+    // Otherwise classes without a single point would be packed too, many times the source's memory.
     const int step = step_and_halo(g, axis).step;
     if (step > g.input.*axis || step > g.output.*axis)
       return "the dilations have a common factor larger than the volume";
@@ -287,8 +297,9 @@ inline void choose_classes(Lattice& lattice, const Classes& source, const Classe
   lattice.packed_targets = int(volume(target.count) * volume(lattice.target_points));
 }
 
-// The lattices of a problem that lattice_refusal lets pass; tile_z and what follows from it are set by set_tile. The
-// step is the branches' common one; the gather is that of `branches` of them from `first_branch` on.
+// The lattice of a problem that lattice_refusal lets pass, for `branches` branches from `first_branch` on. The step is
+// that of all branches of the problem, so lattices of different branches share packed operands. set_tile, set_ring and
+// set_threads fill in the rest, in this order.
 inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first_branch, int64_t branches) {
   const bool forward = direction == Direction::kForward;
   Lattice lattice{};
@@ -312,6 +323,7 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
     const int pitch = lattice.pitch[k] = columns(reach);
     lattice.centre[k] = reach.y * pitch + reach.x;
     for (int tap = 0; tap < kPlaneTaps; ++tap) {
+      // With one tap in y the three rows of taps coincide. The outer two keep to its ends, so that tap_points ascend.
       const int ty = tap / 3 - 1, tx = g.kernel.y == 1 && ty != 0 ? ty : tap % 3 - 1;
       lattice.tap_points[tap][k] = ty * rate.y * pitch + tx * rate.x;
     }
@@ -339,6 +351,7 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
   return lattice;
 }
 
+// The fewest passes, with rows spread evenly over them. If one pass is enough, as many planes at once as threads reach.
 inline Cover cover_of(const Lattice& lattice, const Int3& reach, int threads) {
   const int lines = threads / columns(reach);
   const int passes = int(ceil_div(rows(reach), lines)), in_pass = int(ceil_div(rows(reach), passes));
@@ -353,11 +366,12 @@ inline Cover cover_of(const Lattice& lattice, const Int3& reach, int threads) {
           planes * lattice.plane_points};
 }
 
-// The threads of a block, at most 512: then what is divided, and by what, is small enough.
+// `threads` of a block, at most 512: then Walk divides numbers small enough for divided().
 inline void set_threads(Lattice& lattice, int threads) {
   for (int k = 0; k < lattice.K; ++k) lattice.cover[k] = cover_of(lattice, lattice.reach[k], threads);
 }
 
+// Sets tile_z and what follows from it: the tiles, and which planes each wait of a turn is for.
 inline void set_tile(Lattice& lattice, int tile_z) {
   lattice.tile_z = tile_z;
   lattice.tiles = {int(ceil_div(lattice.target_points.z, tile_z)), int(ceil_div(lattice.target_points.y, kTileY)),
@@ -373,21 +387,22 @@ inline void set_tile(Lattice& lattice, int tile_z) {
       if (reach - rate + tile_z > most) most = reach - rate + tile_z;
       read[i] = most;
     }
-    // Every plane is waited for before its slot is written again, also one that no branch reads.
+    // tz = 0 frees all planes before `reach`. Where even the smallest rate is above tile_z, no branch reads the last
+    // ones of these; they must have landed all the same before their slots are written again.
     read[readers(lattice) - 1] = reach - free + tile_z;
     read[readers(lattice)] = reach + tile_z;
     read[readers(lattice) + 1] = held_planes(lattice, source);
   }
 }
 
-// The fewest planes that the ring can be of: what a tz reads.
+// The smallest possible ring: the planes that one phase reads.
 inline int fewest_planes(const Lattice& lattice) {
   int fewest = lattice.tile_z;
   for (int source = 0; source < lattice.sources; ++source)
     if (end_read(lattice, source, -1) > fewest) fewest = end_read(lattice, source, -1);
   return fewest;
 }
-// As many as there is room for, but not more than this turn and the next one read.
+// Gives the ring `room` slots, but no more than the planes of two turns: nothing is written further ahead.
 inline void set_ring(Lattice& lattice, int64_t room) {
   const int most = 2 * planes(lattice);
   lattice.ring = room < most ? int(room) : most;

@@ -1,6 +1,8 @@
-// Packing: a thread some chunks of a position, and a block of threads for one operand of the call. Beside what it reads
-// and writes a thread is to do little: positions are 32 bits, found once for its chunks, and points are loaded whole
-// where they lie in memory as such.
+// The packing kernel and its jobs (operands.h). It is launched once for every part, before the passes that share it.
+//
+// One launch does all jobs of a part, each in thread blocks of its own; a thread packs a few chunks of one position.
+// Packing should be bound by memory. So a thread does little else: it finds its position once, in 32 bits, and loads
+// whole points at once where the tensor's layout allows it.
 #include "operands.h"
 
 namespace autofocus::cuda {
@@ -8,38 +10,42 @@ namespace autofocus::cuda {
 namespace {
 
 constexpr int kPackThreads = 256;
-constexpr int kPackChunks = 4;
-constexpr int64_t kAlignment = 256;  // of every operand, as torch's allocator gives it to the first
+constexpr int kPackChunks = 4;       // chunks that a thread packs
+constexpr int64_t kAlignment = 256;  // bytes, of every operand; torch's allocator aligns the first one at least so
 
+// The bits of an element: packing mostly moves them as they are.
 template <typename T>
 using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
 
-// Volumes as points of kCount channels, those of each branch multiplied by its gate if there are any; blocks of threads
-// is 0 where the call has none.
+// A job: packs a volume as [N, branches, chunks, points] of kCount channels each, multiplied by the gates of each
+// branch if there are any.
 template <typename T>
 struct PackPoints {
-  unsigned int blocks;
-  int position_blocks, groups;    // of a sample, and of its chunks
-  int aligned;                    // bytes: channels lie side by side, and those of a point begin at a multiple
-  bool rounds;                    // to TF32
-  Strided<const Bits<T>> source;  // without a branch stride the same for all branches
-  Strided<const T> gates;
-  int branches, channels, chunks;
-  Int3 step, points;
-  int first_plane;
+  unsigned int blocks;             // thread blocks of this job; 0 if it is not wanted
+  int position_blocks, groups;     // thread blocks for all positions of a sample; groups of kPackChunks chunks
+  int aligned;                     // alignment_of the source, in bytes
+  bool rounds;                     // floats to TF32
+  Strided<const Bits<T>> source;   // with branch stride 0 the same for all branches
+  Strided<const T> gates;          // null: none
+  int branches, channels, chunks;  // chunks: of one branch
+  Int3 step, points;               // points of a class and this part
+  int first_plane;                 // of the part, in each class
   Classes classes;
-  Index3 size;
+  Index3 size;  // of the volume; positions outside become zeros
   void* packed;
 };
 
+// A job: packs the weight as operand b, in the layout of Operands::weight or adjoint_weight.
 struct PackWeight {
-  unsigned int blocks;
+  unsigned int blocks;  // thread blocks of this job; 0 if it is not wanted
   bool adjoint;
-  int64_t sources, targets, chunks, branches, items;
-  int block_targets;
+  int64_t sources, targets;         // channels: C and O, or O and C in the adjoint
+  int64_t chunks, branches, items;  // chunks of sources; weights for each chunk; points in all, one a thread
+  int block_targets;                // target channels of a block
   uint4* packed;
 };
 
+// All jobs of a launch, whose thread blocks are numbered in this order.
 template <typename T>
 struct Packing {
   PackPoints<T> input, grad_output, attention;
@@ -48,7 +54,7 @@ struct Packing {
   Index3 kernel;
 };
 
-// Words of a point times a number, each element rounded once.
+// A word of a point (a float, or two 16-bit elements) times a gate, each element rounded once.
 template <typename T>
 __device__ inline uint32_t gated(uint32_t word, T gate) {
   if constexpr (std::is_same_v<T, float>) {
@@ -60,7 +66,7 @@ __device__ inline uint32_t gated(uint32_t word, T gate) {
   }
 }
 
-// The words of a point of which there are `channels` more.
+// Loads a point of kWords words. Only its first `channels` channels exist (maybe none, maybe all), the others are zero.
 template <int kWords, typename T>
 __device__ inline void load_point(const PackPoints<T>& job, const Bits<T>* from, int channels,
                                   uint32_t (&words)[kWords]) {
@@ -93,6 +99,7 @@ __device__ inline void load_point(const PackPoints<T>& job, const Bits<T>* from,
       for (uint32_t& word : words) word = tf32(float_of(word));
 }
 
+// kCount: channels of a packed point, or branches of packed gates. `block`: the number of this thread block in the job.
 template <int kCount, typename T>
 __device__ inline void pack_points(const PackPoints<T>& job, unsigned int block) {
   constexpr int kWords = kCount * int(sizeof(T)) / 4;
@@ -129,7 +136,7 @@ __device__ inline void pack_points(const PackPoints<T>& job, unsigned int block)
   }
 }
 
-// A packed point of these elements, each rounded once.
+// A packed point of these elements, each rounded once (floats to TF32).
 template <typename T>
 __device__ inline uint4 packed_point(const float (&values)[kChunk<T>]) {
   if constexpr (std::is_same_v<T, float>)
@@ -153,7 +160,7 @@ __device__ inline void pack_weight(const PackWeight& job, const Packing<T>& pack
   const int64_t k = rest % job.branches;
   rest /= job.branches;
   const int64_t source = rest % job.chunks * kChunk<T>, target = rest / job.chunks * job.block_targets + in_block;
-  // On an axis of one tap those beside it are zero.
+  // On an axis with one tap, the taps beside it lie outside the kernel and are zero.
   const Index3& kernel = packing.kernel;
   const int sign = job.adjoint ? -1 : 1;
   const Index3 t = {kernel.z / 2 + sign * (tz - 1), kernel.y / 2 + sign * (in_slab / 3 - 1),
@@ -171,7 +178,7 @@ __device__ inline void pack_weight(const PackWeight& job, const Packing<T>& pack
   job.packed[index] = packed_point<T>(values);
 }
 
-// Whether this block belongs to a job; if not, its number among those of the jobs that follow.
+// Whether this thread block belongs to the job. If not, makes `block` its number among those of the jobs that follow.
 template <typename Job>
 __device__ inline bool takes(const Job& job, unsigned int& block) {
   if (block < job.blocks) return true;
@@ -194,7 +201,8 @@ __global__ __launch_bounds__(kPackThreads) void pack_kernel(const __grid_constan
 
 int64_t Operands::bytes(const Split& split) {
   int64_t most = 0;
-  for (int64_t slab = 0; slab < split.slabs; ++slab) {  // which come first, and are all that differs
+  // Parts differ in size only by their slabs, and slabs vary fastest.
+  for (int64_t slab = 0; slab < split.slabs; ++slab) {
     const int64_t own = pack(part_of(in_.g, split, slab), nullptr, nullptr);
     most = own > most ? own : most;
   }
@@ -271,11 +279,12 @@ int64_t Operands::pack(const Part& part, void* memory, const Context* context) {
                        Strided<const T>(in_.weight),
                        Strided<const T>(in_.scale),
                        g.kernel};
-    // What stays, then what each part brings, which may be larger or smaller.
+    // First what stays from part to part, then what each part brings: its size may change.
     scratch_at_ = place(scratch_bytes_);
     if (weight_tiles_ > 0) packing.weight = weight(false, weight_tiles_, weight_at_);
     if (adjoint_tiles_ > 0) packing.adjoint_weight = weight(true, adjoint_tiles_, adjoint_at_);
-    // The attention and what it is multiplied by are rounded as a product.
+    // TF32: rounded here is what products read as it is. The attention, and a G that is multiplied by it, are rounded
+    // when that product is formed.
     if (wants_input_)
       packing.input = points(in_.input, none, g.C, kChunk<T>, g.input, part.input, part.input_planes, true, input_at_);
     if (grad_output_.data != nullptr)
@@ -285,7 +294,7 @@ int64_t Operands::pack(const Part& part, void* memory, const Context* context) {
       packing.attention = points(in_.attention, none, g.K, kLatticeBranches, g.output, part.output, part.output_planes,
                                  false, attention_at_);
     if (memory == nullptr) return;
-    if (memory == memory_)  // which has the weights already
+    if (memory == memory_)  // the weights are there already: launch no blocks for them, whose numbers are the last
       blocks -= packing.weight.blocks + packing.adjoint_weight.blocks;
     memory_ = static_cast<unsigned char*>(memory);
     packing.input.packed = at(input_at_);

@@ -1,10 +1,11 @@
-// How a call is cut into parts.
+// How a call is cut into parts, and how finely (parts.h). Host only.
 #include "parts.h"
 
 namespace autofocus::cuda {
 
 namespace {
 
+// Whether a pass may be cut into `parts` parts of so many tiles.
 bool is_allowed(const Cost& allowed, const Work& pass, int64_t parts, int64_t tiles_of_part) {
   const int64_t rounds = ceil_div(pass.tiles, pass.at_once), of_part = ceil_div(tiles_of_part, pass.at_once);
   return of_part >= allowed.least_rounds && 100 * parts * of_part <= (100 + allowed.percent) * rounds;
@@ -39,11 +40,12 @@ Part part_of(const Problem& g, const Split& split, int64_t index) {
   if (split.slabs > 1) {
     const int most = slab_planes(points, split.slabs), first = slab * most;
     part.input_planes = {first, clip(points - first, most)};
-    // Class 0 of the input reads from here on, the others from here or a plane further on.
+    // Input class 0 reads output planes around first + origin, the other classes around that or one plane further on.
     const int64_t origin = input_lattice(-g.origin.z, 0, step.z).point, halo = step_and_halo(g, &Index3::z).halo;
     const int begin = clip(first + origin - halo, output_points - 1);
     const int end = clip(first + part.input_planes.count + origin + 1 + halo, output_points);
-    part.output_planes = {begin, end > begin ? end - begin : 1};  // one where all are outside
+    // Where all planes are outside, one of them is packed all the same: a volume of none has no map.
+    part.output_planes = {begin, end > begin ? end - begin : 1};
   }
   return part;
 }
@@ -62,6 +64,7 @@ void restrict_to(Lattice& lattice, const Part& part, Direction direction) {
 
 Split split_of(const Problem& g, const std::vector<Work>& passes, const Cost& allowed) {
   const Int3 step = common_step(g);
+  // From fine to coarse. Classes of x stay together: they share memory sectors.
   std::vector<Split> candidates = {{g.N, {step.z, step.y, 1}, 1}, {g.N, {step.z, 1, 1}, 1}};
   for (int64_t groups = g.N; groups > 1; --groups)
     if (g.N % groups == 0) candidates.push_back({groups, {1, 1, 1}, 1});

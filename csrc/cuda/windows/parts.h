@@ -1,4 +1,5 @@
-// Parts of a call, taken one after the other: only what one reads is packed at a time.
+// How a call is cut into parts. Parts run one after the other in the same scratch memory, which holds the packed
+// operands of only one of them.
 #pragma once
 
 #include <vector>
@@ -7,52 +8,54 @@
 
 namespace autofocus::cuda {
 
-// Lattice planes of a volume.
+// Consecutive planes of each class of a volume.
 struct Slab {
   int first, count;
 };
 
-// Positions that a pass can take by themselves: some samples, and classes of the output with the classes of the input
-// that they read; for the gradient of the input also some planes of it, with those of the output that they read.
+// Positions that passes can compute by themselves: some samples, and some classes of the output with the classes of the
+// input that they read. The gradient of the input also takes slabs: some planes of the input, with the planes of the
+// output that they read.
 struct Part {
   int64_t first_sample, samples;
   Classes output, input;
   Slab output_planes, input_planes;
 };
 
-// Into how many parts positions are cut: groups of samples, classes (on an axis 1, or the step) and slabs.
+// Into how many parts a call is cut.
 struct Split {
-  int64_t samples;
-  Int3 classes;
+  int64_t samples;  // groups of samples, a divisor of N
+  Int3 classes;     // on each axis 1 (all classes together) or the step (each by itself)
   int slabs;
 };
 
 inline int64_t num_parts(const Split& split) { return split.samples * volume(split.classes) * split.slabs; }
 
-// Planes of a slab of `points`, which tiles of eight and of four fill.
+// Planes of each but the last slab of `points` planes: a multiple of 8, which tiles of 8 and of 4 planes fill.
 inline int slab_planes(int points, int slabs) { return int(ceil_div(ceil_div(points, slabs), 8)) * 8; }
 
+// Part `index` of 0 .. num_parts. Slabs vary fastest.
 Part part_of(const Problem& g, const Split& split, int64_t index);
-// Lattice and tiles to those of a part.
+// Restricts a lattice to the positions of a part.
 void restrict_to(Lattice& lattice, const Part& part, Direction direction);
 
-// What a pass runs: tiles, and how many of them at once.
+// How many tiles a pass has, and how many of them run at once.
 struct Work {
   int64_t tiles, at_once;
 };
 
-// What parts may cost. A launch copies its first block of points while nothing is multiplied, and its last tiles leave
-// multiprocessors idle: every part has at least so many rounds of tiles, the last of which need not be full, and all of
-// them together have at most so many percent more than the whole.
+// What cutting may cost, in rounds: tiles that each multiprocessor takes one after another, a last incomplete round
+// included. A launch begins with a copy while nothing is multiplied and ends with idle multiprocessors. So every part
+// must have at least `least_rounds`, and all parts together at most `percent` more than the whole call.
 struct Cost {
   int64_t least_rounds, percent;
 };
-constexpr Cost kForTime{4, 6};  // a few percent of it
-constexpr Cost kForMemory{1, 15};
+constexpr Cost kForTime{4, 6};     // forward: loses only a few percent of time
+constexpr Cost kForMemory{1, 15};  // backward, which holds more
 
-// As many parts as all passes allow.
+// The finest split that is allowed for every one of these passes, which share it.
 Split split_of(const Problem& g, const std::vector<Work>& passes, const Cost& allowed);
-// For the gradient of the input alone: slabs as well, if that makes more parts, up to `wanted`.
+// The same for the gradient of the input alone, with slabs as well until there are about `wanted` parts.
 Split split_in_slabs(const Problem& g, const Lattice& lattice, const Work& pass, int64_t wanted, const Cost& allowed);
 
 }  // namespace autofocus::cuda

@@ -1,18 +1,19 @@
-// What the windows' passes take, and the sizes of their tiles.
+// Chooses the plans of plan.h, and which passes the fast tier refuses.
 #include "plan.h"
 
 namespace autofocus::cuda {
 
 namespace {
 
-constexpr int kWidths[] = {8, 5, 4, 2};  // tiles of eight target channels, as for_tiles has them
+constexpr int kWidths[] = {8, 5, 4, 2};  // eights of target channels, as for_tiles has them
 
-constexpr int64_t kMaxChannels = 4 * 65535;
-constexpr int kBlockReserve = 1024;  // bytes of shared memory that the GPU keeps for itself, of each block
+constexpr int64_t kMaxChannels = 4 * 65535;  // chunks, of at least four channels, are a grid dimension of at most 65535
+constexpr int kBlockReserve = 1024;          // bytes of shared memory that the GPU keeps for itself in each block
 
 Direction direction(Pass pass) { return pass == Pass::kGradInput ? Direction::kAdjoint : Direction::kForward; }
 
-// Behind the pipeline's own; the kernels say what for.
+// Shared memory that the kernel of a pass uses behind the pipeline's own: the weight of a chunk, the gates of a tile,
+// branch scale and shift.
 int more_bytes(Pass pass, const Lattice& lattice, DType dtype, int tiles) {
   const int gates = lattice.tile_z * kTileY * kTileX * kLatticeBranches * int(element_size(dtype)),
             vectors = kLatticeBranches * 8 * tiles * int(sizeof(float));
@@ -34,29 +35,27 @@ const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan) {
   if (const char* refusal = lattice_refusal(g)) return refusal;
   const DeviceLimits limits = device_limits();
   if (limits.capability < 80) return "the GPU is older than compute capability 8.0";
-  // A chunk of channels, or a block of them, is a row of the grid.
   if (g.C > kMaxChannels || g.O > kMaxChannels) return "there are too many channels for the grid of a launch";
   Lattice lattice = make_lattice(g, direction(pass), 0, g.K);
-  // Sample, branch, chunk and class together are a coordinate of a bulk copy.
+  // Sample, branch, chunk and class together are one coordinate of a bulk copy, an int.
   if (g.N * g.K * num_chunks(g.C > g.O ? g.C : g.O, dtype) * volume(lattice.step) > INT32_MAX)
     return "there are too many samples and channels for 32-bit numbers of packed volumes";
-  // Blocks of channels, all alike. More than 40 cost spills without warpgroup MMA, whose operands are in no register,
-  // and where floats of the gradient are held beside the sums.
+  // Equal blocks of target channels, of at most 64. More than 40 would spill registers without warpgroup MMA (which
+  // keeps operands out of registers), and where a kernel holds G as floats beside its sums.
   const bool holds_floats = pass == Pass::kGradAttention && dtype == DType::kFloat32;
   const int64_t targets = direction(pass) == Direction::kForward ? g.O : g.C,
                 most = limits.capability == 90 && !holds_floats ? 64 : 8 * kNarrowTiles;
   const int64_t wanted = ceil_div(ceil_div(targets, ceil_div(targets, most)), 8);
-  // The larger the tile, the fewer points are loaded per target; a slot for every plane overlaps more of the writing;
-  // the more channels at once, the fewer times a tile is gone through.
+  // The first choice that fits, best first. A larger tile loads fewer points per target; a slot for every plane hides
+  // more of the copying; with more channels at once, a tile is gone through fewer times.
   for (const int tile_z : {8, 4}) {
-    // Half of it would be empty.
-    if (tile_z == 8 && lattice.target_points.z <= 4) continue;
+    if (tile_z == 8 && lattice.target_points.z <= 4) continue;  // half of the tile would be empty
     for (const bool slot_for_every_plane : {true, false})
       for (int width = 0; width < 4; ++width) {
-        // The narrowest width that holds what is wanted, and narrower ones if that does not fit.
+        // Begins with the narrowest width that holds all wanted channels.
         if (width + 1 < 4 && kWidths[width + 1] >= wanted) continue;
         set_tile(lattice, tile_z);
-        // In 64 bits: dilations in z may reach far enough to overflow.
+        // In 64 bits, because large dilations in z would overflow an int.
         const int64_t points = int64_t(planes(lattice)) * lattice.plane_points;
         if (points * kPointBytes > (int64_t(1) << 30)) continue;
         set_ring(lattice, slot_for_every_plane ? planes(lattice) : fewest_planes(lattice));
@@ -67,7 +66,7 @@ const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan) {
         const int by_registers = is_grad_weight ? 1 : kMaxThreads / threads,
                   by_shared = (limits.shared_bytes + kBlockReserve) / (bytes + kBlockReserve);
         const int blocks = by_registers < by_shared ? by_registers : by_shared;
-        // What that many blocks leave is for more slots, up to their last bytes.
+        // The shared memory that this many blocks leave is used for more slots.
         const int left = (limits.shared_bytes + kBlockReserve) / blocks - kBlockReserve - bytes;
         set_ring(lattice, lattice.ring + left / (lattice.plane_points * kPointBytes));
         bytes = shared_bytes(pass, lattice, dtype, kWidths[width]);

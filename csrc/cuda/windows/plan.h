@@ -1,4 +1,5 @@
-// The launch plan of the windows' passes.
+// How a pass of the fast tier is launched: tile, width and shared memory (Plan), for a whole call, for a part or for
+// one branch; and calls of more than four branches cut into slices.
 #pragma once
 
 #include <type_traits>
@@ -8,34 +9,36 @@
 namespace autofocus::cuda {
 
 constexpr int kGroupThreads = 128;    // a warpgroup
-constexpr int kGroupPlanes = 2;       // of a tile, each an operand of 64 points: what a warpgroup multiplies
+constexpr int kGroupPlanes = 2;       // planes of a tile that a warpgroup computes, each an operand of 64 points
 constexpr int kMaxThreads = 512;      // a warpgroup for every two planes of a tile of eight
-constexpr int kGradWeightGroups = 2;  // warpgroups, each with half of a tile's planes
-constexpr int kGradWeightThreads = kGradWeightGroups * kGroupThreads;  // all the registers of a multiprocessor
-constexpr int kPointsPerLane = 4;                                      // of two planes: the rows that a lane has of d
+constexpr int kGradWeightGroups = 2;  // warpgroups of grad_weight, each with half of a tile's planes
+constexpr int kGradWeightThreads = kGradWeightGroups * kGroupThreads;  // leaves 255 registers a thread, the most
+constexpr int kPointsPerLane = 4;                                      // two in each plane (Share)
 
-// Lattices, block and shared memory of a pass.
+// How a pass is launched.
 struct Plan {
   Lattice lattice;
-  int tiles;  // target channels of a block, by eights
-  int threads;
-  int shared_bytes;
-  int multiprocessors;
-  int blocks;  // that run at once on all of them
+  int tiles;            // eights of target channels that a thread block computes: 2, 4, 5 or 8
+  int threads;          // of a thread block
+  int shared_bytes;     // dynamic, of a thread block
+  int multiprocessors;  // of the device
+  int blocks;           // thread blocks that all multiprocessors run at once
 };
 
-// The plan for all branches, or why the pass cannot run on the current device.
+// Plans a pass for all branches and positions of `g`. Returns null, or the reason why the pass cannot run on the
+// current device.
 const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan);
+// The same for a pass that fast_refusal has let pass; throws if it cannot run.
 Plan plan_of(Pass pass, const Inputs& in);
-// A plan for a part of the positions.
+// The plan for a part of the positions.
 Plan plan_of_part(Plan plan, Pass pass, const Part& part);
-// That of one branch alone, in the classes and tiles of all: operands packed for one serve the other.
+// The plan of branch k alone, with the step and tile_z of all branches, so that it reads the operands packed for all.
 Plan plan_of_branch(Pass pass, const Inputs& in, const Part& part, int64_t k);
 
-// `target_blocks` run through the same tiles.
+// The work of a pass in which `target_blocks` blocks of target channels go through the same tiles.
 Work work_of(const Plan& plan, int64_t target_blocks);
-// Counted as one block a multiprocessor at a time: two share its tensor cores, and take about as long as one after the
-// other.
+// The same, counting one thread block at a time for each multiprocessor: two share its tensor cores and take about as
+// long as one after the other.
 Work work_of_multiprocessors(const Plan& plan, int64_t target_blocks);
 
 // A tensor from the first sample of a part on.
@@ -43,19 +46,20 @@ inline TensorView samples_from(const TensorView& tensor, const Part& part, DType
   return advanced(tensor, part.first_sample * tensor.n, dtype);
 }
 
-// A pass takes kLatticeBranches branches at once: these are the ones from `first` on, as a problem of their own, with
-// lattices and operands of their own. What sums over branches is added up in the result, rounded once for each slice.
+// The slice of up to kLatticeBranches branches from `first` on, as a problem of its own, with its own lattices and
+// operands. A pass that sums over branches adds each slice to the result, which is rounded once for each slice.
 Inputs slice_of(const Inputs& in, int64_t first);
 
-// Grid (blocks, blocks of target channels) that fills the device once, no block without a tile.
+// A grid (thread blocks, blocks of target channels) that fills the device once and leaves no thread block without a
+// tile.
 inline dim3 grid_of(const Plan& plan, int64_t target_blocks) {
   return dim3(static_cast<unsigned int>(work_of(plan, target_blocks).at_once),
               static_cast<unsigned int>(target_blocks));
 }
 
-constexpr int kNarrowTiles = 5;  // the most where registers are short
+constexpr int kNarrowTiles = 5;  // the widest product (in eights of channels) where registers are short
 
-// function(std::integral_constant<int, tiles>) for the widths of a product that are written down (device.h).
+// Calls function(std::integral_constant<int, tiles>), for the widths that warpgroup_mma (device.h) has.
 template <typename Function>
 void for_tiles(int tiles, Function&& function) {
   switch (tiles) {

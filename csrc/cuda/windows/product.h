@@ -1,28 +1,30 @@
-// The product of windows: d[64 x 8 kTiles] += a[64 x 16] b[16 x 8 kTiles] over the four warps of a warpgroup, by
-// warpgroup MMA on Hopper, by ldmatrix and mma.sync elsewhere. A lane of warp w has d[tile][i] = row 16 w + lane / 4 +
-// 8 (i / 2), column 8 tile + lane % 4 * 2 + i % 2, on either.
+// The product of windows, which all passes but the TF32 gradient of the weight are made of: d[64 x 8 kTiles] += a[64 x
+// k] b[k x 8 kTiles] by the four warps of a warpgroup, where k is 16, or 8 in TF32. Hopper computes it by warpgroup
+// MMA, other GPUs by ldmatrix and mma.sync. Both leave the same sums with a lane of warp w: d[tile][i] is row 16 w +
+// lane / 4 + 8 (i / 2), column 8 tile + lane % 4 * 2 + i % 2.
 //
-// It may run on behind the call: between begin_products and wait_for_products d, and operands in registers, belong to
-// it.
+// On Hopper products are asynchronous. Between begin_products and wait_for_products they own d and any operand in
+// registers: nobody else may read or write these.
 #pragma once
 
 #include "../device.h"
 
 namespace autofocus::cuda {
 
-// Products whose operands a loop may prepare together: warpgroup MMA wants them behind each other, without it more than
-// one costs registers.
+// How far loops of products are unrolled. Warpgroup MMAs should follow each other directly; with mma.sync, operands of
+// more than one product would cost registers.
 #if defined(AUTOFOCUS_WARPGROUP_MMA)
 constexpr int kUnrolledProducts = 5;
 #else
 constexpr int kUnrolledProducts = 1;
 #endif
 
-// Blocks of eight rows of 16 bytes, a row eight elements, in shared memory. In units of 16 bytes: `start` is where the
-// first block lies, anywhere; the next eight of k are `along_k` away, the next eight of the other axis `along_rows`.
-// All are below 2^14, as shared memory is.
+// An operand in shared memory. It consists of blocks of eight consecutive rows of 16 bytes: eight elements, or four in
+// TF32. All lengths are in units of 16 bytes and below 2^14, as a descriptor has 14 bits for each. The first block
+// begins at `start`, at any multiple of 16 bytes. The second half of k is `along_k` further on, the next eight rows (or
+// columns of b) are `along_rows` further on.
 struct Operand {
-  uint32_t places;  // start and along_k as a descriptor has them: one addition moves both
+  uint32_t places;  // start in the lower half, along_k in the upper: one addition changes both
   uint32_t along_rows;
 
   Operand() = default;
@@ -35,12 +37,13 @@ struct Operand {
   __device__ uint32_t along_k() const { return places >> 16; }
 };
 
+// The descriptor of warpgroup MMA, without swizzle.
 __device__ inline uint64_t encoded(const Operand& operand) {
   return uint64_t(operand.along_rows) << 32 | operand.places;
 }
 
-// Four 8x8 blocks a call: those of row blocks `block`, and of the next one if `pair`, at either eight of k. In the
-// order of a fragment of operand b, two row blocks behind each other.
+// Loads four blocks: both halves of k of row block `block`, then of the next one if `pair` (else the same again). In
+// this order they are the fragments of operand b for two tiles of columns.
 template <bool kTransposed>
 __device__ inline void load_blocks(uint32_t (&fragments)[4], const Operand& operand, int block, bool pair) {
   const int lane = threadIdx.x % 32, matrix = lane / 8;
@@ -49,7 +52,7 @@ __device__ inline void load_blocks(uint32_t (&fragments)[4], const Operand& oper
       fragments, operand.start() + row_block * operand.along_rows + matrix % 2 * operand.along_k() + lane % 8);
 }
 
-// d[m] += a b, with b as MMA fragments loaded once for all m.
+// d[m] += a[m] b by mma.sync, with b's fragments loaded once for all m.
 template <typename T, bool kTransposed, int kCount, int kTiles>
 __device__ inline void add_fragments(float (&d)[kCount][kTiles][4], const uint32_t (&a)[kCount][4], const Operand& b) {
 #pragma unroll
@@ -74,19 +77,19 @@ __device__ inline void clear(float (&d)[kCount][kTiles][4]) {
       for (float& value : tile) value = 0.0f;
 }
 
-// Before the first product into registers, or from registers, that other instructions have touched.
+// To be called before the first product whose d, or operand in registers, other instructions have touched.
 __device__ inline void begin_products() {
 #if defined(AUTOFOCUS_WARPGROUP_MMA)
   if (has_warpgroup_mma()) warpgroup_begin();
 #endif
 }
-// Closes a group of products.
+// Closes a group of products, the unit of waiting.
 __device__ inline void commit_products() {
 #if defined(AUTOFOCUS_WARPGROUP_MMA)
   if (has_warpgroup_mma()) warpgroup_commit();
 #endif
 }
-// Waits until at most kPending groups are under way; `d` holds the sums of those that are not.
+// Waits until at most the newest kPending groups are under way; `d` then holds the sums of all others.
 template <int kPending, int kCount, int kTiles>
 __device__ inline void wait_for_products(float (&d)[kCount][kTiles][4]) {
 #if defined(AUTOFOCUS_WARPGROUP_MMA)
@@ -94,6 +97,7 @@ __device__ inline void wait_for_products(float (&d)[kCount][kTiles][4]) {
 #endif
 }
 
+// The same where sums are not read yet.
 template <int kPending>
 __device__ inline void wait_for_products() {
 #if defined(AUTOFOCUS_WARPGROUP_MMA)
@@ -101,7 +105,7 @@ __device__ inline void wait_for_products() {
 #endif
 }
 
-// d[m] = a[m] b, added to d[m] if `add`.
+// d[m] = a[m] b, or d[m] += a[m] b if `add`.
 template <typename T, int kCount, int kTiles>
 __device__ inline void window_product(float (&d)[kCount][kTiles][4], const Operand (&a)[kCount], const Operand& b,
                                       bool add) {
@@ -115,7 +119,7 @@ __device__ inline void window_product(float (&d)[kCount][kTiles][4], const Opera
     uint32_t fragments[kCount][4];
 #pragma unroll
     for (int m = 0; m < kCount; ++m) {
-      uint32_t blocks[4];  // (row block, half of k); a fragment of operand a goes by half of k first
+      uint32_t blocks[4];  // by row block, then by half of k; a fragment of operand a is the other way round
       load_blocks<false>(blocks, a[m], threadIdx.x / 32 % 4 * 2, true);
       fragments[m][0] = blocks[0];
       fragments[m][1] = blocks[2];
@@ -127,8 +131,8 @@ __device__ inline void window_product(float (&d)[kCount][kTiles][4], const Opera
   }
 }
 
-// d += a b, where this warp's 16 rows of a are an MMA fragment in registers, and b's rows are k: a window read with its
-// points as what is summed over.
+// d += a b for grad_weight, summed over points: b is a window read transposed, whose points are k. Each warp has its 16
+// rows of a as an MMA fragment in registers. 16-bit types only.
 template <typename T, int kTiles>
 __device__ inline void window_product_over_points(float (&d)[1][kTiles][4], const uint32_t (&a)[4], const Operand& b) {
 #if defined(AUTOFOCUS_WARPGROUP_MMA)

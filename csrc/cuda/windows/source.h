@@ -1,5 +1,6 @@
-// The packed points that a pass reads, and their way to shared memory: where the GPU has a copy engine some threads ask
-// it for a plane at a time, elsewhere every thread copies its points.
+// The packed points that a pass reads, and how planes of them get into shared memory. On a GPU with a copy engine four
+// threads ask it for a plane each (copy_planes). Elsewhere every thread copies its own points (Walk). staging.h decides
+// which planes, and when.
 #pragma once
 
 #include "../elements.h"
@@ -7,35 +8,40 @@
 
 namespace autofocus::cuda {
 
-// Source channels of a packed point: eight of 16 bits, four floats.
+// Channels of a chunk, the source channels of a packed point: eight of 16 bits, or four floats.
 template <typename T>
 constexpr int kChunk = kPointBytes / int(sizeof(T));
-// The attention of a point.
+// Bytes of the attention of a point.
 template <typename T>
 constexpr int kGateBytes = kLatticeBranches * int(sizeof(T));
 
+// The attention of a point, packed: an element for each branch of a slice, zero beyond the last one.
 template <typename T>
 struct alignas(kGateBytes<T>) Gates {
   Pair<T> pairs[kLatticeBranches / 2];
 };
 
-// A chunk of channels, and if branches read in turn one of them, else 0.
+// What a thread block reads at a time: a chunk of channels and, in the adjoint, a branch (else 0).
 struct Turn {
   int chunk, branch;
 };
 
-// The packed points that a pass reads, [N, held, packed points], and which of those held a turn reads: the chunks of a
-// branch lie behind each other, and where output channels are taken in turn a pass goes through them again.
+// The packed points that a pass reads, [N, held, packed points].
 struct Source {
   const unsigned char* points;
-  int held, first, chunks;
+  int held;    // sets of packed points of a sample: chunks, times branches in the adjoint
+  int first;   // the first of them that is read
+  int chunks;  // read from there on, for each branch
 
+  // The set that a turn reads. grad_attention goes through the chunks once for each block of output channels, so
+  // turn.chunk counts on beyond `chunks`.
   __device__ int64_t volume(const Tile& tile, const Turn& turn) const {
     return tile.n * held + first + turn.branch * chunks + turn.chunk % chunks;
   }
 };
 
-// For the copy engine: a plane of the points that a branch reads, or all of them.
+// Maps for the copy engine, by source. Each describes the same volumes, one for every sample, set and class; the copied
+// box is a plane of the points held for that source.
 struct SourcePlanes {
   PlaneMap of[kLatticeBranches];
 };
@@ -50,20 +56,20 @@ inline SourcePlanes planes_of(const Lattice& lattice, const Source& source) {
   return planes;
 }
 
-// What is written at a time: planes [first, last) of those that a turn holds under a tile, the first to slot `slot` of
-// the ring.
+// Planes to be written: [first, last) of those that a turn holds under a tile. The first one goes to slot `slot` of the
+// ring, the others to the slots that follow.
 struct Planes {
   const Tile& tile;
   Turn turn;
   int first, last, slot;
 };
 
-// On a GPU that has the engine the first threads of some warps share the planes: those of one warpgroup, whose products
-// wait for all of them, while the other warpgroups multiply.
+// With a copy engine, lane 0 of each of the first four warps asks for a share of the planes. These warps are one
+// warpgroup, so only its products are delayed; the other warpgroups multiply meanwhile.
 constexpr int kWriters = 4;
 __device__ inline bool is_writer() { return reread_thread() % 32 == 0 && reread_thread() / 32 < kWriters; }
 
-// `landed` has to expect bytes_of(...).
+// The bytes that copy_planes brings altogether: its caller tells `landed` to expect them.
 __device__ inline int bytes_of(const Lattice& lattice, const Planes& planes) {
   const int k = planes.turn.branch;
   return (planes.last - planes.first) * rows(lattice.reach[k]) * lattice.pitch[k] * kPointBytes;
@@ -86,9 +92,9 @@ __device__ inline void copy_planes(const Lattice& lattice, const Source& source,
   }
 }
 
-// A thread's way through the points of a block in one pass of a cover, plane by plane. Beside the products this is what
-// a kernel without the engine executes most: what is the same in all planes is found once, and planes that follow are
-// gone on to.
+// Copying without a copy engine: a thread's way through the planes of a block in one pass of a Cover. After the
+// products this is what such a kernel executes most. So what is the same in all planes is computed once, and later
+// calls go on where the last one ended.
 class Walk {
  public:
   Walk() = default;
@@ -108,13 +114,13 @@ class Walk {
     place_ = (planes.slot + plane) * lattice.plane_points + row * lattice.pitch[k] + column;
   }
 
-  // Copies this thread's points of `planes` from the packed ones of their volume.
+  // Copies this thread's points of `planes`; `from` is the set of packed points that the turn reads.
   __device__ void copy(const Lattice& lattice, const Planes& planes, const unsigned char* from) {
     const Cover& cover = lattice.cover[planes.turn.branch];
     const int ring_points = lattice.ring * lattice.plane_points;
     for (; plane_ < planes.last; plane_ += cover.planes) {
       if (place_ >= ring_points) place_ -= ring_points;
-      const bool there = uint32_t(plane_ + source_first_) < uint32_t(lattice.points.z);  // if not, zeros are read
+      const bool there = uint32_t(plane_ + source_first_) < uint32_t(lattice.points.z);  // else zeros
       copy_async<kPointBytes>(shared_memory() + place_ * kPointBytes, from + int64_t(index_) * kPointBytes, there);
       index_ += cover.source_step;
       place_ += cover.shared_step;
@@ -122,9 +128,12 @@ class Walk {
   }
 
  private:
-  static constexpr int kFar = 1 << 29;  // behind every plane
+  static constexpr int kFar = 1 << 29;  // beyond every plane
 
-  int plane_, source_first_, index_, place_;
+  int plane_;         // the next plane to copy, of those held; kFar if this thread has no point
+  int source_first_;  // the source plane of held plane 0; far outside if this thread's row or column is outside
+  int index_;         // packed number of the next point
+  int place_;         // where it goes, in points from the start of the ring; wraps at its end
 };
 
 }  // namespace autofocus::cuda

@@ -1,43 +1,51 @@
-// The points under a tile on their way through shared memory: a queue of planes, which a block reads turn after turn
-// and tile after tile.
+// Pipeline: when each plane of points and each slab of the weight is copied to shared memory, and who waits for it. The
+// kernels of all passes of the fast tier are loops around it.
 //
-// A turn is a chunk of channels, and where branches read in turn one of them. It reads its planes in the order in which
-// they lie, tz = -1, 0, +1 (docs/cuda.md draws it), and a ring of slots holds what is read now and as much of what
-// follows as there is room for: a plane is written once the one that had its slot is no longer read, whichever turn or
-// tile it is of.
+// A thread block works through a queue of planes, turn after turn and tile after tile. A turn is a chunk of channels
+// (in the adjoint: of one branch). Its phases tz = -1, 0, +1 read its planes in ascending order (docs/cuda.md draws
+// it). A ring of slots holds the planes read now and as many of the following ones as there is room for. A plane is
+// written as soon as the plane that had its slot is no longer read, even if it belongs to the next turn or tile.
 #pragma once
 
 #include "source.h"
 
 namespace autofocus::cuda {
 
-// Which branches read a block of points: all of them at once or one after the other, or in the adjoint one each in turn
-// (Lattice::sources).
+// Which branches read the planes of a turn, and so when a kernel waits for them at tz = -1: all at once (one wait for
+// all planes), all one by one (a wait before each branch), or one branch only, the turn's (the adjoint).
 enum class Readers { kAtOnce, kOneByOne, kOne };
 
-// How: by the product of windows, or by plain loads on every GPU.
+// How a kernel reads them: as operands of window_product (product.h), or by plain loads on every GPU.
 enum class Reads { kByProduct, kPlain };
 
-// Barriers of bulk copies, each of which ends a phase every other turn: one for each wait for planes, and the slabs of
-// the weight that are read from tz = -1 on and at tz = +1. The next turn's are others, since its copies may land while
-// somebody still has to look at this turn's.
+// The barriers of one turn's bulk copies: one for each wait for planes, one for the slabs of tz = -1 and 0, one for the
+// slab of tz = +1. Turns use two sets alternately, so a barrier ends one phase every other turn. With a single set, the
+// next turn's copies could end a second phase while a slow thread still waits for the first.
 constexpr int kFirstSlabs = kMaxWaits, kLastSlab = kMaxWaits + 1, kTurnBarriers = kMaxWaits + 2;
 
-// Shared memory of a pipeline: the points, two tiles and two turns' barriers.
+// Bytes of shared memory of a pipeline: the ring, two tiles (this and the next), two sets of barriers.
 AUTOFOCUS_HD inline int pipeline_bytes(const Lattice& lattice) {
   return lattice.ring_bytes + 2 * int(sizeof(Tile)) + 2 * kTurnBarriers * int(sizeof(CopyBarrier));
 }
 
-// What a block works through, tiles number blockIdx.x, blockIdx.x + gridDim.x, ... and in each `chunks` chunks of
-// channels and, if branches read in turn, in each of these all branches; and the copying that runs ahead of the
-// products.
+// The turns of a thread block, and the copies that run ahead of them. The block takes every gridDim.x-th tile, from
+// blockIdx.x on. A tile has `chunks` chunks, and with Readers::kOne each chunk has a turn for every branch.
 //
-// Every thread calls every method: start, then in each turn {enter, ahead} for tz = -1, 0, 1 and advance; finish before
-// shared memory is used otherwise. Products of tz are begun behind enter and waited for before the next one, in front
-// of ahead, around it or behind; with kOneByOne those of a branch at tz = -1 behind enter_branch.
+// All threads call all methods in the same order: start; in each turn enter and ahead for tz = -1, 0, 1, then advance;
+// finish only if shared memory is used for something else afterwards. A thread begins the products of phase tz after
+// enter(tz) and waits for them before the next enter; ahead(tz) may come before, between or after them. With kOneByOne
+// it calls enter_branch before the products of each branch.
 //
-// `slabs(turn, first, last)` copies slabs of the weight by copy(), if there is one. Those of tz = -1 and 0 are copied
-// during tz = +1 of the turn before, that of tz = +1 during tz = -1.
+// `slabs(turn, first, last)` copies slabs [first, last) of the weight by copy(), if the pass has one. Slabs 0 and 1 (tz
+// = -1 and 0) are copied during tz = +1 of the turn before, slab 2 during tz = -1 of its own turn.
+//
+// What makes it safe to overwrite something: enter begins with a barrier of the block (if frees(tz)), at which every
+// thread has finished the products of the phases before. From then on nobody reads the planes before first_read(tz) or
+// the slabs of those phases and, in the first turn of a tile, nobody reads the Tile before.
+//
+// What makes a wait enough: every thread waits for every barrier once in a turn, and the copies of turn n + 2, which
+// use the barriers of turn n again, are asked for after the block's barrier in enter(-1) of turn n + 1. So each barrier
+// is at most one phase further than a thread waits for, and a phase number modulo 2 tells them apart.
 template <Readers kReaders, Reads kReads = Reads::kByProduct>
 class Pipeline {
  public:
@@ -60,14 +68,15 @@ class Pipeline {
   __device__ bool last_turn() const { return turn_.chunk + 1 == chunks_ && turn_.branch + 1 == branches(); }
   __device__ const Tile& tile() const { return shared_tile(parity_); }
 
-  // Where shared memory behind the pipeline's own begins.
+  // Where the shared memory behind the pipeline's own begins, in bytes.
   __device__ int behind() const { return pipeline_bytes(lattice_); }
-  // Of a plane that the current tz reads.
+  // The slot of a plane, from first_read of the current phase up to one ring further.
   __device__ int slot(int plane) const {
     const int slot = plane + shift_;
     return slot < lattice_.ring ? slot : slot - lattice_.ring;
   }
 
+  // Sets up the barriers and the first tile. The planes of the first turn are written by its first enter.
   template <typename Slabs>
   __device__ void start(const Slabs& slabs) {
     if (threadIdx.x == 0) {
@@ -84,18 +93,23 @@ class Pipeline {
     if (running()) copy_slabs(slabs, kFirstSlabs, turns_, turn_);
   }
 
+  // Begins phase tz. Afterwards its slabs and planes have landed, but for the planes that enter_branch waits for.
   template <typename Slabs>
   __device__ void enter(int tz, const Slabs& slabs) {
     if (first_read(lattice_, turn_.branch, tz) + shift_ >= lattice_.ring) shift_ -= lattice_.ring;
     if (frees(tz)) {
+      // Orders this thread's ordinary reads before the copy engine's writes to the same slots and slabs. Warpgroup MMA
+      // reads through the proxy that the engine writes through, so there waiting for the products is enough.
       if (has_bulk_copies() && (kReads == Reads::kPlain || !has_warpgroup_mma())) fence_proxies();
       if (!has_bulk_copies()) copy_async_wait<0>();
       __syncthreads();
-      // Finding a tile takes six divisions: one thread does it, once a tile, when all are done with the last.
+      // Finding a tile takes six divisions, so one thread does it for all. The others first read this Tile after
+      // another barrier: see ahead.
       if (tz < 0 && first_turn() && threadIdx.x == 0 && tile_ + int(gridDim.x) < tiles_)
         shared_tile(1 - parity_) = tile_at(lattice_, tile_ + int(gridDim.x));
       if (tz < 0) copy_slabs(slabs, kLastSlab, turns_, turn_);
       if (tz > 0 && has_next()) copy_slabs(slabs, kFirstSlabs, turns_ + 1, next_turn());
+      // What ahead had no room for: in the first turn everything, later on if the ring is short.
       if (written_ < end_read(lattice_, turn_.branch, tz)) {
         write(end_read(lattice_, turn_.branch, tz));
         if (!has_bulk_copies()) {
@@ -113,21 +127,23 @@ class Pipeline {
       for (int i = 0; i < readers(lattice_); ++i) wait(i);
   }
 
-  // Before the products of the i-th branch at tz = -1, in the order of branch_in_turn.
+  // Waits for the planes of the i-th branch, in the order of branch_in_turn. Only tz = -1 has such waits.
   __device__ void enter_branch(int tz, int i) {
     if (kReaders == Readers::kOneByOne && has_bulk_copies() && tz < 0) wait(i);
   }
 
-  // Writes what there is room for.
+  // Writes as many of the following planes as have free slots.
   __device__ void ahead(int tz) {
     if (!frees(tz)) return;
     int end = first_read(lattice_, turn_.branch, tz) + lattice_.ring;
-    // If this turn is the tile's only one, others do not know the next tile before they have met again.
+    // In a tile's only turn, tz = -1 must not write for the next tile: thread 0 has just found that, and no barrier of
+    // the block has made it known to the others yet.
     if (tz < 0 && first_turn() && last_turn() && end > held()) end = held();
     write(end);
   }
 
-  // Copies a multiple of 16 bytes, at multiples of 16, to shared memory.
+  // For `slabs`: copies `bytes` bytes to offset `to` in shared memory, all of them multiples of 16, `from` included.
+  // All threads call it; with a copy engine thread 0 does it alone.
   __device__ void copy(int to, const unsigned char* from, int bytes) {
     if (has_bulk_copies()) {
       if (threadIdx.x > 0) return;
@@ -139,7 +155,8 @@ class Pipeline {
     }
   }
 
-  // Behind the last turn: from the next barrier on all of shared memory may be used for other things.
+  // After the last turn: from the block's next barrier on, all of shared memory may be used for something else. No copy
+  // is under way, since every plane and slab has been waited for.
   __device__ void finish() {
     __syncthreads();
     if (has_bulk_copies() && threadIdx.x == 0) {
@@ -148,6 +165,7 @@ class Pipeline {
     }
   }
 
+  // Goes to the next turn.
   __device__ void advance() {
     shift_ += held();
     written_ -= held();
@@ -176,10 +194,12 @@ class Pipeline {
   __device__ bool has_next() const { return !last_turn() || tile_ + int(gridDim.x) < tiles_; }
   __device__ int branches() const { return kReaders == Readers::kOne ? lattice_.K : 1; }
   __device__ int held() const { return held_planes(lattice_, turn_.branch); }
-  // Whether all threads meet in front of tz, so that what it does not read any more is free. In front of tz = 0 nothing
-  // is gained by it if the turn's own planes all have their slots.
+  // Whether enter(tz) has a barrier of the block, which frees the slots that tz does not read any more. It is left out
+  // before tz = 0 if the ring has a slot for every plane of the turn: then all of them have been asked for already.
+  // Without a copy engine every phase needs the barrier, to see what other threads have copied.
   __device__ bool frees(int tz) const { return tz != 0 || !has_bulk_copies() || lattice_.ring < planes(lattice_); }
 
+  // `which`: kFirstSlabs or kLastSlab of turn number `turns`. The barrier's phase ends even if `slabs` copies nothing.
   template <typename Slabs>
   __device__ void copy_slabs(const Slabs& slabs, int which, uint32_t turns, const Turn& turn) {
     slabs_landed_ = &barrier(turns, which);
@@ -190,9 +210,10 @@ class Pipeline {
       arrive(*slabs_landed_);
   }
 
-  // Writes the planes up to `end`, those of the next turn behind those of this one.
+  // Writes the planes that are missing up to `end`, counted from the first plane of this turn. Those of the next turn
+  // count on behind those of this one, and none are written further ahead.
   __device__ void write(int end) {
-    // One call for both: all of the writing is in line, and the kernel is to fit the cache of instructions.
+    // A loop instead of two calls: everything is inlined, and the kernel should fit the instruction cache.
 #pragma unroll 1
     for (int later = 0; later < (has_next() ? 2 : 1); ++later) {
       const Turn turn = later ? next_turn() : turn_;
@@ -210,8 +231,9 @@ class Pipeline {
     if (!has_bulk_copies()) copy_async_commit();
   }
 
-  // Each plane is counted by the barrier of the first wait that it is for. Of the writers one says how many bytes come,
-  // before or behind the others' copies: without its arrival no phase ends.
+  // By the writers: a plane is counted by the barrier of the first wait that needs it. Thread 0 tells each barrier the
+  // bytes of all writers, and arrives with the last plane of a wait. The other writers' copies may be ahead of it: the
+  // phase cannot end before thread 0 arrives, and has expected all of its bytes by then.
   __device__ void copy(const Planes& planes, uint32_t turns) {
     Planes part = planes;
 #pragma unroll 1
@@ -226,11 +248,13 @@ class Pipeline {
         if (part.slot >= lattice_.ring) part.slot -= lattice_.ring;
         part.first = part.last;
       }
-      if (reread_thread() == 0 && planes.first < end && end <= planes.last) arrive(landed);  // that is all of it
+      // `planes` completes this wait. A wait for no planes of its own completes with the one before.
+      if (reread_thread() == 0 && planes.first < end && end <= planes.last) arrive(landed);
     }
   }
 
-  // By all threads, pass by pass. A walk goes on where it is, but for the first planes of a turn.
+  // By all threads, without a copy engine. With one pass a walk goes on where the last call ended; it begins anew with
+  // the first plane of a turn.
   __device__ void walk(const Planes& planes) {
     const unsigned char* from =
         source_.points + source_.volume(planes.tile, planes.turn) * lattice_.packed_points * kPointBytes;
@@ -245,13 +269,14 @@ class Pipeline {
   const Source& source_;
   const SourcePlanes& maps_;
   int chunks_;
-  int tiles_, tile_;  // a device has no memory for 2^31 tiles
+  int tiles_, tile_;  // how many, and the number of this one; a device has no memory for 2^31 tiles
   Turn turn_;
-  int parity_;      // of the tile
-  uint32_t turns_;  // that are over
-  // Planes are counted from the turn's first: what the slot of one is more, modulo the ring, and how many are written.
+  int parity_;      // which of the two Tiles in shared memory is this one
+  uint32_t turns_;  // turns that are over
+  // Planes are counted from this turn's first. Plane p has slot (p + shift_) modulo the ring, and `written_` planes
+  // have been written or asked for; more than the turn has if some are the next turn's.
   int shift_, written_;
-  CopyBarrier* slabs_landed_;
+  CopyBarrier* slabs_landed_;  // counts what copy() copies
   Walk walk_;
 };
 

@@ -1,5 +1,5 @@
-// A tile as the kernels of the windows see it: a lane's share of it, its windows, and what lies under its points
-// elsewhere.
+// What the kernels of the fast tier do with a tile: a lane's share of its sums, the windows of its taps as operands,
+// the weight's way to shared memory, the attention of its points, and storing its results.
 #pragma once
 
 #include "plan.h"
@@ -7,9 +7,11 @@
 
 namespace autofocus::cuda {
 
-// What a lane has of d: the points (z, y, x) of its tile, and the first of its two channels in each tile of eight.
+// A lane's share of the sums d of its warpgroup's two planes: four points, and two neighbouring channels in every
+// eight.
 struct Share {
-  int z0, y0, x, channels;
+  int z0, y0, x;  // the first of the points
+  int channels;   // the first channel, modulo 8
 
   __device__ Share() {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
@@ -18,33 +20,34 @@ struct Share {
     x = lane / 4;
     channels = lane % 4 * 2;
   }
-  // Element d[r / 2][tile][2 (r % 2)] and the next.
+  // The point of d[r / 2][tile][2 (r % 2)] and of the element behind it, for r in 0 .. 3.
   __device__ Int3 point(int r) const { return {z0 + r / 2, y0 + r % 2, x}; }
 };
 
-// Where the points of plane z of a tile lie through tap (tz, 0, 0) of branch k, in points of 16 bytes.
+// Where in shared memory the first point of plane z of a tile lies through tap (tz, 0, 0) of branch k, in points.
 template <typename Pipeline>
 __device__ inline uint32_t plane_place(const Lattice& lattice, const Pipeline& pipeline, int z, int tz, int k) {
   return pipeline.slot(tap_plane(lattice, z, tz, k)) * lattice.plane_points + lattice.centre[k];
 }
-// The same as operands count.
+// The same as an address in units of 16 bytes, as operands have it.
 template <typename Pipeline>
 __device__ inline uint32_t plane_of(const Lattice& lattice, const Pipeline& pipeline, int z, int tz, int k) {
   return shared_units(shared_memory()) + plane_place(lattice, pipeline, z, tz, k);
 }
 
-// Where the window of tap 0 of a plane begins.
+// Where the window of tap 0 (ty = tx = -1) of a plane begins, in units of 16 bytes.
 template <typename Pipeline>
 __device__ inline uint32_t first_window(const Lattice& lattice, const Pipeline& pipeline, int z, int tz, int k) {
   return plane_of(lattice, pipeline, z, tz, k) + lattice.tap_points[0][k];
 }
-// Two taps of a chunk of channels as operand a. The last tap has no second one: the same points again, with weights of
-// zero.
+// A pair of taps as operand a: rows are the 64 points of a plane, k the channels of a chunk, once for each tap. The
+// ninth tap is paired with itself; the second time its weights are zero.
 __device__ inline Operand two_taps(const Lattice& lattice, uint32_t first_window, int pair, int k) {
   return {first_window + lattice.tap_pairs[pair][k], uint32_t(lattice.pitch[k])};
 }
 
-// Copies slabs [first, last) of the weight of a chunk, of a kernel with one tap in z only that of tz = 0.
+// Copies slabs [first, last) of a chunk's weight, 0 .. 2 for tz = -1 .. 1, to their places behind the pipeline. A
+// kernel with one tap in z reads only slab 1.
 template <int kTiles, typename Pipeline>
 __device__ inline void copy_slabs(const Lattice& lattice, Pipeline& pipeline, const unsigned char* weight, int chunk,
                                   int first, int last) {
@@ -66,13 +69,13 @@ __device__ inline Gates<T> packed_attention(const Lattice& lattice, const Tile& 
   return reinterpret_cast<const Gates<T>*>(gates)[point];
 }
 
-// A target of sums: [N, channels, *S].
+// Where sums are stored: a tensor [N, channels, *S] and how to write it.
 template <typename T>
 struct Target {
   Strided<T> values;
   int64_t channels;
-  bool pairs;  // two channels from an even one on are a pair in memory
-  bool adds;   // to what is there, or replaces it
+  bool pairs;  // an even channel and the next can be stored at once
+  bool adds;   // adds to what is there instead of overwriting it
 
   Target(const TensorView& tensor, int64_t channels_, bool adds_)
       : values(tensor),
@@ -81,8 +84,9 @@ struct Target {
         adds(adds_) {}
 };
 
-// Stores this lane's sums of target channels from `target0` on. added(p) gives, for the point p of the tile, a function
-// (channel of the block) of what is added to the first of two channels and to the second.
+// Stores this lane's sums for the 8 kTiles target channels from `target0` on; points and channels outside the target
+// are skipped. added(p) is called once for each point p of the tile. It returns a function of a channel, counted from
+// target0, that gives what to add to this channel and to the next.
 template <typename T, int kTiles, typename Added>
 __device__ inline void store_targets(const Lattice& lattice, const Tile& tile, const Target<T>& target, int64_t target0,
                                      const Share& share, const float (&sum)[kGroupPlanes][kTiles][4],
