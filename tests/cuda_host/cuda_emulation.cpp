@@ -1,4 +1,4 @@
-// Blocks as fibers: see cuda_emulation.h.
+// The emulated GPU behind cuda_emulation.h: runs blocks as fibers, and the asynchronous work that they begin.
 #include "cuda_emulation.h"
 
 #include <setjmp.h>
@@ -19,18 +19,19 @@ namespace autofocus::cuda {
 
 namespace {
 
-// Set by the test through autofocus_emulation_configure.
+// The test sets these through autofocus_emulation_configure.
 DeviceLimits limits{3, 227 * 1024, 90};
 bool copies_are_late = true;
 std::map<std::string, int> launches;  // by kernel name, since the last configuration
-// In which order threads go on, each up to where it waits: 0 in order, 1 backwards, else shuffled anew at every turn.
-// 10 and 11 as 0 and 1, but the first that can go on does so again and again, as far ahead of the others as it gets.
+// The order in which threads go on, each until it waits: 0 ascending, 1 descending, others shuffled anew in every
+// round. 10 and more: the same orders (modulo 10), but the first thread that can go on runs again and again, so it gets
+// as far ahead of the others as it can.
 unsigned int order_seed = 0;
 constexpr unsigned int kUnfair = 10;
 
-// Runs kernels in place of this file, if it is not null. Gets the address of a kernel; grid, threads and bytes of
-// shared memory; addresses and sizes of its parameters, and how many; 1000 bytes for what went wrong, if it returns
-// zero.
+// If not null, runs kernels in place of this file. Its arguments: the address of a kernel; grid (three numbers),
+// threads and bytes of shared memory; addresses of the parameters, their sizes, how many; 1000 bytes for an error
+// message. It returns zero after an error.
 using Runner = int (*)(const void*, const unsigned int*, const void* const*, const size_t*, int, char*);
 Runner runner = nullptr;
 
@@ -39,6 +40,7 @@ constexpr size_t kGuardBytes = 4096;
 constexpr size_t kAlignment = 128;       // of shared memory
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point format
 
+// An asynchronous copy; writes zeros if not `valid`.
 struct Copy {
   unsigned char* to;
   const void* from;
@@ -52,13 +54,13 @@ struct Copy {
   }
 };
 
-// Of bulk copies.
+// A barrier that counts bulk copies.
 struct Barrier {
-  bool fenced = false;
-  unsigned int initialised_by = 0;
-  bool arrived = false;
-  int64_t expected = 0;  // bytes
-  uint32_t phases = 0;   // that have ended
+  bool fenced = false;              // the thread that initialised it has called fence_proxies since
+  unsigned int initialised_by = 0;  // thread
+  bool arrived = false;             // in this phase
+  int64_t expected = 0;             // bytes expected and not landed
+  uint32_t phases = 0;              // phases that have ended
   std::vector<Copy> under_way;
 };
 
@@ -68,16 +70,17 @@ struct Fiber {
   bool started = false;
   ucontext_t context;
   jmp_buf jump;
-  std::deque<std::vector<Copy>> groups;  // committed
-  std::vector<Copy> open;
-  bool unfenced = false;        // copies have landed that warpgroup MMA may not see yet
-  std::vector<uint32_t> reads;  // rows of 16 bytes since the last fence
-  uint64_t* awaited = nullptr;  // the barrier of the copies that it is at
+  std::deque<std::vector<Copy>> groups;  // committed groups of late copies
+  std::vector<Copy> open;                // late copies not committed yet
+  bool unfenced = false;                 // its copies have landed, but warpgroup MMA may not see them yet
+  std::vector<uint32_t> reads;           // rows of 16 bytes read by load_matrices since the last fence
+  uint64_t* awaited = nullptr;           // the barrier that it waits for in kAtCopies
 };
 
+// A warp's part of a warpgroup MMA.
 struct Product {
-  float* d[32];              // of each lane
-  const uint32_t* rows[32];  // of each lane, or null
+  float* d[32];              // by lane
+  const uint32_t* rows[32];  // by lane; null if operand a is in shared memory
   int warp, tiles;
   uint64_t left, right;
   bool over_points, adds;
@@ -87,9 +90,9 @@ struct Product {
 struct Warp {
   emulation::WarpFunction function = nullptr;
   void* operands[32];
-  int arrived = 0;
-  std::vector<Product> open;                  // products not committed
-  std::deque<std::vector<Product>> products;  // under way
+  int arrived = 0;                            // lanes at the warp instruction
+  std::vector<Product> open;                  // late products not committed yet
+  std::deque<std::vector<Product>> products;  // committed groups under way
 };
 
 class Block {
@@ -191,7 +194,7 @@ class Block {
     barrier.arrived = true;
     end_phase(barrier);
   }
-  // As the copies of its lines; the barrier counts the bytes.
+  // A bulk copy, given as the copies of its lines. The barrier counts their bytes.
   void copy_bulk(uint64_t* at, const std::vector<Copy>& lines) {
     Barrier& barrier = barrier_of(at);
     if (!barrier.fenced) error_ = "a bulk copy whose barrier is not fenced for it";
@@ -202,7 +205,7 @@ class Block {
     if (!copies_are_late) land(barrier);
   }
   void wait_for_copies(uint64_t* at, uint32_t phase) {
-    // The current phase is `phases`: the one asked for is that, or the one before it.
+    // The current phase has number `phases`; the one asked for is this one or the one before.
     while (barrier_of(at).phases % 2 == phase % 2) {
       current_->state = Fiber::State::kAtCopies;
       current_->awaited = at;
@@ -235,7 +238,7 @@ class Block {
       for (const Product& product : products.front()) run_product(product);
   }
 
-  // An exception cannot leave a fiber: the scheduler throws it.
+  // For errors in a fiber. An exception cannot leave it, so the scheduler throws one later.
   void report(const std::string& error) { error_ = error; }
 
  private:
@@ -260,7 +263,7 @@ class Block {
     for (Fiber& fiber : fibers_)
       if (fiber.state == Fiber::State::kAtCopies) fiber.state = Fiber::State::kRunnable;
   }
-  // Those that somebody waits for: whether that has ended a phase.
+  // Lands the bulk copies of barriers that a thread waits for. Returns whether a phase has ended.
   bool land_copies() {
     bool ended = false;
     for (const Fiber& fiber : fibers_) {
@@ -273,7 +276,7 @@ class Block {
     return ended;
   }
 
-  // Block `row_block` at the `k_block`th part of k of an operand, as its descriptor says.
+  // Reads block `row_block` of an operand in half `k_block` of k, from where its descriptor says.
   void decode_block(const Product& product, uint64_t operand, int row_block, int k_block, float (&block)[8][8]) {
     const int64_t start = operand & 0x3fff, along_k = operand >> 16 & 0x3fff, along_rows = operand >> 32 & 0x3fff;
     const int64_t at = (start + k_block * along_k + row_block * along_rows) * 16;
@@ -285,9 +288,9 @@ class Block {
     for (int row = 0; row < 8; ++row) product.elements.decode(shared() + at + row * 16, block[row]);
   }
 
-  // The 16 rows of one warp.
+  // Computes the 16 rows of one warp.
   void run_product(const Product& product) {
-    const int wide = product.elements.count, depth = 2 * wide;  // a block's row, and k
+    const int wide = product.elements.count, depth = 2 * wide;  // elements of a block's row; k
     float left[16][16], right[16][64], block[8][8];
     for (int k_block = 0; k_block < 2; ++k_block) {
       for (int half = 0; half < 2; ++half) {
@@ -305,7 +308,7 @@ class Block {
       for (int tile = 0; tile < product.tiles; ++tile) {
         decode_block(product, product.right, tile, k_block, block);
         for (int column = 0; column < 8; ++column)
-          for (int k = 0; k < wide; ++k)  // over points a row of memory is a k
+          for (int k = 0; k < wide; ++k)  // over points, a row in memory is a k
             right[wide * k_block + k][8 * tile + column] = product.over_points ? block[k][column] : block[column][k];
       }
     }
@@ -341,7 +344,7 @@ class Block {
     _longjmp(scheduler_, 1);
   }
 
-  // A barrier waits for every thread that has not returned.
+  // A barrier of the block waits for every thread that has not returned.
   void release_barrier() {
     if (at_barrier_ == 0 || at_barrier_ + done_ < threads_) return;
     at_barrier_ = 0;
@@ -362,7 +365,7 @@ class Block {
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
   std::map<uint64_t*, Barrier> barriers_;
-  std::vector<int> readers_;  // of a row of 16 bytes
+  std::vector<int> readers_;  // by row of 16 bytes: threads that have read it and not fenced since
   Fiber* current_ = nullptr;
   jmp_buf scheduler_;
   std::string error_;
@@ -555,7 +558,7 @@ extern "C" void autofocus_emulation_configure(int multiprocessors, int shared_by
 
 extern "C" void autofocus_emulation_run_by(autofocus::cuda::Runner runner) { autofocus::cuda::runner = runner; }
 
-// Of a kernel by name, or of all.
+// How often a kernel was launched since the last configuration; null: all kernels.
 extern "C" int autofocus_emulation_launches(const char* name) {
   if (name != nullptr) return autofocus::cuda::launches[name];
   int all = 0;

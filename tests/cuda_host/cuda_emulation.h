@@ -1,15 +1,17 @@
-// The names of csrc/cuda/device.h on a CPU: the threads of a block run as fibers, in an order of the test's choice,
-// from one barrier or warp instruction to the next. What this cannot show: speed, registers, real memory ordering.
+// The names of csrc/cuda/device.h on a CPU, which includes this file when nvcc does not compile it. The threads of a
+// block are fibers. They run one at a time, each up to the next barrier or warp instruction, in an order that the test
+// chooses. This cannot show speed, registers or real memory ordering.
 //
-// Strictness, so that a kernel that is right here has little room to be wrong:
-//   * shared memory starts as NaN in every block, with guard bytes behind it;
-//   * a barrier that not every thread reaches, or a warp instruction that not every lane reaches, is an error;
-//   * asynchronous copies land either at once or only when waited for, bulk copies when nobody can go on without those
-//     of the same barrier: all must give the same result; warpgroup MMA reads its operands and writes its sums likewise
-//     at once or when waited for;
-//   * warpgroup MMA while what a thread copied is not fenced for it is an error, and so is a bulk copy whose barrier is
-//     not, or to where a thread has read by load_matrices without a fence since; a barrier that expects other bytes
-//     than come; a block that ends before its copies have landed.
+// It is strict, so that a kernel that is right here has little room to be wrong:
+//   * shared memory begins as NaN in every block, with guard bytes behind it;
+//   * asynchronous work is done either at once or as late as allowed, and tests compare both. Late copies land when a
+//     thread waits for them, late bulk copies when no thread can go on without them. Late warpgroup MMA reads operands
+//     and writes sums when it is waited for.
+// These are errors:
+//   * a barrier that not every thread reaches, or a warp instruction that not every lane reaches;
+//   * warpgroup MMA while a thread has not fenced what it copied;
+//   * a bulk copy whose barrier is not fenced, or to where a thread has read by load_matrices without a fence since;
+//   * a barrier that expects other bytes than come, and a block that ends before its bulk copies have landed.
 #pragma once
 
 #include <cmath>
@@ -54,7 +56,8 @@ inline float float_of(uint32_t bits) {
 
 namespace emulation {
 
-// Counts a launch. Whether somebody else (autofocus_emulation_run_by) has run it; `parameters` are their addresses.
+// Counts a launch. Returns whether another runner (autofocus_emulation_run_by) has run it. `parameters` are the
+// addresses of the kernel's parameters, `sizes` their bytes.
 bool run_elsewhere(const char* name, const void* kernel, dim3 grid, int threads, int shared_bytes,
                    const std::vector<const void*>& parameters, const std::vector<size_t>& sizes);
 void run_blocks(const char* name, dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel);
@@ -69,41 +72,43 @@ void arrive(uint64_t& barrier);
 void end_barrier(uint64_t& barrier);
 void wait_for_copies(uint64_t& barrier, uint32_t phase);
 void copy_bulk(unsigned char* to, const void* from, int bytes, uint64_t& barrier);
-void note_read(uint32_t row);  // of 16 bytes of shared memory, by this thread
+void note_read(uint32_t row);  // this thread reads the row-th 16 bytes of shared memory
 
-// A tensor core's sum, which is cut off where others are rounded (docs/cuda.md, grad_weight).
+// The sum of a tensor core, which cuts off instead of rounding (docs/cuda.md, grad_weight).
 inline float cut_sum(float sum, float products) {
   const double exact = double(sum) + products;
   const float rounded = float(exact);
   return std::abs(rounded) > std::abs(exact) && !std::isinf(rounded) ? std::nextafter(rounded, 0.0f) : rounded;
 }
 
-// Warpgroup MMA: a lane's `d` (kTiles x 4) of its warp's 16 of the 64 rows, which are an operand in shared memory or,
-// if `rows` is not null, an MMA fragment. Run by the warpgroup_wait that waits for it if copies are late.
+// How 16 bytes of an operand, the row of a block, are read as elements.
 struct Elements {
-  int count;                                                  // in 16 bytes, the row of a block
-  void (*decode)(const unsigned char* row, float* elements);  // all of them
+  int count;
+  void (*decode)(const unsigned char* row, float* elements);
 };
+// Warpgroup MMA, called by every lane. `d` are the lane's sums (tiles x 4) of its warp's 16 rows of the 64. Operand a
+// is the descriptor `left` or, if `rows` is not null, an MMA fragment of the warp's rows. If copies are late, the
+// product is computed by the warpgroup_wait that waits for it.
 void warpgroup_mma(float* d, int tiles, const uint32_t* rows, uint64_t left, uint64_t right, bool over_points,
                    bool adds, const Elements& elements);
 void warpgroup_commit();
 void warpgroup_wait(int pending);
 
-// Waits for all 32 lanes, then calls function(lanes) once with every lane's `operands`.
+// Waits until all 32 lanes are here, then calls function(lanes) once, with the `operands` of every lane.
 using WarpFunction = void (*)(void* const* lanes);
 void warp_instruction(WarpFunction function, void* operands);
 
-// Round to nearest even, as the GPU does; NaN stays NaN.
-extern const std::vector<float> half_values;  // by the bits
+// Conversions to 16 bits round to nearest even, as on a GPU; NaN stays NaN.
+extern const std::vector<float> half_values;  // by their bits
 inline float half_to_float(uint16_t bits) { return half_values[bits]; }
 uint16_t float_to_half(float value);
 inline float bfloat16_to_float(uint16_t bits) { return float_of(uint32_t(bits) << 16); }
 uint16_t float_to_bfloat16(float value);
 void report_unrounded();
-// An operand in TF32, of which the GPU drops the last 13 bits: an error if there is anything in them.
+// An operand in TF32. The GPU drops its last 13 bits, so it is an error if any of them is set.
 inline float tf32_to_float(uint32_t bits) {
   const float value = float_of(bits);
-  // What nothing wrote is NaN, and may be read where weights of zero or nobody's sums are behind it.
+  // NaN may be memory that nothing wrote. Reading that is allowed where nobody reads the resulting sums.
   if ((bits & 0x1fff) != 0 && value == value) report_unrounded();
   return value;
 }
@@ -151,7 +156,7 @@ inline void wait_for_copies(CopyBarrier& barrier, uint32_t phase) { emulation::w
 inline void copy_bulk(unsigned char* to, const void* from, int bytes, CopyBarrier& barrier) {
   emulation::copy_bulk(to, from, bytes, barrier);
 }
-// As large as the driver's and aligned like it, so that parameters of kernels lie as they do on a GPU.
+// Has the size and alignment of the driver's map, so that kernel parameters lie as they do on a GPU.
 struct alignas(128) PlaneMap {
   const unsigned char* points;
   int64_t volumes;
@@ -175,7 +180,7 @@ uint32_t pack(float low, float high, T) {
   return l.bits | uint32_t(h.bits) << 16;
 }
 
-// Layouts as in the PTX manual, a register being one float or two 16-bit elements: lane = 4 * group + member.
+// Fragments as in the PTX manual. A register is a word, one float or two 16-bit elements; lane = 4 * group + member.
 //   a [16, k]: register i holds row group + 8 (i % 2), word member + 4 (i / 2) of it
 //   b [k, 8]:  register i holds word member + 4 i of column group
 //   d [16, 8]: register i holds row group + 8 (i / 2), column 2 member + i % 2

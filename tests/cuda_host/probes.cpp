@@ -1,5 +1,5 @@
-// What tests/test_cuda_host.py asks of the emulation besides the operators: the lattice arithmetic point by point, the
-// rounding of 16-bit numbers, and kernels with a planted error that the emulation must notice.
+// What tests/test_cuda_host.py calls besides the operators: checks of the lattice arithmetic point by point,
+// conversions of 16-bit numbers, and kernels with a planted error that the emulation must notice.
 #include <cmath>
 #include <cstdio>
 #include <string>
@@ -21,7 +21,7 @@ std::string show(const char* what, const Index3& p, int tz, int tap, int k) {
 
 bool same(const Index3& a, const Index3& b) { return a.z == b.z && a.y == b.y && a.x == b.x; }
 
-// The position of every packed point; false if two points share a place or one has none.
+// Finds the position of every packed point. False if two points share a place or a place stays empty.
 bool positions_of_packed(const Int3& class_size, int first_plane, const Int3& step, const Classes& classes,
                          std::vector<Index3>& position) {
   const int64_t points = volume(class_size) * volume(classes.count);
@@ -37,8 +37,9 @@ bool positions_of_packed(const Int3& class_size, int first_plane, const Int3& st
   return true;
 }
 
-// Goes through the tiles of one sample as the kernels do, with numbers instead of data, and compares every read with
-// the definition. Empty if all is right.
+// Goes through the tiles of one part as the kernels do, with numbers of points instead of data, and compares every read
+// with the definition. `recycle`: with the smallest ring. Counts in `covered` how often a target point is in a tile.
+// Returns what is wrong, empty if nothing is.
 std::string check_part(const Problem& g, const Part& part, bool adjoint, int tile_z, bool recycle,
                        std::vector<int>& covered) {
   constexpr int64_t kZero = -1, kNothing = -2;
@@ -76,7 +77,7 @@ std::string check_part(const Problem& g, const Part& part, bool adjoint, int til
           }
       };
       for (int tz = -1; tz <= 1; ++tz) {
-        // What is waited for up to tz, as far as it is not free yet.
+        // Stages what has been waited for up to tz and is not free yet. Everything else is kNothing.
         held.assign(int64_t(lattice.ring) * lattice.plane_points, kNothing);
         const int begin = first_read(lattice, turn, tz), end = end_read(lattice, turn, tz);
         if (end - begin > lattice.ring) return "what a tz reads does not fit the ring";
@@ -99,7 +100,8 @@ std::string check_part(const Problem& g, const Part& part, bool adjoint, int til
                   if (tap_plane(lattice, z, tz, k) >= lattice.planes_read[turn][wait])
                     return show("a branch reads a plane that it has not waited for", p, tz, tap, k);
                   const int64_t read = held.at(place_of(tap_plane(lattice, z, tz, k)) + place);
-                  // The definition: forward reads origin + p + r t. Adjoint: the output that reads p through -t.
+                  // By definition, forward reads origin + p + r t; the adjoint reads the output that reads p through
+                  // -t.
                   const int64_t sign = adjoint ? -1 : 1;
                   const Index3 s = {sign * g.origin.z + p.z + g.dilation[k].z * tz,
                                     sign * g.origin.y + p.y + g.dilation[k].y * (tap / 3 - 1),
@@ -116,7 +118,7 @@ std::string check_part(const Problem& g, const Part& part, bool adjoint, int til
   return "";
 }
 
-// All parts of a split.
+// The same for all parts of a split, which must have every target point in exactly one tile.
 std::string check_lattice(const Problem& g, const Split& split, bool adjoint, int tile_z, bool recycle) {
   std::vector<int> covered(volume(adjoint ? g.input : g.output), 0);
   for (int64_t i = 0; i < num_parts(split); ++i) {
@@ -157,7 +159,7 @@ void write_behind(const float*, float*) { shared_memory()[kProbeBytes + threadId
 
 void misaligned_copy(const float* source, float*) { copy_async<16>(shared_memory() + 4, source, true); }
 
-// One product of operands that begin at `start`, by one warp.
+// One product by one warp, of operand a at `start` (units of 16 bytes) and operand b at 0.
 void product(uint32_t start, bool committed) {
   float d[2][4];
   warpgroup_begin();
@@ -187,7 +189,7 @@ void unrounded_operand(const float* source, float*) {
 
 void lanes_disagree(const float*, float*) { product(threadIdx.x % 2, true); }
 
-// A bulk copy of 16 bytes; `fenced` its barrier, which has `arrivals` and expects `bytes`.
+// A bulk copy of 16 bytes to byte `at`. Its barrier is fenced or not, gets `arrivals` and expects `bytes`.
 CopyBarrier& copy_16_bytes(const float* source, bool fenced, int arrivals, int bytes, int at = 0) {
   CopyBarrier& barrier = *reinterpret_cast<CopyBarrier*>(shared_memory() + 256);
   if (threadIdx.x == 0) {
@@ -267,8 +269,9 @@ const NamedKernel kFaulty[] = {NAMED(unfinished_copy),
 
 extern "C" {
 
-// numbers: N, K, input z y x, output z y x, origin z y x, then K dilations z y x. Of all positions at once, or if
-// `apart` of a part for each sample and class. True if all is right.
+// Checks the lattice of a problem; `numbers` are N, K, input z y x, output z y x, origin z y x, then K dilations z y x.
+// `apart`: in parts, one for each sample and class, in the adjoint also for slabs. True if all is right, else `message`
+// says what is wrong.
 bool autofocus_probe_lattice(const int64_t* numbers, bool adjoint, int tile_z, bool recycle, bool apart, char* message,
                              int size) {
   Problem g{};
@@ -299,7 +302,8 @@ void autofocus_probe_encode(bool half, const float* values, uint16_t* bits, int6
     bits[i] = half ? emulation::float_to_half(values[i]) : emulation::float_to_bfloat16(values[i]);
 }
 
-// Runs a kernel of these on one warp; `result` holds four floats. True if the emulation ran it to the end.
+// Runs a kernel of kFaulty with one warp; `result` holds four floats. True if the emulation ran it to the end, else
+// `message` has its error.
 bool autofocus_probe_fault(const char* name, float* result, char* message, int size) {
   alignas(16) const float source[4] = {1.0f, 2.0f, 3.0f, 4.0f};
   for (const NamedKernel& faulty : kFaulty)

@@ -1,4 +1,4 @@
-// What the probes of benchmarks/probes call of the CUDA runtime, on a CPU.
+// The functions of the CUDA runtime that benchmarks/probes call, on a CPU: device memory is host memory.
 #pragma once
 
 #include <cstdlib>

@@ -1,5 +1,6 @@
-// The three things binding/cuda.cpp asks of a CUDA build of torch, for a build without: a device, its guard, a stream.
-// And memory that is poisoned where the tests ask for it, which torch's function of that name is not on a CPU.
+// Functions that binding/cuda.cpp needs from a CUDA build of torch, for a build without CUDA: a device guard, a stream,
+// and scratch memory. The scratch memory comes from torch::stable::empty, which tests can have filled with NaN; torch's
+// own function of this name cannot be.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 

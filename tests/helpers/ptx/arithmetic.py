@@ -1,7 +1,7 @@
-"""Instructions that are a function of their operands.
+"""Instructions whose result is a function of their operands.
 
-``PURE``: first part of the opcode -> a function of its other parts, and of the types among them, that gives what to
-compute, the type of the result and those of the operands.
+``PURE`` maps the first part of an opcode to a function of the other parts and of the types among them. That returns
+what to compute, the type of the result and the types of the operands.
 """
 
 import operator
@@ -41,7 +41,7 @@ def _wide(kind):
 
 
 def _of_floats(function, kind, count):
-    """What to compute with ``count`` operands that are small floats, or two floats side by side; rounded once."""
+    """``function`` on ``count`` operands that are 16-bit floats or pairs of floats. Results are rounded once."""
 
     def on_halves(*operands):
         return words(
@@ -106,7 +106,7 @@ def _fma(parts, kinds):
 
 
 def _quotient(a, b):
-    """Towards zero; by zero anything."""
+    """Rounded towards zero. Dividing by zero may give anything."""
     b = np.where(np.equal(b, 0), np.ones_like(b), b)
     quotient = np.floor_divide(np.abs(a), np.abs(b))
     return np.where((a < 0) != (b < 0), np.negative(quotient), quotient)
@@ -121,7 +121,7 @@ def _rem(parts, kinds):
 
 
 def _shift(function, beyond):
-    """``beyond``: what is left after more places than there are bits."""
+    """``beyond`` gives the result of shifting by at least as many places as there are bits."""
 
     def of(parts, kinds):
         (kind,) = kinds
@@ -164,7 +164,7 @@ def _bfe(parts, kinds):
     def extracted(a, position, length):
         if kind[0] == "u":
             return a >> dtype.type(position) & _mask(dtype, length)
-        above = BITS[kind] - int(position) - int(length)  # the highest bit of the field is the sign
+        above = BITS[kind] - int(position) - int(length)  # the field's highest bit is its sign
         return a << dtype.type(above) >> dtype.type(above + int(position))
 
     return extracted, kind, [kind, "u32", "u32"]
@@ -177,7 +177,7 @@ def _prmt(parts, kinds):
         for i in range(4):
             number = selector >> np.uint64(4 * i) & np.uint64(15)
             byte = both >> (number & np.uint64(7)) * np.uint64(8) & np.uint64(255)
-            byte = np.where(number < 8, byte, (byte >> np.uint64(7)) * np.uint64(255))  # its sign eight times
+            byte = np.where(number < 8, byte, (byte >> np.uint64(7)) * np.uint64(255))  # its sign in all eight bits
             result = result | byte << np.uint64(8 * i)
         return result.astype(np.uint32)
 
@@ -218,7 +218,7 @@ PURE = {
     "xor": _logic(np.bitwise_xor, np.logical_xor, 2),
     "not": _logic(np.invert, np.logical_not, 1),
     "shl": _shift(np.left_shift, lambda a, most: np.zeros_like(a)),
-    # Unsigned, a last place more would leave zero; the sign is left over and over.
+    # Zero for unsigned numbers; signed ones are filled with copies of their sign.
     "shr": _shift(np.right_shift, lambda a, most: a >> most if a.dtype.kind == "i" else np.zeros_like(a)),
     "selp": _selp,
     "setp": _setp,

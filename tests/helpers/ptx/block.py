@@ -1,6 +1,6 @@
-"""A block of threads, all of which execute an instruction at once if they have come to it.
+"""Executes a kernel for the threads of a block. All threads that are at the same instruction execute it at once.
 
-Threads that are furthest behind in the text go first, so that what has parted meets again.
+The threads that are furthest behind in the code go first, so that threads that took different branches meet again.
 """
 
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ class Launch:
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
-    parameters: tuple[int, ...]  # their addresses
-    late: bool  # what is asynchronous happens when it is waited for; else at once
-    repeats: bool = False  # threads may store what another has stored there: Triton does, of what several hold
+    parameters: tuple[int, ...]  # addresses of the parameters
+    late: bool  # asynchronous work is done when it is waited for; else at once
+    repeats: bool = False  # storing a value that is there already is no race: in Triton several threads store the same
 
 
 class Block:
     """Executes a kernel for one block after another.
 
-    An instruction is bound to its operands once and is then a function of ``active``, the threads that execute it as a
-    mask. It returns where they go on, [(number of an instruction, mask)]; None is for all of them at the next.
+    Each instruction is bound to its operands once. It is then a function of ``active``, a mask of the threads that
+    execute it. It returns where they go on, as [(number of an instruction, mask)], or None if all go on at the next.
     """
 
     def __init__(self, kernel: Kernel, launch: Launch, executed: set[str]):
-        """``executed`` gets the opcodes."""
+        """``executed`` collects the opcodes that were executed."""
         if launch.threads % 32:
             raise PtxError("a block of other than whole warps")
         self.kernel, self.launch, self.executed = kernel, launch, executed
@@ -55,7 +55,7 @@ class Block:
     def run(self, index: tuple[int, int, int]):
         for axis, value in zip("xyz", index):
             self.special[f"%ctaid.{axis}"][:] = value
-        for file in self.files.values():  # NaN, as everything that nobody has written yet
+        for file in self.files.values():  # NaN, like all memory that nobody has written yet
             file.view(np.uint8).fill(1 if file.dtype == bool else 0xFF)
         self.shared.bytes.fill(0xFF)
         self.races = Races(self.launch.shared_bytes, self.threads)
@@ -63,7 +63,7 @@ class Block:
         self.copies, self.products = copies.Groups(self.threads), copies.Groups(self.threads)
         self.alive = np.ones(self.threads, bool)
         self.ready = {0: self.alive}
-        self.parted: dict[int, np.ndarray] = {}  # parts of warps, at instructions of whole ones
+        self.parted: dict[int, np.ndarray] = {}  # parts of warps that wait at an instruction of whole warps
         self.at_barrier: list[tuple[int, np.ndarray]] = []
         with np.errstate(all="ignore"):
             while self.alive.any():
@@ -96,7 +96,7 @@ class Block:
         self.ready[at] = self.ready[at] | active if at in self.ready else active
 
     def _release(self) -> bool:
-        """Whether all threads have come to the barrier, and may go on."""
+        """Lets all threads go on if they have come to the barrier, and returns whether they have."""
         if not self.at_barrier or not np.array_equal(sum(active for _, active in self.at_barrier), self.alive):
             return False
         for part in self.at_barrier:
@@ -106,7 +106,7 @@ class Block:
         return True
 
     def note_store(self, addresses, values, active):
-        """To shared memory, ``values`` [threads, elements] of the active ones."""
+        """Tells ``races`` of a store to shared memory; ``values`` are [threads, elements] of the active threads."""
         count = values.shape[-1]
         if self.launch.repeats:
             new = (self.shared.load(addresses, values.itemsize, count) != values).any(axis=-1)
@@ -121,7 +121,7 @@ class Block:
     # ------------------------------------------------------------------ operands
 
     def source(self, operand, kind: str):
-        """The values of an operand by thread: an array that changes with the register, or a number."""
+        """The values of an operand by thread, a view that follows the register, or a number for all threads."""
         dtype = dtype_of(kind)
         if isinstance(operand, Register):
             row = self.files[operand.bits][operand.index]
@@ -129,7 +129,7 @@ class Block:
                 return row
             if operand.bits < 8 * dtype.itemsize:
                 raise PtxError(f"a register of {operand.bits} bits as {kind}")
-            return row.view(dtype)[:: operand.bits // (8 * dtype.itemsize)]  # the low bits of a wider one
+            return row.view(dtype)[:: operand.bits // (8 * dtype.itemsize)]  # the low bits of a wider register
         if isinstance(operand, Immediate):
             if operand.text[:2] in ("0f", "0d"):
                 return np.array(int(operand.text[2:], 16), f"u{dtype.itemsize}").view(dtype)[()]
@@ -151,8 +151,8 @@ class Block:
         return np.broadcast_to(self.source(operand, kind), self.threads)
 
     def write(self, register: Register | Symbol, kind: str):
-        """A function of values and ``active``; values of fewer bits than the register's are extended."""
-        if register == Symbol("_"):  # nobody wants them
+        """A function of values and ``active`` that writes a register. Values with fewer bits are extended."""
+        if register == Symbol("_"):  # the result is not wanted
             return lambda values, active: None
         row = self.files[register.bits][register.index]
         if register.bits > 1:
@@ -161,7 +161,7 @@ class Block:
         return lambda values, active: np.copyto(row, values, where=active, casting="unsafe")
 
     def address(self, memory: Memory):
-        """A function that gives the addresses by thread."""
+        """A function that returns the addresses by thread."""
         wide = isinstance(memory.base, Symbol) or memory.base.bits == 64
         base = self.by_thread(memory.base, "u64" if wide else "u32")
         offset = base.dtype.type(memory.offset & (1 << 8 * base.itemsize) - 1)
@@ -177,7 +177,7 @@ class Block:
                 step = _pure(self, name, parts, instruction.operands)
             else:
                 step = _BINDERS[name](self, parts, instruction.operands, number)
-        except (PtxError, KeyError, ValueError) as error:  # for instructions that nothing executes
+        except (PtxError, KeyError, ValueError) as error:  # an error only if the instruction is executed
             return partial(_fail, f"{instruction.text}: {error!r}")
         if name in warps.BINDERS:
             step = self.whole_warps(step, number)
@@ -210,7 +210,7 @@ class Block:
         return guarded
 
     def whole_warps(self, step, number: int):
-        """Those of which a part has come wait for the rest of it, as a GPU lets them."""
+        """Makes ``step`` wait until warps are whole: a part of a warp waits for its other threads, as on a GPU."""
 
         def whole_warps(active):
             whole = np.repeat(active.reshape(-1, 32).all(axis=1), 32)
@@ -240,7 +240,7 @@ def _pure(block: Block, name, parts, operands):
 def _mov(block: Block, parts, operands, number):
     kind = parts[-1]
     to, source = operands
-    if isinstance(to, list):  # apart, the low bits first
+    if isinstance(to, list):  # takes a value apart, the low bits first
         value, bits = block.source(source, kind), BITS[kind] // len(to)
         writes = [block.write(register, f"b{bits}") for register in to]
 

@@ -1,4 +1,4 @@
-"""PTX, read into kernels and instructions."""
+"""Reads a PTX file into kernels and instructions."""
 
 import re
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ BITS = {"pred": 1, **{f"{kind}{bits}": bits for kind in "busf" for bits in (8, 1
 
 class Register(NamedTuple):
     bits: int  # 1: a predicate
-    index: int  # among those of its width
+    index: int  # among the registers of its width
 
 
 class Immediate(NamedTuple):
@@ -38,7 +38,7 @@ class Guard(NamedTuple):
 @dataclass
 class Instruction:
     opcode: str
-    operands: list  # of the above; a list is a vector, or a result and its predicate
+    operands: list  # of the classes above; a list is a vector, or a result and its predicate
     guard: Guard | None
     text: str
 
@@ -47,14 +47,14 @@ class Instruction:
 class Kernel:
     name: str
     parameters: dict[str, int]  # name -> bytes
-    variables: dict[str, np.ndarray]  # the file's, in global memory
+    variables: dict[str, np.ndarray]  # those of the file, in global memory
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)  # -> number of the instruction behind it
     registers: dict[int, int] = field(default_factory=dict)  # width -> how many
 
 
 def read(text: str) -> dict[str, Kernel]:
-    """The kernels of a PTX file by their symbols."""
+    """The kernels of a PTX file by symbol."""
     text = re.sub(r"//[^\n]*|^\s*\.loc\s[^\n]*", "", text, flags=re.MULTILINE)
     variables = {
         name: np.zeros(int(size), np.uint8)
@@ -72,12 +72,12 @@ def read(text: str) -> dict[str, Kernel]:
 
 
 _PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.(\w+) (?:\.ptr (?:\.global )?\.align \d+ )?(\w+)(?:\[(\d+)\])?")
-# A brace that opens or closes a scope, a label, or a statement, which may have vectors in braces.
+# A brace that opens or closes a scope, a label, or a statement, which may contain vectors in braces.
 _TOKEN = re.compile(r"\s*(?:(\{)|(\})|([\w$]+):(?!:)|([^;{}]*(?:\{[^{}]*\}[^;{}]*)*);)")
 
 
 class _Body:
-    """Reads the body of a kernel. In a scope, as inline PTX opens them, names hide those outside."""
+    """Reads the body of a kernel. Inline PTX opens scopes, whose names hide those outside."""
 
     def __init__(self, kernel: Kernel, text: str, at: int):
         self.kernel = kernel
@@ -142,7 +142,7 @@ def _look_up(name: str, scopes) -> Register | Symbol:
 
 
 def _split(text: str) -> list[str]:
-    """At commas outside of brackets."""
+    """Splits at commas outside of brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "[{") - (character in "]}")

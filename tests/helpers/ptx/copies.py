@@ -1,4 +1,4 @@
-"""Asynchronous copies, of threads and of the copy engine, and the barriers that count the engine's bytes."""
+"""Asynchronous copies by threads and by the copy engine, and the barriers that count the engine's bytes."""
 
 import ctypes
 
@@ -8,11 +8,11 @@ from .memory import PROCESS, PtxError
 
 
 class Groups:
-    """Groups of what threads have begun, each thread's in order: copies or products of matrices."""
+    """Asynchronous work (copies, or products of matrices) in groups, which each thread commits in order."""
 
     def __init__(self, threads: int):
         self.committed = np.zeros(threads, np.int64)
-        self.under_way = []  # (number of the group by thread, -1 for nobody's; function of the threads it is due for)
+        self.under_way = []  # (number of the work's group by thread, -1 if not its own; function of the due threads)
 
     def begin(self, active, run):
         self.under_way.append((np.where(active, self.committed, -1), run))
@@ -21,7 +21,7 @@ class Groups:
         self.committed[active] += 1
 
     def wait(self, active, pending: int):
-        """Does what belongs to all groups but the last ``pending``."""
+        """Does the work of all groups of these threads but the last ``pending``."""
         for groups, run in self.under_way:
             due = active & (groups >= 0) & (groups < self.committed - pending)
             if due.any():
@@ -31,12 +31,12 @@ class Groups:
 
 
 class _Barrier:
-    """Its phase ends when all have arrived and all bytes that it expects have come."""
+    """A phase ends when all arrivals have been made and all expected bytes have landed."""
 
     def __init__(self, arrivals: int, thread: int):
         self.arrivals = self.missing = arrivals
         self.expected = self.phases = 0
-        self.thread, self.is_fenced = thread, False  # who made it, and whether bulk copies may see it
+        self.thread, self.is_fenced = thread, False  # which thread made it; whether bulk copies may see it
 
 
 class Bulk:
@@ -46,7 +46,7 @@ class Bulk:
         self.block = block
         self.barriers: dict[int, _Barrier] = {}
         self.under_way = []  # (barrier, place in shared memory, bytes)
-        self.sleeping = []  # threads at a barrier: (number of an instruction, mask)
+        self.sleeping = []  # threads that wait at a barrier: (number of the instruction where they go on, mask)
         self.may_rouse = True
 
     def begin(self, barrier: int, to: int, content, thread: int):
@@ -59,14 +59,14 @@ class Bulk:
             self.land_all()
 
     def rouse(self) -> bool:
-        """Lets those who wait look in vain, once, as a GPU may: whether there are any."""
+        """Wakes threads that wait, once before a phase ends, as a GPU may. Returns whether there were any."""
         may, self.may_rouse = self.may_rouse and bool(self.sleeping), False
         if may:
             self._wake()
         return may
 
     def land_all(self) -> bool:
-        """Whether that has let anybody go on."""
+        """Lands all bulk copies. Returns whether that has let any thread go on."""
         waited = self.sleeping
         for barrier, to, content in self.under_way:
             to[:] = content
@@ -89,7 +89,7 @@ class Bulk:
 
 
 class _PlaneMap(ctypes.Structure):
-    """A tensor map as tests/cuda_host/cuda_emulation.h has it in place of the driver's."""
+    """The tensor map of tests/cuda_host/cuda_emulation.h, which takes the place of the driver's."""
 
     _fields_ = [
         ("points", ctypes.c_uint64),
@@ -98,7 +98,7 @@ class _PlaneMap(ctypes.Structure):
     ]
 
     def box(self, word: int, y: int, z: int, volume: int):
-        """The bytes of a copy that begins there, a point being four words; zeros outside."""
+        """The bytes of a copy that begins at these coordinates; a point is four words. Zeros outside the volume."""
         if word % 4:
             raise PtxError("a plane that begins within a point")
         box = np.zeros((self.rows, self.columns, 16), np.uint8)
@@ -233,7 +233,7 @@ def _mbarrier(block, parts, operands, number):
     write, parity = block.write(operands[0], "pred"), block.by_thread(operands[2], "u32")
 
     def try_wait(active):
-        """Whether the phase of that parity has ended. If not, threads sleep until one does, and look again."""
+        """Tells whether the phase of this parity has ended. If not, threads sleep until one ends, then look again."""
         (asked,) = np.unique(parity[active])
         phases = barrier_of(active).phases
         block.races.access(address()[active], 8, active, False)
@@ -261,7 +261,7 @@ def _fence(block, parts, operands, number):
 
 
 def _nothing(block, parts, operands, number):
-    """What changes nothing that is modelled here."""
+    """An instruction without an effect that is modelled here."""
     return lambda active: None
 
 

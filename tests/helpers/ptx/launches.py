@@ -1,4 +1,4 @@
-"""Takes over the launches of the emulation (tests/cuda_host)."""
+"""Executes the launches of the emulation (tests/cuda_host) from PTX instead."""
 
 import ctypes
 import itertools
@@ -22,7 +22,7 @@ _RUNNER = ctypes.CFUNCTYPE(
 
 
 def _demangled(symbols: list[str]) -> list[str]:
-    """As either compiler names a kernel."""
+    """The names of kernels in a form that is the same for both compilers."""
     text = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
     text = re.sub(r"_GLOBAL__N__\w+|\(anonymous namespace\)", "{}", text)
     return (
@@ -33,7 +33,7 @@ def _demangled(symbols: list[str]) -> list[str]:
 
 
 class NoLaunches:
-    """While entered, kernels of the emulation do nothing."""
+    """While entered, the emulation's kernels do nothing."""
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library
@@ -48,9 +48,10 @@ class NoLaunches:
 
 
 class Launches(NoLaunches):
-    """While entered, kernels of the emulation are executed from their PTX.
+    """While entered, the emulation's kernels are executed from their PTX.
 
-    ``late`` is as in block.py. ``executed`` has the opcodes of what was executed, ``launched`` the kernels' symbols.
+    ``late`` is that of ``Launch`` (block.py). ``executed`` collects the opcodes that were executed, ``launched`` the
+    symbols of the kernels.
     """
 
     MESSAGE_BYTES = 1000
@@ -72,7 +73,7 @@ class Launches(NoLaunches):
         return {base + offset: name for offset, name in zip(offsets.values(), _demangled(list(offsets)))}
 
     def _run(self, address, numbers, parameters, sizes, count, message) -> int:
-        """Whether the kernel ran; an exception cannot pass through the library, its message can."""
+        """Returns whether the kernel ran. An exception cannot pass through the library, so its message does."""
         try:
             kernel = self._kernels[self._names[address]]
             if list(kernel.parameters.values()) != sizes[:count]:

@@ -1,4 +1,4 @@
-"""What instructions read and write: element types, this process's memory, a block's shared memory."""
+"""What instructions read and write: element types, this process's memory, and a block's shared memory."""
 
 import ctypes
 
@@ -6,15 +6,15 @@ import numpy as np
 
 from .code import BITS
 
-SHARED_BASE = 1024  # where a block's shared memory begins on the GPU too: the first KB is the system's
+SHARED_BASE = 1024  # address of a block's shared memory, as on a GPU, which keeps the first KB for itself
 
 
 class PtxError(Exception):
-    """The code does what a GPU does not accept, or what nobody has written down here."""
+    """The code does something that a GPU does not accept, or that is not implemented here."""
 
 
 def dtype_of(kind: str) -> np.dtype:
-    """Of a type of PTX; bits are unsigned."""
+    """The dtype of a PTX type; untyped bits are unsigned."""
     if kind == "pred":
         return np.dtype(bool)
     return np.dtype(f"{kind[0] if kind[0] in 'fu' else 'i' if kind[0] == 's' else 'u'}{BITS[kind] // 8}")
@@ -31,7 +31,7 @@ def bfloat16_of_float(values):
 
 
 def tf32_of_float(values):
-    """The bits of the nearest number, halves away from zero."""
+    """The bits of the nearest TF32 number, halves away from zero."""
     bits = values.view(np.uint32)
     return np.where((bits & 0x7F800000) == 0x7F800000, bits, (bits + 0x1000) & np.uint32(0xFFFFE000))
 
@@ -47,21 +47,21 @@ def words(halves):
 
 
 def elements(words, kind: str):
-    """The operands of MMA in 32-bit words, along a new last axis, in float32. Of TF32 the low bits are not read."""
+    """Elements of MMA operands in 32-bit words as float32, along a new last axis. The low bits of TF32 are not read."""
     if kind == "tf32":
         return (np.ascontiguousarray(words) & np.uint32(0xFFFFE000)).view(np.float32)[..., None]
     return halves(words).view(np.float16).astype(np.float32) if kind == "f16" else float_of_bfloat16(halves(words))
 
 
 class Memory:
-    """Bytes from an address on."""
+    """An array of bytes that begins at address ``base``."""
 
     def __init__(self, array: np.ndarray, base: int):
         self.bytes, self.base = array, base
         self._views = {size: array[: len(array) // size * size].view(f"u{size}") for size in (1, 2, 4, 8)}
 
     def places(self, addresses, size: int, count: int = 1):
-        """Where aligned groups of ``count`` elements of ``size`` bytes lie, [..., count]: indices for ``load``."""
+        """The element indices, [..., count], of ``count`` elements of ``size`` bytes at aligned addresses."""
         if np.any(addresses % np.uint64(size * count)):
             raise PtxError(f"an access of {size * count} bytes is not aligned")
         offsets = addresses.astype(np.int64) - self.base
@@ -77,7 +77,7 @@ class Memory:
         self._views[values.itemsize][self.places(addresses, values.itemsize, count)] = values
 
     def part(self, address: int, size: int):
-        """``size`` bytes as a view."""
+        """A view of ``size`` bytes."""
         start = address - self.base
         if start < 0 or start + size > len(self.bytes):
             raise PtxError("an access outside of the memory")
@@ -85,10 +85,10 @@ class Memory:
 
 
 def _process() -> Memory:
-    first = 1 << 16  # below nothing is ever mapped
+    first = 1 << 16  # nothing is mapped below
     everything = (ctypes.c_uint8 * ((1 << 47) - first)).from_address(first)
     return Memory(np.frombuffer(everything, np.uint8), first)
 
 
-# Global memory. An address in it that nobody has allocated ends the process.
+# Global memory. Accessing an address that is not allocated ends the process.
 PROCESS = _process()

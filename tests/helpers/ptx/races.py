@@ -1,12 +1,12 @@
-"""Accesses to a block's shared memory that nothing orders: what one order of execution need not show.
+"""Finds accesses to a block's shared memory that nothing orders, even if the order of execution here hides the race.
 
-Threads of different warps are ordered by the block's barriers alone. So from one to the next no two warps may access
-the same place if one of them writes, in whatever order they happened to do it here. What is asynchronous belongs to the
-warp that began it until it is waited for. A bulk copy writes from where it is asked for until a thread knows, from its
-barrier or from a thread that knew at a barrier of the block, that the phase has ended.
+Only barriers of the block order different warps. So between two of them no two warps may access the same place if one
+of them writes, whatever the order here. Asynchronous work belongs to the warp that began it until it is waited for. A
+bulk copy may write from when it is asked for until a thread knows that its phase has ended: from the copy's barrier, or
+because another thread knew it at a barrier of the block.
 
-Bulk copies and warpgroup MMA reach shared memory by a proxy of their own: what comes after ordinary accesses to a place
-wants fence.proxy.async by those who made them.
+Bulk copies and warpgroup MMA access shared memory through a proxy of their own. If they come to a place after ordinary
+accesses, the threads that made these must have executed fence.proxy.async in between.
 """
 
 import numpy as np
@@ -19,18 +19,18 @@ _CELL = 2  # bytes, the smallest access
 class Races:
     def __init__(self, shared_bytes: int, threads: int):
         cells = -(-shared_bytes // _CELL)
-        # Of each cell, a bit for each warp, since the last barrier of the block.
+        # For each cell, a bit for each warp that has accessed it since the last barrier of the block.
         self._readers, self._writers = np.zeros((2, cells), np.uint32)
-        # The same, since the warp's last fence for the other proxy.
+        # The same, since the warp's last fence.proxy.async.
         self._unfenced_readers, self._unfenced_writers = np.zeros((2, cells), np.uint32)
         self._under_way: list[tuple[np.ndarray, int, bool]] = []  # cells, warp, whether they are written
-        self._copy = np.full(cells, -1)  # the last bulk copy to a cell, of:
+        self._copy = np.full(cells, -1)  # the last bulk copy to a cell, an index of _copies
         self._copies: list[tuple[int, int]] = []  # barrier, number of the phase
-        self._ended: dict[int, np.ndarray] = {}  # by barrier, phases that a thread knows to have ended
+        self._ended: dict[int, np.ndarray] = {}  # by barrier, how many phases each thread knows to have ended
         self._threads = threads
 
     def access(self, addresses, size: int, active, writes: bool):
-        """By every active thread, ``size`` bytes; ``addresses`` are theirs alone."""
+        """An ordinary access of ``size`` bytes by every active thread; ``addresses`` has only theirs."""
         warps = np.flatnonzero(active) // 32
         cells = self._cells(addresses, size)
         for warp in np.unique(warps):
@@ -40,7 +40,7 @@ class Races:
             self._leave_unfenced(own, warp, writes)
 
     def begin(self, addresses, size: int, warp: int, writes: bool):
-        """By a warp, until :meth:`end`: a copy of its threads that writes, or warpgroup MMA that reads."""
+        """Asynchronous accesses by a warp until :meth:`end`: copies of its threads, or warpgroup MMA that reads."""
         later = self._cells(addresses, size), warp, writes
         self._require_known(later[0].reshape(1, -1), np.array([32 * warp]))
         self._access(*later)
@@ -71,7 +71,7 @@ class Races:
         ended[active] = phases
 
     def forget(self, barrier: int):
-        """The barrier is no more, and what it has counted is known."""
+        """A barrier is no more. All threads know of the copies that it has counted."""
         self._ended.pop(barrier, None)
         gone = [number for number, (of, _) in enumerate(self._copies) if of == barrier]
         self._copy[np.isin(self._copy, gone)] = -1
@@ -84,7 +84,7 @@ class Races:
         self._unfenced_writers &= others
 
     def barrier(self):
-        """All threads are at the block's."""
+        """All threads are at the block's barrier."""
         self._readers[:] = self._writers[:] = 0
         for later in self._under_way:
             self._access(*later)
@@ -102,7 +102,7 @@ class Races:
         (self._unfenced_writers if writes else self._unfenced_readers)[cells] |= np.uint32(1 << int(warp))
 
     def _require_known(self, cells, threads):
-        """``cells`` are [threads, ...]."""
+        """Fails if a bulk copy may still be writing to ``cells``, [threads, ...], as far as these threads know."""
         numbers = self._copy[cells]
         for number in np.unique(numbers[numbers >= 0]):
             barrier, phase = self._copies[number]

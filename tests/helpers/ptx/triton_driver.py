@@ -1,4 +1,4 @@
-"""A driver for Triton that executes what it compiled, on tensors of the CPU."""
+"""A driver for Triton that executes the PTX of its kernels on CPU tensors."""
 
 import itertools
 from pathlib import Path
@@ -13,11 +13,11 @@ from .code import BITS, read
 
 
 class Driver:
-    """For one compute capability, 80 or 90, say."""
+    """Pretends to be a GPU of one compute capability, such as 80 or 90."""
 
     def __init__(self, capability: int, shared_bytes: int, late: bool):
         self.capability, self.late = capability, late
-        self.kernels = []  # read, by the number that stands for the handle of a function
+        self.kernels = []  # kernels that were read; the index of one is its function handle
         self.utils = SimpleNamespace(
             load_binary=self._load,
             unload_module=lambda *_: None,
@@ -48,7 +48,7 @@ class Driver:
             kernel = self.kernels[function]
             values = [value for pair in zip(kinds, arguments, strict=True) for value in _given(*pair)]
             sizes = list(kernel.parameters.values())
-            # Behind them the addresses of Triton's own scratch memory, of which there is none.
+            # The last parameters are addresses of Triton's own scratch memory, which these kernels do not use.
             values += [np.zeros(1, np.uint64)] * (len(sizes) - len(values))
             assert [value.nbytes for value in values] == sizes
             addresses = tuple(value.ctypes.data for value in values)
@@ -64,7 +64,7 @@ class Driver:
 
 
 def _given(kind, value) -> list[np.ndarray]:
-    """The parameters that a kernel has for an argument."""
+    """The kernel parameters that pass one argument."""
     if isinstance(kind, tuple):
         return [parameter for pair in zip(kind, value, strict=True) for parameter in _given(*pair)]
     if kind == "constexpr":

@@ -1,4 +1,4 @@
-"""Instructions of whole warps: shuffles, matrices, MMA. Fragments are those of the PTX manual."""
+"""Instructions that whole warps execute: shuffles, loads and stores of matrices, MMA, with the manual's fragments."""
 
 import re
 
@@ -47,7 +47,7 @@ def _ldmatrix(block, parts, operands, number):
     count = len(writes)
 
     def load(active):
-        # Eight lanes name the rows of a matrix, those of the first ones: [warps, matrices, rows, elements].
+        # The first 8 * count lanes give the addresses of rows, eight a matrix: [warps, matrices, rows, elements].
         rows = address()[active].reshape(-1, 32)[:, : 8 * count]
         block.races.access(rows.reshape(-1), 16, active & (block.lanes % 32 < 8 * count), writes=False)
         matrices = halves(block.shared.load(rows, 4, 4)).reshape(-1, count, 8, 8)
@@ -82,7 +82,7 @@ def _stmatrix(block, parts, operands, number):
 
 
 def _depth_of(kind: str) -> int:
-    """k of a product: as many elements as 32 bytes have."""
+    """k of a product: the elements of 32 bytes."""
     return {"tf32": 8, "f16": 16, "bf16": 16}[kind]
 
 
@@ -138,9 +138,9 @@ def _mma(block, parts, operands, number):
 
 
 def _block_addresses(descriptor: int, count: int, turned: bool):
-    """Of an operand of warpgroup MMA: [count, 2, 8], the rows of 16 bytes of blocks of eight, two blocks along k.
+    """Addresses of the rows of 16 bytes of an operand of warpgroup MMA: [count, 2 blocks along k, 8 rows].
 
-    A row is one of the operand or, turned, one of k, along which then the eight rows of a block lie.
+    A row in memory is a row of the operand or, if turned, an element of k; a block's eight rows then lie along k.
     """
     start, leading, stride = (descriptor >> shift & 0x3FFF for shift in (0, 16, 32))
     swizzle = descriptor >> 62
@@ -149,7 +149,7 @@ def _block_addresses(descriptor: int, count: int, turned: bool):
     blocks, along_k, rows = np.arange(count)[:, None, None], np.arange(2)[:, None], np.arange(8)
     if swizzle == 0:
         places = start + stride * blocks + leading * along_k + rows
-    else:  # rows of 128, 64 or 32 bytes, whose parts of 16 bytes change places with the row
+    else:  # rows of 128, 64 or 32 bytes, in which parts of 16 bytes change places depending on the row
         width = {1: 8, 2: 4, 3: 2}[swizzle]
         if turned:
             places = start + blocks % width + leading * (blocks // width) + stride * along_k + width * rows
@@ -160,7 +160,7 @@ def _block_addresses(descriptor: int, count: int, turned: bool):
 
 
 def _turned(blocks):
-    """The same blocks with rows and elements exchanged: of 16 bits, eight each."""
+    """The same blocks of 8 x 8 elements with rows and elements exchanged."""
     return blocks.transpose(0, 1, 3, 2)
 
 
@@ -176,7 +176,7 @@ def _wgmma(block, parts, operands, number):
     kind = parts[5]
     d, a, b, adds, *flags = operands
     in_registers = isinstance(a, list)
-    # Signs, then for 16 bits whether operands in shared memory are transposed.
+    # Two signs; then, for 16 bits, whether each operand in shared memory is transposed.
     signs, turned = flags[:2], [flag.text == "1" for flag in flags[2:]]
     if [sign.text for sign in signs] != ["1", "1"] or len(turned) != (0 if kind == "tf32" else 2 - in_registers):
         raise PtxError("not known")
@@ -189,7 +189,7 @@ def _wgmma(block, parts, operands, number):
     right, adds = block.source(b, "b64"), block.by_thread(adds, "pred")
 
     def multiply(active):
-        # Descriptors are read now; registers of sums and of operand a belong to the product until it is waited for.
+        # Descriptors are read now. Registers of sums and of operand a belong to the product until it is waited for.
         names = [right.copy(), adds.copy(), *([] if in_registers else [left.copy()])]
         begun = {}
         for warp in np.flatnonzero(active[::32]):
@@ -200,7 +200,7 @@ def _wgmma(block, parts, operands, number):
             begun[warp] = [block.races.begin(addresses, 16, warp, writes=False) for addresses in reads]
 
         def run(due):
-            read = {}  # warpgroups mostly share operand b
+            read = {}  # operands that were read already: warpgroups mostly share operand b
 
             def operand(name, size, turned):
                 """[size, k]"""
