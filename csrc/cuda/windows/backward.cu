@@ -27,7 +27,7 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
     const Work work = work_of_multiprocessors(input_plan, ceil_div(in.g.C, 8 * input_plan.tiles));
     if (input_first)
       input_split =
-          split_in_slabs(in.g, input_plan.lattice, work, in.g.K, kForMemory);  // K parts: then a_k G is as large as G
+          split_in_slabs(in.g, input_plan.lattice, work, in.g.K, kForMemory);  // in K parts a_k G is as large as G
     else
       passes.push_back(work);
     of_input.want_grad_output(grad_output, input_first);

@@ -35,8 +35,8 @@ class WeightedSum {
 
   __device__ void end(const Tile& tile) {
     store_targets(lattice_, tile, args_.result, output0(), share_, sum_, [&](const Int3& point) {
-      // From global memory, although the gates are in shared memory: a faster warp may already write the next tile's
-      // there.
+      // Read once a tile, from global memory. The gates in shared memory would be valid here, too: the next tile's are
+      // written only after the barrier in front of begin.
       Gates<T> packed{};
       if (args_.shift.data != nullptr) packed = packed_attention<T>(lattice_, tile, args_.targets, point);
       const float2 low = unpack(packed.pairs[0], T{}), high = unpack(packed.pairs[1], T{});
