@@ -116,7 +116,7 @@ def run_foreign_library(builder, user):
     shutil.copy(origin / CPU_LIBRARY, tree / CPU_LIBRARY)
     if (origin / CUDA_LIBRARY).exists():
         shutil.copy(origin / CUDA_LIBRARY, tree / CUDA_LIBRARY)
-        record["cuda"] = {"torch": builder, "flags": {}}
+        record["cuda"] = {"torch": builder, "flags": {}, "sources": record["cpu"]["sources"]}
     (tree / RECORD).write_text(json.dumps(record))
     # The tests do not skip a library that the record names and that fails to load.
     command = [WORK / user / ".venv" / "bin" / "python", "-m", "pytest", "-q", *OF_A_FOREIGN_LIBRARY]

@@ -261,7 +261,7 @@ def _mov(block: Block, parts, operands, number):
 def _ld(block: Block, parts, operands, number):
     space, kind = parts[0], parts[-1]
     registers = operands[0] if isinstance(operands[0], list) else [operands[0]]
-    memory = block.shared if space == "shared" else PROCESS
+    memory = block.shared if space in ("shared", "shared::cta") else PROCESS
     address, dtype = block.address(operands[1]), dtype_of(kind)
     writes = [block.write(register, kind) for register in registers]
     whole = np.zeros((block.threads, len(registers)), dtype)
@@ -279,7 +279,7 @@ def _ld(block: Block, parts, operands, number):
 def _st(block: Block, parts, operands, number):
     space, kind = parts[0], parts[-1]
     sources = operands[1] if isinstance(operands[1], list) else [operands[1]]
-    memory = block.shared if space == "shared" else PROCESS
+    memory = block.shared if space in ("shared", "shared::cta") else PROCESS
     address = block.address(operands[0])
     values = [block.by_thread(source, f"b{BITS[kind]}") for source in sources]
 
