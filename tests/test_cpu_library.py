@@ -139,11 +139,11 @@ def test_what_would_overflow_raises(message):
 
 def test_memory_that_there_is_not_is_named():
     """Four voxels are read, but a lattice is packed whole: more than a process can address, whoever overcommits."""
-    volume = zeros(1).expand(1, 1, 2**46)
+    volume = zeros(1).expand(1, 2, 2**46)
     arguments = {"dilations": (1,), "stride": 2**44, "padding": 0, "backend": "cpu"}
     attention = torch.ones(1, 1, 4)
     with pytest.raises(torch.OutOfMemoryError, match=r"out of memory: \d+ bytes"):
-        autofocus_conv(volume, torch.ones(1, 1, 1), attention, **arguments)
+        autofocus_conv(volume, torch.ones(1, 2, 1), attention, **arguments)
 
 
 def test_memory_that_threads_cannot_have_is_named():
