@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
 from .call import Call
-from .functional import prepare
+from .functional import is_overridden, prepare
 from .ops import branch_norm as ops
 from .ops import derivatives
 
@@ -56,9 +56,7 @@ def normed_autofocus_conv(
             not fit or are not all in one mode, and for a single value per channel to normalise by itself.
     """
     tensors = (input, weight, attention, bias)
-    # A proxy of torch.fx, a subclass of Tensor. Under torch.compile the operator meets the subclass, not this: there
-    # has_torch_function also holds within a __torch_function__, where it should not, so the call would come back here.
-    if has_torch_function(tensors) and not torch.compiler.is_compiling():
+    if is_overridden(tensors):
         return handle_torch_function(
             normed_autofocus_conv,
             tensors,

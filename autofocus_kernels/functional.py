@@ -64,9 +64,7 @@ def autofocus_conv(
         RuntimeError: a forced backend cannot run the call; the message says why.
     """
     tensors = (input, weight, attention, bias, branch_scale, branch_shift)
-    # A proxy of torch.fx, a subclass of Tensor. Under torch.compile the operator meets the subclass, not this: there
-    # has_torch_function also holds within a __torch_function__, where it should not, so the call would come back here.
-    if has_torch_function(tensors) and not torch.compiler.is_compiling():
+    if is_overridden(tensors):
         return handle_torch_function(
             autofocus_conv,
             tensors,
@@ -81,6 +79,15 @@ def autofocus_conv(
     call, unbatched = prepare(*tensors, dilations, stride, padding, backend)
     output = derivatives.apply(call)
     return output.squeeze(0) if unbatched else output
+
+
+def is_overridden(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a ``__torch_function__`` takes the call: that of a proxy of torch.fx, or of a subclass of Tensor.
+
+    Under torch.compile none does, and the operator meets the subclass: there has_torch_function also holds within a
+    __torch_function__, where it should not, so the call would come back for ever.
+    """
+    return has_torch_function(tensors) and not torch.compiler.is_compiling()
 
 
 def prepare(
