@@ -32,6 +32,8 @@ class Geometry:
 
     Attributes:
         tile_sizes: input and output size of the larger problem that this one stands for (self_check.py), else None.
+        few_blocks: whether few thread blocks of a GPU shall share the work, so that each goes from tile to tile, as in
+            a larger problem.
     """
 
     kernel_size: tuple[int, ...]
@@ -41,6 +43,7 @@ class Geometry:
     input_size: tuple[int, ...]
     output_size: tuple[int, ...]
     tile_sizes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    few_blocks: bool = False
 
     @property
     def spatial_dims(self) -> int:
@@ -79,7 +82,7 @@ class Geometry:
         if self.tile_sizes is None:
             return self
         input_size, output_size = self.tile_sizes
-        return replace(self, input_size=input_size, output_size=output_size, tile_sizes=None)
+        return replace(self, input_size=input_size, output_size=output_size, tile_sizes=None, few_blocks=False)
 
     @cached_property
     def as_3d(self) -> Geometry:
@@ -96,6 +99,7 @@ class Geometry:
             input_size=ones + self.input_size,
             output_size=ones + self.output_size,
             tile_sizes=self.tile_sizes and (ones + self.tile_sizes[0], ones + self.tile_sizes[1]),
+            few_blocks=self.few_blocks,
         )
 
 

@@ -2,10 +2,13 @@
 
 Before a call goes to a backend that asks for it (``Backend.checked``), its function runs once on a small random problem
 of the same kind: same channels, branches, dilations, kernel, stride, padding, dtype, order of axes in memory, tensors
-given and gradients wanted; two samples of a volume with interior and ragged tiles. From memory filled with NaN, results
-must come within twice the tolerance of tolerance.py, in norm and at the worst element. The truth is the reference in
-float32 (hence twice), or in float64 for float64. A kernel that is wrong is refused, on that device, for the rest of the
-process.
+given and gradients wanted; two samples of a volume with interior and ragged tiles, shared among few thread blocks. From
+memory filled with NaN, results must come within twice the tolerance of tolerance.py, in norm and at the worst element.
+The truth is the reference in float32 (hence twice), or in float64 for float64. A kernel that is wrong is refused, on
+that device, for the rest of the process.
+
+Few blocks, because a large GPU has one for each tile of so small a volume. Then none would go from one tile to the
+next, nor would the CUDA backend cut the call into parts, as both do with most volumes of users.
 
 The kind of a problem is the small problem itself: calls with the same one share its check. Nothing is checked while a
 CUDA graph is recorded, when nothing may wait for the GPU: warm up first, as recording demands anyway. The check leaves
@@ -13,8 +16,8 @@ random states, streams, autograd, autocast and the precision of float32 products
 TF32 holds them and products of two or three of them, so the truth is the same with and without it. Only cuDNN's search
 for the fastest convolution is off, for all threads, while the truth is computed.
 
-Not seen: what only large volumes do (64-bit offsets, in most cases the CUDA backend's parts). Not survived: a kernel
-that reads or writes where it must not may end the process's use of the GPU, check or no check.
+Not seen: what only large volumes do (64-bit offsets). Not survived: a kernel that reads or writes where it must not may
+end the process's use of the GPU, check or no check.
 """
 
 from __future__ import annotations
@@ -285,6 +288,7 @@ def _small(geometry: Geometry, C: int, O: int, tiles_by_volume: bool) -> Geometr
         tuple(sizes),
         outputs(sizes),
         (geometry.input_size, geometry.output_size) if tiles_by_volume else None,
+        few_blocks=True,
     )
 
 

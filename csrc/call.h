@@ -26,7 +26,8 @@ struct Call {
   DType dtype;
   TensorView input, weight, attention;
   void *bias, *scale, *shift;
-  bool tf32;  // whether a GPU may multiply floats as TF32
+  bool tf32;        // whether a GPU may multiply floats as TF32
+  bool few_blocks;  // whether a GPU shall share the work among few thread blocks, as the self-check asks for
 };
 
 // Where a backward writes; null where no gradient is wanted.

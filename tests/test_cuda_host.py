@@ -21,7 +21,7 @@ from helpers import plain_norms as layers
 from helpers import ptx
 from helpers.cuda_emulation import A100, COMPILER, EMULATION, H100, KILOBYTE, ROOT, RTX_5090, judge_tf32
 
-from autofocus_kernels import autofocus_conv, dispatch, reference, testing, tolerance
+from autofocus_kernels import autofocus_conv, dispatch, reference, self_check, testing, tolerance
 from autofocus_kernels.backends.cuda import PASSES
 from autofocus_kernels.backends.cuda import backend as cuda
 from autofocus_kernels.backends.interface import Gradients
@@ -543,6 +543,30 @@ def test_peak_memory_on_a_large_gpu(library, device, case, share):
         cuda.backward(call, output, Gradients(*gradients, None))
     held = sum(tensor.nbytes for tensor in (output, *gradients))
     assert held + allocated.value - before < share * 7.2 * input.nbytes
+
+
+@pytest.mark.parametrize("name", ["64^3", "48^3", "2D", "no common factor"])
+def test_the_self_check_has_blocks_go_from_tile_to_tile(library, device, name):
+    """A large GPU has a block for every tile of so small a problem; asked for few, it launches as a small one would."""
+    case, _ = PEAKS[name]
+    geometry = self_check._small(case.geometry, case.channels, case.out_channels, tiles_by_volume=False)
+
+    def grids(multiprocessors, few_blocks):
+        device(multiprocessors=multiprocessors)
+        case_of_check = replace(case, size=geometry.input_size, batch=self_check.BATCH)
+        tensors = make_tensors(case_of_check, torch.bfloat16)
+        call = call_of(case_of_check, tensors)
+        call = call._replace(geometry=replace(call.geometry, few_blocks=few_blocks))
+        with ptx.NoLaunches(library) as launches:
+            cuda.forward(call, torch.empty_like(tensors.grad_output))
+            cuda.backward(call, tensors.grad_output, Gradients(*map(torch.empty_like, call[:3]), None))
+        return launches.grids
+
+    assert geometry.few_blocks
+    few, many = grids(132, few_blocks=True), grids(132, few_blocks=False)
+    assert few == grids(3, few_blocks=False)
+    forward = 1  # behind the first packing
+    assert few[forward][0] <= 6 and many[forward][0] >= 16 and len(few) > len(many)
 
 
 def test_nan_stays_where_it_is_read(device):

@@ -57,10 +57,14 @@ class CompiledBackend:
         """Whether the kernels may multiply the call's tensors as TF32."""
         return False
 
+    def choices(self, call: Call) -> tuple[bool, bool]:
+        """The last arguments of the operators (csrc/call.h)."""
+        return self.tf32(call), call.geometry.few_blocks
+
     def forward(self, call: Call, output: Tensor) -> None:
         call = call.as_3d()
         self.operators.forward(
-            *call[:3], *_contiguous(*call[3:6]), as_3d(output), *call.geometry.integers, self.tf32(call)
+            *call[:3], *_contiguous(*call[3:6]), as_3d(output), *call.geometry.integers, *self.choices(call)
         )
 
     def backward(self, call: Call, grad_output: Tensor, gradients: Gradients) -> None:
@@ -73,13 +77,13 @@ class CompiledBackend:
             *map(as_3d, volumes),
             grad_branch_scale,
             *call.geometry.integers,
-            self.tf32(call),
+            *self.choices(call),
         )
 
     def branch_statistics(self, call: Call, branches: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
         call = call.as_3d()
         self.operators.branch_statistics(
-            call.input, call.weight, as_3d(branches, 3), mean, var, *call.geometry.integers, self.tf32(call)
+            call.input, call.weight, as_3d(branches, 3), mean, var, *call.geometry.integers, *self.choices(call)
         )
 
     def branch_combine(self, call: Call, branches: Tensor, scale: Tensor, shift: Tensor, output: Tensor) -> None:
@@ -131,7 +135,7 @@ class CompiledBackend:
             as_3d(grad_input),
             as_3d(grad_weight),
             *call.geometry.integers,
-            self.tf32(call),
+            *self.choices(call),
         )
 
 

@@ -145,7 +145,7 @@ inline Problem problem_of(const Tensor& input, const Tensor& weight, const Ints&
 
 inline Call call_of(const Tensor& input, const Tensor& weight, const Tensor& attention, const OptionalTensor& bias,
                     const OptionalTensor& scale, const OptionalTensor& shift, const Ints& dilations, const Ints& stride,
-                    const Ints& origin, bool tf32, int64_t largest) {
+                    const Ints& origin, bool tf32, bool few_blocks, int64_t largest) {
   STD_TORCH_CHECK(attention.dim() == 5, "attention must have five axes, got ", attention.dim());
   const Ints output_size = {attention.size(2), attention.size(3), attention.size(4)};
   const Problem g = problem_of(input, weight, output_size, dilations, stride, origin, largest);
@@ -159,16 +159,17 @@ inline Call call_of(const Tensor& input, const Tensor& weight, const Tensor& att
           vector_of("bias", bias, input, {g.O}),
           vector_of("branch_scale", scale, input, {g.K, g.O}),
           vector_of("branch_shift", shift, input, {g.K, g.O}),
-          tf32};
+          tf32,
+          few_blocks};
 }
 
 // The call that branches [K, N, O, D, H, W] in memory belong to, without attention, bias, scale and shift.
 inline Call call_of_branches(const Tensor& input, const Tensor& weight, const Tensor& branches, const Ints& dilations,
-                             const Ints& stride, const Ints& origin, bool tf32, int64_t largest) {
+                             const Ints& stride, const Ints& origin, bool tf32, bool few_blocks, int64_t largest) {
   STD_TORCH_CHECK(branches.dim() == 6, "branches must have six axes, got ", branches.dim());
   const Ints output_size = {branches.size(3), branches.size(4), branches.size(5)};
   const Problem g = problem_of(input, weight, output_size, dilations, stride, origin, largest);
-  return {g, dtype_of(input), view(input), view(weight), {}, nullptr, nullptr, nullptr, tf32};
+  return {g, dtype_of(input), view(input), view(weight), {}, nullptr, nullptr, nullptr, tf32, few_blocks};
 }
 
 inline BranchTensors existing_branches(const Tensor& branches, const Tensor& attention,

@@ -69,7 +69,8 @@ bool takes_fast(Pass pass, const Inputs& in) { return refusal_of_fast(pass, in.g
 Inputs inputs_of(const Call& call) {
   const int64_t O = call.g.O;
   const TensorView shift = call.bias != nullptr ? TensorView{call.bias, 0, 1, {}} : TensorView{call.shift, O, 1, {}};
-  return {call.g, call.dtype, call.input, call.weight, call.attention, {call.scale, O, 1, {}}, shift, call.tf32};
+  return {call.g, call.dtype, call.input,     call.weight, call.attention, {call.scale, O, 1, {}},
+          shift,  call.tf32,  call.few_blocks};
 }
 
 // Samples of one plane each, under a kernel with one tap in z, are the planes of one volume: so a tile has planes to

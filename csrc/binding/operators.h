@@ -16,10 +16,10 @@ template <typename Library>
 struct Operators {
   static void forward(const Tensor& input, const Tensor& weight, const Tensor& attention, const OptionalTensor& bias,
                       const OptionalTensor& branch_scale, const OptionalTensor& branch_shift, const Tensor& output,
-                      Ints dilations, Ints stride, Ints origin, bool tf32) {
+                      Ints dilations, Ints stride, Ints origin, bool tf32, bool few_blocks) {
     Library::check_device(input);
     const Call call = call_of(input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, origin,
-                              tf32, Library::kLargest);
+                              tf32, few_blocks, Library::kLargest);
     Library::forward(input, call, volume_of("output", output, input, output_shape(call.g)));
   }
 
@@ -27,10 +27,11 @@ struct Operators {
                        const OptionalTensor& bias, const OptionalTensor& branch_scale,
                        const OptionalTensor& branch_shift, const OptionalTensor& grad_input,
                        const OptionalTensor& grad_weight, const OptionalTensor& grad_attention,
-                       const OptionalTensor& grad_branch_scale, Ints dilations, Ints stride, Ints origin, bool tf32) {
+                       const OptionalTensor& grad_branch_scale, Ints dilations, Ints stride, Ints origin, bool tf32,
+                       bool few_blocks) {
     Library::check_device(input);
     const Call call = call_of(input, weight, attention, bias, branch_scale, branch_shift, dilations, stride, origin,
-                              tf32, Library::kLargest);
+                              tf32, few_blocks, Library::kLargest);
     const Problem& g = call.g;
     STD_TORCH_CHECK(!grad_branch_scale.has_value() || branch_scale.has_value(), "grad_branch_scale needs branch_scale");
     const Gradients gradients = {volume_of("grad_input", grad_input, input, input_shape(g)),
@@ -42,10 +43,11 @@ struct Operators {
 
   static void branch_statistics(const Tensor& input, const Tensor& weight, const Tensor& branches,
                                 const OptionalTensor& mean, const OptionalTensor& var, Ints dilations, Ints stride,
-                                Ints origin, bool tf32) {
+                                Ints origin, bool tf32, bool few_blocks) {
     Library::check_device(input);
     STD_TORCH_CHECK(mean.has_value() == var.has_value(), "mean and var must be given together");
-    const Call call = call_of_branches(input, weight, branches, dilations, stride, origin, tf32, Library::kLargest);
+    const Call call =
+        call_of_branches(input, weight, branches, dilations, stride, origin, tf32, few_blocks, Library::kLargest);
     Library::branch_statistics(input, call, branches_of("branches", branches, input, call.g),
                                mean.has_value() ? accumulator_of("mean", *mean, input, call.g) : nullptr,
                                var.has_value() ? accumulator_of("var", *var, input, call.g) : nullptr);
@@ -78,9 +80,10 @@ struct Operators {
                                    const Tensor& attention, const Tensor& branches, const Tensor& a_coef,
                                    const Tensor& b_coef, const Tensor& c_coef, const Tensor& grad_branches,
                                    const OptionalTensor& grad_input, const OptionalTensor& grad_weight, Ints dilations,
-                                   Ints stride, Ints origin, bool tf32) {
+                                   Ints stride, Ints origin, bool tf32, bool few_blocks) {
     Library::check_device(input);
-    const Call call = call_of_branches(input, weight, branches, dilations, stride, origin, tf32, Library::kLargest);
+    const Call call =
+        call_of_branches(input, weight, branches, dilations, stride, origin, tf32, few_blocks, Library::kLargest);
     const Problem& g = call.g;
     check_tensor("branches", branches, input, branches_shape(g));
     Library::branch_norm_backward(
@@ -96,16 +99,16 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def(
       "forward(Tensor input, Tensor weight, Tensor attention, Tensor? bias, Tensor? branch_scale, "
       "Tensor? branch_shift, Tensor(a!) output, int[] dilations, int[] stride, int[] origin, "
-      "bool tf32=False) -> ()");
+      "bool tf32=False, bool few_blocks=False) -> ()");
   m.def(
       "backward(Tensor grad_output, Tensor input, Tensor weight, Tensor attention, Tensor? bias, "
       "Tensor? branch_scale, Tensor? branch_shift, Tensor(a!)? grad_input, Tensor(b!)? grad_weight, "
       "Tensor(c!)? grad_attention, Tensor(d!)? grad_branch_scale, int[] dilations, int[] stride, int[] origin, "
-      "bool tf32=False) -> ()");
+      "bool tf32=False, bool few_blocks=False) -> ()");
   m.def(
       "branch_statistics(Tensor input, Tensor weight, Tensor(a!) branches, Tensor(b!)? mean, Tensor(c!)? var, "
       "int[] dilations, int[] stride, int[] origin, "
-      "bool tf32=False) -> ()");
+      "bool tf32=False, bool few_blocks=False) -> ()");
   m.def("branch_combine(Tensor branches, Tensor attention, Tensor scale, Tensor shift, Tensor(a!) output) -> ()");
   m.def(
       "branch_reduce(Tensor grad_output, Tensor branches, Tensor attention, Tensor mean, Tensor scale, Tensor shift, "
@@ -114,7 +117,7 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
       "branch_norm_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor attention, Tensor branches, "
       "Tensor a_coef, Tensor b_coef, Tensor c_coef, Tensor(a!) grad_branches, Tensor(b!)? grad_input, "
       "Tensor(c!)? grad_weight, int[] dilations, int[] stride, int[] origin, "
-      "bool tf32=False) -> ()");
+      "bool tf32=False, bool few_blocks=False) -> ()");
 }
 
 template <typename Library>

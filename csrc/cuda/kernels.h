@@ -16,7 +16,8 @@ struct Inputs {
   Problem g;
   DType dtype;
   TensorView input, weight, attention, scale, shift;
-  bool tf32;  // whether tensor cores may multiply floats as TF32
+  bool tf32;        // whether tensor cores may multiply floats as TF32
+  bool few_blocks;  // plan as for a GPU of few multiprocessors (windows/plan.h)
 };
 
 // Where a pass runs: a cudaStream_t, and an allocator of device memory that lives until the pass's work on the stream

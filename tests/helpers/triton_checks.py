@@ -211,6 +211,30 @@ def a_small_problem_has_the_tiles_of_the_one_it_stands_for():
         assert walks[0].tiling == walks[1].tiling and walks[0].num_tiles > walks[1].num_tiles > 1
 
 
+def programs_of_the_self_check_go_from_tile_to_tile():
+    """As those of a large problem, in the sum of grad_weight."""
+    case = dataclasses.replace(CASE, size=(9, 40))
+    tensors = testing.make_tensors(case)
+    call, grids = call_of(case, tensors), {}
+    with candidates(SMALL), replaced(launch, _resident_programs=lambda device, config: 10**6):
+        submit = launch.submit
+
+        def recorded(work):
+            grids.setdefault(work.plan.kernel, []).append(work.plan.grid[0])
+            submit(work)
+
+        results = []
+        with replaced(launch, submit=recorded):
+            for few_blocks in (False, True):
+                geometry = dataclasses.replace(call.geometry, few_blocks=few_blocks)
+                results.append(torch.full_like(call.weight, math.nan))
+                gradients = Gradients(None, results[-1], None, None)
+                backend.backward(call._replace(geometry=geometry), tensors.grad_output, gradients)
+    many, few = grids[launch.kernels.grad_input_weight_kernel]
+    assert many > 16 and few == launch.ceil_div(many, 3), (many, few)
+    torch.testing.assert_close(*results)
+
+
 # ------------------------------------------------------------------ 64-bit offsets
 
 # Planes this many elements apart: the third begins past 2^31. Only pages that are touched take memory.
@@ -285,6 +309,7 @@ CHECKS = (
     the_weight_is_repacked_once_for_all_kernels_that_read_it_alike,
     a_right_kernel_passes_its_self_check_and_a_wrong_one_is_refused,
     a_small_problem_has_the_tiles_of_the_one_it_stands_for,
+    programs_of_the_self_check_go_from_tile_to_tile,
     offsets_beyond_32_bits,
     offsets_beyond_32_bits_from_outside_the_volume,
 )

@@ -259,7 +259,8 @@ def _plan_grad_input_weight(
     blocks = ceil_div(weight.tensor.shape[1], config.block_c)
     splits = walk.num_tiles
     if grad_weight is not None:
-        splits = min(splits, ceil_div(_resident_programs(input.device, config), blocks))
+        most = ceil_div(walk.num_tiles, 3) if problem.few_blocks else _resident_programs(input.device, config)
+        splits = min(splits, ceil_div(most, blocks))
     numbers = (
         source.stride,
         source.branch_stride,

@@ -109,6 +109,10 @@ Plan plan_of(Pass pass, const Inputs& in) {
   Plan plan;
   if (const char* refusal = make_plan(pass, in.g, in.dtype, plan))
     throw std::runtime_error(std::string("the fast tier does not take this pass: ") + refusal);
+  if (in.few_blocks && plan.multiprocessors > kFewMultiprocessors) {
+    plan.blocks = plan.blocks / plan.multiprocessors * kFewMultiprocessors;
+    plan.multiprocessors = kFewMultiprocessors;
+  }
   return plan;
 }
 

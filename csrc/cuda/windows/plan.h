@@ -28,8 +28,10 @@ struct Plan {
 // Plans a pass for all branches and positions of `g`. Returns null, or the reason why the pass cannot run on the
 // current device.
 const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan);
-// The same for a pass that fast_refusal has let pass; throws if it cannot run.
+// The same for a pass that fast_refusal has let pass; throws if it cannot run. With in.few_blocks it counts on no more
+// than kFewMultiprocessors: then the blocks of a small problem too go from tile to tile, and it is cut into parts.
 Plan plan_of(Pass pass, const Inputs& in);
+constexpr int kFewMultiprocessors = 3;
 // The plan for a part of the positions.
 Plan plan_of_part(Plan plan, Pass pass, const Part& part);
 // The plan of branch k alone, with the step and tile_z of all branches, so that it reads the operands packed for all.

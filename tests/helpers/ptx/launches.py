@@ -33,11 +33,12 @@ def _demangled(symbols: list[str]) -> list[str]:
 
 
 class NoLaunches:
-    """While entered, the emulation's kernels do nothing."""
+    """While entered, the emulation's kernels do nothing. ``grids`` collects theirs."""
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library
-        self._runner = _RUNNER(lambda *_: 1)  # lives as long as the library may call it
+        self.grids: list[tuple[int, ...]] = []
+        self._runner = _RUNNER(self._run)  # lives as long as the library may call it
 
     def __enter__(self):
         self.library.autofocus_emulation_run_by(self._runner)
@@ -45,6 +46,10 @@ class NoLaunches:
 
     def __exit__(self, *error):
         self.library.autofocus_emulation_run_by(None)
+
+    def _run(self, address, numbers, parameters, sizes, count, message) -> int:
+        self.grids.append(tuple(numbers[:3]))
+        return 1
 
 
 class Launches(NoLaunches):
@@ -58,7 +63,6 @@ class Launches(NoLaunches):
 
     def __init__(self, library: ctypes.CDLL, kernels: dict[str, Kernel]):
         super().__init__(library)
-        self._runner = _RUNNER(self._run)
         self.late = True
         self.executed: set[str] = set()
         self.launched: set[str] = set()
