@@ -14,7 +14,7 @@ from autofocus_kernels.dispatch import backend_named
 
 pytest.register_assert_rewrite("helpers")
 
-from helpers.cuda_emulation import device, exact_float32, library, tf32  # noqa: F401, fixtures
+from helpers.cuda_emulation import device, exact_float32, library, simple_tier, tf32, tier  # noqa: F401, fixtures
 
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 settings.load_profile("tests")
@@ -25,18 +25,24 @@ LONGEST = (
     "test_cuda_compile",
     "test_cuda_host",
     "test_cuda_ptx",
-    "test_benchmarks",
+    "test_cuda_branch_norm",
     "test_triton_interpreter",
     "test_triton_norm",
     "test_packaging",
     "test_triton_aot",
     "test_triton_ptx",
+    "test_cuda_parts",
+    "test_gpu_check",
+    "test_benchmarks",
+    "test_cuda_emulation",
     "test_examples",
     "test_segmentation_train",
     "test_compile",
     "test_branch_norm",
     "test_backends",
     "test_onnx",
+    "test_cross_build",
+    "test_cuda_lattices",
 )
 
 

@@ -1,5 +1,5 @@
-// What tests/test_cuda_host.py calls besides the operators: checks of the lattice arithmetic point by point,
-// conversions of 16-bit numbers, and kernels with a planted error that the emulation must notice.
+// What tests of the emulation call besides the operators: checks of the lattice arithmetic point by point, conversions
+// of 16-bit numbers, and kernels with a planted error that the emulation must notice.
 #include <cmath>
 #include <cstdio>
 #include <string>

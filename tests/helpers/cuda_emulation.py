@@ -14,13 +14,16 @@ import torch
 
 from autofocus_kernels import testing, tolerance
 from autofocus_kernels.backends import native
+from autofocus_kernels.backends.cuda import PASSES
 from autofocus_kernels.backends.cuda import backend as cuda
+from autofocus_kernels.testing import call_of, make_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "cuda_host"
 FLAGS = runpy.run_path(str(ROOT / "csrc" / "flags.py"))
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 KILOBYTE = 1024
+HALVES = (torch.float16, torch.bfloat16)
 # Largest dynamic shared memory of a block and compute capability, by GPU (CUDA C++ programming guide).
 A100, H100, RTX_5090 = (163 * KILOBYTE, 80), (227 * KILOBYTE, 90), (99 * KILOBYTE, 120)
 
@@ -116,3 +119,26 @@ def judge_tf32(results, case, tensors):
     """
     for name, expected in testing.truth(case, tensors).items():
         assert testing.relative_error(results[name], expected) < tolerance.TF32_EPS / 2, name
+
+
+@pytest.fixture
+def simple_tier(device, monkeypatch):
+    monkeypatch.setenv("AUTOFOCUS_CUDA_TIER", "simple")
+
+
+@pytest.fixture(params=["simple", "fast"])
+def tier(device, request, monkeypatch):
+    monkeypatch.setenv("AUTOFOCUS_CUDA_TIER", request.param)
+
+
+def refusals(case, dtype=torch.float16):
+    """Pass -> why the fast tier does not take it."""
+    call = call_of(case, make_tensors(case, dtype))
+    return {name: cuda.fast_refusal(name, call) for name in PASSES}
+
+
+def probe(function, *arguments):
+    message = ctypes.create_string_buffer(400)
+    function.restype = ctypes.c_bool
+    right = function(*arguments, message, len(message))
+    return right, message.value.decode()

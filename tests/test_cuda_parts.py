@@ -1,0 +1,186 @@
+"""How calls of the CUDA backend are cut: parts and slabs, their memory and launches, the self-check's few blocks."""
+
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import ptx
+from helpers.cuda_emulation import H100, KILOBYTE, judge_tf32
+
+from autofocus_kernels import autofocus_conv, self_check, testing
+from autofocus_kernels.backends.cuda import backend as cuda
+from autofocus_kernels.backends.interface import Gradients
+from autofocus_kernels.call import Call
+from autofocus_kernels.testing import Case, call_of, evaluate, make_tensors
+
+
+@pytest.mark.parametrize("mode", ["plain", "branch"])
+def test_number_of_multiprocessors_changes_only_how_sums_split(device, mode):
+    case = Case("three_tiles", (3, 4, 5), channels=9, out_channels=6, batch=3, dilations=(1, 2), mode=mode)
+    tensors = make_tensors(case, torch.float16)
+    for multiprocessors, order in ((1, 0), (2, 1), (200, 2)):
+        device(multiprocessors=multiprocessors, order=order)
+        results = evaluate(lambda **call: autofocus_conv(**call, backend="cuda"), case, tensors)
+        testing.judge(results, case, tensors, label=str(multiprocessors))
+
+
+# Two samples of four classes, four tiles each: one block that runs at a time takes them as eight parts, many as one.
+# Origins of -1 and 1: classes of the output read others of the input.
+IN_PARTS = Case("in_parts", (4, 5, 26), 9, 3, batch=2, dilations=((2, 2, 1), (4, 4, 2)), padding=(3, 1, 1))
+ONE_BLOCK, MANY = ((44 * KILOBYTE, 90), 1), (H100, 200)
+
+
+@pytest.mark.parametrize(
+    "mode, dtype, capability",
+    [("branch", torch.bfloat16, 90), ("plain", torch.float32, 90), ("plain", torch.bfloat16, 80)],
+    ids=str,
+)
+def test_parts_change_only_how_sums_split(library, tf32, mode, dtype, capability):
+    case = replace(IN_PARTS, mode=mode)
+    tensors = make_tensors(case, dtype)
+    results, packed = [], []
+    for gpu, multiprocessors in (ONE_BLOCK, MANY):
+        tf32((gpu[0], capability), multiprocessors=multiprocessors)
+        results.append(evaluate(lambda **call: autofocus_conv(**call, backend="cuda"), case, tensors))
+        packed.append(library.autofocus_emulation_launches(b"pack"))
+    assert packed == [3 * 8, 3]  # forward, the gradient of the input, the other gradients
+    for name in ("output", "input", "attention"):
+        assert torch.equal(results[0][name], results[1][name]), name
+    judge_tf32(results[0], case, tensors) if dtype == torch.float32 else testing.judge(results[0], case, tensors)
+
+
+def test_parts_of_branches_change_no_bit(library, device):
+    tensors = make_tensors(IN_PARTS, torch.bfloat16)
+    call = call_of(IN_PARTS, tensors)._replace(bias=None)
+    coefficients = [torch.randn(2, 3, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    results = []
+    for gpu, multiprocessors in (ONE_BLOCK, MANY):
+        device(gpu, multiprocessors=multiprocessors)
+        branches = tensors.grad_output.new_full((2, *tensors.grad_output.shape), torch.nan)
+        cuda.branch_statistics(call, branches, None, None)
+        results.append((branches.clone(), torch.empty_like(tensors.input)))
+        cuda.branch_norm_backward(
+            call, tensors.grad_output, branches, *coefficients, branches, results[-1][1], torch.empty_like(call.weight)
+        )
+        assert library.autofocus_emulation_launches(b"pack") == (2 if gpu == H100 else 2 * 8)
+    assert all(torch.equal(*pair) for pair in zip(*results))
+
+
+def test_slabs_change_no_bit(library, device):
+    """No class nor sample to be cut by: one block at a time takes four tiles as four slabs, many take them at once."""
+    case = Case("slabs", (32, 3, 4), channels=9, out_channels=8, dilations=(1, 2, 3, 4), padding=(3, 3, 4))
+    tensors = make_tensors(case, torch.bfloat16)
+    allocated = ctypes.c_int64.in_dll(library, "autofocus_emulation_allocated")
+    results, launches, taken = [], [], []
+    for multiprocessors in (1, 200):
+        device(multiprocessors=multiprocessors)
+        results.append(torch.full_like(tensors.input, torch.nan))
+        before = allocated.value
+        cuda.backward(call_of(case, tensors), tensors.grad_output, Gradients(results[-1], None, None, None))
+        launches.append(library.autofocus_emulation_launches(b"fast_grad_input"))
+        taken.append(allocated.value - before)
+    assert launches == [4, 1] and torch.equal(*results)
+    weight = 2 * 3 * 10 * 8 * 16  # of two eights of input channels, 3 tz and 10 taps: packed points
+    planes = [taken[0] - weight, taken[1] - weight]
+    assert planes[0] <= planes[1] * (8 + 1 + 2 * 4) / 30 + 256  # a slab and its halo, of the output's planes
+
+
+def test_a_part_takes_its_share_of_memory(library, device):
+    allocated = ctypes.c_int64.in_dll(library, "autofocus_emulation_allocated")
+    case = replace(IN_PARTS, channels=32)
+    tensors = make_tensors(case, torch.bfloat16)
+    call = call_of(case, tensors)
+    taken = []
+    for gpu, multiprocessors in (ONE_BLOCK, MANY):
+        device(gpu, multiprocessors=multiprocessors)
+        before = allocated.value
+        cuda.forward(call, torch.empty_like(tensors.grad_output))
+        taken.append(allocated.value - before)
+    weight = 3 * 10 * 16 * 16 * 4  # of 3 tz, 10 taps, 16 output channels: packed points of 4 chunks
+    assert taken[0] - weight < (taken[1] - weight) / 7
+
+
+# Peak of a backward: output, gradients and scratch memory, as a part of 7.2 times the input, which is what the naive
+# layer was measured to take (benchmarks/NOTES.md). Channels on either side, size, and the dilations.
+PEAKS = {
+    "64^3": (Case("peak", (64,) * 3, 32, 32, dilations=(2, 6, 10, 14)), 0.44),
+    "128^3": (Case("peak", (128,) * 3, 32, 32, dilations=(2, 6, 10, 14)), 0.44),
+    "48^3": (Case("peak", (48,) * 3, 64, 64, dilations=(2, 6, 10, 14)), 0.58),
+    "96^3": (Case("peak", (96,) * 3, 64, 64, dilations=(2, 6, 10, 14)), 0.44),
+    "2 x 71^3": (Case("peak", (71,) * 3, 30, 30, batch=2, dilations=(2, 6, 10, 14)), 0.38),
+    "2D": (Case("peak", (128,) * 2, 64, 64, batch=4, dilations=(2, 6, 10, 14)), 0.58),
+    "no common factor": (Case("peak", (64,) * 3, 32, 32, dilations=(1, 2, 3, 4)), 0.63),
+}
+
+
+@pytest.mark.parametrize("case, share", PEAKS.values(), ids=PEAKS.keys())
+def test_peak_memory_on_a_large_gpu(library, device, case, share):
+    """By the plans of an H100; its kernels do nothing here."""
+    device(multiprocessors=132)
+    N, C, O, K = case.batch, case.channels, case.out_channels, case.num_branches
+
+    def volume(channels):
+        return torch.empty(N, channels, *case.size, dtype=torch.bfloat16)
+
+    input, attention, output = volume(C), volume(K), volume(O)
+    call = Call(input, torch.empty(O, C, *case.kernel, dtype=input.dtype), attention, *(None,) * 3, case.geometry, None)
+    gradients = [torch.empty_like(tensor) for tensor in call[:3]]
+    allocated = ctypes.c_int64.in_dll(library, "autofocus_emulation_allocated")
+    before = allocated.value
+    with ptx.NoLaunches(library):
+        cuda.backward(call, output, Gradients(*gradients, None))
+    held = sum(tensor.nbytes for tensor in (output, *gradients))
+    assert held + allocated.value - before < share * 7.2 * input.nbytes
+
+
+@pytest.mark.parametrize("name", ["64^3", "48^3", "2D", "no common factor"])
+def test_the_self_check_has_blocks_go_from_tile_to_tile(library, device, name):
+    """A large GPU has a block for every tile of so small a problem; asked for few, it launches as a small one would."""
+    case, _ = PEAKS[name]
+    geometry = self_check._small(case.geometry, case.channels, case.out_channels, tiles_by_volume=False)
+
+    def grids(multiprocessors, few_blocks):
+        device(multiprocessors=multiprocessors)
+        case_of_check = replace(case, size=geometry.input_size, batch=self_check.BATCH)
+        tensors = make_tensors(case_of_check, torch.bfloat16)
+        call = call_of(case_of_check, tensors)
+        call = call._replace(geometry=replace(call.geometry, few_blocks=few_blocks))
+        with ptx.NoLaunches(library) as launches:
+            cuda.forward(call, torch.empty_like(tensors.grad_output))
+            cuda.backward(call, tensors.grad_output, Gradients(*map(torch.empty_like, call[:3]), None))
+        return launches.grids
+
+    assert geometry.few_blocks
+    few, many = grids(132, few_blocks=True), grids(132, few_blocks=False)
+    assert few == grids(3, few_blocks=False)
+    forward = 1  # behind the first packing
+    assert few[forward][0] <= 6 and many[forward][0] >= 16 and len(few) > len(many)
+
+
+@pytest.mark.parametrize(
+    "mode, forward, backward",
+    [
+        ("plain", 2, 6),  # pack and forward; twice pack, three gradients, the weight's partial sums
+        ("branch", 2, 9),  # the weight's pass for each of three branches, and the sums of the scale
+    ],
+)
+def test_a_pass_packs_once_into_one_piece_of_memory(library, device, mode, forward, backward):
+    case = Case("packing", (5, 4, 9), channels=9, out_channels=3, dilations=(1, 2, 6), mode=mode)
+    tensors = make_tensors(case, torch.float16)
+    call = call_of(case, tensors)
+    allocations = ctypes.c_int.in_dll(library, "autofocus_emulation_allocations")
+
+    def cost(function, *arguments):
+        device()  # counts anew
+        before = allocations.value
+        function(*arguments)
+        return library.autofocus_emulation_launches(None), allocations.value - before
+
+    like = [tensors.input, tensors.weight, tensors.attention, tensors.branch_scale]
+    gradients = Gradients(*[None if tensor is None else torch.empty_like(tensor) for tensor in like])
+    assert cost(cuda.forward, call, torch.empty_like(tensors.grad_output)) == (forward, 1)
+    assert cost(cuda.backward, call, tensors.grad_output, gradients) == (backward, 1)
+    branches = tensors.grad_output.new_empty((3, *tensors.grad_output.shape))
+    alone = call._replace(bias=None, branch_scale=None, branch_shift=None)
+    assert cost(cuda.branch_statistics, alone, branches, None, None) == (1 + 3, 1)
