@@ -12,6 +12,7 @@ backends/native.py reads.
 import glob
 import json
 import os
+import re
 import runpy
 import shlex
 import site
@@ -21,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
@@ -33,6 +34,15 @@ FLAGS = runpy.run_path(str(CSRC / "flags.py"))
 READS = {"egg_info", "dist_info", "sdist"}
 BUILDS = {"build", "build_ext", "bdist", "bdist_wheel", "install"}
 BUILDING = not READS & set(sys.argv) or bool(BUILDS & set(sys.argv))
+
+
+def check_setuptools():
+    """An old setuptools, which pip takes without build isolation, rejects pyproject.toml without naming itself."""
+    requires = CSRC.with_name("pyproject.toml").read_text(encoding="utf-8")
+    needed = re.search(r"setuptools>=(\d+)", requires)[1]
+    installed = re.match(r"[1-9]\d*", setuptools.__version__)  # 0 or "unknown" where its metadata is out of sight
+    if installed and int(installed[0]) < int(needed):
+        sys.exit(f"setuptools >= {needed} is needed to build, {setuptools.__version__} is installed")
 
 
 class CannotBuild(Exception):
@@ -134,6 +144,7 @@ def plan():
     return extensions, record
 
 
+check_setuptools()
 EXTENSIONS, RECORD = plan() if BUILDING else ([], {})
 if EXTENSIONS:
     import torch
@@ -197,7 +208,7 @@ class Build(build):
     ]
 
 
-setup(
+setuptools.setup(
     ext_modules=EXTENSIONS,
     cmdclass={"build": Build, "build_ext": BuildLibraries},
     # One wheel for every Python: the libraries use torch's stable ABI and nothing of Python's.

@@ -167,6 +167,13 @@ def test_explicit_cuda_without_cuda_fails(tree):
     assert re.search(r"=cuda: the cuda library cannot be built: .*(without CUDA|no CUDA compiler)", said)
 
 
+def test_old_setuptools(tree):
+    command = "import runpy, setuptools; setuptools.__version__ = '76.1.0'; runpy.run_path('setup.py')"
+    result = run(tree, "-c", command)
+    assert result.returncode != 0
+    assert result.stdout.startswith("setuptools >= 77 is needed to build, 76.1.0 is installed")
+
+
 def test_unknown_choice_fails(tree):
     wheel, said = build(tree, AUTOFOCUS_BUILD="gpu")
     assert wheel is None
