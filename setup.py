@@ -29,6 +29,9 @@ from setuptools.command.build_ext import build_ext
 WANTED = {"auto": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cpu", "cuda"), "none": ()}
 MODE = os.environ.get("AUTOFOCUS_BUILD") or "auto"
 CSRC = Path(__file__).resolve().parent / "csrc"
+if not os.environ.get("CXX"):
+    os.environ.pop("CXX", None)  # an empty one is none, for torch too
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 FLAGS = runpy.run_path(str(CSRC / "flags.py"))
 # These commands only read metadata; probing the machine for them would cost seconds.
 READS = {"egg_info", "dist_info", "sdist"}
@@ -68,11 +71,10 @@ def find_torch():
 
 
 def check_compiler():
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
     with tempfile.TemporaryDirectory() as folder:
         source, library = f"{folder}/probe.cpp", f"{folder}/probe.so"
         Path(source).write_text("#include <vector>\nstd::vector<int> probe() { return {1}; }\n")
-        command = [*compiler, "-std=c++17", "-shared", "-fPIC", source, "-o", library]
+        command = [*COMPILER, "-std=c++17", "-shared", "-fPIC", source, "-o", library]
         try:
             result = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
@@ -149,6 +151,9 @@ EXTENSIONS, RECORD = plan() if BUILDING else ([], {})
 if EXTENSIONS:
     import torch
     from torch.utils.cpp_extension import BuildExtension
+
+    # From 2.13 on torch quotes CXX for ninja: "ccache c++" would be the name of one program.
+    BuildExtension = BuildExtension.with_options(use_ninja=len(COMPILER) == 1)
 else:
     BuildExtension = build_ext
 

@@ -181,6 +181,14 @@ def test_unknown_choice_fails(tree):
 
 
 @needs_compiler
+@pytest.mark.parametrize("compiler", ["", f"env {os.environ.get('CXX') or 'c++'}"])
+def test_compiler_of_no_word_and_of_two(tree, compiler):
+    only_source(tree, TINY)
+    wheel, said = build(tree, AUTOFOCUS_BUILD="cpu", CXX=compiler)
+    assert wheel is not None, said
+
+
+@needs_compiler
 def test_compile_error(tree):
     only_source(tree, BROKEN)
     wheel, said = build(tree, CUDA_HOME="/no/such/cuda")
