@@ -38,6 +38,17 @@ def test_never_installed(package):
     assert "AUTOFOCUS_BUILD=cpu" in reason
 
 
+def test_a_source_tree_without_a_build(package, monkeypatch):
+    """As in a clone whose package was installed: there, the clone's own is imported."""
+    monkeypatch.setattr(native, "PACKAGE", package / "autofocus_kernels")
+    for file in (package / "setup.py", package / "csrc" / "flags.py"):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    reason = native.unavailable("cpu")
+    assert reason.startswith(f"not built in the source tree {package}: AUTOFOCUS_BUILD=cpu python setup.py build_ext")
+    assert reason.endswith("outside of that folder Python finds the package that is installed")
+
+
 def test_skipped_when_built(package):
     (package / "_build.json").write_text(json.dumps({"cuda": {"skipped": "no CUDA compiler"}}))
     assert native.unavailable("cuda").startswith("not built: no CUDA compiler; reinstall")

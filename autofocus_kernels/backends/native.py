@@ -24,6 +24,11 @@ def unavailable(name: str) -> str | None:
     how = f"reinstall from source with AUTOFOCUS_BUILD={name} to build it or to see why that fails"
     library = _find(name)
     if library is None:
+        tree = _checkout()
+        if not built and tree is not None:
+            build = f"AUTOFOCUS_BUILD={name} python setup.py build_ext --inplace"
+            elsewhere = "outside of that folder Python finds the package that is installed"
+            return f"not built in the source tree {tree}: {build} builds it there; {elsewhere}"
         gone = "its library is gone" if "torch" in built else "the package was never installed"
         return f"not built: {built.get('skipped', gone)}; {how}"
     digest = _digest_of_checkout()
@@ -55,10 +60,16 @@ def build_record() -> dict:
         return {}
 
 
+def _checkout() -> Path | None:
+    """The folder of the sources, if the package is imported from among them; None if it is installed."""
+    root = PACKAGE.parent
+    return root if (root / "setup.py").exists() and (root / "csrc" / "flags.py").exists() else None
+
+
 def _digest_of_checkout() -> str | None:
     """The digest of the sources beside the package, which may be newer than the build; None if it is installed."""
-    root = PACKAGE.parent
-    if not (root / "setup.py").exists() or not (root / "csrc" / "flags.py").exists():
+    root = _checkout()
+    if root is None:
         return None
     return runpy.run_path(str(root / "csrc" / "flags.py"))["source_digest"]("csrc")
 
