@@ -56,13 +56,17 @@ def find_torch():
     """torch and its build helpers, also from within pip's build isolation."""
     # An isolated build sees only its own packages. The torch that the library will meet at run
     # time is in the site-packages of the interpreter that pip serves, so look there last.
-    sys.path.extend(path for path in [*site.getsitepackages(), site.getusersitepackages()] if path not in sys.path)
+    # Its .pth files count too: a torch that was itself built from source may be reached through one.
+    for folder in [*site.getsitepackages(), site.getusersitepackages()]:
+        if folder not in sys.path:
+            site.addsitedir(folder)
     try:
         import torch
         from torch.utils import cpp_extension
     except Exception as error:
         raise CannotBuild(
-            f"torch cannot be imported at build time, install it first ({type(error).__name__}: {error})"
+            "torch cannot be imported at build time: install it first, and turn the isolation off where it is complete "
+            f"(uv, python -m build) ({type(error).__name__}: {error})"
         ) from error
     major, minor = FLAGS["MINIMUM_TORCH"]
     if tuple(map(int, torch.__version__.split(".")[:2])) < (major, minor):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 import tarfile
@@ -201,14 +202,18 @@ def test_compile_error(tree):
 
 
 @needs_compiler
-def test_library_is_built_in_isolation_and_serves_every_python(tree, tmp_path):
+@pytest.mark.parametrize("reached", ["installed", "pth"])
+def test_library_is_built_in_isolation_and_serves_every_python(tree, tmp_path, reached):
     only_source(tree, TINY)
     # As pip's build isolation does: the site-packages taken away, and setuptools elsewhere.
     isolated = tmp_path / "isolated"
     isolated.mkdir()
-    (isolated / "sitecustomize.py").write_text(
-        "import site, sys\nsys.path[:] = [path for path in sys.path if path not in site.getsitepackages()]\n"
-    )
+    hide = "import site, sys\nsys.path[:] = [path for path in sys.path if path not in site.getsitepackages()]\n"
+    if reached == "pth":  # torch is in a folder that a file in the site-packages names
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site" / "torch.pth").write_text("\n".join(site.getsitepackages()))
+        hide += f"site.getsitepackages = lambda: [{str(tmp_path / 'site')!r}]\n"
+    (isolated / "sitecustomize.py").write_text(hide)
     import setuptools
 
     (isolated / "setuptools").symlink_to(Path(setuptools.__file__).parent)
