@@ -18,6 +18,7 @@ import shlex
 import site
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -33,6 +34,7 @@ if not os.environ.get("CXX"):
     os.environ.pop("CXX", None)  # an empty one is none, for torch too
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 FLAGS = runpy.run_path(str(CSRC / "flags.py"))
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 # These commands only read metadata; probing the machine for them would cost seconds.
 READS = {"egg_info", "dist_info", "sdist"}
 BUILDS = {"build", "build_ext", "bdist", "bdist_wheel", "install"}
@@ -220,6 +222,7 @@ class Build(build):
 setuptools.setup(
     ext_modules=EXTENSIONS,
     cmdclass={"build": Build, "build_ext": BuildLibraries},
-    # One wheel for every Python: the libraries use torch's stable ABI and nothing of Python's.
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
+    # One wheel for every Python: the libraries use torch's stable ABI and nothing of Python's. A free-threaded Python
+    # takes no wheel with the tag of Python's stable ABI, and there setuptools refuses to make one.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS and not FREE_THREADED else {},
 )

@@ -11,6 +11,7 @@ import shutil
 import site
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -229,6 +230,28 @@ def test_library_is_built_in_isolation_and_serves_every_python(tree, tmp_path, r
     assert "-DTORCH_TARGET_VERSION=0x020a000000000000" in flags
     assert not {"-march=native", "-ffast-math", "-Ofast"} & set(flags)
     assert record["cuda"] == {"skipped": "AUTOFOCUS_BUILD=cpu"}
+
+
+@needs_compiler
+def test_free_threaded_python_gets_a_wheel_of_its_own(tree, tmp_path):
+    only_source(tree, TINY)
+    # What such a Python says of itself. It knows no suffix of the stable ABI.
+    soabi = sysconfig.get_config_var("SOABI")
+    if sys.version_info >= (3, 13):  # of which there are such Pythons, and setuptools knows their tag
+        soabi = re.sub(r"(\d)-", r"\1t-", soabi, count=1)
+    answers = {"Py_GIL_DISABLED": 1, "SOABI": soabi}
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sysconfig\n"
+        "from importlib import machinery\n"
+        "says = sysconfig.get_config_var\n"
+        f"sysconfig.get_config_var = lambda name: {answers}.get(name) or says(name)\n"
+        "machinery.EXTENSION_SUFFIXES[:] = [end for end in machinery.EXTENSION_SUFFIXES if 'abi3' not in end]\n"
+    )
+    wheel, said = build(tree, AUTOFOCUS_BUILD="cpu", PYTHONPATH=str(tmp_path))
+    assert wheel is not None, said
+    assert "abi3" not in wheel.name and "-none-" not in wheel.name
+    (library,) = [name for name in contents(wheel)[0] if name.endswith(".so")]
+    assert library == f"autofocus_kernels/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 @needs_compiler
