@@ -224,7 +224,7 @@ def test_more_than_2_to_the_31_elements(backend):
     assert error < 0.01
 
 
-@pytest.mark.parametrize("dtype, save_branches", zip(DTYPES, (False, True, False, True)), ids=str)
+@pytest.mark.parametrize("dtype, save_branches", list(zip(DTYPES, (False, True, False, True))), ids=str)
 @pytest.mark.parametrize("case", [case for case in (*layers.CASES, *LARGER) if case.mode == "plain"], ids=str)
 def test_training_step_with_branch_norm(backend, case, dtype, save_branches):
     """Output, all gradients and running statistics, against the layer written out."""
