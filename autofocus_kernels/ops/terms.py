@@ -39,12 +39,39 @@ def attention_weighted_sums(attention: Tensor, grad_output: Tensor) -> Tensor:
 
     They are float32 for 16-bit tensors, where parts of either sign may be much larger than their sum.
     """
-    if memory_format_of(grad_output) is torch.contiguous_format:
+    contiguous = memory_format_of(grad_output) is torch.contiguous_format
+    if attention.is_cpu and attention.element_size() > 2 and attention.numel() > _VOXELS_OF_A_SUM * attention.shape[1]:
+        if contiguous:
+            return _sums_of_pieces(attention.flatten(2), grad_output.flatten(2))
+        return _sums_of_pieces(*(tensor.transpose(0, 1).flatten(1)[None] for tensor in (attention, grad_output)))
+    if contiguous:
         # With K columns and not K rows: on a CPU a third of the time.
         product = _product(torch.bmm, grad_output.flatten(2), attention.flatten(2).transpose(1, 2))
         return product.transpose(1, 2)
     rows_a, rows_g = (tensor.movedim(1, -1).flatten(0, -2) for tensor in (attention, grad_output))
     return _product(torch.mm, rows_a.t(), rows_g)[None]
+
+
+# BLAS may add up all voxels one by one, which is off by eps * sqrt(n) / 4 (tolerance.py), and by far more where all
+# terms have one sign.
+_VOXELS_OF_A_SUM = 256
+
+
+def _sums_of_pieces(a: Tensor, g: Tensor) -> Tensor:
+    """The products ``a g^T`` of ``[N, K, V]`` and ``[N, O, V]``, each of at most 256 voxels of a sample."""
+    N, _, V = a.shape
+    pieces = V // _VOXELS_OF_A_SUM
+    if pieces < N:
+        cut = zip(a.split(_VOXELS_OF_A_SUM, -1), g.split(_VOXELS_OF_A_SUM, -1))
+        return torch.cat([torch.bmm(piece_a, piece_g.transpose(1, 2)) for piece_a, piece_g in cut])
+    parts = []
+    for sample_a, sample_g in zip(a, g):
+        whole = pieces * _VOXELS_OF_A_SUM
+        cut_a, cut_g = (t[:, :whole].unflatten(1, (pieces, -1)).transpose(0, 1) for t in (sample_a, sample_g))
+        parts.append(torch.bmm(cut_a, cut_g.transpose(1, 2)))
+        if whole < V:
+            parts.append((sample_a[:, whole:] @ sample_g[:, whole:].t())[None])
+    return torch.cat(parts)
 
 
 def _product(multiply, a: Tensor, b: Tensor) -> Tensor:
