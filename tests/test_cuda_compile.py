@@ -18,6 +18,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 ARCHITECTURES = FLAGS["CUDA_ARCHITECTURES"]
 PROBES = sorted((ROOT / "benchmarks" / "probes").glob("*.cu"))
 PROBED = ("80", "90a")  # one without warpgroup MMA and the one with it
+TIMED_PRODUCTS = {"shifted_windows": 5, "transposed_windows": 4}  # warpgroup MMAs of a round of what a probe times
 FORWARD, GRAD_WEIGHT = (ROOT / "csrc" / "cuda" / "windows" / f"{name}.cu" for name in ("forward", "grad_weight"))
 MULTIPLIED_TYPES = {FORWARD: {"f16", "bf16", "tf32"}, GRAD_WEIGHT: {"f16", "bf16"}}
 REGISTERS = 65536  # of a multiprocessor, on every architecture here
@@ -172,6 +173,17 @@ def test_machine_code_of_probes(compiled, source, architecture):
     kernels = parse(report)
     assert kernels and not any(kernel.spills or kernel.stack for kernel in kernels), kernels
     assert "serialized" not in report, report
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ["90a"])
+@pytest.mark.parametrize("source", [p for p in PROBES if p.stem in TIMED_PRODUCTS], ids=lambda source: source.stem)
+def test_probes_time_all_their_products(compiled, source, architecture):
+    """Of several rounds in the body of an unrolled loop ptxas leaves only the last, whose sums are read."""
+    code, report, ptx = compiled[source, architecture].result()
+    assert code == 0, report
+    entries = re.split(r"\.entry ", ptx.read_text())[1:]
+    assert {entry.count("wgmma.mma_async") for entry in entries} == {TIMED_PRODUCTS[source.stem]}
 
 
 @needs_nvcc

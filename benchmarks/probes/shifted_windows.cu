@@ -21,6 +21,7 @@ __global__ __launch_bounds__(kGroups * 128) void multiply_windows(const void* po
   const uint32_t slab = shared_units(shared_memory() + kPoints * 16);
   float d[1][kTiles][4];
   const long long began = clock64();
+#pragma unroll 1  // ptxas removes products whose sums the next round in the same body overwrites
   for (int n = 0; n < repeat; ++n) {
     begin_products();
 #pragma unroll

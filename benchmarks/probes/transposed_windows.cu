@@ -26,6 +26,7 @@ __global__ __launch_bounds__(kGroups * 128) void multiply_over_points(const uint
   const uint32_t window = shared_units(shared_memory()) + centre(0, 0) + shift(z, y * rate, -rate);
   float d[1][3][4];
   const long long began = clock64();
+#pragma unroll 1  // ptxas removes products whose sums the next round in the same body overwrites
   for (int n = 0; n < repeat; ++n) {
     clear(d);
     begin_products();
