@@ -56,7 +56,7 @@ void run(const char* name) {
            repeat, cycles.device);
   };
   int wrong = 0, windows = 0;
-  for (int rate = 1; rate <= kReach; ++rate)
+  for (int rate = 0; rate <= kReach; ++rate)  // 0: of an axis with one tap
     for (int z = -kReachZ; z <= kReachZ; ++z, ++windows) {
       out.clear();
       multiply(z, rate, 1);

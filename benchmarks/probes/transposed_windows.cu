@@ -54,7 +54,7 @@ void run(const char* name) {
            out.device, z, y, rate, repeat, cycles.device);
   };
   int wrong = 0, windows = 0;
-  for (int rate = 1; rate <= kReach; ++rate)
+  for (int rate = 0; rate <= kReach; ++rate)  // 0: of an axis with one tap
     for (int z = -kReachZ; z <= kReachZ; ++z)
       for (int y = -1; y <= 1; ++y, ++windows) {
         out.clear();
