@@ -115,7 +115,11 @@ def cuda_library():
     if not nvcc.exists():
         raise CannotBuild(f"no CUDA compiler: {nvcc} is not there (CUDA_HOME names its folder)")
     check_compiler()
-    if "TORCH_CUDA_ARCH_LIST" in os.environ:
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if named:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = FLAGS["narrowed"](named)
+        if not os.environ["TORCH_CUDA_ARCH_LIST"]:
+            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST names only GPUs that are too old: {named}")
         architectures = []  # torch reads its own variable and adds the flags
     else:
         known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout

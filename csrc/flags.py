@@ -1,6 +1,7 @@
 """Build flags of the compiled libraries, for setup.py and for tests that call a compiler."""
 
 import hashlib
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +38,13 @@ def gencode(architectures=CUDA_ARCHITECTURES):
     newest = max(map(generation, architectures))
     machine_code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     return [*machine_code, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def narrowed(arch_list):
+    """What TORCH_CUDA_ARCH_LIST names, without GPUs older than the kernels are for: images often name those too."""
+    oldest = min(map(generation, CUDA_ARCHITECTURES)) // 10
+    numbers = [(re.match(r"\d+", name), name) for name in re.split("[ ;]+", arch_list) if name]
+    return ";".join(name for number, name in numbers if number is None or int(number[0]) >= oldest)
 
 
 def source_digest(*folders):

@@ -217,6 +217,14 @@ def test_instances(compiled, architecture):
     assert counted == INSTANCES and INSTANCES.keys() == BUDGET.keys()
 
 
+def test_gpus_that_are_too_old_are_not_compiled_for():
+    """As in the list of an image that serves many GPUs; ptxas would refuse the kernels for them."""
+    assert FLAGS["narrowed"]("7.5 8.0 8.6 9.0 10.0 12.0+PTX") == "8.0;8.6;9.0;10.0;12.0+PTX"
+    assert FLAGS["narrowed"]("7.0;9.0a; Hopper") == "9.0a;Hopper"
+    assert FLAGS["narrowed"]("native") == "native"
+    assert FLAGS["narrowed"]("6.1;7.5+PTX") == ""
+
+
 def test_budget_fits_the_blocks():
     """The launch bounds that the budget answers to."""
     text = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").rglob("*") if path.is_file())
