@@ -1,5 +1,6 @@
 """The machine code of every CUDA kernel for every architecture, without a GPU: registers and spills as reported."""
 
+import importlib.util
 import os
 import re
 import runpy
@@ -83,6 +84,13 @@ EACH_PAIR = [
 EACH_ARCHITECTURE = [of_a_release(architecture != "90a", architecture) for architecture in ARCHITECTURES]
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+
+def disassembler():
+    """Triton brings one along, which nvcc does not; None if it is not there."""
+    triton = importlib.util.find_spec("triton")
+    found = None if triton is None else Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return found if found is not None and found.exists() else None
 
 
 class Kernel(NamedTuple):
@@ -184,6 +192,26 @@ def test_probes_time_all_their_products(compiled, source, architecture):
     assert code == 0, report
     entries = re.split(r"\.entry ", ptx.read_text())[1:]
     assert {entry.count("wgmma.mma_async") for entry in entries} == {TIMED_PRODUCTS[source.stem]}
+
+
+@needs_nvcc
+@pytest.mark.skipif(disassembler() is None, reason="no disassembler")
+@pytest.mark.parametrize("architecture", ["90a"])
+@pytest.mark.parametrize(
+    "source", [*SOURCES, *(probe for probe in PROBES if probe.stem in TIMED_PRODUCTS)], ids=lambda source: source.stem
+)
+def test_machine_code_has_every_product(compiled, source, architecture):
+    """ptxas leaves out products whose sums nobody reads, and closes groups that this empties with one of nothing."""
+    code, report, ptx = compiled[source, architecture].result()
+    assert code == 0, report
+    command = [disassembler(), "-sass", ptx.parent / "kernels.cubin"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {
+        name: body.count("HGMMA.") for name, body in re.findall(r"Function : (\w+)(.*?)\.{10}", listing, re.DOTALL)
+    }
+    entries = re.split(r"\.entry ", ptx.read_text())[1:]
+    wanted = {re.match(r"\w+", entry)[0]: entry.count("wgmma.mma_async") for entry in entries}
+    assert found == wanted and "gdesc[URZ]" not in listing
 
 
 @needs_nvcc
