@@ -343,8 +343,9 @@ __device__ inline uint32_t multiply(uint32_t a, uint32_t b, T) {
 }
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("autofocus_cuda: ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets it: torch would take it for its next launch's, where another backend takes over
+  throw std::runtime_error(std::string("autofocus_cuda: ") + what + ": " + cudaGetErrorString(error));
 }
 
 // What a launch plan needs to know of the current device.
