@@ -20,6 +20,7 @@ SETTINGS = [
     {},
     {"padding": 1},
     {"padding": "same"},
+    {"padding": "valid"},
     {"padding": 1, "stride": 2},
     {"padding": 3, "stride": (2, 1, 3), "bias": False},
     {"padding": 2, "dilation": 2},
@@ -371,6 +372,23 @@ def test_a_gate_that_changes_its_mind_is_refused_by_name():
     with pytest.raises(ValueError, match=r"^stem\.0 has a gate that is not known to ignore its input: give a branch"):
         ak.revert(network)
     assert layers(network) == ["stem.0", "down", "deep.0"]
+
+
+class OwnGate(ak.ScaleAttention):
+    """Ignores its input by its parameters, but may do anything with them."""
+
+
+@pytest.mark.parametrize(
+    "gate", [nn.Conv2d(3, 2, 1), OwnGate(3, 2, spatial_dims=2)], ids=lambda gate: type(gate).__name__
+)
+def test_a_gate_of_another_class_is_not_known_to_ignore_its_input(gate):
+    for parameter in gate.parameters():
+        parameter.data.zero_()[:1] = 100
+    if isinstance(gate, OwnGate):
+        gate.conv2.weight.data.zero_()
+    layer = ak.AutofocusConv2d(3, 3, dilations=(1, 2), attention=gate)
+    with pytest.raises(ValueError, match="^network has a gate that is not known to ignore its input"):
+        ak.revert(layer)
 
 
 def test_a_layer_that_the_example_does_not_reach_is_named():

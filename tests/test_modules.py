@@ -115,8 +115,9 @@ def test_copies_compute_the_same(dims, copied):
     assert torch.equal(other(input), layer(input))
 
 
-def test_device_and_dtype_reach_every_parameter():
-    layer = AutofocusConv2d(3, 5, device="meta", dtype=torch.float64)
+@pytest.mark.parametrize("branch_norm", [False, True])
+def test_device_and_dtype_reach_every_parameter(branch_norm):
+    layer = AutofocusConv2d(3, 5, device="meta", dtype=torch.float64, branch_norm=branch_norm)
     assert all(p.is_meta and p.dtype == torch.float64 for p in layer.parameters())
 
 
@@ -345,8 +346,12 @@ def test_extra_repr_names_what_differs():
     assert AutofocusConv3d(3, 5).extra_repr() == (
         nn.Conv3d(3, 5, 3, padding="same").extra_repr() + ", dilations=(2, 6, 10, 14)"
     )
-    layer = AutofocusConv2d(3, 5, dilations=(1, (2, 3)), detach_attention=False, backend="reference")
-    assert layer.extra_repr().endswith("dilations=(1, (2, 3)), detach_attention=False, backend='reference'")
+    layer = AutofocusConv2d(
+        3, 5, dilations=(1, (2, 3)), save_branches=True, detach_attention=False, backend="reference"
+    )
+    assert layer.extra_repr().endswith(
+        "dilations=(1, (2, 3)), save_branches=True, detach_attention=False, backend='reference'"
+    )
 
 
 def test_repr_shows_the_gate():
@@ -421,6 +426,11 @@ def test_bad_gate_argument(settings, kind, message):
 def test_bad_input_shape_names_input(module, shape):
     with pytest.raises(ValueError, match=r"(input|weight) must"):
         module(torch.randn(shape))
+
+
+def test_input_of_another_dtype_than_the_weight_is_named():
+    with pytest.raises(TypeError, match=r"^input must have the dtype of the layer's weight, torch\.float32, got .*64"):
+        AutofocusConv2d(3, 5, dilations=(1, 2))(torch.randn(1, 3, 6, 6, dtype=torch.float64))
 
 
 def test_a_padding_mode_that_is_set_later_is_refused():
