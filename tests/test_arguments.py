@@ -25,6 +25,11 @@ BAD_TENSORS = [
         TypeError,
         r"branch_scale must be a torch\.Tensor, got int",
     ),
+    (
+        {"bias": None, "branch_shift": 1.0},
+        TypeError,
+        r"branch_shift must be a torch\.Tensor, got float",
+    ),
     # dtypes
     (
         {"input": zeros(2, 3, 6, 7, dtype=torch.int64)},
@@ -60,6 +65,16 @@ BAD_TENSORS = [
         {"bias": zeros(4, dtype=torch.float16)},
         TypeError,
         r"bias must have the dtype of input, torch\.float32, got torch\.float16",
+    ),
+    (
+        {"bias": None, "branch_scale": zeros(2, 4, dtype=torch.float64)},
+        TypeError,
+        r"branch_scale must have the dtype of input, torch\.float32, got torch\.float64",
+    ),
+    (
+        {"bias": None, "branch_shift": zeros(2, 4, dtype=torch.float64)},
+        TypeError,
+        r"branch_shift must have the dtype of input, torch\.float32, got torch\.float64",
     ),
     # devices and layouts
     (

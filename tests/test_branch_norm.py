@@ -314,15 +314,21 @@ def test_errors_say_what_is_needed(backend):
         TypeError, match=r"branch_norm\[1\] must be of the layer's dimension, BatchNorm2d, got BatchNorm3d"
     ):
         layer(input)
-    layer.branch_norm[1] = nn.BatchNorm2d(4, device="meta")
-    with pytest.raises(ValueError, match=r"branch_norm\[1\] must be on the device of input, cpu, got meta"):
-        layer(input)
     layer.branch_norm[1] = nn.BatchNorm2d(5)
     with pytest.raises(ValueError, match=r"branch_norm\[1\] must have num_features = 4, got 5"):
         layer(input)
     layer.branch_norm = layer.branch_norm[:1]
     with pytest.raises(ValueError, match="one norm for each of the 3 dilations, got 1"):
         layer(input)
+
+
+@pytest.mark.parametrize("absent", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
+def test_a_norm_on_another_device_is_named(absent):
+    """By whichever of its tensors it has."""
+    layer = make_layer("reference")
+    layer.branch_norm[1] = nn.BatchNorm2d(4, device="meta", **absent)
+    with pytest.raises(ValueError, match=r"branch_norm\[1\] must be on the device of input, cpu, got meta"):
+        layer(torch.randn(2, 3, 6, 7, dtype=torch.float64))
 
 
 def test_norms_that_are_sharded_without_their_layer_are_named(tmp_path):

@@ -38,6 +38,10 @@ def run_steps(layer, rows):
     return results
 
 
+def two_samples_of_one_voxel():
+    return torch.randn(2, 3, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
 def evaluate_without_running_statistics():
     layer = make_layer(False).eval()
     for norm in layer.branch_norm:
@@ -54,6 +58,8 @@ def process(rank, folder):
             rows = slice(0, split[0]) if rank == 0 else slice(split[0], 5)
             for save_branches in (False, True):
                 results[name, save_branches] = run_steps(make_layer(save_branches), rows)
+
+        results["one value"] = make_layer(False)(two_samples_of_one_voxel()[rank : rank + 1]).detach()
 
         layer = make_layer(False)
         for norm, group in zip(layer.branch_norm, (dist.new_group([0, 1]), dist.new_group([0, 1]))):
@@ -115,6 +121,12 @@ def test_a_group_of_one_process_shares_nothing(of_processes):
     for results in of_processes:
         for name, value in expected.items():
             assert torch.equal(results["alone"][name], value), name
+
+
+def test_one_value_of_each_process_is_enough(of_processes):
+    """A process alone would refuse it, since it has no variance."""
+    expected = make_layer(False)(two_samples_of_one_voxel())
+    assert relative_error(torch.cat([results["one value"] for results in of_processes]), expected) < 1e-11
 
 
 def test_evaluation_shares_nothing(of_processes):

@@ -295,6 +295,7 @@ def test_attributes_that_the_layer_needs_are_refused(attribute):
         ({"dilations": 3}, TypeError, r"dilations must be a sequence.*got 3"),
         ({"dilations": (1, 0)}, ValueError, r"dilations\[1\] must be at least 1"),
         ({"select": "down"}, TypeError, r"select must be None, names or a predicate, got 'down'"),
+        ({"select": 3}, TypeError, r"select must be None, names or a predicate, got 3"),
         ({"select": []}, ValueError, r"select must hold at least one name"),
         ({"select": [1]}, TypeError, r"select must hold names, got 1"),
         ({"select": ["dwon"]}, ValueError, r"select must name a convolution .*'dwon' is no module of network"),

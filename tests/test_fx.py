@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from autofocus_kernels import AutofocusConv1d, AutofocusConv2d, AutofocusConv3d, autofocus_conv, networks, testing
+from autofocus_kernels.branch_norm import normed_autofocus_conv
 from autofocus_kernels.testing import Case
 
 
@@ -64,6 +65,17 @@ def test_a_layer_and_its_gradients(backend, Layer, settings):
     assert gradients.keys() == dict(original.named_parameters()).keys()
     for name, parameter in original.named_parameters():
         assert torch.equal(gradients[name], parameter.grad), name
+
+
+@pytest.mark.parametrize("branch_norm", [False, True])
+def test_a_node_has_the_settings_of_its_layer(branch_norm):
+    """Results alone would not tell a backend from another, nor whether branches are saved."""
+    settings = {"stride": (2, 1), "padding": (1, 3), "backend": "reference"}
+    layer = AutofocusConv2d(2, 3, dilations=(1, 2), branch_norm=branch_norm, save_branches=True, **settings)
+    target = normed_autofocus_conv if branch_norm else autofocus_conv
+    (node,) = fx.symbolic_trace(layer).graph.find_nodes(op="call_function", target=target)
+    expected = {"dilations": layer.dilations, **settings, **({"save_branches": True} if branch_norm else {})}
+    assert {name: value for name, value in node.kwargs.items() if value is not None} == expected
 
 
 @pytest.mark.parametrize("name", ["AFN-6", "ASPP-c", "ASPP-s"])
