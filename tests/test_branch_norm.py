@@ -252,14 +252,15 @@ def test_unbatched_input_is_a_batch_of_one(backend):
 
 
 @each_choice
-def test_empty_batch(backend, save_branches):
+@pytest.mark.parametrize("requires_grad", [True, False], ids=["inner", "first"])
+def test_empty_batch(backend, save_branches, requires_grad):
     """No output, gradients of zeros, and running statistics that stay, as with nn.BatchNorm2d."""
     layer = make_layer(backend, save_branches=save_branches)
-    input = torch.randn(0, 3, 6, 7, dtype=torch.float64, requires_grad=True)
+    input = torch.randn(0, 3, 6, 7, dtype=torch.float64, requires_grad=requires_grad)
     output = layer(input)
     assert output.shape == (0, 4, 6, 7)
     output.sum().backward()
-    assert input.grad.shape == input.shape
+    assert (input.grad.shape == input.shape) if requires_grad else (input.grad is None)
     for name, parameter in layer.named_parameters():
         assert "attention" in name or torch.equal(parameter.grad, torch.zeros_like(parameter))
     for norm in layer.branch_norm:

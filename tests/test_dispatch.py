@@ -14,7 +14,7 @@ import autofocus_kernels as ak
 from autofocus_kernels import dispatch, testing
 from autofocus_kernels.backends.cuda import backend as cuda
 from autofocus_kernels.backends.interface import Backend, CannotRun, Gradients, compute
-from autofocus_kernels.call import Call
+from autofocus_kernels.call import Call, allows_tf32
 from autofocus_kernels.geometry import resolve
 from autofocus_kernels.testing import Case
 
@@ -277,14 +277,15 @@ class Gpu:
         self.asked.append(name)
         return "not this one" if name in self.slow else None
 
-    def run(self, function="forward", dtype=HALF, size=(5, 6), arguments=None, forced=None):
+    def run(self, function="forward", dtype=HALF, size=(5, 6), arguments=None, forced=None, batch=1):
         """Who ran it."""
-        fake = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(1, 3, *size))
+        fake = SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=(batch, 3, *size))
+        weight = SimpleNamespace(device=fake.device, dtype=dtype, shape=(4, 3, 3, 3))
         geometry = resolve(size, (3, 3), (1, 2))
         self.ran.clear()
         dispatch.run(
             function,
-            Call(fake, fake, fake, None, None, None, geometry, forced),
+            Call(fake, weight, fake, None, None, None, geometry, forced),
             *(GPU_CALLS[function][0] if arguments is None else arguments),
         )
         return self.ran[0]
@@ -364,7 +365,36 @@ def test_the_fast_tier_is_asked_once_for_calls_of_one_kind(gpu):
     assert gpu.asked == GPU_CALLS["backward"][1]
     gpu.slow = {"grad_input"}
     assert gpu.run("backward", size=(7, 6)) == "triton"
+    assert gpu.run("backward", batch=2) == "triton"
     assert gpu.run("backward") == "cuda"
+
+
+def test_each_backend_is_tried_once(gpu, monkeypatch):
+    tried = []
+
+    def cannot(*_):
+        tried.append("cuda")
+        raise CannotRun("no tile fits")
+
+    monkeypatch.setattr(cuda, "forward", cannot)
+    gpu.reasons["triton"] = "not installed"
+    assert gpu.run() == "reference" and tried == ["cuda"]
+
+
+@pytest.mark.parametrize(
+    "dtype, precision, hip, allowed",
+    [
+        (torch.float32, "tf32", None, True),
+        (torch.float32, "ieee", None, False),
+        (torch.bfloat16, "tf32", None, False),
+        (torch.float64, "tf32", None, False),
+        (torch.float32, "tf32", "6.4", False),
+    ],
+)
+def test_tf32_is_allowed_where_torchs_own_convolutions_use_it(monkeypatch, dtype, precision, hip, allowed):
+    monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision=precision))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert allows_tf32(dtype) is allowed
 
 
 # ------------------------------------------------------------------ what a call is refused for

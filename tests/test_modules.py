@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -142,6 +143,12 @@ def test_one_channel_keeps_its_memory_format(layout, branch_norm):
     assert layer(torch.randn(2, 1, 5, 6, 7).to(memory_format=layout)).is_contiguous(memory_format=layout)
 
 
+def test_a_single_voxel_of_several_channels_is_contiguous():
+    """Its strides fit both memory formats, whatever they are."""
+    layer = AutofocusConv2d(3, 5, dilations=(1, 2), padding=2)
+    assert layer(torch.randn(2, 3, 1, 1)).is_contiguous()
+
+
 # ------------------------------------------------------------------ what it computes
 
 
@@ -219,8 +226,13 @@ def test_empty_batch():
 def test_an_empty_spatial_axis_is_named(dims):
     layer = LAYERS[dims](3, 5, dilations=(1, 2))
     for batch in ((2,), ()):
-        with pytest.raises(ValueError, match=r"^input must have at least one voxel on every spatial axis, got .*\b0\b"):
-            layer(torch.randn(*batch, 3, *SIZE[: dims - 1], 0))
+        for axis in range(dims):
+            size = [0 if other == axis else SIZE[other] for other in range(dims)]
+            with pytest.raises(
+                ValueError,
+                match=f"^input must have at least one voxel on every spatial axis, got .*{re.escape(str(tuple(size)))}",
+            ):
+                layer(torch.randn(*batch, 3, *size))
 
 
 @pytest.mark.parametrize("branch_norm", [False, True])
@@ -356,7 +368,8 @@ def test_extra_repr_names_what_differs():
 
 def test_repr_shows_the_gate():
     text = repr(AutofocusConv1d(3, 5))
-    assert text.startswith("AutofocusConv1d(\n") and "(attention): ScaleAttention(" in text
+    assert text.startswith("AutofocusConv1d(\n")
+    assert "(attention): ScaleAttention(\n    stride=(1,), padding='same', dilation=(2,)\n" in text
 
 
 @each_dims
@@ -389,6 +402,7 @@ def test_docstring_names_its_dimension(dims):
         ({"dilations": (1.5,)}, TypeError, r"dilations\[0\] must be an int.*got 1\.5"),
         ({"backend": "fast"}, ValueError, r"backend must be None or one of .*got 'fast'"),
         ({"in_channels": 3.0}, TypeError, r"in_channels must be an int, got 3\.0"),
+        ({"in_channels": True}, TypeError, r"in_channels must be an int, got True"),
         ({"out_channels": 0}, ValueError, r"out_channels must be at least 1, got 0"),
         ({"attention": "softmax"}, TypeError, r"attention must be None or a module, got str"),
         ({"attention": ScaleAttention}, TypeError, r"attention must be None or a module, got the class ScaleAttention"),

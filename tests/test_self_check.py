@@ -207,6 +207,13 @@ def test_bfloat16_arithmetic_is_refused_in_float32(plant, said):
     assert "output is off by" in said()[0]
 
 
+def test_a_backend_that_refuses_is_not_checked_and_not_run(plant, said):
+    planted = plant(Planted())
+    planted.refusal = lambda call: "it is Sunday"
+    call()
+    assert not planted.calls and said() == ["backend 'cpu' is not used: it is Sunday"]
+
+
 @pytest.mark.parametrize("by", ["argument", "environment"])
 def test_a_forced_backend_that_is_wrong_is_an_error(plant, monkeypatch, by):
     plant(Planted(spoil("forward", 0)))
