@@ -41,7 +41,7 @@ def backend_named(name: str) -> Backend:
 
 def check_backend_name(name: str | None, source: str = "backend") -> None:
     """Raises ValueError, naming ``source``, unless ``name`` is None or one of :data:`BACKENDS`."""
-    if name is not None and not (isinstance(name, str) and name in BACKENDS):
+    if name is not None and name not in BACKENDS:
         raise ValueError(f"{source} must be None or one of {', '.join(BACKENDS)}, got {name!r}")
 
 

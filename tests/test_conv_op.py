@@ -32,7 +32,7 @@ class Wide(ak.ConvOp3d):
 
 @each_dims
 def test_makes_the_layer_with_sizes_of_a_convolution(dims):
-    assert issubclass(OPS[dims], CONV[dims])
+    assert issubclass(OPS[dims], CONV[dims]) and f"AutofocusConv{dims}d" in OPS[dims].__doc__
     settings = {"stride": [2] * dims, "padding": [1] * dims, "dilation": 1, "bias": False}
     layer = OPS[dims](3, 5, [3] * dims, **settings)
     assert type(layer) is LAYERS[dims]

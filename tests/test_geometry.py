@@ -1,5 +1,7 @@
 """Geometry against the rule of nn.ConvNd, and its own properties."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -100,3 +102,33 @@ def test_as_3d_of_3d_is_itself():
 
 def test_an_empty_axis_is_no_error():
     assert resolve((0, 5), (3, 3), (2,)).output_size == (0, 5)
+
+
+@settings(max_examples=100)
+@given(problem=problems())
+def test_nothing_is_read_farther_than_the_farthest(problem):
+    assume(conv_size(problem) is not None)
+    geometry = resolve(**problem)
+    for axis, origin in enumerate(geometry.origin):
+        reach = max(dilation[axis] for dilation in geometry.dilations) * (geometry.kernel_size[axis] // 2)
+        last = origin + geometry.stride[axis] * (geometry.output_size[axis] - 1)
+        assert max(-(origin - reach), last + reach, geometry.input_size[axis] - 1) <= geometry.farthest
+
+
+def test_tiles_are_those_of_the_problem_that_it_stands_for():
+    geometry = dataclasses.replace(resolve((9,), (3,), (2,), stride=2, padding=1), tile_sizes=((90,), (45,)))
+    assert geometry.as_3d.tile_sizes == ((1, 1, 90), (1, 1, 45))
+    tiled = geometry.tiled
+    assert (tiled.input_size, tiled.output_size, tiled.tile_sizes) == ((90,), (45,), None)
+    assert tiled.tiled is tiled
+
+
+def test_lists_are_as_good_as_tuples():
+    assert resolve([9, 8], [3, 5], [1, [2, 3]], [1, 2], [1, 2]) == resolve((9, 8), (3, 5), (1, (2, 3)), (1, 2), (1, 2))
+
+
+@pytest.mark.parametrize("stride", [True, 1.0])
+def test_what_is_equal_to_an_int_is_not_taken_for_one_that_came_before(stride):
+    resolve((9,), (3,), (1,), 1, 0)
+    with pytest.raises(TypeError, match="stride must "):
+        resolve((9,), (3,), (1,), stride, 0)

@@ -1,8 +1,11 @@
 """The command line: what is wrong ends in one line and 2, and the extra is named where a package is missing."""
 
+import dataclasses
 import importlib
+import inspect
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,8 @@ from autofocus_kernels import segmentation
 from autofocus_kernels.segmentation import __main__ as command
 
 pytest.importorskip("autofocus_kernels.segmentation.extra", exc_type=ImportError)
+
+from autofocus_kernels.segmentation.recipe import MODERN
 
 
 def fails_in_one_line(capsys, words):
@@ -49,6 +54,100 @@ def test_wrong_arguments_end_in_one_line(tmp_path, monkeypatch, capsys, line, me
     (tmp_path / "file").touch()
     assert message in fails_in_one_line(capsys, shlex.split(line))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# Command -> its function, what it has to be given, and a line with every other option at a value of its own.
+FUNCTIONS = {"phantom": "make_phantom", "train": "train", "predict": "predict", "evaluate": "evaluate"}
+REQUIRED = {
+    "phantom": ("data", {"out": Path("data"), "cases": 12}),
+    "train": ("--data data --out run", {"data": Path("data"), "run": Path("run")}),
+    "predict": (
+        "--model run --input data --output out",
+        {"model": Path("run"), "input": Path("data"), "output": Path("out")},
+    ),
+    "evaluate": (
+        "--pred out --truth data --out scores.csv",
+        {"pred": Path("out"), "truth": Path("data"), "out": Path("scores.csv")},
+    ),
+}
+OPTIONS = {
+    "phantom": (
+        "--cases 7 --seed 5 --dims 2 --size 40 50 --site B --modalities 3 --anisotropic",
+        {"cases": 7, "seed": 5, "dims": 2, "size": [40, 50], "site": "B", "modalities": 3, "anisotropic": True},
+    ),
+    "train": (
+        "--labels none liver --cache 3 --arch AFN-2 --widths 4 5 6 7 --dilations 1 2,3 --padding same --no-branch-norm "
+        "--recipe modern --window 30 31 --batch-size 6 --learning-rate 0.5 --no-amp --epochs 9 --validate-every 8 "
+        "--seed 5 --device cuda:1 --workers 2",
+        {
+            "labels": ["none", "liver"],
+            "cache": 3,
+            "arch": "AFN-2",
+            "widths": [4, 5, 6, 7],
+            "dilations": [1, (2, 3)],
+            "padding": "same",
+            "branch_norm": False,
+            "recipe": dataclasses.replace(MODERN, batch_size=6, learning_rate=0.5, amp=False, epochs=9),
+            "window": [30, 31],
+            "validate_every": 8,
+            "seed": 5,
+            "device": "cuda:1",
+            "workers": 2,
+        },
+    ),
+    "predict": (
+        "--arch AFN-1 --tiling gaussian --window 30 31 --device cuda:1 --attention --overwrite",
+        {
+            "arch": "AFN-1",
+            "tiling": "gaussian",
+            "window": [30, 31],
+            "device": "cuda:1",
+            "attention": True,
+            "overwrite": True,
+        },
+    ),
+    "evaluate": ("--regions core=1,3 --subset", {"regions": {"core": (1, 3)}, "subset": True}),
+}
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """What a line gives the function of its command: every argument by name."""
+
+    def of_line(name, line):
+        module = importlib.import_module(f"{segmentation.__name__}.{name}")
+        signature, arguments = inspect.signature(getattr(module, FUNCTIONS[name])), {}
+
+        def function(*positional, **keywords):
+            bound = signature.bind(*positional, **keywords)
+            bound.apply_defaults()
+            arguments.update(bound.arguments)
+            raise ValueError("enough")
+
+        monkeypatch.setattr(module, FUNCTIONS[name], function)
+        assert command.main([name, *shlex.split(line)]) == 2
+        return arguments, {key: p.default for key, p in signature.parameters.items() if p.default is not p.empty}
+
+    return of_line
+
+
+@pytest.mark.parametrize("name", command.COMMANDS)
+def test_defaults_of_a_command_are_those_of_its_function(given, name):
+    line, required = REQUIRED[name]
+    arguments, defaults = given(name, line)
+    assert arguments == defaults | required
+
+
+@pytest.mark.parametrize("name", command.COMMANDS)
+def test_every_option_reaches_the_function(given, name):
+    line, required = REQUIRED[name]
+    options, expected = OPTIONS[name]
+    arguments, defaults = given(name, f"{line} {options}")
+    assert arguments == defaults | required | expected
+
+
+def test_the_number_of_iterations_reaches_the_function(given):
+    assert given("train", f"{REQUIRED['train'][0]} --iterations 11")[0]["iterations"] == 11
 
 
 @pytest.mark.parametrize("name", [*command.COMMANDS, "files", "dataset", "crops", "pictures", "run"])

@@ -452,7 +452,9 @@ def test_label_files_of_another_origin_are_neither_kept_nor_lost(run, images, tm
     predict(run, images, out, overwrite=True)
     assert (out / "a.nii.gz").read_bytes() != before
     (out / "b.nii.gz").unlink()
-    nibabel.save(nibabel.Nifti1Image(np.zeros((28, 24), np.uint8), ROTATED), out / "b.nii.gz")  # somebody's truth
+    truth = nibabel.Nifti1Image(np.zeros((28, 24), np.uint8), ROTATED)  # somebody's
+    truth.header["descrip"] = "d\xe9crit".encode("latin-1")  # not in UTF-8
+    nibabel.save(truth, out / "b.nii.gz")
     with pytest.raises(ValueError, match="b.nii.gz: is there already"):
         predict(run, images, out)
 

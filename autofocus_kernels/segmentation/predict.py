@@ -107,7 +107,7 @@ def find_cases(input: Path, config: Config) -> list[Case]:
         SegmentationError: nothing there, two files of one case, or modalities or labels in another order than in
             training.
     """
-    if (input.is_dir() and (input / "dataset.json").is_file()) or input.suffix in (".json", ".csv"):
+    if (input / "dataset.json").is_file() or input.suffix in (".json", ".csv"):
         dataset = read_dataset(input, config.labels)
         _require_order(dataset.source, "modalities", dataset.modalities, config.modalities)
         _require_order(dataset.source, "labels", dataset.labels, config.labels)
