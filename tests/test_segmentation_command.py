@@ -44,6 +44,7 @@ def fails_in_one_line(capsys, words):
         ("predict --model none --input '' --output out", "argument --input: must name a file or a folder, got ''"),
         ("train --data none --out=", "argument --out: must name a file or a folder, got ''"),
         ("phantom ''", "argument OUT: must name a file or a folder, got ''"),
+        ("evaluate", "the following arguments are required: --pred, --truth, --out"),
         ("evaluate --pred none --truth none --out", "argument --out: expected one argument"),
         ("evaluate --pred none --truth none --out scores.csv", "none: must be a folder of NIfTI files"),
         ("evaluate --pred none --truth none --out scores.csv --regions core=x", "regions must be name=1,3"),

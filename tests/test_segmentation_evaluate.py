@@ -98,6 +98,13 @@ def test_a_slice_stored_as_a_volume_has_the_scores_of_the_slice():
     assert score(predicted[:, None], true[:, None], (2.0, 5.0, 1.0)) == flat
 
 
+def test_an_image_of_one_column_is_scored_in_2d():
+    true, predicted = box((9, 1), (3, 6), (0, 1)), box((9, 1), (2, 5), (0, 1))
+    dice, hausdorff, surface, _ = score(predicted, true, (2.0, 1.0))
+    # Of three voxels, all of them surface, one is 2 mm from the other's.
+    assert (dice, hausdorff, surface) == pytest.approx((2 / 3, np.percentile([2.0, 0.0, 0.0], 95), 2 / 3))
+
+
 @pytest.mark.parametrize("shapes", [((6, 6), (6, 6, 1)), ((6, 6, 1), (6, 6)), ((6, 6, 1), (6, 6, 1))])
 def test_one_of_two_slices_may_be_stored_as_a_volume(folders, shapes):
     organ = box((6, 6), (1, 4), (1, 4))
@@ -136,16 +143,19 @@ def test_summary_leaves_out_what_is_empty_and_counts_it(folders):
     assert (row["hausdorff95_mean"], row["hausdorff95_std"]) == (0.0, 0.0)  # of a alone
 
 
-def test_regions_of_brats_2015(folders):
+@pytest.mark.parametrize(
+    "missed, whole, core, enhancing",
+    [(1, 6 / 7, 4 / 5, 1), (2, 6 / 7, 1, 1), (3, 6 / 7, 4 / 5, 1), (4, 6 / 7, 4 / 5, 0)],
+)
+def test_regions_of_brats_2015(folders, missed, whole, core, enhancing):
+    """One voxel of each of four labels, of which the prediction misses one."""
     pred, truth = folders
     true = np.zeros((6, 6, 6), np.uint8)
     true[0, 0, :4] = 1, 2, 3, 4
-    predicted = true.copy()
-    predicted[0, 0, 0] = 2  # outside core now, still in whole
-    write(pred / "a.nii.gz", predicted)
+    write(pred / "a.nii.gz", np.where(true == missed, 0, true))
     write(truth / "a.nii.gz", true)
     dice = {score.structure: score.dice for score in evaluate(pred, truth, regions="brats2015")}
-    assert dice == pytest.approx({"whole": 1.0, "core": 2 * 2 / 5, "enhancing": 1.0})
+    assert dice == pytest.approx({"whole": whole, "core": core, "enhancing": enhancing})
 
 
 def test_a_number_of_no_label_in_a_region_is_warned_of(folders, caplog):
@@ -179,9 +189,10 @@ def test_names_of_labels_as_newer_descriptions_have_them(folders):
     write(pred / "a.nii.gz", box((4, 4), (0, 2)))
     write(truth / "a.nii.gz", box((4, 4), (0, 2)))
     assert [score.structure for score in evaluate(pred, truth)] == ["liver"]
-    (truth / "dataset.json").write_text('{"labels": ["background", "liver"]}')
-    with pytest.raises(ValueError, match='dataset.json: "labels" must map'):
-        evaluate(pred, truth)
+    for content in ('{"labels": ["background", "liver"]}', '["background", "liver"]'):
+        (truth / "dataset.json").write_text(content)
+        with pytest.raises(ValueError, match='dataset.json: "labels" must map'):
+            evaluate(pred, truth)
 
 
 def test_a_name_of_two_labels_is_refused(folders):

@@ -418,18 +418,28 @@ def test_crops_are_the_image_and_its_labels(phantom_2d, monkeypatch, flip_every_
 
     def labels_as_image(*arguments):
         sample = read_case(*arguments)
-        return sample._replace(image=np.stack([sample.label + 1.0] * 2).astype(np.float32))
+        places = np.arange(sample.label.size).reshape(sample.label.shape)
+        return sample._replace(image=np.stack([sample.label + 1.0, places + 1.0]).astype(np.float32))
 
     monkeypatch.setattr(crops, "read_case", labels_as_image)
     made = make_crops(phantom_2d, window=(40, 24), crop=(12, 12), flip_every_axis=flip_every_axis)
-    kinds = set()
+    flips = []
     for number in range(40):
         window, label = made[number]
         assert torch.equal(window[0, 6:-6, 6:-6], label + 1.0) and label.shape == (28, 12)
         assert window.min() == 0  # a tile of 28 of 36 rows: 6 more a side reach beyond
-        case = number // len(made.cases), number % len(made.cases)
-        kinds.add(case)
-    assert len(kinds) == 40
+        places = window[1, 6:-6, 6:-6]
+        flips.append([bool(places[0, 0] > places[-1, 0]), bool(places[0, 0] > places[0, -1])])
+    often = np.mean(flips, axis=0)
+    assert 0.25 < often[0] < 0.75 and (0.25 < often[1] < 0.75 if flip_every_axis else often[1] == 0)
+
+
+@pytest.mark.parametrize("kind", ["foreground", "background"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_case_with_voxels_of_one_kind_gives_crops_around_them(kind, wanted):
+    voxels = {"foreground": np.array([], np.int32), "background": np.array([], np.int32), kind: np.array([6], np.int32)}
+    loaded = crops.Loaded(torch.zeros(1, 3, 4), torch.zeros(3, 4), outside=0, **voxels)
+    assert crops._centre(loaded, wanted, np.random.default_rng(0)) == (1, 2)
 
 
 def test_crops_do_not_depend_on_what_came_before(phantom_2d):
