@@ -542,13 +542,35 @@ def test_dtensor_runs_on_parts_without_a_message(ranks, name, sharding):
         ((nn.Conv2d(3, 4, 3, padding_mode="circular"), 2), ValueError, "zero padding, got Conv2d"),
         ((nn.Conv2d(3, 4, 3), 1), ValueError, r"dim must be 2 to 3 or -2 to -1 .*, got 1"),
         ((nn.Conv2d(3, 4, 3), -3), ValueError, r"dim must be 2 to 3 or -2 to -1 .*, got -3"),
+        ((nn.Conv2d(3, 4, 3), 4), ValueError, r"dim must be 2 to 3 or -2 to -1 .*, got 4"),
+        ((nn.Conv2d(3, 4, 3), 0), ValueError, r"dim must be 2 to 3 or -2 to -1 .*, got 0"),
         ((nn.Conv2d(3, 4, 3), 2.0), TypeError, "dim must be an int, got 2.0"),
+        ((nn.Conv2d(3, 4, 3), True), TypeError, "dim must be an int, got True"),
         ((AutofocusConv2d(3, 4, attention=nn.Conv2d(3, 4, 3)), 2), ValueError, "attention_reach must be given for a"),
     ],
 )
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         SpatiallySharded(*arguments)
+
+
+@pytest.mark.parametrize(
+    "reach, error, message",
+    [
+        (True, TypeError, "attention_reach must be an int, got True"),
+        (1.0, TypeError, "attention_reach must be an int, got 1.0"),
+        (-1, ValueError, "attention_reach must be at least 0, got -1"),
+    ],
+)
+def test_bad_attention_reach(reach, error, message):
+    layer = AutofocusConv2d(3, 4, attention=nn.Conv2d(3, 4, 3))
+    with pytest.raises(error, match=message):
+        SpatiallySharded(layer, 2, attention_reach=reach)
+
+
+def test_repr_shows_the_axis_from_the_end():
+    text = repr(SpatiallySharded(AutofocusConv2d(3, 4), 2))
+    assert text.startswith("SpatiallySharded(\n  dim=-2\n  (layer): AutofocusConv2d(")
 
 
 def test_a_process_alone_is_told_to_initialise():

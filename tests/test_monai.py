@@ -40,6 +40,17 @@ def test_is_the_network_of_the_paper(name):
     assert torch.equal(network(input), expected(input))
 
 
+def test_settings_and_defaults_are_those_of_build():
+    def settings(network):
+        layers = [module for module in network.modules() if isinstance(module, ak.AutofocusConv2d)]
+        return [(layer.dilations, layer.padding, layer.save_branches, layer.backend) for layer in layers]
+
+    for options in ({}, {"save_branches": False, "backend": "reference"}, {"dilations": (1, 3)}):
+        network = networks.AFN(2, 2, 3, widths=(4, 6, 6, 5), **options)
+        expected = networks.build("AFN-6", 2, 3, 2, widths=(4, 6, 6, 5), padding="same", **options)
+        assert settings(network) == settings(expected)
+
+
 def test_needs_no_monai_for_what_the_paper_has(monkeypatch):
     monkeypatch.setitem(sys.modules, "monai.networks.layers", None)
     networks.AFN(**SMALL, act="RELU", norm="BATCH")

@@ -179,8 +179,12 @@ def test_parameters_and_output_size(name):
     assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
     assert network.crop == (28, 28, 28)
     same = networks.build(name, in_channels=2, num_classes=3, spatial_dims=2, padding="same", device="meta")
-    assert same(torch.empty(2, 2, 7, 9, device="meta")).shape == (2, 3, 7, 9)
+    assert same(torch.empty(2, 2, 7, 9, device="meta")).shape == (2, 3, 7, 9) and same.crop == (0, 0)
     assert network(torch.empty(1, 4, 75, 75, 75, device="meta")).shape == (1, 5, 47, 47, 47)
+
+
+def test_repr_begins_with_the_name():
+    assert repr(networks.build("ASPP-c", device="meta")).startswith("SegmentationNetwork(\n  name='ASPP-c'\n  (stem): ")
 
 
 def test_initial_weights():
