@@ -351,6 +351,11 @@ def test_lists_of_an_operator_have_the_length_that_they_must(changes, message):
         torch.ops.autofocus.forward(**of_operator(**changes))
 
 
+def test_an_operator_names_its_backend():
+    with pytest.raises(ValueError, match="^backend must be None or one of .*, got 'fast'"):
+        torch.ops.autofocus.forward(**of_operator(backend="fast"))
+
+
 @pytest.mark.parametrize("mask", [[], [True] * 3, [True] * 7, [True] * 6])
 def test_the_mask_of_a_backward_is_of_what_there_is(mask):
     with pytest.raises(ValueError, match="output_mask must have one bool for each of 6 arguments, false where"):

@@ -291,10 +291,12 @@ def test_autocast_leaves_float64(backend):
         assert autofocus_conv(**arguments, **CASES[0].options, backend=backend).dtype == torch.float64
 
 
-def test_autocast_of_the_layer_trains_float32_parameters(backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["image", "features"])
+def test_autocast_of_the_layer_trains_float32_parameters(backend, dtype):
+    """On an image, and on what the layer before it gives."""
     layer = AutofocusConv2d(3, 4, dilations=(1, 2), backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, attention = layer(torch.randn(2, 3, 5, 6), return_attention=True)
+        output, attention = layer(torch.randn(2, 3, 5, 6, dtype=dtype), return_attention=True)
     assert output.dtype == attention.dtype == torch.bfloat16
     output.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())

@@ -273,6 +273,8 @@ def check_errors(rank):
         "wide gate": error_of(lambda: gated(nn.Conv2d(3, 2, 1, padding=1))(image)),
         "padding mode": error_of(lambda: circular()(image)),
         "no tensor": error_of(lambda: gated(lambda input: [input])(image)),
+        "input": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3), 2)([image])),
+        "axes": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3), 2)(image[0, 0])),
     }
 
 
@@ -476,6 +478,8 @@ def test_every_rank_refuses_what_no_rank_can_run(ranks):
         "padding mode": "ValueError: layer must have odd kernel sizes and zero padding, got Conv2d",
         "no tensor": r"TypeError: attention must return a tensor \[N, K, \*S_out\], got list",
         "attention": "TypeError: return_attention is for autofocus layers, got a layer of type Conv2d",
+        "input": r"ValueError: input must be a tensor \[N, C, \*S\] or \[C, \*S\] for Conv2d.*, got list",
+        "axes": r"ValueError: input must be a tensor \[N, C, \*S\] or \[C, \*S\] for Conv2d.*, got shape \[6, 6\]",
     }
     for results in ranks:
         for name, pattern in expected.items():
