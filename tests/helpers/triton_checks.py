@@ -178,7 +178,7 @@ def the_weight_is_repacked_once_for_all_kernels_that_read_it_alike():
                 backend.backward(call, tensors.grad_output, Gradients(*like))
             else:
                 backend.branch_statistics(call, torch.stack(2 * [tensors.grad_output]), None, None)
-            assert launched.count(launch.kernels.repack_kernel) == repacked, (mode, function, launched)
+            assert launched.count(launch.packing.repack_kernel) == repacked, (mode, function, launched)
             launched.clear()
 
 

@@ -226,9 +226,9 @@ def compiled_name(target, dtype, layout):
 
 def compile_kernels(target, dtype, layout):
     """Figures of every kernel of a training step with batch statistics, by the default configurations."""
-    from autofocus_kernels.backends.triton import backend, kernels, launch, norm_kernels
+    from autofocus_kernels.backends.triton import backend, kernels, launch, norm_kernels, packing
 
-    triton_worker.compile_for(target, dtype, kernels, norm_kernels)
+    triton_worker.compile_for(target, dtype, kernels, packing, norm_kernels)
     figures = {}
 
     def submit(work):

@@ -252,9 +252,9 @@ def compile_for(target, dtype, *modules):
 
 def compile_kernels(target, dtype, mode, channels, out_channels, layout):
     """Figures of every kernel that a forward and a backward launch with the default configuration."""
-    from autofocus_kernels.backends.triton import kernels, launch
+    from autofocus_kernels.backends.triton import kernels, launch, packing
 
-    compile_for(target, dtype, kernels)
+    compile_for(target, dtype, kernels, packing)
     figures = []
 
     def submit(work):
@@ -289,9 +289,9 @@ def a_plan_launches_what_triton_would():
     are aligned otherwise."""
     import triton
 
-    from autofocus_kernels.backends.triton import kernels, launch
+    from autofocus_kernels.backends.triton import kernels, launch, packing
 
-    compile_for("sm_90", "bfloat16", kernels)
+    compile_for("sm_90", "bfloat16", kernels, packing)
     launches = []
 
     def launcher(source, metadata):

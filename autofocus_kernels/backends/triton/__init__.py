@@ -14,9 +14,9 @@ from ...call import Call
 from ..interface import MINIMUM_CAPABILITY, Backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Coordinates are 32-bit in the kernels, and a read this far out marks one that is switched off (kernels.OUTSIDE).
+# Coordinates are 32-bit in the kernels, and a read this far out marks one that is switched off (addressing.OUTSIDE).
 COORDINATE_LIMIT = 1 << 30
-# Of a kernel's sizes: a bit each in a word (kernels.word_of).
+# Of a kernel's sizes: a bit each in a word (addressing.word_of).
 TAPS_LIMIT = 63
 _NORM = ("branch_statistics", "branch_combine", "branch_reduce", "branch_norm_backward")
 _MODULES = {"forward": "launch", "backward": "launch", **dict.fromkeys(_NORM, "norm")}

@@ -21,7 +21,7 @@ class Tiling(NamedTuple):
     """How one kernel walks one problem: a constant of the compiled kernel. All triples are (d, h, w).
 
     Attributes:
-        transposed: positions are those of the input and read the outputs that read them (kernels.base_on_axis).
+        transposed: positions are those of the input and read the outputs that read them (addressing.corner_on_axis).
         step: positions of one lattice are this far apart.
         move: coordinates read move this far per lattice point.
         tile: lattice points of one program; a power of two each.

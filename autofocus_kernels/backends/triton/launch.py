@@ -19,7 +19,7 @@ from torch import Tensor
 from ...call import Call, allows_tf32, as_3d
 from ...geometry import Geometry
 from ..interface import Gradients
-from . import fitting, interpreted, kernels
+from . import fitting, interpreted, kernels, packing
 from .configs import Config, Tiling, choose_tiling, configurations
 
 # A program repacks ELEMENTS of the weight, or adds up the parts of PARTS_BLOCK elements of its gradient, PARTS of them
@@ -506,7 +506,7 @@ def _plan_pack(tensor: Tensor, channels: int) -> Plan:
     N, C, *size = tensor.shape
     points, rows, block = math.prod(size), 128, min(32, 1 << (channels - 1).bit_length())
     return Plan(
-        kernels.pack_kernel,
+        packing.pack_kernel,
         (N * ceil_div(points, rows), ceil_div(channels, block)),
         (tensor.stride(0), tensor.stride(1), _collapsed_stride(tensor.shape, tensor.stride()), points),
         {"C": C, "C_PADDED": channels, "BLOCK_P": rows, "BLOCK_C": block},
@@ -559,7 +559,7 @@ def _plan_repack(weight: Tensor, config: Config, order: str) -> Plan:
     if plan is not None:
         return plan
     plan = Plan(
-        kernels.repack_kernel,
+        packing.repack_kernel,
         (ceil_div(T * padded_rows * padded_columns, ELEMENTS),),
         (weight.stride(row), weight.stride(column), weight.stride()[2:]),
         {
@@ -581,7 +581,7 @@ def _plan_add_parts(splits: int, grad_weight: Tensor) -> Plan:
     O, C, *size = grad_weight.shape
     T, channels = math.prod(size), ceil_div(C, 8) * 8
     return Plan(
-        kernels.add_parts_kernel,
+        packing.add_parts_kernel,
         (ceil_div(T * O * channels, PARTS_BLOCK),),
         (splits, grad_weight.stride()),
         {

@@ -10,7 +10,7 @@ offsets within a tile; those of branch, batch entry and tile have 64 bits. Arith
 import triton
 import triton.language as tl
 
-from .kernels import load_rows, load_vector, store_rows, widened
+from .addressing import load_rows, load_vector, store_rows, widened
 
 
 @triton.jit
