@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .branch_norm import uses_batch_statistics
 from .geometry import Geometry, resolve, smallest_dilation
@@ -92,6 +93,7 @@ class SpatiallySharded(nn.Module):
             return torch.compiler.disable(self._forward)(input, return_attention)
         return self._forward(input, return_attention)
 
+    @parametrize.cached()  # the weight is looked at several times, and of spectral_norm each look would be a step
     def _forward(self, input: Tensor, return_attention: bool):
         layer: Any = self.layer
         dim = self.dim

@@ -4,6 +4,7 @@ One start of the processes runs everything; each saves its results under the nam
 """
 
 import copy
+import datetime
 import multiprocessing
 import re
 
@@ -183,6 +184,23 @@ def check_converted(rank):
     input = torch.randn(1, 3, 11, 6, dtype=torch.float64)
     sizes = (4, 3, 4)
     return {"output": relative_error(sharded(input.split(sizes, 2)[rank]), network(input).split(sizes, 2)[rank])}
+
+
+def check_computed_weight(rank):
+    """spectral_norm takes a step of its power iteration whenever the weight is looked at: once for a call."""
+    errors = {}
+    for kind, layer in (("autofocus", autofocus(2)()), ("convolution", nn.Conv2d(3, 4, 3, padding=1))):
+        torch.manual_seed(0)
+        layer = layer.double()
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter)
+        nn.utils.parametrizations.spectral_norm(layer)
+        sharded = SpatiallySharded(copy.deepcopy(layer), 2)
+        input = torch.randn(1, 3, 11, 6, dtype=torch.float64)
+        sizes = (4, 3, 4)
+        output = sharded(input.split(sizes, 2)[rank])
+        errors[kind] = relative_error(output, layer(input).split(sizes, 2)[rank])
+    return errors
 
 
 def check_group(rank):
@@ -414,7 +432,13 @@ def check_layer_of_dtensors(mesh):
 
 def process(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        timeout=datetime.timedelta(minutes=2),  # a rank that others left waiting fails, instead of half an hour later
+        rank=rank,
+        world_size=RANKS,
+    )
     results = {}
     try:
         for name in VOLUMES:
@@ -422,6 +446,7 @@ def process(rank, folder):
         results["second derivative"] = check_second_derivative(rank)
         results["network"] = check_network(rank)
         results["converted"] = check_converted(rank)
+        results["computed weight"] = check_computed_weight(rank)
         results["group"] = check_group(rank)
         results["errors"] = check_errors(rank)
         results["DDP"] = check_ddp(rank)
@@ -451,7 +476,8 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", [*VOLUMES, "second derivative", "network", "converted", "DDP of shards", "layer of DTensors"]
+    "name",
+    [*VOLUMES, "second derivative", "network", "converted", "computed weight", "DDP of shards", "layer of DTensors"],
 )
 def test_parts_equal_one_process(ranks, name):
     for results in ranks:
