@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .branch_norm import uses_batch_statistics
+from .functional import autocasts
 from .geometry import Geometry, resolve, smallest_dilation
 from .modules import AutofocusConvNd, ScaleAttention, check_layer_input
 from .ops.allocation import memory_format_of
@@ -132,15 +133,13 @@ class SpatiallySharded(nn.Module):
     def _agreed_shards(self, input: Tensor, return_attention: bool) -> list[Span]:
         """The shard of every rank, after all checks of what the ranks pass and of the layer as it is now."""
         layer: Any = self.layer
+        _check_process(self.process_group)
         try:
             self._check_own(input, return_attention)
             error = None
-        except (TypeError, ValueError) as raised:
+        except (TypeError, ValueError, RuntimeError) as raised:
             error = raised  # for _gather_shards to raise, once the other ranks know
-        shards = _gather_shards(input, self.dim, self.process_group, error, layer.weight.device)
-        if isinstance(layer, AutofocusConvNd) and layer.branch_norm is not None:
-            self._check_norms(layer.branch_norm)
-        return shards
+        return _gather_shards(input, self.dim, self.process_group, error, layer.weight.device)
 
     def _geometry(self, input: Tensor, shards: list[Span]) -> Geometry:
         """Of the layer on the whole volume."""
@@ -167,10 +166,19 @@ class SpatiallySharded(nn.Module):
         _check_layer(layer)  # again: a padding_mode may be set later
         if isinstance(layer, AutofocusConvNd):
             check_layer_input(input, layer.weight)
+            _attention_reach(layer.attention, self.dim, self.attention_reach)
+            if layer.branch_norm is not None:
+                self._check_norms(layer.branch_norm)
         elif return_attention:
             raise TypeError(f"return_attention is for autofocus layers, got a layer of type {type(layer).__name__}")
         elif not isinstance(input, Tensor) or input.dim() - len(layer.kernel_size) not in (1, 2):
             raise ValueError(f"input must be a tensor [N, C, *S] or [C, *S] for {layer}, got {_describe(input)}")
+        elif input.device != layer.weight.device:
+            raise ValueError(
+                f"input must be on the device of the layer's weight, {layer.weight.device}, got {input.device}"
+            )
+        elif input.dtype != layer.weight.dtype and not autocasts(input):
+            raise TypeError(f"input must have the dtype of the layer's weight, {layer.weight.dtype}, got {input.dtype}")
 
     def _check_norms(self, norms: nn.ModuleList) -> None:
         if not uses_batch_statistics(norms):
@@ -187,6 +195,13 @@ class SpatiallySharded(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
+
+
+def _check_process(group: dist.ProcessGroup | None) -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("SpatiallySharded needs torch.distributed.init_process_group to have been called")
+    if dist.get_rank(group) < 0:
+        raise RuntimeError("SpatiallySharded: this process is not in process_group")
 
 
 def _check_layer(layer) -> None:
@@ -231,10 +246,6 @@ def _gather_shards(
 
     ``error`` is why this rank cannot go on; ``device`` is where messages may be.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError("SpatiallySharded needs torch.distributed.init_process_group to have been called")
-    if dist.get_rank(group) < 0:
-        raise RuntimeError("SpatiallySharded: this process is not in process_group")
     facts = []  # none from a rank that cannot go on
     if error is None:
         wants_gradient = input.requires_grad and torch.is_grad_enabled()

@@ -273,16 +273,43 @@ def circular():
     return sharded
 
 
+def with_eval_norm(on_this_rank):
+    """Norms that are not in one mode, on some ranks."""
+    layer = nn.SyncBatchNorm.convert_sync_batchnorm(AutofocusConv2d(3, 4, dilations=(1, 3), branch_norm=True))
+    layer.branch_norm[0].train(not on_this_rank)
+    return SpatiallySharded(layer, 2)
+
+
+def with_other_gate(on_this_rank):
+    """A gate of unknown reach, which came after the constructor, on some ranks."""
+    sharded = SpatiallySharded(AutofocusConv2d(3, 4, dilations=(1, 3)), 2)
+    if on_this_rank:
+        sharded.layer.attention = nn.Conv2d(3, 2, 1)
+    return sharded
+
+
+def under_autocast(module, input):
+    """Where a rank takes an input of another dtype than its weight's."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return module(input)
+
+
 def check_errors(rank):
     layer = AutofocusConv2d(3, 4, dilations=(1, 3))
     normed = AutofocusConv2d(3, 4, dilations=(1, 3), branch_norm=True)
     strided = AutofocusConv2d(3, 4, dilations=(1, 3), stride=4, padding=1)
     image = torch.randn(1, 3, 6, 6)
+    halves = image.bfloat16() if rank else image.half()
     return {
         "shapes": error_of(lambda: SpatiallySharded(layer, 2)(torch.randn(1, 3, 6, 6 + rank))),
         "gradients": error_of(lambda: SpatiallySharded(layer, 2)(image.clone().requires_grad_(rank == 1))),
-        "dtypes": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3), 2)(image.bfloat16() if rank else image.half())),
+        "dtypes": error_of(lambda: under_autocast(SpatiallySharded(nn.Conv2d(3, 4, 3), 2), halves)),
         "refused": error_of(lambda: SpatiallySharded(layer, 2)(image.double() if rank == 1 else image)),
+        "refused by a convolution": error_of(
+            lambda: SpatiallySharded(nn.Conv2d(3, 4, 3), 2)(image.int() if rank == 1 else image)
+        ),
+        "norms of a rank": error_of(lambda: with_eval_norm(rank == 1)(image)),
+        "gate of a rank": error_of(lambda: with_other_gate(rank == 1)(image)),
         "channels": error_of(lambda: SpatiallySharded(layer, 2)(image[:, : 3 - rank])),
         "empty": error_of(lambda: SpatiallySharded(strided, 2)(image[:, :, : 1 if rank else 6])),
         "norms": error_of(lambda: SpatiallySharded(normed, 2)(image)),
@@ -514,8 +541,14 @@ def test_every_rank_refuses_what_no_rank_can_run(ranks):
 
 def test_every_rank_refuses_what_one_rank_refuses(ranks):
     other = "ValueError: input must be one that all ranks take, got one that rank 1 refuses"
-    of_dtype = [results["errors"]["refused"] for results in ranks]
-    assert [of_dtype[0], of_dtype[2]] == [other] * 2 and "dtype" in of_dtype[1]
+    for name, error in {
+        "refused": "TypeError: input must have the dtype of the layer's weight",
+        "refused by a convolution": "TypeError: input must have the dtype of the layer's weight",
+        "norms of a rank": "RuntimeError: the norms of branch_norm must use either all batch or all running",
+        "gate of a rank": "ValueError: attention_reach must be given for a gate of type Conv2d",
+    }.items():
+        first, refusing, last = (results["errors"][name] for results in ranks)
+        assert first == last == other and refusing.startswith(error), name
     of_channels = [results["errors"]["channels"] for results in ranks]
     assert of_channels[0] == other and all("channels" in error for error in of_channels[1:])
 
