@@ -6,6 +6,7 @@ a shard. An output belongs to the rank whose shard holds its centre, so none is 
 
 from __future__ import annotations
 
+import copy
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -192,6 +193,13 @@ class SpatiallySharded(nn.Module):
                     f"branch_norm[{k}] must share its statistics with all ranks that hold a shard "
                     f"(nn.SyncBatchNorm.convert_sync_batchnorm), got {type(norm).__name__}"
                 )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpatiallySharded:
+        """As of every module, but in the same process group, which cannot be copied."""
+        copied = type(self).__new__(type(self))
+        memo |= {id(self): copied, id(self.process_group): self.process_group}
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"

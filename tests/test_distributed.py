@@ -211,6 +211,8 @@ def check_group(rank):
     if rank == 0:
         return {"outside": error_of(lambda: sharded(input))}
     sizes = (7, input.shape[dim] - 7)
+    sharded = copy.deepcopy(sharded)  # as averages of weights do; in the same group, of which there is no copy
+    assert sharded.process_group is group and sharded.layer.weight is not layer.weight
     output, attention = sharded(input.split(sizes, dim)[rank - 1], return_attention=True)
     whole, whole_attention = layer(input, return_attention=True)
     return {
