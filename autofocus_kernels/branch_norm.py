@@ -139,7 +139,7 @@ def _by_batch_statistics(call: Call, bias: Tensor | None, norms: Norms, save_bra
         group=group,
     )
     empty = group is None and attention.numel() == 0
-    _update_running_statistics(norms, None if empty else statistics, bias)
+    _update_running_statistics(norms, None if empty else statistics, bias, shared=group is not None)
     return output
 
 
@@ -167,8 +167,12 @@ def _process_group(norms: Norms) -> str | None:
     return names.pop()
 
 
-def _update_running_statistics(norms: Norms, statistics: ops.Statistics | None, bias: Tensor | None) -> None:
+def _update_running_statistics(
+    norms: Norms, statistics: ops.Statistics | None, bias: Tensor | None, shared: bool
+) -> None:
     """As ``nn.BatchNormNd`` does; an empty batch (None) is counted and changes nothing else.
+
+    Where processes share statistics, only these tell whether the batches of all are empty: their count, on the device.
 
     Nothing here needs a gradient, so it needs no torch.no_grad either, which torch.export would keep as a region of its
     own that mutates buffers: a program that can neither be loaded nor unflattened.
@@ -192,5 +196,10 @@ def _update_running_statistics(norms: Norms, statistics: ops.Statistics | None, 
             momentum = 0.0 if norm.num_batches_tracked is None else 1 / float(norm.num_batches_tracked)
         mean = statistics.mean[k] if k > 0 or bias is None else statistics.mean[k] + bias.detach()
         unbiased = statistics.var[k] * (statistics.count / (statistics.count - 1))
-        norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-        norm.running_var.mul_(1 - momentum).add_(unbiased, alpha=momentum)
+        if shared:
+            taken = momentum * statistics.count.clamp(max=1)
+            norm.running_mean.mul_(1 - taken).add_(taken * mean)
+            norm.running_var.mul_(1 - taken).add_(taken * unbiased)
+        else:
+            norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+            norm.running_var.mul_(1 - momentum).add_(unbiased, alpha=momentum)

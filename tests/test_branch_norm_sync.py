@@ -1,5 +1,7 @@
 """``nn.SyncBatchNorm`` branches in two processes against one process that sees the whole batch."""
 
+import datetime
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -42,6 +44,15 @@ def two_samples_of_one_voxel():
     return torch.randn(2, 3, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
+def step_without_samples(layer):
+    """The state before and after a step on an empty batch, and its gradients."""
+    run_steps(layer, slice(0, 5))
+    layer.zero_grad()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer(torch.empty(0, 3, 6, 7, dtype=torch.float64)).sum().backward()
+    return before, layer.state_dict(), {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
 def evaluate_without_running_statistics():
     layer = make_layer(False).eval()
     for norm in layer.branch_norm:
@@ -51,7 +62,13 @@ def evaluate_without_running_statistics():
 
 
 def process(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        timeout=datetime.timedelta(minutes=2),  # a rank that others left waiting fails, instead of half an hour later
+        rank=rank,
+        world_size=2,
+    )
     results = {}
     try:
         for name, split in SPLITS.items():
@@ -60,6 +77,7 @@ def process(rank, folder):
                 results[name, save_branches] = run_steps(make_layer(save_branches), rows)
 
         results["one value"] = make_layer(False)(two_samples_of_one_voxel()[rank : rank + 1]).detach()
+        results["all are empty"] = step_without_samples(make_layer(False))
 
         layer = make_layer(False)
         for norm, group in zip(layer.branch_norm, (dist.new_group([0, 1]), dist.new_group([0, 1]))):
@@ -108,6 +126,16 @@ def test_two_processes_equal_one(of_processes, split, save_branches):
             joined = first[name]
             assert torch.equal(joined, second[name]), name
         assert relative_error(joined, value) < 1e-11, name
+
+
+def test_empty_batches_in_all_processes_are_counted_and_change_nothing_else(of_processes):
+    for results in of_processes:
+        before, after, gradients = results["all are empty"]
+        for name, value in before.items():
+            assert torch.equal(after[name], value + 1 if name.endswith("num_batches_tracked") else value), name
+        assert gradients
+        for name, gradient in gradients.items():
+            assert not gradient.any(), name
 
 
 def test_sharing_matters(of_processes):

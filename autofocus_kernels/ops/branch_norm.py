@@ -189,7 +189,7 @@ def _across_processes(local: Statistics, group: str) -> Statistics:
     values = torch.stack(gathered)
     means, variances = values[:, :-1].unflatten(1, (2, *local.mean.shape)).unbind(1)
     count = values[:, -1].sum()
-    share = (values[:, -1] / count).view(-1, 1, 1)
+    share = (values[:, -1] / count.clamp(min=1)).view(-1, 1, 1)  # zeros where no process has a value
     mean = (share * means).sum(0)
     return Statistics(mean, (share * (variances + (means - mean).square())).sum(0), count)
 
