@@ -19,13 +19,14 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers.segmentation_runs import SMALL, in_process, kill_before_file, rewrite_header
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from autofocus_kernels import networks
 from autofocus_kernels.segmentation import __main__ as command_line
-from autofocus_kernels.segmentation import crops, files, train
+from autofocus_kernels.segmentation import crops, files, parallel, train
 from autofocus_kernels.segmentation.crops import Crops
 from autofocus_kernels.segmentation.dataset import read_case, read_dataset
 from autofocus_kernels.segmentation.files import SegmentationError
@@ -375,6 +376,32 @@ def in_float64(patch):
     for module in (crops, train):
         patch.setattr(module, "read_case", read_in_float64)
     patch.setattr(train, "build_network", lambda config: build_network(config).double())
+
+
+def test_the_gpu_of_a_process_is_its_current_one(monkeypatch):
+    """nccl gathers objects by way of the current GPU: left alone, that is the first one in all processes."""
+    current, groups = [torch.device("cuda:0")], []
+
+    @contextlib.contextmanager
+    def select(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", select)
+    monkeypatch.setattr(parallel, "find_device", torch.device)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", groups.append)
+    monkeypatch.setattr(dist, "is_initialized", lambda: bool(groups))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "destroy_process_group", groups.clear)
+    with parallel.processes(None) as place:
+        assert groups == ["nccl"]
+        assert place == Place(1, 2, torch.device("cuda:1")) and current[-1] == place.device
+    assert current == [torch.device("cuda:0")] and not groups
 
 
 def test_processes_share_a_batch_evenly(phantom_2d, tmp_path, monkeypatch):

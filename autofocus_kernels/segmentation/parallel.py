@@ -39,16 +39,18 @@ def processes(device: str | None) -> Iterator[Place]:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     chosen = find_device(device)
     started = dist.is_initialized()
-    if not started and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    if not dist.is_initialized():
-        yield Place(0, 1, chosen)
-        return
-    try:
-        yield Place(dist.get_rank(), dist.get_world_size(), chosen)
-    finally:
-        if not started:
-            dist.destroy_process_group()
+    # nccl gathers objects by way of the current GPU, which is the first one of the machine in every process.
+    with torch.cuda.device(chosen) if chosen.type == "cuda" else contextlib.nullcontext():
+        if not started and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        if not dist.is_initialized():
+            yield Place(0, 1, chosen)
+            return
+        try:
+            yield Place(dist.get_rank(), dist.get_world_size(), chosen)
+        finally:
+            if not started:
+                dist.destroy_process_group()
 
 
 def find_device(name: str | None) -> torch.device:
