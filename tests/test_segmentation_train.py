@@ -614,7 +614,7 @@ def test_cases_without_any_label_are_not_trained_on(phantom_2d, tmp_path, cache)
 
 
 @pytest.mark.parametrize("cache", [None, 0])
-def test_labels_outside_the_masks_are_warned_of(phantom_2d, tmp_path, caplog, cache):
+def test_labels_outside_the_masks_are_warned_of_once(phantom_2d, tmp_path, caplog, monkeypatch, cache):
     """As those of lungs in CT whose air was cut off to zero: they are trained on, and never predicted."""
     train.train(phantom_2d, tmp_path / "first", **SMALL | {"iterations": 1}, cache=cache)
     assert not caplog.messages
@@ -626,6 +626,14 @@ def test_labels_outside_the_masks_are_warned_of(phantom_2d, tmp_path, caplog, ca
     train.train(data, tmp_path / "run", **SMALL | {"iterations": 1}, cache=cache)
     (warning,) = caplog.messages
     assert re.search(r"dataset.json: \d\d % of the labelled voxels to train on lie outside the masks", warning)
+
+    # The second process of two has nothing to add.
+    monkeypatch.setattr(train, "processes", lambda _: contextlib.nullcontext(Place(1, 2, torch.device("cpu"))))
+    monkeypatch.setattr(train, "parallel", lambda network, _: network)
+    monkeypatch.setattr(train, "gather", lambda values, _: values)
+    monkeypatch.setattr(train, "mean_over_processes", lambda value, _: value)
+    train.train(data, tmp_path / "second", **SMALL | {"iterations": 1}, cache=cache)
+    assert caplog.messages == [warning] and not (tmp_path / "second").exists()
 
 
 @pytest.mark.parametrize("folder", ["imagesTr", "labelsTr"])

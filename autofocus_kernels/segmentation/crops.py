@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from torch import Tensor
 from .dataset import Case, Dataset, read_case
 from .files import SegmentationError
 from .windows import cut
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)  # MONAI would take named tuples apart
@@ -61,6 +58,8 @@ class Crops(torch.utils.data.Dataset):
     Even items are centred on a voxel of the foreground, odd ones on one of the background inside the mask; but they are
     moved so that the labels lie within the volume, where that is large enough.
 
+    ``outside`` is the part of all labelled voxels that is outside the masks.
+
     Args:
         cases: of ``dataset``.
         window, crop: voxels of a window along each axis, and how many of these the network takes away.
@@ -94,12 +93,7 @@ class Crops(torch.utils.data.Dataset):
                 f"{dataset.source}: at least one case to train on must have a label above 0, got none in "
                 f"{len(cases)} label files"
             )
-        if outside > 0.01 * labelled:
-            _log.warning(
-                "%s: %.0f %% of the labelled voxels to train on lie outside the masks, where predict writes label 0",
-                dataset.source,
-                100 * outside / labelled,
-            )
+        self.outside = outside / labelled
         self.window, self.crop, self.seed = window, crop, seed
         self.flipped_axes = len(window) if flip_every_axis else 1
 

@@ -206,6 +206,12 @@ class _Training:
         self.crops = Crops(
             dataset, training, config.window, self.network.crop, config.seed, recipe.flip_every_axis, cache
         )
+        if place.rank == 0 and self.crops.outside > 0.01:
+            _log.warning(
+                "%s: %.0f %% of the labelled voxels to train on lie outside the masks, where predict writes label 0",
+                dataset.source,
+                100 * self.crops.outside,
+            )
         for case in validation:
             self._read(case)  # what is wrong with it is said now, not after the first round
         if place.rank == 0:
