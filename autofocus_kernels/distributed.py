@@ -119,7 +119,8 @@ class SpatiallySharded(nn.Module):
 
         context = part(contexts[rank])
         if not fused:
-            return own_outputs(layer(context))
+            # No view, as of no convolution: FSDP loses its hook on one that nn.ReLU, say, changes in place.
+            return own_outputs(layer(context)).clone()
         attention = layer.attention(context.detach() if layer.detach_attention else context)
         _check_attention(attention, dim, axis.outputs_of(contexts[rank]))
         attention = own_outputs(attention)

@@ -398,6 +398,36 @@ def check_fsdp(rank):
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
 
 
+def check_fsdp_of_shards(rank):
+    """Activations in place, which FSDP allows after a module whose output is no view, as that of a convolution."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    options = {"padding": 1, "dtype": torch.float64}
+    whole = nn.Sequential(
+        AutofocusConv2d(2, 4, dilations=(1, 3), **options),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 5, 3, **options),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(5, 3, 3, **options),
+        nn.ReLU(inplace=True),
+    )
+    image = make_batch()[:1]
+    whole(image).square().mean().backward()
+    network = copy.deepcopy(whole)
+    network.zero_grad()
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    for index in (0, 2, 4):
+        network[index] = fully_shard(SpatiallySharded(network[index], -1), mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    share = network(image.tensor_split(RANKS, -1)[rank]).square().sum() / whole(image).numel()
+    (RANKS * share).backward()
+    return {
+        name: relative_error(parameter.grad.full_tensor(), whole.get_parameter(name.replace("layer.", "")).grad)
+        for name, parameter in network.named_parameters()
+    }
+
+
 # ------------------------------------------------------------------ DTensor
 
 TENSOR_CASES = {
@@ -481,6 +511,7 @@ def process(rank, folder):
         results["DDP"] = check_ddp(rank)
         results["DDP of shards"] = check_ddp_of_shards(rank)
         results["FSDP2"] = check_fsdp(rank)
+        results["FSDP2 of shards"] = check_fsdp_of_shards(rank)
 
         import autofocus_kernels.dtensor  # noqa: F401, registers the rules
 
@@ -506,7 +537,16 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "name",
-    [*VOLUMES, "second derivative", "network", "converted", "computed weight", "DDP of shards", "layer of DTensors"],
+    [
+        *VOLUMES,
+        "second derivative",
+        "network",
+        "converted",
+        "computed weight",
+        "DDP of shards",
+        "FSDP2 of shards",
+        "layer of DTensors",
+    ],
 )
 def test_parts_equal_one_process(ranks, name):
     for results in ranks:
