@@ -343,13 +343,17 @@ def as_rank(rank, port, data, run, options):
         train.train(data, run, **options)
 
 
-def train_in_two(data, run, options):
+def as_rank_with_own_folder(rank, port, data, run, options):
+    as_rank(rank, port, data, run / str(rank), options)
+
+
+def train_in_two(data, run, options, function=as_rank):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # Forks of a process that has imported all and started no thread.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["autofocus_kernels.segmentation.train"])
-    mp.start_processes(as_rank, args=(port, data, run, options), nprocs=2, start_method="forkserver")
+    mp.start_processes(function, args=(port, data, run, options), nprocs=2, start_method="forkserver")
 
 
 @pytest.mark.parametrize("branch_norm", [True, False])
@@ -376,6 +380,13 @@ def in_float64(patch):
     for module in (crops, train):
         patch.setattr(module, "read_case", read_in_float64)
     patch.setattr(train, "build_network", lambda config: build_network(config).double())
+
+
+def test_processes_resume_one_run(finished, phantom_2d, tmp_path):
+    """On two machines with a folder of that name each, the second would begin anew beside the first."""
+    shutil.copytree(finished[0], tmp_path / "0")
+    with pytest.raises(mp.ProcessRaisedException, match=r"must be one folder for all processes.*\[6, 0\] iterations"):
+        train_in_two(phantom_2d, tmp_path, SMALL, as_rank_with_own_folder)
 
 
 def test_the_gpu_of_a_process_is_its_current_one(monkeypatch):

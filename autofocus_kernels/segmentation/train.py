@@ -223,6 +223,11 @@ class _Training:
                         f"{run}: was begun by another process meanwhile; the same command resumes it"
                     )
             write_config(run, config)
+        done = gather([self.done], place)
+        if len(set(done)) > 1:
+            raise SegmentationError(
+                f"{run}: must be one folder for all processes, in theirs {done} iterations are done"
+            )
         self.wrapped = parallel(self.network, place)
 
     def _resume(self, path: Path) -> None:
