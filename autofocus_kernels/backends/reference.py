@@ -69,12 +69,11 @@ class ReferenceBackend(Backend):
     def branch_reduce(
         self, call, grad_output, branches, mean, scale, shift, grad_attention, grad_scale, grad_shift
     ) -> None:
-        over = (0, *range(2, grad_output.dim()))
         grad_output = grad_output.to(mean.dtype)
         for k, branch in enumerate(branches):
             gated = grad_output * call.attention[:, k : k + 1]
-            grad_shift[k] = gated.sum(over)
-            grad_scale[k] = gated.mul_(branch - reference.per_channel(mean[k], call.geometry)).sum(over)
+            grad_shift[k] = _sum_over_voxels(gated)
+            grad_scale[k] = _sum_over_voxels(gated.mul_(branch - reference.per_channel(mean[k], call.geometry)))
             if grad_attention is not None:
                 grad_attention[:, k] = _normed(call, branch, scale[k], shift[k]).mul_(grad_output).sum(1)
 
@@ -91,6 +90,11 @@ class ReferenceBackend(Backend):
 def _normed(call: Call, branch: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     scale, shift = (reference.per_channel(vector, call.geometry) for vector in (scale, shift))
     return torch.addcmul(shift, branch, scale)
+
+
+def _sum_over_voxels(volume: Tensor) -> Tensor:
+    """``[O]``, of each sample and then of these: torch's sum over both may add the samples' one by one."""
+    return volume.flatten(2).sum(2).sum(0)
 
 
 def _zero(*gradients: Tensor | None) -> None:
