@@ -218,6 +218,20 @@ def test_sums_over_many_voxels_of_one_sign(layout, mode, dilations):
         assert testing.relative_error(results[name], expected[name]) < 3e-5, name
 
 
+@pytest.mark.parametrize("mode", ["plain", "branch"])
+@pytest.mark.parametrize("dilations", [(1, 2), (2, 6)], ids=str)
+@pytest.mark.parametrize(("batch", "size"), [(1, 2**20), (2**16, 4)], ids=["long axis", "large batch"])
+def test_sums_over_many_tiles_of_one_sign(mode, batch, size, dilations):
+    """Tiles, too, may be too many to be added one by one: those of one axis, which no slabs share, or of samples."""
+    case = Case("one_sign", (size,), channels=1, out_channels=1, dilations=dilations, mode=mode, batch=batch)
+    tensors = testing.make_tensors(case)
+    for tensor in (tensors.input, tensors.attention, tensors.grad_output):
+        tensor.fill_(0.1)
+    results = testing.evaluate(partial(autofocus_conv, backend="cpu"), case, tensors)
+    expected = testing.truth(case, tensors)
+    assert testing.relative_error(results["weight"], expected["weight"]) < 1e-5
+
+
 @pytest.mark.parametrize("argument", ["input", "attention", "grad_output"])
 def test_offsets_are_64_bit(argument):
     """Channels 2^31 elements apart. The pages between them are never touched, so this needs little memory."""

@@ -34,7 +34,8 @@ class BranchGather {
         plan_(plan),
         grad_input_(grad_input),
         grad_weight_(grad_weight),
-        weight_size_(num_taps(g_) * plan.groups * plan.width * plan.in_width),
+        group_size_(num_taps(g_) * plan.width * plan.in_width),
+        weight_size_(plan.groups * group_size_),
         partials_(
             std::clamp<int64_t>((int64_t(1) << 23) / weight_size_, 1, plan.together ? kSplits : plan.lattices.count())),
         sets_(plan.together ? 1 : partials_),
@@ -65,16 +66,20 @@ class BranchGather {
 
  private:
   static constexpr int64_t kSplits = 32;
+  // Tiles that one sum of dW is taken over; one axis may have 10^5 of them, which float32 cannot add one by one.
+  static constexpr int64_t kTilesOfASum = 256;
 
   struct Workspace {
     explicit Workspace(const BranchGather& b)
         : tile(b.plan_),
+          tile_sum(b.grad_weight_.data ? b.group_size_ : 0),
           is_read(b.plan_.voxels * b.g_.kernel.x),
           dx(b.plan_.low_precision ? bfloat16_rows(b.plan_.voxels) * b.plan_.in_width : 0),
           low_rows(b.plan_.low_precision ? bfloat16_rows(b.plan_.voxels) * b.low_columns_ : 0),
           low_pairs(b.plan_.low_precision ? bfloat16_depth(b.plan_.voxels) * b.plan_.tap_columns : 0),
           low_x(b.plan_.low_precision ? bfloat16_rows(b.g_.C) * bfloat16_depth(b.plan_.voxels) : 0) {}
     BranchTile<A> tile;
+    Scratch<A> tile_sum;        // dW of up to kTilesOfASum tiles
     std::vector<char> is_read;  // [voxel of the tile][tap x]
     // For products in bfloat16: dx of the tile, v_t by voxel and in pairs of voxels, and x by channel.
     Scratch<A> dx;
@@ -119,9 +124,18 @@ class BranchGather {
     within(splits, [&](int64_t first, int64_t last) {
       Workspace w(*this);
       for (int64_t split = first; split < last; ++split) {
-        A* sum = sums_ + (set * splits + split) * weight_size_;
-        for (int64_t tile = grid.count() * split / splits; tile < grid.count() * (split + 1) / splits; ++tile)
-          gather_tile(block, grid, tile, sum, dx, w);
+        A* sum = sums_ + (set * splits + split) * weight_size_ + block.group * group_size_;
+        const int64_t begin = grid.count() * split / splits, end = grid.count() * (split + 1) / splits;
+        if (!grad_weight_.data || end - begin < 16) {  // a sum of their own would take time
+          for (int64_t tile = begin; tile < end; ++tile) gather_tile(block, grid, tile, sum, dx, w);
+          continue;
+        }
+        for (int64_t tile = begin; tile < end;) {
+          std::fill(w.tile_sum.get(), w.tile_sum + group_size_, A(0));
+          for (const int64_t next = std::min(tile + kTilesOfASum, end); tile < next; ++tile)
+            gather_tile(block, grid, tile, w.tile_sum, dx, w);
+          for (int64_t i = 0; i < group_size_; ++i) sum[i] += w.tile_sum[i];
+        }
       }
     });
   }
@@ -146,10 +160,10 @@ class BranchGather {
       gather_row(block, row, part, !finite, w);
       const int64_t tap_row = block.group * plan_.tap_rows + row;
       if (low_precision) {
-        add_low_precision(tap_row, voxels, !empty, sum, w);
+        add_low_precision(tap_row, voxels, !empty, sum + row * plan_.in_width * plan_.tap_columns, w);
       } else {
         if (grad_input_.data) add_input(block, tap_row, part, finite, dx, w);
-        if (grad_weight_.data) add_weight(block, tap_row, part, finite, sum, w);
+        if (grad_weight_.data) add_weight(block, part, finite, sum + row * plan_.in_width * plan_.tap_columns, w);
       }
       empty = false;
     }
@@ -187,14 +201,12 @@ class BranchGather {
     });
   }
 
-  // dW_t += sum_q x(q) v_t(q)^T: [group][tap row][C padded][tap x][width]
-  void add_weight(const BranchBlock<A>& block, int64_t tap_row, const TilePart& part, bool finite, A* sum,
-                  Workspace& w) const {
+  // dW_t += sum_q x(q) v_t(q)^T, for the taps of one row: [C padded][tap x][width]
+  void add_weight(const BranchBlock<A>& block, const TilePart& part, bool finite, A* sum, Workspace& w) const {
     for_each_product(block, part, finite, w, [&](int64_t voxel, int64_t voxels, int64_t first, int64_t columns) {
-      gemm<A>(
-          {w.tile.x + voxel * plan_.in_width, 1, plan_.in_width, w.tile.columns + voxel * plan_.tap_columns + first,
-           plan_.tap_columns, sum + tap_row * plan_.in_width * plan_.tap_columns + first, plan_.tap_columns, voxels},
-          g_.C, columns, true);
+      gemm<A>({w.tile.x + voxel * plan_.in_width, 1, plan_.in_width, w.tile.columns + voxel * plan_.tap_columns + first,
+               plan_.tap_columns, sum + first, plan_.tap_columns, voxels},
+              g_.C, columns, true);
     });
   }
 
@@ -210,8 +222,7 @@ class BranchGather {
       }
       if (grad_weight_.data) {
         round_pairs(w.tile.columns, columns, voxels, columns, w.low_pairs);
-        bfloat16_gemm(w.low_x, bfloat16_depth(plan_.voxels), w.low_pairs, sum + tap_row * plan_.in_width * columns,
-                      columns, g_.C, columns, voxels, true);
+        bfloat16_gemm(w.low_x, bfloat16_depth(plan_.voxels), w.low_pairs, sum, columns, g_.C, columns, voxels, true);
       }
     }
   }
@@ -254,7 +265,8 @@ class BranchGather {
   const Problem& g_;
   const BranchPlan<A>& plan_;
   const View<T> grad_input_, grad_weight_;
-  const int64_t weight_size_, partials_;
+  const int64_t group_size_, weight_size_;  // of a partial sum, of one group of output channels and of all
+  const int64_t partials_;
   const int64_t sets_;  // of lattices; a partial sum is of a set, or of a part of every lattice
   const Scratch<A> weight_;
   const bool finite_weight_;

@@ -19,9 +19,9 @@ void reduce_weight(const Problem& g, ParallelFor parallel, int64_t partials, int
       for (int64_t c = 0; c < g.C; ++c)
         for (int64_t o = 0; o < g.O; ++o) {
           const A* sum = first(tap, o, c);
-          A total = 0;
+          double total = 0;  // there may be as many partial sums as samples
           for (int64_t partial = 0; partial < partials; ++partial) total += sum[partial * size];
-          from_accumulator(total, at_tap[o * grad_weight.n + c * grad_weight.c]);
+          from_accumulator(A(total), at_tap[o * grad_weight.n + c * grad_weight.c]);
         }
     }
   });

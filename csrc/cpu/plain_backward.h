@@ -109,12 +109,14 @@ class PlainBackward {
         const int64_t group = job % plan_.groups, partial = job / plan_.groups;
         A* grad_weight = grad_weight_ + (group * plan_.partials + partial) * weight_size_;
         if (wanted_ & kWeight) std::fill(grad_weight, grad_weight + weight_size_, A(0));
+        workspace.tiles_summed = 0;
         for (int64_t index = partial; index < plan_.slabs.count(); index += plan_.partials) {
           const Lattice slab = plan_.slabs.at(index);
           A* slab_grad =
               plan_.slabs.per_lattice() > 1 ? slab_grads_ + (index * plan_.groups + group) * slab_size_ : nullptr;
           run_job(Job(slab, plan_, group), slab_grad, grad_weight, workspace);
         }
+        if (workspace.tiles_summed > kTilesOfASum) add_tile_sum(grad_weight, workspace);
       }
     });
     if (wanted_ & kInput && plan_.slabs.per_lattice() > 1) add_slab_grads();
@@ -124,6 +126,10 @@ class PlainBackward {
   }
 
  private:
+  // Tiles that one sum of dW is taken over. A lattice of one axis is not cut into slabs and may have 10^5 of them,
+  // which float32 cannot add one by one.
+  static constexpr int64_t kTilesOfASum = 256;
+
   // One lattice, or a slab of one, and one group of input channels.
   struct Job {
     Job(const Lattice& lattice, const PlainBackwardPlan<A>& plan, int64_t group)
@@ -147,16 +153,20 @@ class PlainBackward {
           grad_output(b.plan_.voxels * b.out_width_),
           projected(bfloat16_rows(b.plan_.voxels) * b.tap_columns_),
           blended(b.plan_.voxels * b.tap_columns_),
+          tile_sum(b.wanted_ & kWeight ? b.weight_size_ : 0),
           grad_attention(b.plan_.voxels * b.g_.K * V::kLanes),
           low_grad(b.low_precision_ ? bfloat16_rows(b.plan_.voxels) * b.low_depth_ : 0),
           low_transposed(b.low_precision_ ? bfloat16_rows(b.g_.O) * bfloat16_depth(b.plan_.voxels) : 0),
           low_blended(b.low_precision_ ? bfloat16_depth(b.plan_.voxels) * b.tap_columns_ : 0),
           tiles(b.low_precision_) {}
-    Scratch<A> x, own_dx, attention, grad_output, projected, blended, grad_attention;
+    Scratch<A> x, own_dx, attention, grad_output, projected, blended;
+    Scratch<A> tile_sum;  // dW of the tiles after the first kTilesOfASum, until it is added to theirs
+    Scratch<A> grad_attention;
     // The tile in bfloat16: G by voxel, G by channel, and the blended input in pairs of voxels.
     Scratch<uint16_t> low_grad, low_transposed, low_blended;
     AmxTiles tiles;
     A* dx;
+    int64_t tiles_summed;  // into the present partial sum of dW
     std::vector<Segment> segments;
     std::vector<TapRow> rows;
   };
@@ -183,6 +193,7 @@ class PlainBackward {
     const Problem& sub = job.lattice.problem;
     const int64_t count = job.grid.at(tile, w.segments);
     load(job.lattice, count, w);
+    if (wanted_ & kWeight) grad_weight = sum_of_tile(grad_weight, w);
     const Index3 voxel_strides{sub.input.y * sub.input.x * plan_.group_width, sub.input.x * plan_.group_width,
                                plan_.group_width};
     for (int64_t row = 0; row < tap_rows_; ++row) {
@@ -192,6 +203,21 @@ class PlainBackward {
       if (wanted_ & kWeight) add_weight(job, count, grad_weight + row * tap_columns_ * out_width_, w);
     }
     if (wanted_ & kAttention) store_attention(job, w);
+  }
+
+  // Where the next tile's dW is added.
+  A* sum_of_tile(A* grad_weight, Workspace& w) const {
+    const int64_t tile = w.tiles_summed++;
+    if (tile < kTilesOfASum) return grad_weight;
+    if (tile % kTilesOfASum == 0) {
+      if (tile > kTilesOfASum) add_tile_sum(grad_weight, w);
+      std::fill(w.tile_sum.get(), w.tile_sum + weight_size_, A(0));
+    }
+    return w.tile_sum;
+  }
+
+  void add_tile_sum(A* grad_weight, const Workspace& w) const {
+    for (int64_t i = 0; i < weight_size_; ++i) grad_weight[i] += w.tile_sum[i];
   }
 
   // Attention and G of the tile's voxels, and nothing yet in the gradient of attention.
