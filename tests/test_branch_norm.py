@@ -18,6 +18,7 @@ from helpers.plain_norms import (
     run_both,
 )
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributed.fsdp import fully_shard
 from torch.library import opcheck
 
@@ -305,6 +306,19 @@ def test_sums_over_many_samples_of_one_sign(backend):
     output.backward(0.1 * torch.ones_like(output))
     for norm in layer.branch_norm:
         torch.testing.assert_close(norm.bias.grad, torch.full((2,), 0.05 * input.numel()), rtol=1e-5, atol=0)
+
+
+def test_statistics_of_many_samples_far_from_zero_in_forward_mode():
+    """By the plain definition, as every transform: 2^14 samples around 0.1 +- 0.001."""
+    shape = (2**14, 1, 2, 2)
+    layer = AutofocusConv2d(1, 1, 1, dilations=(1, 2), branch_norm=True, bias=False)
+    nn.init.ones_(layer.weight)
+    input = 0.1 + 1e-3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(input, torch.ones_like(input))
+        output = layer.blend(dual, layer.weight, torch.full((shape[0], 2, 2, 2), 0.5), "same")
+        output = forward_ad.unpack_dual(output).primal
+    assert relative_error(output, nn.BatchNorm2d(1, dtype=torch.float64)(input.double())) < 1e-5
 
 
 # ------------------------------------------------------------------ errors

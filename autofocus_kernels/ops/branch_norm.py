@@ -99,13 +99,14 @@ def plain(
     """The definition in plain PyTorch: differentiable any number of times, every branch saved twice."""
     output = None if bias is None else 0 * reference.per_channel(bias, call.geometry)
     means, variances = [], []
-    over = (0, *range(2, call.input.dim()))
+    space = tuple(range(2, call.input.dim()))
     for k, branch in enumerate(reference.branches(call)):
         # Not F.batch_norm: from the third on its derivatives are wrong, and torch 2.14 refuses them.
         wide = branch.to(norm_weight.dtype)
-        mean = wide.mean(over)
+        # Of each sample, then of these: torch's mean over both may add the samples' one by one.
+        mean = wide.mean(space).mean(0)
         centred = wide - reference.per_channel(mean, call.geometry)
-        var = centred.square().mean(over)
+        var = centred.square().mean(space).mean(0)
         scale = reference.per_channel(norm_weight[k] * (var + eps[k]).rsqrt(), call.geometry)
         normed = (scale * centred + reference.per_channel(norm_bias[k], call.geometry)).to(branch.dtype)
         term = call.attention[:, k : k + 1] * normed
