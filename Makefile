@@ -54,5 +54,5 @@ $(BUILT): setup.py $(shell find csrc -type f -not -path '*/__pycache__/*') $(INS
 
 # In build/ also lie measurements and trained runs, which took up to hours: only what is built goes.
 clean:
-	rm -rf build/lib* build/temp* build/bdist* build/cross build/compat build/newest build/mypy build/.built-*
+	rm -rf build/lib* build/temp* build/bdist* build/cross build/probes build/compat build/newest build/mypy build/.built-*
 	rm -rf dist demo *.egg-info autofocus_kernels/_build.json autofocus_kernels/*.so

@@ -41,6 +41,7 @@ from . import cross_build, gpu_table
 from .contenders import DTYPES, precision
 from .provenance import ROOT
 
+COMPILED_PROBES = ROOT / "build" / "probes"  # those that were not cross-built; programs are no results
 TABLE = ("-m", "benchmarks.gpu_table")
 # Each result on a line of its own, with its reason: a run that is cut off has said what it found.
 PYTEST = ("-m", "pytest", "-v", "--tb=short", "-rN", "-p", "benchmarks.failure_reasons")
@@ -224,8 +225,8 @@ def probes(session: Session, device: str) -> None:
         if compiler is None:
             session.note("probes", "not run", f"no nvcc, and {cross_build.refusal(architecture())}")
             return
-        folder = session.folder / "probes"
-        folder.mkdir(exist_ok=True)
+        folder = COMPILED_PROBES
+        folder.mkdir(parents=True, exist_ok=True)
         commands = [cross_build.compile_probe(compiler, s, folder / s.stem, architecture()) for s in sources]
         # All at once; one that does not compile fails when it is run.
         script = "".join(f"{shlex.join(map(str, command))} &\n" for command in commands) + "wait"

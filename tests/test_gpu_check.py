@@ -130,7 +130,8 @@ def test_gpu_check_goes_on_after_a_stage_that_breaks(fake_gpu, tmp_path, monkeyp
 def test_gpu_check_compiles_the_probes_where_nothing_is_cross_built(fake_gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check.cross_build, "refusal", lambda architecture: "nothing was cross-built")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    gpu_check.main(["--quick", "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu_check, "COMPILED_PROBES", tmp_path / "probes")
+    gpu_check.main(["--quick", "--out", str(tmp_path / "results")])
     run = {stage: command for stage, command, _ in fake_gpu}
     commands = run["compile probes"][-1].splitlines()
     assert [command.split()[-2:] for command in commands[:-1]] == [[str(probe), "&"] for probe in cross_build.PROBES]
