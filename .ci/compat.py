@@ -17,6 +17,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -98,7 +99,7 @@ def build_cuda_library(tree, version, kernels):
     (torch,) = tree.glob(".venv/lib/python3*/site-packages/torch")
     if not (torch / "lib" / "libtorch_cuda.so").exists():
         return say(title, "skipped: a build of torch without CUDA")
-    compiler = os.environ.get("CXX", "c++").split()
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
     flags = [*FLAGS["CXX_CUDA"], "-Wall", "-Werror", "-fPIC", "-isystem", torch / "include"]
     libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10", "-lc10_cuda"]
     compile_binding = [*compiler, *flags, "-c", ROOT / "csrc" / "binding" / "cuda.cpp", "-o", binding]

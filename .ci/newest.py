@@ -10,6 +10,7 @@ compat` has the real ones. A torch that cannot be had is no failure.
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -62,7 +63,7 @@ def make_stubs():
 def compiles():
     """Whether what sees torch compiles against this one's headers. The rest is compiled already, and is the same."""
     options = [*FLAGS["CXX"], "-fsyntax-only", f"-I{ROOT / 'csrc'}", f"-isystem{FOLDER / 'torch' / 'include'}"]
-    return subprocess.run([os.environ.get("CXX", "c++"), *options, ROOT / SEES_TORCH]).returncode == 0
+    return subprocess.run([*shlex.split(os.environ.get("CXX") or "c++"), *options, ROOT / SEES_TORCH]).returncode == 0
 
 
 def main():

@@ -7,6 +7,7 @@ calls. Where the compiled code itself does not matter, csrc/ is replaced by one 
 import json
 import os
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -17,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers.cuda_emulation import COMPILER
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "constraints.txt")
@@ -25,7 +27,7 @@ TINY = "int autofocus_probe() { return 1; }\n"
 BROKEN = "this is no C++\n"
 UNDEFINED = "int autofocus_missing(); int autofocus_probe() { return autofocus_missing(); }\n"
 
-needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="no C++ compiler")
 
 
 @pytest.fixture
@@ -183,7 +185,7 @@ def test_unknown_choice_fails(tree):
 
 
 @needs_compiler
-@pytest.mark.parametrize("compiler", ["", f"env {os.environ.get('CXX') or 'c++'}"])
+@pytest.mark.parametrize("compiler", ["", f"env {shlex.join(COMPILER)}"])
 def test_compiler_of_no_word_and_of_two(tree, compiler):
     only_source(tree, TINY)
     wheel, said = build(tree, AUTOFOCUS_BUILD="cpu", CXX=compiler)
