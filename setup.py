@@ -32,8 +32,8 @@ MODE = os.environ.get("AUTOFOCUS_BUILD") or "auto"
 CSRC = Path(__file__).resolve().parent / "csrc"
 if not os.environ.get("CXX"):
     os.environ.pop("CXX", None)  # an empty one is none, for torch too
-COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 FLAGS = runpy.run_path(str(CSRC / "flags.py"))
+COMPILER = FLAGS["compiler"]()
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 # These commands only read metadata; probing the machine for them would cost seconds.
 READS = {"egg_info", "dist_info", "sdist"}

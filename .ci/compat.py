@@ -17,7 +17,6 @@ import json
 import os
 import re
 import runpy
-import shlex
 import shutil
 import subprocess
 import sys
@@ -99,7 +98,7 @@ def build_cuda_library(tree, version, kernels):
     (torch,) = tree.glob(".venv/lib/python3*/site-packages/torch")
     if not (torch / "lib" / "libtorch_cuda.so").exists():
         return say(title, "skipped: a build of torch without CUDA")
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    compiler = FLAGS["compiler"]()
     flags = [*FLAGS["CXX_CUDA"], "-Wall", "-Werror", "-fPIC", "-isystem", torch / "include"]
     libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10", "-lc10_cuda"]
     compile_binding = [*compiler, *flags, "-c", ROOT / "csrc" / "binding" / "cuda.cpp", "-o", binding]

@@ -10,7 +10,6 @@ compat` has the real ones. A torch that cannot be had is no failure.
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 
@@ -63,7 +62,7 @@ def make_stubs():
 def compiles():
     """Whether what sees torch compiles against this one's headers. The rest is compiled already, and is the same."""
     options = [*FLAGS["CXX"], "-fsyntax-only", f"-I{ROOT / 'csrc'}", f"-isystem{FOLDER / 'torch' / 'include'}"]
-    return subprocess.run([*shlex.split(os.environ.get("CXX") or "c++"), *options, ROOT / SEES_TORCH]).returncode == 0
+    return subprocess.run([*FLAGS["compiler"](), *options, ROOT / SEES_TORCH]).returncode == 0
 
 
 def main():

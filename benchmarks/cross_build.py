@@ -63,7 +63,7 @@ def build(architectures: list[str], torch: Path, folder: Path = FOLDER) -> None:
         sys.exit(f"{torch} holds no headers of torch's stable ABI")
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "probes").mkdir(parents=True)
-    cxx = shlex.split(os.environ.get("CXX", "c++"))
+    cxx = FLAGS["compiler"]()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         objects = [work / f"{source.parent.name}_{source.stem}.o" for source in KERNELS]

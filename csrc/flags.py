@@ -1,7 +1,9 @@
 """Build flags of the compiled libraries, for setup.py and for tests that call a compiler."""
 
 import hashlib
+import os
 import re
+import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +28,11 @@ NVCC = ["-std=c++17", "-O3", STABLE_ABI, "-DUSE_CUDA"]
 # Machine code for each that nvcc knows; PTX of the newest lets later GPUs compile for themselves. Only sm_90a has
 # warpgroup MMA: code for sm_90 runs on Hopper too, without it.
 CUDA_ARCHITECTURES = ("80", "90a", "100", "120")
+
+
+def compiler():
+    """The C++ compiler's words: those of CXX, which may be several ("ccache c++") or none."""
+    return shlex.split(os.environ.get("CXX") or "c++")
 
 
 def generation(architecture):

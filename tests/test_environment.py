@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.cuda_emulation import COMPILER
 
 import autofocus_kernels
 from autofocus_kernels.dispatch import backend_named
@@ -21,7 +22,7 @@ def test_cpu_library_was_built_where_a_compiler_is():
     asked = os.environ.get("AUTOFOCUS_BUILD", "auto")
     if asked not in ("auto", "cpu"):
         pytest.skip(f"AUTOFOCUS_BUILD={asked} asks for no CPU library")
-    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+    if not any(map(shutil.which, (COMPILER[0], "g++", "clang++"))):
         pytest.skip("no C++ compiler")
     assert LIBRARIES, "there is a C++ compiler but no autofocus_kernels/_cpu*.so: build the package first"
 

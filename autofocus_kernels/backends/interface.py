@@ -58,7 +58,8 @@ class Backend(Protocol):
         checked: whether self_check.py tries each kind of call before the first one runs: for backends whose code meets
             hardware and compilers that it was never tried with.
         tiles_by_volume: whether the size of a volume chooses among compiled kernels, so that each size is a kind of its
-            own. Such a backend takes the size from ``Geometry.tiled``.
+            own. Such a backend takes the size from ``Geometry.tiled``. A checked one shares a problem with
+            ``Geometry.few_blocks`` among few thread blocks; nothing but the order of sums may depend on that.
     """
 
     checked: bool

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import runpy
-import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from autofocus_kernels.testing import call_of, make_tensors
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "cuda_host"
 FLAGS = runpy.run_path(str(ROOT / "csrc" / "flags.py"))
-COMPILER = shlex.split(os.environ.get("CXX") or "c++")
+COMPILER = FLAGS["compiler"]()
 KILOBYTE = 1024
 HALVES = (torch.float16, torch.bfloat16)
 # Largest dynamic shared memory of a block and compute capability, by GPU (CUDA C++ programming guide).

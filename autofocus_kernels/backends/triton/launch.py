@@ -259,6 +259,7 @@ def _plan_grad_input_weight(
     blocks = ceil_div(weight.tensor.shape[1], config.block_c)
     splits = walk.num_tiles
     if grad_weight is not None:
+        # Few: at least three tiles for each.
         most = ceil_div(walk.num_tiles, 3) if problem.few_blocks else _resident_programs(input.device, config)
         splits = min(splits, ceil_div(most, blocks))
     numbers = (
