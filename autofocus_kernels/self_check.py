@@ -17,7 +17,7 @@ TF32 holds them and products of two or three of them, so the truth is the same w
 for the fastest convolution is off, for all threads, while the truth is computed.
 
 Not seen: what only large volumes do (64-bit offsets). Not survived: a kernel that reads or writes where it must not may
-end the process's use of the GPU, check or no check.
+end the process's use of the GPU, check or no check. Then no backend can go on, and the error says which kernel it was.
 """
 
 from __future__ import annotations
@@ -382,11 +382,28 @@ def _check(variant: Variant, backend: Backend) -> Outcome:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            if _lost(device):
+                raise RuntimeError(
+                    f"the self-check of backend {variant.backend!r} has ended this process's use of the GPU, "
+                    f"{variant}: {type(error).__name__}: {error}. In a new process the environment variable "
+                    "AUTOFOCUS_BACKEND can name another backend; please report this"
+                ) from error
             return Outcome("wrong", f"its self-check fails, {variant}: {type(error).__name__}: {error}")
     wrong = tolerance.complaints(dict(zip(expected, errors)), dict(zip(expected, limits)))
     if wrong:
         return Outcome("wrong", f"its self-check fails, {variant}: {'; '.join(wrong)}")
     return Outcome("right", "")
+
+
+def _lost(device: torch.device) -> bool:
+    """Whether an error that no process recovers from has come to ``device``, such as an illegal address."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _not_checked(variant: Variant, why: str) -> Outcome:

@@ -201,6 +201,26 @@ def test_an_error_is_a_refusal(plant, said):
     assert "ZeroDivisionError: no tiles" in said()[0]
 
 
+def test_an_error_that_ends_the_use_of_the_gpu_names_the_backend(plant, monkeypatch, said):
+    def fail(function, filled):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    plant(Planted(fail))
+    monkeypatch.setattr(self_check, "_lost", lambda device: True)
+    with pytest.raises(RuntimeError, match="of backend 'cpu' has ended .* illegal memory access .* AUTOFOCUS_BACKEND"):
+        call()
+    assert not said()
+
+
+def test_what_the_gpu_answers_after_an_error_says_whether_it_is_lost(monkeypatch):
+    def synchronize(device):
+        if device.index == 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert [self_check._lost(torch.device(name)) for name in ("cpu", "cuda:0", "cuda:1")] == [False, False, True]
+
+
 def test_bfloat16_arithmetic_is_refused_in_float32(plant, said):
     plant(Planted(lambda function, filled: filled[0].copy_(filled[0].bfloat16())))
     call()
