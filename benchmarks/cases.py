@@ -1,4 +1,4 @@
-"""The problems that are timed. Sizes are those of the input; dilations are the paper's."""
+"""The problems that are timed. Sizes are those of the input; dilations are the paper's where none are named."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from autofocus_kernels.testing import Case
 DILATIONS = (2, 6, 10, 14)
 
 
-def _case(name: str, size, channels: int, out_channels: int, **options) -> Case:
-    return Case(name, size, channels=channels, out_channels=out_channels, dilations=DILATIONS, **options)
+def _case(name: str, size, channels: int, out_channels: int, dilations=DILATIONS, **options) -> Case:
+    return Case(name, size, channels=channels, out_channels=out_channels, dilations=dilations, **options)
 
 
 # AFN-6 of the paper on 75^3 segments: its stem leaves 71^3, and every layer is unpadded for dilation 2. The paper
@@ -34,6 +34,24 @@ LARGE = (
     _case("32x128^3", (128, 128, 128), 32, 32),
     _case("64x96^3", (96, 96, 96), 64, 64),
 )
+# As converted networks have them, with rates that begin at 1, and what the others leave out: other numbers of branches,
+# other kernels, a stride, rates as of ASPP, one dimension. Where the naive layer comes nearest is among them.
+CONVERTED = (1, 3, 5, 7)
+SHAPES = (
+    _case("first-1x96^3", (96, 96, 96), 1, 32, CONVERTED),
+    _case("16x64^3", (64, 64, 64), 16, 16, CONVERTED),
+    _case("decoder-64x48^3", (48, 48, 48), 64, 32, CONVERTED),
+    _case("head-32x64^3", (64, 64, 64), 32, 2, CONVERTED),
+    _case("128x16^3", (16, 16, 16), 128, 128, CONVERTED, batch=2),
+    _case("320x6^3", (6, 6, 6), 320, 320, (1, 2, 3, 4), batch=2),
+    _case("two-32x48^3", (48, 48, 48), 32, 32, (1, 4)),
+    _case("eight-32x48^3", (48, 48, 48), 32, 32, (1, 2, 3, 4, 5, 6, 7, 8)),
+    _case("kernel5-16x48^3", (48, 48, 48), 16, 16, (1, 2), kernel_size=5),
+    _case("stride2-32x48^3", (48, 48, 48), 32, 64, CONVERTED, stride=2, padding=1),
+    _case("2d-4x32x256^2", (256, 256), 32, 32, CONVERTED, batch=4),
+    _case("2d-aspp-512x33^2", (33, 33), 512, 256, (6, 12, 18, 24), batch=2),
+    _case("1d-8x64x4096", (4096,), 64, 64, CONVERTED, batch=8),
+)
 # So small that what the host does for a call, its checks and its way to the kernel, is all of the time.
 HOST = (
     _case("host-1x2^3", (2, 2, 2), 1, 1),
@@ -48,14 +66,22 @@ TINY = (
     _case("tiny-2d-3x20x17", (20, 17), 3, 5),
     _case("tiny-4x9^3-branch", (9, 9, 9), 4, 6, mode="branch", padding="valid"),
 )
-BY_NAME = {case.name: case for case in GPU_CASES + HOST + TINY}
+BY_NAME = {case.name: case for case in GPU_CASES + SHAPES + HOST + TINY}
 
 
 def shape(case: Case) -> str:
-    """How a table writes the problem: batch x channels x size -> output channels."""
+    """How a table writes the problem: batch x channels x size -> output channels, and what else is not as usual."""
     sizes = "x".join(str(n) for n in (case.batch, case.channels, *case.size))
-    padding = "" if case.padding == "same" else f", {case.padding}"
-    return f"{sizes} -> {case.out_channels}{padding}"
+    words = [f"{sizes} -> {case.out_channels}"]
+    if case.kernel_size != 3:
+        words.append(f"kernel {case.kernel_size}")
+    if case.stride != 1:
+        words.append(f"stride {case.stride}")
+    if case.padding != "same":
+        words.append("valid" if case.padding == "valid" else f"padding {case.padding}")
+    if case.dilations != DILATIONS:
+        words.append("dilations " + " ".join(map(str, case.dilations)))
+    return ", ".join(words)
 
 
 # ------------------------------------------------------------------ what a case must cost (docs/math.md)

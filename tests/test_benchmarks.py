@@ -218,6 +218,13 @@ def test_the_default_plan_covers_every_case_the_results_are_quoted_for():
     assert {case for case, *_ in on_gpu} == set(cases.GPU_CASES)
 
 
+def test_a_shape_says_what_is_not_as_usual():
+    shapes = {name: cases.shape(case) for name, case in cases.BY_NAME.items()}
+    assert shapes["afn6-4"] == "1x40x59x59x59 -> 40, valid"
+    assert shapes["stride2-32x48^3"] == "1x32x48x48x48 -> 64, stride 2, padding 1, dilations 1 3 5 7"
+    assert shapes["kernel5-16x48^3"] == "1x16x48x48x48 -> 16, kernel 5, dilations 1 2"
+
+
 def test_rows_are_made_where_there_is_no_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance.environment("cpu")["commit"] == "unknown"
