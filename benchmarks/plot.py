@@ -91,10 +91,10 @@ def _bars(axis, found: list[list[dict]], names: list[str], value, label) -> None
     width = 0.8 / len(names)
     for y, group in enumerate(found):
         best = best_naive(group)
-        for row in group:
-            if best is None or row["layout"] != best["layout"]:
-                continue
-            at = y + (names.index(row["contender"]) - (len(names) - 1) / 2) * width
+        shown = [row for row in group if best is not None and row["layout"] == best["layout"]]
+        shown.sort(key=lambda row: names.index(row["contender"]))
+        for place, row in enumerate(shown):
+            at = y + (place - (len(shown) - 1) / 2) * width
             note = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
             if row["status"] != "ok":
                 axis.annotate(row["status"], (0, at), color="red", **note)

@@ -228,7 +228,7 @@ def draw(summary: list[dict], structures: list[str]) -> plt.Figure:
         right.set_ylim(0, 1)
         for axis in (left, right):
             axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(fontsize=9, frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=9)
     figure.legend(*axes[0][1].get_legend_handles_labels(), loc="outside lower right", ncols=len(structures), fontsize=9)
     seeds = min(entry["seeds"] for entry in summary)
     figure.suptitle(
