@@ -13,7 +13,7 @@ namespace autofocus::cuda {
 // Partial sums [splits, branches, outputs, inputs, T] of the accumulator's type. `branches` is 1 where blocks sum over
 // the branches. `outputs` and `inputs` may be rounded up from O and C; what lies beyond is never read.
 struct WeightPartials {
-  const void* data;
+  void* data;
   int64_t splits, branches, outputs, inputs;
 };
 

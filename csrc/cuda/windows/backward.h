@@ -19,7 +19,7 @@ Work grad_weight_work(const Plan& plan, const Problem& g, DType dtype);
 // The sizes of the partial sums that the weight's pass leaves for sum_weight_partials, where each part has `work`. Sums
 // are kept apart by branch if there is a branch scale or a grad_output for each branch.
 WeightPartials weight_partials_of(const Work& work, const Problem& g, DType dtype, bool by_branch);
-// Writes the partial sums of a part to the operands' scratch memory, or adds them to what is there if `adds`.
+// Writes the partial sums of a part to sums.data, or adds them to what is there if `adds`.
 // `by_branch`: the operands' grad_output is one for each branch.
 void launch_grad_weight(const Inputs& in, bool by_branch, const Part& part, const Operands& operands,
                         const WeightPartials& sums, bool adds, const Context& context);

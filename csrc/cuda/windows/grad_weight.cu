@@ -167,7 +167,7 @@ void launch_grad_weight(const Inputs& in, bool by_branch, const Part& part, cons
     const Source source{operands.input(), chunks, 0, 1};
     launch("fast_weight_partial", kernel.run, grid, plan.threads, plan.shared_bytes, context.stream, plan.lattice,
            GradWeightArguments{source, operands.attention(), operands.grad_output(), num_chunks(g.O, in.dtype), k,
-                               by_branch ? int(g.K) : 1, static_cast<float*>(operands.scratch()) + k * branch_size,
+                               by_branch ? int(g.K) : 1, static_cast<float*>(sums.data) + k * branch_size,
                                sums.branches * branch_size, adds, g.O, g.kernel},
            planes_of(plan.lattice, source));
   }

@@ -80,15 +80,15 @@ const char* make_plan(Pass pass, const Problem& g, DType dtype, Plan& plan) {
 
 namespace {
 
-Problem problem_of_slice(const Problem& g, int64_t first) {
-  return branches_problem(g, first, g.K - first < kLatticeBranches ? g.K - first : kLatticeBranches);
+Problem problem_of_slice(const Problem& g, int64_t first, int64_t most = kLatticeBranches) {
+  return branches_problem(g, first, g.K - first < most ? g.K - first : most);
 }
 
 }  // namespace
 
-Inputs slice_of(const Inputs& in, int64_t first) {
+Inputs slice_of(const Inputs& in, int64_t first, int64_t most) {
   Inputs slice = in;
-  slice.g = problem_of_slice(in.g, first);
+  slice.g = problem_of_slice(in.g, first, most);
   slice.attention = advanced(in.attention, first * in.attention.c, in.dtype);
   slice.scale = advanced(in.scale, first * in.scale.n, in.dtype);
   slice.shift = advanced(in.shift, first * in.shift.n, in.dtype);
