@@ -1,6 +1,7 @@
 """How calls of the CUDA backend are cut: parts and slabs, their memory and launches, the self-check's few blocks."""
 
 import ctypes
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -195,6 +196,28 @@ def test_partial_sums_lie_in_the_gradient_of_the_input_where_it_has_no_gaps(libr
         assert torch.equal(gradients.input, expected["input"]) and torch.equal(gradients.weight, expected["weight"])
         assert around[:, 8:].isnan().all()
     assert taken[1] - taken[0] == 3 * 4 * 16 * 8 * 27  # floats of three blocks
+
+
+def peak_of(function, *arguments):
+    """Of torch's own memory, in bytes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function(*arguments)
+    held = itertools.accumulate(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    return max(held)
+
+
+def test_slices_of_branches_use_the_same_memory(device):
+    """One after the other: eight branches are two slices of four."""
+
+    def peaks(dilations):
+        case = Case("slices", (4, 9, 9), channels=8, out_channels=8, dilations=dilations)
+        tensors = make_tensors(case, torch.bfloat16)
+        call = call_of(case, tensors)
+        gradients = Gradients(*map(torch.empty_like, call[:3]), None)
+        yield peak_of(cuda.forward, call, torch.empty_like(tensors.grad_output))
+        yield peak_of(cuda.backward, call, tensors.grad_output, gradients)
+
+    assert list(peaks((1, 2, 3, 4) * 2)) == list(peaks((1, 2, 3, 4)))
 
 
 @pytest.mark.parametrize("name", ["64^3", "48^3", "2D", "no common factor"])

@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -23,7 +24,7 @@ using namespace autofocus::binding;
 using namespace autofocus::cuda;
 
 // Bytes on the device of `input`, by the C function: with a CPU's allocator 0.6 us where torch::stable::new_empty
-// takes 1.8, and a backward asks for ten.
+// takes 1.8.
 Tensor memory(const Tensor& input, int64_t bytes) {
   const int64_t stride = 1;
   int32_t device_type = 0;
@@ -36,7 +37,7 @@ Tensor memory(const Tensor& input, int64_t bytes) {
 }
 
 // The device of `input` made current, its current stream, and scratch memory of torch's own allocator, which orders its
-// reuse by that stream.
+// reuse by that stream: so what a pass had may go back while its work is only queued.
 class Launches {
  public:
   explicit Launches(const Tensor& input) : guard_(input.get_device_index()) {
@@ -44,8 +45,8 @@ class Launches {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(input.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
                     "torch gives no stream of CUDA device ", input.get_device_index());
     context_ = {stream, [this, input](int64_t bytes) {
-                  scratch_.push_back(memory(input, bytes));
-                  return scratch_.back().data_ptr();
+                  scratch_.reset();
+                  return scratch_.emplace(memory(input, bytes)).data_ptr();
                 }};
   }
   Launches(const Launches&) = delete;
@@ -53,7 +54,7 @@ class Launches {
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
-  std::vector<Tensor> scratch_;
+  std::optional<Tensor> scratch_;
   Context context_;
 };
 

@@ -20,8 +20,8 @@ struct Inputs {
   bool few_blocks;  // plan as for a GPU of few multiprocessors (windows/plan.h)
 };
 
-// Where a pass runs: a cudaStream_t, and an allocator of device memory that lives until the pass's work on the stream
-// is done.
+// Where a pass runs: a cudaStream_t, and an allocator of device memory for the work that is queued on it until the
+// allocator is called again.
 struct Context {
   void* stream;
   std::function<void*(int64_t bytes)> scratch;
