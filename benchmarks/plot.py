@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -24,13 +25,14 @@ TITLES = {
 }
 
 
-def main(arguments: list[str]) -> int:
-    if len(arguments) != 2:
-        print(__doc__)
-        return 2
-    source, picture = arguments
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path, metavar="CSV")
+    parser.add_argument("picture", type=Path, metavar="PICTURE", help="its suffix is the format: .png, .pdf, ...")
+    options = parser.parse_args(arguments)
+    source, picture = options.source, options.picture
     try:
-        rows = read(Path(source))
+        rows = read(source)
     except (OSError, ValueError) as error:
         refuse(error)
     if not rows:
@@ -49,17 +51,18 @@ def _rounded(value: float) -> str:
 
 
 def draw(rows: list[dict]) -> plt.Figure:
-    """A row of panels per dtype: speed in each pass, then peak memory of the heaviest pass."""
+    """A row of panels per dtype: speed in each pass, then peak memory of the heaviest pass, if it was measured."""
     found = groups(rows)
     dtypes = list(dict.fromkeys(dtype for _, dtype, _ in found))
     passes = list(dict.fromkeys(pass_name for *_, pass_name in found))
     cases = {dtype: list(dict.fromkeys(c for c, d, _ in found if d == dtype)) for dtype in dtypes}
     names = [name for name in COLOURS if any(row["contender"] == name for row in rows)]
+    columns = len(passes) + any(row["peak_bytes"] is not None for row in rows)
     height = [0.7 + len(cases[dtype]) * (0.3 + 0.14 * len(names)) for dtype in dtypes]
     figure, axes = plt.subplots(
         len(dtypes),
-        len(passes) + 1,
-        figsize=(4.6 * (len(passes) + 1), 1.3 + sum(height)),
+        columns,
+        figsize=(4.6 * max(columns, 2), 1.3 + sum(height)),
         squeeze=False,
         sharey="row",
         gridspec_kw={"height_ratios": height},
@@ -69,9 +72,10 @@ def draw(rows: list[dict]) -> plt.Figure:
         for axis, pass_name in zip(line, passes):
             _speed(axis, [found.get((case, dtype, pass_name), []) for case in cases[dtype]], names)
             axis.set_title(f"{dtype}: {TITLES[pass_name].lower()}", fontsize=10)
-        heaviest = passes[-1]
-        _memory(line[-1], [found.get((case, dtype, heaviest), []) for case in cases[dtype]], names)
-        line[-1].set_title(f"{dtype}: peak memory, {heaviest}", fontsize=10)
+        if columns > len(passes):
+            heaviest = passes[-1]
+            _memory(line[-1], [found.get((case, dtype, heaviest), []) for case in cases[dtype]], names)
+            line[-1].set_title(f"{dtype}: peak memory, {heaviest}", fontsize=10)
         line[0].set_yticks(range(len(cases[dtype])), cases[dtype])
         line[0].set_ylim(len(cases[dtype]) - 0.5, -0.5)
     first = rows[0]
@@ -87,20 +91,24 @@ def draw(rows: list[dict]) -> plt.Figure:
 
 
 def _bars(axis, found: list[list[dict]], names: list[str], value, label) -> None:
-    """A bar per case and contender in the naive layer's faster layout; ``value(row)`` may be None."""
+    """A bar per case and contender in the naive layer's faster layout, or the first one if naive has no time.
+
+    ``value(row)`` may be None: no bar, only the label.
+    """
     width = 0.8 / len(names)
     for y, group in enumerate(found):
         best = best_naive(group)
-        shown = [row for row in group if best is not None and row["layout"] == best["layout"]]
+        shown = [row for row in group if row["layout"] == (best or group[0])["layout"]]
         shown.sort(key=lambda row: names.index(row["contender"]))
         for place, row in enumerate(shown):
             at = y + (place - (len(shown) - 1) / 2) * width
             note = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
             if row["status"] != "ok":
                 axis.annotate(row["status"], (0, at), color="red", **note)
-            elif value(row) is not None:
-                axis.barh(at, value(row), height=0.9 * width, color=COLOURS[row["contender"]])
-                axis.annotate(label(row), (value(row), at), **note)
+                continue
+            length = value(row) or 0.0
+            axis.barh(at, length, height=0.9 * width, color=COLOURS[row["contender"]])
+            axis.annotate(label(row), (length, at), **note)
     axis.margins(x=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
@@ -108,7 +116,8 @@ def _bars(axis, found: list[list[dict]], names: list[str], value, label) -> None
 
 def _speed(axis, found, names) -> None:
     def label(row: dict) -> str:
-        return f"{row['ratio']:.2f}x, {_rounded(row['min_ms'])} ms"
+        time = f"{_rounded(row['min_ms'])} ms"
+        return time if row["ratio"] is None else f"{row['ratio']:.2f}x, {time}"
 
     _bars(axis, found, names, lambda row: row["ratio"], label)
     axis.axvline(1, color=COLOURS[NAIVE], linewidth=0.8, linestyle=":")
@@ -120,10 +129,13 @@ def _memory(axis, found, names) -> None:
     def value(row: dict) -> float | None:
         return None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20
 
-    _bars(axis, found, names, value, lambda row: f"{_rounded(value(row))} MiB")
+    def label(row: dict) -> str:
+        return "" if row["peak_bytes"] is None else f"{_rounded(value(row))} MiB"
+
+    _bars(axis, found, names, value, label)
     axis.set_xlabel("MiB beyond the layer's arguments", fontsize=8)
     axis.set_xlim(left=0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

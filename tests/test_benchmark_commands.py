@@ -184,6 +184,44 @@ def test_a_plot_names_the_file_that_it_cannot_read_or_write(tmp_path, capsys, mo
     assert list(tmp_path.iterdir()) == []
 
 
+def drawn(rows):
+    """The panels of a plot, by title: the width of each bar that has one, and the texts beside them."""
+    figure = plot.draw(rows)
+    figure.canvas.draw()
+    panels = {
+        axis.get_title(): (
+            [bar.get_width() for bar in axis.patches if bar.get_width()],
+            [t.get_text() for t in axis.texts],
+        )
+        for axis in figure.axes
+    }
+    plot.plt.close(figure)
+    return panels
+
+
+def timed(contender, **values):
+    missing = dict.fromkeys(COLUMNS)
+    return {**missing, **row(contender=contender), "min_ms": 7.0, "peak_bytes": 2**20, **values}
+
+
+def test_a_plot_shows_what_ran_where_naive_did_not():
+    rows = [timed(NAIVE, status="refused", min_ms=None, peak_bytes=None), timed("cpu")]
+    panels = drawn(rows)
+    assert panels["float32: forward, no gradients"] == ([], ["refused", "7 ms"])
+    assert panels["float32: peak memory, inference"] == ([1], ["refused", "1 MiB"])
+
+
+def test_a_plot_has_no_panel_for_memory_that_was_not_measured():
+    rows = [timed(name, ratio=ratio, peak_bytes=None) for name, ratio in ((NAIVE, 1.0), ("cpu", 2.0))]
+    assert drawn(rows) == {"float32: forward, no gradients": ([1, 2], ["1.00x, 7 ms", "2.00x, 7 ms"])}
+
+
+def test_the_help_of_the_plot_is_no_error(capsys):
+    with pytest.raises(SystemExit) as ended:
+        plot.main(["--help"])
+    assert ended.value.code == 0 and "PICTURE" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["cpu-bf16", "cpu-fp32", "cpu-fp32-avx2", "cpu-host"])
 def test_published_tables_are_read(name):
     assert read(RESULTS / f"{name}.csv")
