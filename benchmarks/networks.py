@@ -268,9 +268,13 @@ def main(arguments: list[str] | None = None) -> int:
         for pass_name in options.passes:
             for dtype in options.dtypes:
                 rows = store.of({"network": name, "pass": pass_name, "dtype": dtype, **segments(pass_name, options)})
-                if not {row["layout"] for row in rows}.issuperset(options.layouts):
+                found = {row["layout"] for row in rows}
+                if not found.issuperset(options.layouts):
+                    # These rows are replaced: what they had is measured again, too.
+                    layouts = [layout for layout in LAYOUTS if layout in found.union(options.layouts)]
+                    asked = argparse.Namespace(**{**vars(options), "layouts": layouts})
                     with precision(dtype, search=not options.no_search):
-                        rows = measure(name, pass_name, dtype, options)
+                        rows = measure(name, pass_name, dtype, asked)
                     store.add(rows)
                 for row in rows:
                     print(table_row(row), flush=True)

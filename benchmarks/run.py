@@ -109,6 +109,9 @@ def jobs_of(options: argparse.Namespace, backends: list[str], store: Rows, with_
         entrants = contenders(backends, compiled)
         kept = {name: store.of({"case": case.name, "dtype": dtype, "pass": name}) for name in options.passes}
         passes = [name for name, rows in kept.items() if not is_complete(rows, entrants, with_memory)]
+        # These rows are replaced: what they had is measured again, too.
+        found = [Contender(row["contender"], row["layout"]) for name in passes for row in kept[name]]
+        entrants = list(dict.fromkeys([*entrants, *found]))
         jobs.append(Job(case, dtype, entrants, passes))
     return jobs
 

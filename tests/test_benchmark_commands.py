@@ -291,6 +291,7 @@ SECOND = {
     "a compiled layer": ([*FIRST, "--compiled", TINY], [NAIVE, COMPILED, "cpu"]),
     "everything": ([*FIRST, "--full"], [NAIVE, COMPILED, "cpu"]),
     "all backends": (FIRST[:-2], [NAIVE, "cpu", "fast"]),
+    "another backend": ([*FIRST[:-1], "fast"], [NAIVE, "fast", "cpu"]),
     "memory": ([word for word in FIRST if word != "--no-memory"], [NAIVE, "cpu"]),
 }
 
@@ -355,6 +356,7 @@ def test_networks_keep_what_they_have(tmp_path, networks_measured, capsys):
         networks.main([*command, "--inference-size", "35"])
     assert out.read_text() == before
     networks_measured.clear()
+    networks.main([*command, "--inference-size", "33", "--layouts", "channels_last"])
     networks.main([*command, "--inference-size", "33", "--layouts", *LAYOUTS])
     networks.main([*command, "--inference-size", "31", "--anew"])
     assert networks_measured == [33, 31]
