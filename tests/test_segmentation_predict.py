@@ -298,6 +298,19 @@ def test_a_picture_has_room_beside_the_names_of_many_labels(tmp_path, monkeypatc
     assert [handle.get_label() for handle in legends[0]["handles"]] == [*map(str, range(1, 20)), "299", "279 more"]
 
 
+def test_a_picture_numbers_slices_as_the_file_does(tmp_path, monkeypatch):
+    """Whichever way its axes run."""
+    figures = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
+    labels = np.zeros((9, 8, 7), np.uint8)
+    labels[1, 2, 3] = 1
+    for affine in (np.eye(4), np.diag([-1, -1, 1, 1]), ROTATED):
+        pictures.write_overlay(tmp_path / "a.png", np.ones(labels.shape), labels, affine, {1: "one"})
+    titles = [sorted(axes.get_title().split(", ")[-1] for axes in figure.axes[:3]) for figure in figures]
+    assert titles == [["slice 1", "slice 2", "slice 3"]] * 3
+    assert figures[1].axes[0].get_title() == "sagittal, slice 1"
+
+
 def test_a_name_of_a_label_is_no_formula(tmp_path):
     labels = np.eye(6, dtype=np.uint8)
     pictures.write_overlay(tmp_path / "a.png", np.ones((6, 6)), labels, np.eye(4), {1: r"$\frac$"})

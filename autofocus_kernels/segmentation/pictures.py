@@ -43,7 +43,8 @@ def write_overlay(
         grey, marked = _cut(image, axis, index), _cut(labels, axis, index)
         for row in (0, 1):
             _show(axes[row, column], grey, _aspect(spacing, axis), cmap="gray", **_window(image))
-        axes[0, column].set_title("image" if axis is None else f"{_PLANES[axis]}, slice {index}", fontsize=10)
+        title = "image" if axis is None else f"{_PLANES[axis]}, slice {_in_file(index, axis, image, affine)}"
+        axes[0, column].set_title(title, fontsize=10)
         _draw_labels(axes[1, column], marked, _aspect(spacing, axis))
     axes[1, 0].set_title("segmentation", fontsize=10)
     present, voxels = np.unique(labels[labels > 0], return_counts=True)
@@ -122,6 +123,14 @@ def _turned(arrays: Sequence[np.ndarray], affine: np.ndarray) -> tuple[list[np.n
         flips = [len(lead) + i for i in range(dims) if turn[order[i], 1] < 0]
         turned.append(np.flip(array, flips))
     return turned, [spacing[axis] for axis in order]
+
+
+def _in_file(index: int, axis: int, turned: np.ndarray, affine: np.ndarray) -> int:
+    """The number that a slice of a turned volume has in the file, from 0."""
+    from nibabel import orientations
+
+    direction = next(sign for to, sign in orientations.io_orientation(affine) if to == axis)
+    return index if direction > 0 else turned.shape[axis] - 1 - index
 
 
 def _cuts(labels: np.ndarray) -> list[tuple[int | None, int]]:
