@@ -240,9 +240,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="N",
-        help="voxels read at once, for each axis or all; None: as in training",
+        help="voxels read at once, for each axis or all (as in training)",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; None: cuda where there is one")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (cuda where there is one)")
     parser.add_argument("--attention", action="store_true", help="write which dilation each voxel used")
     parser.add_argument("--overwrite", action="store_true", help="predict again what the output folder holds already")
 
