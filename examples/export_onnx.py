@@ -3,7 +3,7 @@
 python examples/export_onnx.py [FILE.onnx]
 """
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -15,9 +15,11 @@ from autofocus_kernels import networks
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, nargs="?", metavar="FILE.onnx", help="default: in a new temporary folder")
+    path = parser.parse_args().file or Path(tempfile.mkdtemp()) / "afn2.onnx"
     torch.manual_seed(0)
     network = networks.build("AFN-2", in_channels=1, num_classes=3, widths=(8, 8, 12, 12), padding="same").eval()
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp()) / "afn2.onnx"
     volume = {axis: Dim(name, min=2, max=4096) for axis, name in enumerate("dhw", start=2)}
     example = torch.randn(2, 1, 12, 14, 16)
     shapes = ({0: Dim("batch", min=1, max=64), **volume},)

@@ -40,6 +40,7 @@ def test_original_checkpoint(tmp_path):
 def test_export_onnx(tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
+    assert "FILE.onnx" in run("export_onnx.py", "--help")
     path = tmp_path / "network.onnx"
     printed = run("export_onnx.py", path)
     assert path.stat().st_size > 0
