@@ -52,6 +52,8 @@ PROBLEMS = [
     # Several tiles a block, more than its ring holds, and all parts of a plane.
     Problem(H100, Case("tiles", (9, 10, 17), 3, 5, dilations=(1, 2)), torch.float16, late=True),
     Problem(H100, Case("tiles", (17, 5, 17), 3, 5, dilations=(1, 2)), torch.float32, late=True),
+    # The gradient of the input two branches at a time, the second two added to the first (test_cuda_parts.py).
+    Problem(H100, Case("pairs", (3, 9, 25), 3, 16, dilations=(1, 2, 3, 4)), torch.bfloat16, late=True),
     Problem(H100, Case("branch", (4, 5, 9), 9, 8, dilations=(2, 6, 10, 14), mode="branch"), torch.bfloat16, late=True),
     Problem(H100, Case("2d", (5, 9), 3, 8, dilations=(1, 2), layout="channels_last"), torch.float32, late=True),
     *(
