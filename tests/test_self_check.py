@@ -433,7 +433,7 @@ def test_a_failing_reference_is_said_once_and_the_backend_runs(plant, monkeypatc
         call()
     assert planted.count("forward") == 2
     (message,) = said()
-    assert "runs without a self-check" in message and "no such convolution" in message
+    assert "runs without a self-check, forward" in message and message.endswith("fails: no such convolution")
 
 
 def test_a_check_within_a_check_is_none(plant, monkeypatch):
@@ -490,6 +490,21 @@ def test_autocast(plant, wrong, said):
     assert bool(said()) == (wrong is not None)
 
 
+@pytest.mark.parametrize("searches", [True, False])
+def test_cudnn_searches_for_no_convolution_of_the_truth(plant, monkeypatch, searches):
+    seen, forward = [], reference.forward
+
+    def recorded(*arguments):
+        seen.append(torch.backends.cudnn.benchmark)
+        forward(*arguments)
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", searches)
+    monkeypatch.setattr(reference, "forward", recorded)
+    plant(Planted())
+    call()
+    assert seen == [False, searches, searches]  # the truth, the check, the call
+
+
 def test_deterministic_mode_and_default_dtype(plant, said):
     plant(Planted())
     tensors = testing.make_tensors(PLAIN)
@@ -531,6 +546,38 @@ def test_the_small_problem_lies_in_memory_as_the_call(plant, case):
             assert self_check._layout(ours) == self_check._layout(theirs)
 
 
+@pytest.mark.parametrize(
+    "tensor, order, expanded",
+    [
+        (torch.empty(2, 3, 4, 5), (0, 1, 2, 3), ()),
+        (torch.empty(1, 4, 5, 3).movedim(-1, 1), (0, 2, 3, 1), ()),
+        (torch.empty(3, 4, 5, 1).movedim(-1, 0), (0, 1, 2, 3), ()),
+        (torch.empty(3, 4, 5, 2).movedim(-1, 0), (1, 2, 3, 0), ()),
+        (torch.empty(3, 4, 5).expand(2, 3, 4, 5), (1, 2, 3, 0), (0,)),
+        (torch.empty(()).expand(1, 1, 4, 5), (0, 1, 2, 3), (2, 3)),
+    ],
+    ids=["contiguous", "channels last", "one sample innermost", "samples innermost", "expanded", "one value"],
+)
+def test_layouts(tensor, order, expanded):
+    """The stride of a single sample says nothing, nor is an axis of size one expanded: the small problem has more."""
+    assert self_check._layout(tensor) == (order, expanded)
+
+
+@pytest.mark.parametrize("save_branches", [False, True])
+def test_gradients_overwrite_branches_in_the_check_as_in_the_call(plant, save_branches):
+    planted, overwritten = plant(Planted()), []
+    run = planted.run
+
+    def recorded(function, call, *arguments):
+        if function == "branch_norm_backward":
+            overwritten.append(arguments[5].data_ptr() == arguments[1].data_ptr())
+        run(function, call, *arguments)
+
+    planted.run = recorded
+    train_norm(save_branches=save_branches)
+    assert overwritten == 2 * [not save_branches]
+
+
 def test_tf32_holds_the_operands_of_the_truth(plant):
     """So the truth does not depend on whether convolutions and matrix products may round to it."""
 
@@ -551,6 +598,17 @@ def test_tf32_holds_the_operands_of_the_truth(plant):
     assert not held(torch.randn(100))
 
 
+def test_tf32_has_a_limit_of_its_own(plant):
+    def round_to_tf32(function, filled):
+        filled[0].view(torch.int32).bitwise_and_(~0x1FFF)
+
+    plant(Planted())
+    call()
+    (variant,) = self_check._outcomes
+    verdicts = [self_check._check(variant._replace(tf32=tf32), Planted(round_to_tf32)).verdict for tf32 in (0, 1)]
+    assert verdicts == ["wrong", "right"]
+
+
 # ------------------------------------------------------------------ the small problem's size
 
 SIZES = (
@@ -563,6 +621,7 @@ SIZES = (
     Case("strided", (200, 300), dilations=(1, 2), stride=(2, 5), padding=1),
     Case("far", (2**20, 3), dilations=(1, 2**40), kernel_size=(3, 1)),
     Case("valid_far", (5000,), dilations=(1200, 2000), padding="valid"),
+    Case("valid_wide", (64, 64, 64), 512, 512, dilations=(8, 9), padding="valid"),  # nearest to a volume with no output
 )
 
 
