@@ -15,6 +15,7 @@ from test_branch_norm import make_norms
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autofocus_kernels import AutofocusConv2d, testing
+from autofocus_kernels.backends.reference import backend as reference_backend
 from autofocus_kernels.backends.triton import backend as triton_backend
 from autofocus_kernels.backends.triton.configs import Config
 from autofocus_kernels.branch_norm import normed_autofocus_conv
@@ -80,7 +81,7 @@ def interpreted_name(case, dtype, save_branches):
     return f"{case.name}-{str(dtype).removeprefix('torch.')}-{'save' if save_branches else 'recompute'}"
 
 
-NAMES = [*(interpreted_name(*entry) for entry in INTERPRETED), "layer", "memory"]
+NAMES = [*(interpreted_name(*entry) for entry in INTERPRETED), "layer", "memory", "one_voxel"]
 
 
 def configure(config=LARGE, elements=4096, block_o=128):
@@ -210,6 +211,27 @@ def interpret_layer():
     assert all(error <= 1e-5 for error in errors.values()), errors
 
 
+def interpret_one_voxel():
+    """Then only the distance between branches says that their five channels allow no wide loads."""
+    configure()
+    case = Case("one_voxel", (1, 1), channels=3, out_channels=5, dilations=(1, 2), batch=1)
+    tensors = testing.make_tensors(case)
+    call = testing.call_of(case, tensors)._replace(bias=None)
+    vectors = torch.randn(3, case.num_branches, case.out_channels)
+
+    def run(backend):
+        branches = allocate_branches(tensors.input, tensors.weight, tensors.attention)
+        mean, var, *sums = torch.empty(4, *vectors.shape[1:])
+        output, *gradients = (torch.empty_like(t) for t in (tensors.grad_output, *call[:3]))
+        backend.branch_statistics(call, branches, mean, var)
+        backend.branch_combine(call, branches, *vectors[:2], output)
+        backend.branch_reduce(call, tensors.grad_output, branches, *vectors, gradients[2], *sums)
+        backend.branch_norm_backward(call, tensors.grad_output, branches, *vectors, branches, *gradients[:2])
+        return mean, var, *sums, output, *gradients
+
+    torch.testing.assert_close(run(triton_backend), run(reference_backend))
+
+
 # ------------------------------------------------------------------ ahead of time: (target, dtype, layout)
 
 COMPILED = [("sm_90", "bfloat16", "channels_last")]
@@ -284,7 +306,7 @@ def main(command, names):
     if command == "interpret":
         triton_worker.spare_the_interpreter()
         work = [partial(interpret, *entry) for entry in INTERPRETED]
-        entries = dict(zip(NAMES, [*work, interpret_layer, interpret_memory]))
+        entries = dict(zip(NAMES, [*work, interpret_layer, interpret_memory, interpret_one_voxel]))
     else:
         every = (*COMPILED, *COMPILED_FOR_A_RELEASE)
         entries = {compiled_name(*entry): partial(compile_kernels, *entry) for entry in every}
