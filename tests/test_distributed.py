@@ -79,9 +79,12 @@ VOLUMES = {
     ),
     "convolution": (lambda: nn.Conv2d(3, 4, 3, padding=2, dilation=2), (4, 3, 5), (6,), 2, {}),
     "strided convolution": (lambda: nn.Conv3d(3, 4, 3, stride=2, padding=1), (5, 4, 6), (6, 7), 3, {}),
+    # Of what the first and the last rank compute nothing lies in the volume, yet a convolution takes no empty part.
+    "convolution, empty first and last": (lambda: nn.Conv1d(3, 4, 1, stride=2, padding=4), (0, 5, 0), (), 2, {}),
     "convolution of the same size": (lambda: nn.Conv1d(3, 6, 5, padding="same", groups=3), (5, 4, 6), (), 2, {}),
     "channels last": (autofocus(3), (4, 3, 4), (3, 4), 3, {}),
     "without a batch axis": (autofocus(2), (4, 3, 4), (3,), -2, {}),
+    "convolution without a batch axis": (lambda: nn.Conv2d(3, 4, 3, padding=1), (4, 3, 4), (3,), -2, {}),
     "batch norm": (autofocus(2, branch_norm=True), (4, 3, 5), (6,), 2, {}),
     "batch norm in evaluation": (autofocus(2, branch_norm=True), (4, 3, 5), (6,), 2, {}),
 }
@@ -101,7 +104,7 @@ def make_volume(name):
     input = torch.randn(2, 3, *size, dtype=torch.float64)
     if name == "channels last":
         input = input.contiguous(memory_format=torch.channels_last_3d)
-    if name == "without a batch axis":
+    if "without a batch axis" in name:
         input = input[0]
     return layer, input, dim - input.dim() if dim > 0 else dim
 
@@ -211,6 +214,8 @@ def check_group(rank):
     if rank == 0:
         return {"outside": error_of(lambda: sharded(input))}
     sizes = (7, input.shape[dim] - 7)
+    normed, image = AutofocusConv2d(3, 4, dilations=(1, 3), branch_norm=True), torch.randn(1, 3, 6, 6)
+    unshared = error_of(lambda: SpatiallySharded(normed, 2, group)(image))
     sharded = copy.deepcopy(sharded)  # as averages of weights do; in the same group, of which there is no copy
     assert sharded.process_group is group and sharded.layer.weight is not layer.weight
     output, attention = sharded(input.split(sizes, dim)[rank - 1], return_attention=True)
@@ -218,6 +223,20 @@ def check_group(rank):
     return {
         "output": relative_error(output, whole.split(sizes, dim)[rank - 1]),
         "attention": relative_error(attention, whole_attention.split(sizes, dim)[rank - 1]),
+        "norms": unshared,
+    }
+
+
+def check_group_of_one(rank):
+    """Which holds the whole volume and so may keep its statistics to itself; with other ranks that is not enough."""
+    torch.manual_seed(0)
+    alone = [dist.new_group([number]) for number in range(RANKS)][rank]
+    layer = AutofocusConv2d(3, 4, dilations=(1, 3), branch_norm=True)
+    image = torch.randn(1, 3, 6, 6)
+    shared_with_itself = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(layer), alone)
+    return {
+        "alone": relative_error(SpatiallySharded(copy.deepcopy(layer), 2, alone)(image), layer(image)),
+        "among others": error_of(lambda: SpatiallySharded(shared_with_itself, 2)(image)),
     }
 
 
@@ -282,6 +301,14 @@ def with_eval_norm(on_this_rank):
     return SpatiallySharded(layer, 2)
 
 
+def with_statistics_of_its_own():
+    """Norms that use batch statistics in evaluation too, and there do not share them."""
+    layer = nn.SyncBatchNorm.convert_sync_batchnorm(AutofocusConv2d(3, 4, dilations=(1, 3), branch_norm=True))
+    for norm in layer.branch_norm:
+        norm.running_mean = norm.running_var = None
+    return SpatiallySharded(layer.eval(), 2)
+
+
 def with_other_gate(on_this_rank):
     """A gate of unknown reach, which came after the constructor, on some ranks."""
     sharded = SpatiallySharded(AutofocusConv2d(3, 4, dilations=(1, 3)), 2)
@@ -302,11 +329,16 @@ def check_errors(rank):
     strided = AutofocusConv2d(3, 4, dilations=(1, 3), stride=4, padding=1)
     image = torch.randn(1, 3, 6, 6)
     halves = image.bfloat16() if rank else image.half()
+    volume = torch.randn(1, 3, 4, 4, 4)
+    valid = AutofocusConv2d(3, 4, dilations=(1, 3), padding="valid")
     return {
         "shapes": error_of(lambda: SpatiallySharded(layer, 2)(torch.randn(1, 3, 6, 6 + rank))),
         "gradients": error_of(lambda: SpatiallySharded(layer, 2)(image.clone().requires_grad_(rank == 1))),
         "dtypes": error_of(lambda: under_autocast(SpatiallySharded(nn.Conv2d(3, 4, 3), 2), halves)),
         "refused": error_of(lambda: SpatiallySharded(layer, 2)(image.double() if rank == 1 else image)),
+        "refused in 3D": error_of(
+            lambda: SpatiallySharded(autofocus(3)(), 2)(volume.double() if rank == 1 else volume)
+        ),
         "refused by a convolution": error_of(
             lambda: SpatiallySharded(nn.Conv2d(3, 4, 3), 2)(image.int() if rank == 1 else image)
         ),
@@ -314,7 +346,9 @@ def check_errors(rank):
         "gate of a rank": error_of(lambda: with_other_gate(rank == 1)(image)),
         "channels": error_of(lambda: SpatiallySharded(layer, 2)(image[:, : 3 - rank])),
         "empty": error_of(lambda: SpatiallySharded(strided, 2)(image[:, :, : 1 if rank else 6])),
+        "empty first": error_of(lambda: SpatiallySharded(valid, 2)(image[:, :, : 6 if rank else 1])),
         "norms": error_of(lambda: SpatiallySharded(normed, 2)(image)),
+        "norms in evaluation": error_of(lambda: with_statistics_of_its_own()(image)),
         "small": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3, dilation=20), 2)(image)),
         "attention": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3), 2)(image, return_attention=True)),
         "wide gate": error_of(lambda: gated(nn.Conv2d(3, 2, 1, padding=1))(image)),
@@ -322,6 +356,10 @@ def check_errors(rank):
         "no tensor": error_of(lambda: gated(lambda input: [input])(image)),
         "input": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3), 2)([image])),
         "axes": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3), 2)(image[0, 0])),
+        "device": error_of(lambda: SpatiallySharded(nn.Conv2d(3, 4, 3), 2)(image.to("meta"))),
+        "gradients that are not recorded": error_of(
+            torch.no_grad()(lambda: SpatiallySharded(layer, 2)(image.clone().requires_grad_(rank == 1)))
+        ),
     }
 
 
@@ -507,6 +545,7 @@ def process(rank, folder):
         results["converted"] = check_converted(rank)
         results["computed weight"] = check_computed_weight(rank)
         results["group"] = check_group(rank)
+        results["group of one"] = check_group_of_one(rank)
         results["errors"] = check_errors(rank)
         results["DDP"] = check_ddp(rank)
         results["DDP of shards"] = check_ddp_of_shards(rank)
@@ -558,7 +597,14 @@ def test_a_group_of_some_ranks(ranks):
     outside, *inside = (results["group"] for results in ranks)
     assert outside == {"outside": "RuntimeError: SpatiallySharded: this process is not in process_group"}
     for errors in inside:
+        assert errors.pop("norms").startswith("ValueError: branch_norm[0] must share its statistics with all ranks")
         assert max(errors.values()) < 1e-12
+
+
+def test_a_group_of_one_rank(ranks):
+    for results in ranks:
+        assert results["group of one"]["alone"] < 1e-6
+        assert re.match(r"ValueError: branch_norm\[0\] must .*SyncBatchNorm$", results["group of one"]["among others"])
 
 
 def test_every_rank_refuses_what_no_rank_can_run(ranks):
@@ -567,7 +613,9 @@ def test_every_rank_refuses_what_no_rank_can_run(ranks):
         "gradients": "ValueError: input must .* require a gradient on all or none.*gradient False.*gradient True",
         "dtypes": r"ValueError: input must have one dtype.*\(16 bits, .*\(bfloat16, ",
         "empty": r"ValueError: every rank must hold the centre of an output, got shards of \[6, 1, 1\]",
+        "empty first": r"ValueError: every rank must hold the centre .*, got shards of \[1, 6, 6\] with \[0, ",
         "norms": r"ValueError: branch_norm\[0\] must share its statistics.*got BatchNorm2d",
+        "norms in evaluation": r"ValueError: branch_norm\[0\] must share its statistics.*got SyncBatchNorm",
         "small": "ValueError: input is too small",
         "wide gate": r"ValueError: attention must be .* with 6 voxels on axis -2 .*, got shape \[1, 2, 8, 8\]",
         "padding mode": "ValueError: layer must have odd kernel sizes and zero padding, got Conv2d",
@@ -575,6 +623,7 @@ def test_every_rank_refuses_what_no_rank_can_run(ranks):
         "attention": "TypeError: return_attention is for autofocus layers, got a layer of type Conv2d",
         "input": r"ValueError: input must be a tensor \[N, C, \*S\] or \[C, \*S\] for Conv2d.*, got list",
         "axes": r"ValueError: input must be a tensor \[N, C, \*S\] or \[C, \*S\] for Conv2d.*, got shape \[6, 6\]",
+        "device": "ValueError: input must be on the device of the layer's weight, cpu, got meta",
     }
     for results in ranks:
         for name, pattern in expected.items():
@@ -585,6 +634,7 @@ def test_every_rank_refuses_what_one_rank_refuses(ranks):
     other = "ValueError: input must be one that all ranks take, got one that rank 1 refuses"
     for name, error in {
         "refused": "TypeError: input must have the dtype of the layer's weight",
+        "refused in 3D": "TypeError: input must have the dtype of the layer's weight",
         "refused by a convolution": "TypeError: input must have the dtype of the layer's weight",
         "norms of a rank": "RuntimeError: the norms of branch_norm must use either all batch or all running",
         "gate of a rank": "ValueError: attention_reach must be given for a gate of type Conv2d",
@@ -593,6 +643,10 @@ def test_every_rank_refuses_what_one_rank_refuses(ranks):
         assert first == last == other and refusing.startswith(error), name
     of_channels = [results["errors"]["channels"] for results in ranks]
     assert of_channels[0] == other and all("channels" in error for error in of_channels[1:])
+
+
+def test_a_gradient_that_is_not_recorded_may_be_wanted_by_some_ranks(ranks):
+    assert [results["errors"]["gradients that are not recorded"] for results in ranks] == RANKS * [None]
 
 
 @pytest.mark.parametrize("name", ["DDP", "FSDP2"])
