@@ -6,6 +6,7 @@ import logging
 import math
 
 import torch
+import triton.language as tl
 from triton.runtime.errors import OutOfResources
 
 from autofocus_kernels import autofocus_conv, dispatch, self_check, testing
@@ -300,6 +301,91 @@ def same_bits_far_apart(case, names):
                 assert torch.equal(result, right), f"{case.mode}, {name} far apart"
 
 
+# ------------------------------------------------------------------ what kernels are told of tensors and numbers
+
+
+def offsets_have_64_bits_from_a_span_of_two_to_the_31():
+    """Of batch entries they always have. No memory: of tensors on the meta device."""
+
+    def dtype(axis, size, stride, beyond=()):
+        shape, strides = ([other if i == axis else 1 for i in range(5)] for other in (size, stride))
+        return launch.row_dtype(torch.empty_strided(shape, strides, device="meta"), beyond=beyond)
+
+    for axis in range(1, 5):
+        assert dtype(axis, 2, 2**31 - 1) == tl.int32, axis
+        assert dtype(axis, 2, 2**31) == dtype(axis, 5, 2**29) == tl.int64, axis
+    assert dtype(0, 3, 2**31) == tl.int32
+    for axis in range(2, 5):
+        for beyond, expected in ((2, tl.int32), (3, tl.int64)):
+            assert dtype(axis, 2, 2**29, [beyond * (i == axis - 2) for i in range(3)]) == expected, (axis, beyond)
+        assert dtype(axis, 2, 2**29, [9 * (i != axis - 2) for i in range(3)]) == tl.int32, axis
+    assert dtype(1, 2, 2**29, (9, 9, 9)) == dtype(4, 1, 2**31, (9, 9, 9)) == tl.int32
+    near, far = (torch.empty_strided((1, 2, 1, 1, 1), (0, stride, 1, 1, 1), device="meta") for stride in (1, 2**31))
+    assert launch.row_dtype(near, None, far, near) == tl.int64
+
+
+def a_number_stands_for_those_that_triton_compiles_alike():
+    numbers = (-(2**31) - 1, -(2**31), -16, -1, 0, 1, 2, 16, 2**31 - 1, 2**31, 2**40)
+    for number, representative in zip(numbers, launch._representative(numbers), strict=True):
+        for alike in (lambda n: n == 1, lambda n: -(2**31) <= n < 2**31):
+            assert alike(number) == alike(representative), (number, representative)
+        assert representative % 16 != 0, representative
+
+
+def rows_are_loaded_as_widely_as_all_are_aligned():
+    """The interpreter loads anything; a GPU ends the process at a load that is wider than its address allows."""
+    last = torch.empty_strided((2, 8, 3, 2, 2), (96, 1, 32, 16, 8))
+    assert launch.alignment(last) == 4 and launch.alignment(last.half()) == 8
+    assert launch.alignment(last.flatten()[4:].view(1, 188, 1, 1, 1)) == 4
+    for offset in (1, 2, 3):  # in elements; less than 16 bytes say nothing of the rows
+        assert launch.alignment(last.as_strided((1, 8, 2, 2, 2), last.stride(), offset)) == 1, offset
+    for axis in (0, 2, 3, 4):
+        for stride, expected in ((1, 1), (6, 2), (12, 4), (8, 4)):
+            shape, strides = ([other if i == axis else one for i in range(5)] for other, one in ((2, 1), (stride, 7)))
+            assert launch.alignment(torch.empty_strided(shape, strides)) == expected, (axis, stride)
+    for channels, stride, expected in ((1, 3, 4), (2, 1, 4), (2, 4, 1), (3, 0, 1)):
+        assert launch.alignment(torch.empty_strided((1, channels, 1, 1, 2), (1, stride, 1, 1, 4))) == expected, (
+            channels,
+            stride,
+        )
+    narrow = torch.empty_strided((2, 2, 1, 1, 1), (2, 1, 1, 1, 1))
+    assert launch.alignment(last, None, narrow) == launch.alignment(narrow, last) == 2
+
+
+def positions_are_one_axis_where_they_lie_evenly_apart():
+    for size, stride, expected in (
+        ((2, 3, 4), (12, 4, 1), 1),
+        ((2, 3, 4), (24, 8, 2), 2),
+        ((2, 3, 4), (0, 0, 0), 0),
+        ((2, 1, 4), (4, 9, 1), 1),
+        ((2, 3, 1), (21, 7, 9), 7),
+        ((1, 1, 1), (5, 6, 7), 1),
+        ((2, 3, 4), (12, 5, 1), None),
+        ((2, 3, 4), (13, 4, 1), None),
+        ((2, 3, 4), (12, 4, 2), None),
+        ((2, 1, 4), (9, 4, 1), None),
+        ((4, 3, 2), (1, 4, 12), None),
+    ):
+        for outer in ((2, 5), (1, 1)):
+            assert launch._collapsed_stride((*outer, *size), (1000, 100, *stride)) == expected, (size, stride)
+
+
+def gathered_tensors_have_whole_loads_of_channels():
+    """And no more: of one channel, one."""
+    for dtype, widths in ((torch.float32, (1, 2, 4, 4, 4, 4)), (torch.float16, (1, 2, 4, 4, 8, 8))):
+        for channels, width in zip((1, 2, 3, 4, 5, 41), widths):
+            # One that packing sees as one axis, in several blocks, and one that it does not.
+            large = torch.randn(2, channels, 3, 7, 9).to(dtype)
+            for tensor in (large, large[..., 1:6]):
+                source = launch.gather_source(tensor)
+                padded = source.tensor
+                assert source.align == width and launch.alignment(padded) % width == 0, (dtype, channels)
+                assert padded.shape[1] == launch.ceil_div(channels, width) * width, (dtype, channels)
+                assert torch.equal(padded[:, :channels], tensor) and not padded[:, channels:].any(), (dtype, channels)
+    packed = torch.randn(2, 3, 2, 5, 8).movedim(-1, 1)
+    assert launch.gather_source(packed).tensor is packed
+
+
 CHECKS = (
     a_configuration_that_does_not_fit_gives_way,
     a_compiler_that_fails_counts_as_a_misfit_and_no_other_error_does,
@@ -312,4 +398,9 @@ CHECKS = (
     programs_of_the_self_check_go_from_tile_to_tile,
     offsets_beyond_32_bits,
     offsets_beyond_32_bits_from_outside_the_volume,
+    offsets_have_64_bits_from_a_span_of_two_to_the_31,
+    a_number_stands_for_those_that_triton_compiles_alike,
+    rows_are_loaded_as_widely_as_all_are_aligned,
+    positions_are_one_axis_where_they_lie_evenly_apart,
+    gathered_tensors_have_whole_loads_of_channels,
 )
