@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import logging
 import math
+from types import SimpleNamespace
 
 import torch
 import triton.language as tl
 from triton.runtime.errors import OutOfResources
 
 from autofocus_kernels import autofocus_conv, dispatch, self_check, testing
+from autofocus_kernels.backends import triton as triton_backend
 from autofocus_kernels.backends.interface import Gradients
 from autofocus_kernels.backends.triton import backend, launch
 from autofocus_kernels.backends.triton.configs import Config
@@ -386,6 +388,46 @@ def gathered_tensors_have_whole_loads_of_channels():
     assert launch.gather_source(packed).tensor is packed
 
 
+# ------------------------------------------------------------------ what is refused
+
+
+def what_is_beyond_the_kernels_is_refused_and_what_is_not_is_right():
+    """Coordinates, and bits for the taps: to the last that fits."""
+    for size, dilation, kernel, reason in (
+        (7, 2**30 - 8, 3, None),
+        (7, 2**30 - 7, 3, "coordinates of 1073741824 and more are read"),
+        (40, 1, 29, None),  # 31 bits, one word of 32
+        (40, 1, 31, None),
+        (40, 1, 61, None),
+        (40, 1, 63, "the kernel's sizes add up to more than 63"),
+    ):
+        case = Case("limits", (size,), 2, 2, dilations=(1, dilation), kernel_size=kernel)
+        assert backend.refusal(call_of(case, testing.make_tensors(case))) == reason, case
+        if reason is None:
+            with candidates(Config(64, 16, 16, 4, 255)):
+                testing.check("triton", case)
+
+
+def other_dtypes_and_devices_are_refused():
+    call = call_of(CASE, testing.make_tensors(CASE))
+    assert backend.refusal(call) is None
+    assert backend.refusal(call._replace(input=call.input.double())).startswith("dtype torch.float64 is none of")
+    on_meta = backend.refusal(call._replace(input=call.input.to("meta")))
+    assert on_meta == "tensors are on meta, the kernels run on cpu", on_meta
+
+
+def gpus_before_compute_capability_8_are_refused():
+    device = torch.device("cuda", 0)
+    geometry = SimpleNamespace(farthest=1, as_3d=CASE.geometry.as_3d)
+    call = SimpleNamespace(input=SimpleNamespace(dtype=torch.float16, device=device), geometry=geometry)
+    with replaced(triton_backend, interpreted=lambda: False):
+        for capability, reason in (((7, 5), "compute capability (7, 5) is below (8, 0)"), ((8, 0), None)):
+            with replaced(torch.cuda, get_device_capability=lambda device, of=capability: of):
+                assert backend.refusal(call) == reason, capability
+                with replaced(torch.version, hip="6.4"):
+                    assert backend.refusal(call) is None, capability
+
+
 CHECKS = (
     a_configuration_that_does_not_fit_gives_way,
     a_compiler_that_fails_counts_as_a_misfit_and_no_other_error_does,
@@ -403,4 +445,7 @@ CHECKS = (
     rows_are_loaded_as_widely_as_all_are_aligned,
     positions_are_one_axis_where_they_lie_evenly_apart,
     gathered_tensors_have_whole_loads_of_channels,
+    what_is_beyond_the_kernels_is_refused_and_what_is_not_is_right,
+    other_dtypes_and_devices_are_refused,
+    gpus_before_compute_capability_8_are_refused,
 )
