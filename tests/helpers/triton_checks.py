@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from autofocus_kernels import autofocus_conv, dispatch, self_check, testing
 from autofocus_kernels.backends import triton as triton_backend
 from autofocus_kernels.backends.interface import Gradients
 from autofocus_kernels.backends.triton import backend, launch
-from autofocus_kernels.backends.triton.configs import Config
+from autofocus_kernels.backends.triton.configs import Config, choose_tiling, configurations
 from autofocus_kernels.testing import Case, call_of
 
 CASE = Case("small", (3, 5), dilations=(1, 2), kernel_size=(1, 3))
@@ -96,6 +97,29 @@ def a_configuration_that_does_not_fit_gives_way():
     assert launched == [64, 16, 16], launched  # refused, next; then the one that fitted
     ((level, message),) = messages
     assert level == "INFO" and "rows=64" in message and "does not fit" in message
+
+
+def configurations_suit_channels_and_chip():
+    """Whole products, no wider than the channels; registers that an SM has; the least demanding last."""
+    kernels = ["forward", "forward_scaled", "grad_attention", "grad_scaled"]
+    kernels += [f"grad_input_weight{of}" for of in ("", "_scaled", "_branches")]
+    arithmetics = ((2, "ieee"), (4, "tf32"), (4, "ieee"))
+    widths = (1, 16, 17, 32, 33, 64, 65, 128, 129)
+    for key in itertools.product(kernels, arithmetics, (8, 9, 10), widths, widths):
+        kernel, arithmetic, capability, C, O = key
+        found = configurations(kernel, *arithmetic, capability, C, O)
+        for config in found:
+            for block, channels in ((config.block_c, C), (config.block_o, O)):
+                assert block >= 16 and block.bit_count() == 1 and block < max(17, 2 * channels), (key, config)
+            assert config.rows >= 32 and config.rows.bit_count() == 1, (key, config)
+            assert config.num_warps.bit_count() == 1 and config.registers <= 255, (key, config)
+            assert 32 * config.num_warps * config.registers <= 2**16, (key, config)
+            assert all(most >= least for most, least in zip(config[:4], found[-1])), (key, config)
+    for capability, rows in ((8, 128), (9, 256), (10, 128)):
+        first, second, _ = configurations("forward", 2, "ieee", capability, 64, 64)
+        assert (first.rows, second.rows) == (rows, 384 - rows) and first.registers == second.registers == 128
+    for C, O, registers in ((32, 32, 128), (33, 32, 255), (32, 33, 255)):
+        assert configurations("grad_input_weight", 2, "ieee", 9, C, O)[0].registers == registers, (C, O)
 
 
 def a_compiler_that_fails_counts_as_a_misfit_and_no_other_error_does():
@@ -212,6 +236,31 @@ def a_small_problem_has_the_tiles_of_the_one_it_stands_for():
     for transposed in (False, True):
         walks = [launch.Walk(problem.as_3d, SMALL, 1, transposed) for problem in (call.geometry, small)]
         assert walks[0].tiling == walks[1].tiling and walks[0].num_tiles > walks[1].num_tiles > 1
+
+
+def tiles_lie_on_lattices_where_their_reads_meet():
+    """Results are right on any lattice and in any box; this is about what they read."""
+    cube, even = (64, 64, 64), (2, 6, 10, 14)
+    for size, dilations, options, transposed, expected in (
+        (cube, even, {}, False, ((1, 2, 2), (1, 2, 2), (1, 8, 16))),
+        (cube, even, {}, True, ((1, 2, 2), (1, 2, 2), (1, 8, 16))),
+        (cube, (1, 3, 5, 7), {}, False, ((1, 1, 1), (1, 1, 1), (1, 8, 16))),
+        (cube, (1, 2), {"kernel_size": 5}, False, ((1, 1, 1), (1, 1, 1), (1, 8, 16))),
+        (cube, (3, 6, 9), {}, False, ((3, 3, 3), (3, 3, 3), (2, 8, 8))),
+        (cube, even, {"stride": 2}, False, ((1, 1, 1), (2, 2, 2), (1, 8, 16))),  # as it is every other voxel is one
+        (cube, even, {"stride": 2}, True, ((2, 2, 2), (1, 1, 1), (1, 4, 32))),
+        (cube, even, {"stride": 3}, True, ((3, 3, 3), (1, 1, 1), (2, 8, 8))),
+        (cube, (4, 8), {"stride": 2}, False, ((1, 2, 2), (2, 4, 4), (1, 8, 16))),
+        (cube, (2, 4), {"stride": (1, 2, 4)}, False, ((2, 1, 1), (2, 2, 4), (2, 16, 4))),
+        (cube, (2, 4), {"stride": (1, 2, 4)}, True, ((1, 2, 4), (1, 1, 1), (1, 8, 16))),
+        ((64, 64, 4), (2, 6), {}, False, ((1, 2, 1), (1, 2, 1), (1, 32, 4))),
+        ((4096,), (4, 8), {}, False, ((1, 1, 4), (1, 1, 4), (1, 1, 128))),
+        ((5, 7, 3), (1, 2), {}, False, ((1, 1, 1), (1, 1, 1), (4, 8, 4))),
+    ):
+        case = Case("any", size, dilations=dilations, padding=2 if "stride" in options else "same", **options)
+        tiling = choose_tiling(case.geometry.as_3d, 128, transposed)
+        found = tiling.step, tiling.move, tiling.tile
+        assert found == expected, (size, dilations, options, transposed, found)
 
 
 def programs_of_the_self_check_go_from_tile_to_tile():
@@ -430,6 +479,7 @@ def gpus_before_compute_capability_8_are_refused():
 
 CHECKS = (
     a_configuration_that_does_not_fit_gives_way,
+    configurations_suit_channels_and_chip,
     a_compiler_that_fails_counts_as_a_misfit_and_no_other_error_does,
     one_that_fitted_may_stop_fitting,
     nothing_fits_and_another_backend_takes_the_call,
@@ -437,6 +487,7 @@ CHECKS = (
     the_weight_is_repacked_once_for_all_kernels_that_read_it_alike,
     a_right_kernel_passes_its_self_check_and_a_wrong_one_is_refused,
     a_small_problem_has_the_tiles_of_the_one_it_stands_for,
+    tiles_lie_on_lattices_where_their_reads_meet,
     programs_of_the_self_check_go_from_tile_to_tile,
     offsets_beyond_32_bits,
     offsets_beyond_32_bits_from_outside_the_volume,
