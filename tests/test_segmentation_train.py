@@ -415,6 +415,13 @@ def test_the_gpu_of_a_process_is_its_current_one(monkeypatch):
     assert current == [torch.device("cuda:0")] and not groups
 
 
+def test_one_process_without_a_gpu_is_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with parallel.processes(None) as place:
+        assert place == Place(0, 1, torch.device("cpu")) and not dist.is_initialized()
+
+
 def test_processes_share_a_batch_evenly(phantom_2d, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "processes", lambda _: contextlib.nullcontext(Place(0, 3, torch.device("cpu"))))
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes"):
