@@ -247,7 +247,8 @@ def tiles_lie_on_lattices_where_their_reads_meet():
         (cube, (1, 3, 5, 7), {}, False, ((1, 1, 1), (1, 1, 1), (1, 8, 16))),
         (cube, (1, 2), {"kernel_size": 5}, False, ((1, 1, 1), (1, 1, 1), (1, 8, 16))),
         (cube, (3, 6, 9), {}, False, ((3, 3, 3), (3, 3, 3), (2, 8, 8))),
-        (cube, even, {"stride": 2}, False, ((1, 1, 1), (2, 2, 2), (1, 8, 16))),  # as it is every other voxel is one
+        # Every other voxel is on one lattice as it is.
+        (cube, even, {"stride": 2}, False, ((1, 1, 1), (2, 2, 2), (1, 8, 16))),
         (cube, even, {"stride": 2}, True, ((2, 2, 2), (1, 1, 1), (1, 4, 32))),
         (cube, even, {"stride": 3}, True, ((3, 3, 3), (1, 1, 1), (2, 8, 8))),
         (cube, (4, 8), {"stride": 2}, False, ((1, 2, 2), (2, 4, 4), (1, 8, 16))),
