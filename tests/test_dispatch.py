@@ -90,6 +90,10 @@ def test_every_backend_has_the_interface(name):
     assert backend.checked == (name in ("triton", "cuda")) and backend.tiles_by_volume == (name == "triton")
 
 
+def test_triton_has_no_function_that_no_backend_has():
+    assert not hasattr(dispatch.backend_named("triton"), "sideways")
+
+
 def test_cpu_tensors_run_on_the_cpu_backend_where_it_is_built(ran):
     call()
     built = dispatch.backend_named("cpu").unavailable() is None

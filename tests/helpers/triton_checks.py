@@ -14,7 +14,7 @@ from triton.runtime.errors import OutOfResources
 from autofocus_kernels import autofocus_conv, dispatch, self_check, testing
 from autofocus_kernels.backends import triton as triton_backend
 from autofocus_kernels.backends.interface import Gradients
-from autofocus_kernels.backends.triton import backend, launch
+from autofocus_kernels.backends.triton import addressing, backend, launch
 from autofocus_kernels.backends.triton.configs import Config, choose_tiling, configurations
 from autofocus_kernels.testing import Case, call_of
 
@@ -443,6 +443,7 @@ def gathered_tensors_have_whole_loads_of_channels():
 
 def what_is_beyond_the_kernels_is_refused_and_what_is_not_is_right():
     """Coordinates, and bits for the taps: to the last that fits."""
+    assert addressing.OUTSIDE.value == triton_backend.COORDINATE_LIMIT
     for size, dilation, kernel, reason in (
         (7, 2**30 - 8, 3, None),
         (7, 2**30 - 7, 3, "coordinates of 1073741824 and more are read"),

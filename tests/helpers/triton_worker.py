@@ -46,6 +46,8 @@ _GRID = (
     Case("grid_2d_branch", (5, 7), channels=20, out_channels=20, dilations=(1, 2), mode="branch"),
     Case("grid_3d", (3, 4, 3), channels=20, out_channels=20, dilations=(1, 3), kernel_size=(3, 1, 3)),
 )
+# Tiles of 2 x 8 x 4 points, with another step on each axis.
+_STEPS = Case("steps_of_axes", (4, 5, 9), 2, 2, dilations=((2, 1, 3), (4, 2, 6)))
 # Other values, or a geometry, layout or number of channels of which a smaller case is here too: no other code of these
 # kernels. (On a GPU all run.)
 _AS_ANOTHER = (
@@ -98,6 +100,7 @@ def _interpreted():
     cases = [case for case in testing.CASES if case.name not in _AS_ANOTHER]
     entries = [(case, torch.float32, large(case)) for case in (*cases, *_OWN)]
     entries += [(case, torch.float32, SMALL) for case in _GRID]
+    entries += [(_STEPS, torch.float32, SMALL._replace(rows=64))]
     entries += [
         (case, dtype, large(case))
         for dtype in (torch.bfloat16, torch.float16)
