@@ -113,7 +113,8 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
   if (wants_weight) {
     weight_work.tiles = ceil_div(weight_work.tiles, num_parts(split));
     sums = weight_partials_of(weight_work, g, in.dtype, by_branch || in.scale.data != nullptr);
-    const int64_t bytes = sums.splits * sums.branches * sums.outputs * sums.inputs * num_taps(g) * sizeof(float);
+    const int64_t bytes =
+        sums.splits * sums.branches * sums.outputs * sums.inputs * num_taps(g) * int64_t(sizeof(float));
     // Memory of the gradient of the input serves while it has no other use.
     if (input_last && !adds && bytes <= bytes_for_floats(gradients.input, g.N, g.C, g.input, in.dtype))
       sums.data = gradients.input.data;
