@@ -161,6 +161,18 @@ def test_branches_of_the_gradient_of_the_input_in_pairs(library, tf32, dilations
     assert launches == [(len(dilations) + 1) // 2, (len(dilations) + 3) // 4]
 
 
+@pytest.mark.parametrize(
+    "size, dilations, launches", [((13, 13, 13), (1, 2, 6, 6), 2), ((7, 20, 20), (4, 4, 1, 2), 1)], ids=str
+)
+def test_no_pairs_of_branches_where_these_have_more_tiles(library, device, size, dilations, launches):
+    """Two rates of 6 are 216 classes of at most 27 points, a tile each; all branches together have eight tiles."""
+    device(multiprocessors=1)
+    case = replace(FLAT, size=size, dilations=dilations)
+    tensors = make_tensors(case, torch.bfloat16)
+    testing.judge(evaluate(lambda **call: autofocus_conv(**call, backend="cuda"), case, tensors), case, tensors)
+    assert library.autofocus_emulation_launches(b"fast_grad_input") == launches
+
+
 def test_pairs_of_branches_take_no_more_memory_than_the_other_passes(library, device):
     case = replace(FLAT, channels=12)
     tensors = make_tensors(case, torch.bfloat16)

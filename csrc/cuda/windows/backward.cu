@@ -31,6 +31,8 @@ class InputPass {
   // Whether a_k G is larger than G although there are tiles for more than one round.
   bool is_large() const { return num_parts(split_) < in_.g.K && work_.tiles > work_.at_once; }
   int64_t bytes() { return operands_.bytes(split_); }
+  // Its time: how many planes of tiles a multiprocessor goes through, once for every branch.
+  int64_t planes() const { return in_.g.K * ceil_div(work_.tiles, work_.at_once) * plan_.lattice.tile_z; }
 
   void run(const TensorView& grad_input, bool adds, void* memory, const Context& context) {
     for (int64_t i = 0; i < num_parts(split_); ++i) {
@@ -53,17 +55,21 @@ constexpr int64_t kFewBranches = 2;
 
 // Makes the passes that add up the gradient of the input. There is one for all branches, unless its a_k G is large and
 // takes more than `bytes`, which the other passes take: then there is one for every two branches, and one rounding
-// more.
+// more. Two branches may have a larger common factor than all, and so more and emptier tiles: they may take as much
+// more time as a cut may (kForMemory).
 void plan_grad_input(const Inputs& in, const TensorView& grad_output, int64_t bytes, std::deque<InputPass>& passes) {
-  passes.emplace_back(in, grad_output);
-  if (in.g.K <= kFewBranches || !passes[0].is_large() || passes[0].bytes() <= bytes) return;
-  for (int64_t first = 0; first < in.g.K; first += kFewBranches)
-    if (const Inputs few = slice_of(in, first, kFewBranches);
-        fast_refusal(Pass::kGradInput, few.g, few.dtype, few.tf32) != nullptr)
-      return;
-  passes.clear();
-  for (int64_t first = 0; first < in.g.K; first += kFewBranches)
-    passes.emplace_back(slice_of(in, first, kFewBranches), grad_output);
+  InputPass& whole = passes.emplace_back(in, grad_output);
+  if (in.g.K <= kFewBranches || !whole.is_large() || whole.bytes() <= bytes) return;
+  std::deque<InputPass> pairs;
+  int64_t bytes_of_pairs = 0, planes = 0;
+  for (int64_t first = 0; first < in.g.K; first += kFewBranches) {
+    const Inputs few = slice_of(in, first, kFewBranches);
+    if (fast_refusal(Pass::kGradInput, few.g, few.dtype, few.tf32) != nullptr) return;
+    InputPass& pair = pairs.emplace_back(few, grad_output);
+    bytes_of_pairs = std::max(bytes_of_pairs, pair.bytes());
+    planes += pair.planes();
+  }
+  if (bytes_of_pairs < whole.bytes() && 100 * planes <= (100 + kForMemory.percent) * whole.planes()) passes.swap(pairs);
 }
 
 // The memory of a volume [N, C, *size], if it has no gaps and can hold floats.
