@@ -190,24 +190,34 @@ def test_pairs_of_branches_take_no_more_memory_than_the_other_passes(library, de
     assert taken("input") == taken("attention") == taken("input", "attention") == 4 * chunk + weight
 
 
+# As many bytes as the gradient of the input: floats of three blocks.
+PARTIAL_SUMS = 3 * 4 * 16 * 8 * 27
+SUMS_FIT = Case("sums_fit", (9, 16, 18), channels=8, out_channels=8, dilations=(1, 2))
+
+
 def test_partial_sums_lie_in_the_gradient_of_the_input_where_it_has_no_gaps(library, device):
     """What lies in a gap belongs to others."""
-    case = Case("gaps", (9, 16, 18), channels=8, out_channels=8, dilations=(1, 2))
-    tensors = make_tensors(case, torch.bfloat16)
-    call = call_of(case, tensors)
-    expected = evaluate(lambda **call: autofocus_conv(**call, backend="cuda"), case, tensors)
+    tensors = make_tensors(SUMS_FIT, torch.bfloat16)
+    call = call_of(SUMS_FIT, tensors)
+    expected = evaluate(lambda **call: autofocus_conv(**call, backend="cuda"), SUMS_FIT, tensors)
     allocated = ctypes.c_int64.in_dll(library, "autofocus_emulation_allocated")
     taken = []
-    for channels in (8, 9):
-        around = torch.full((1, channels, *case.size), torch.nan, dtype=torch.bfloat16)
-        around = around.contiguous(memory_format=torch.channels_last_3d)
+    for channels, first in ((8, 0), (9, 0), (8, 1)):  # the last is not aligned for floats
+        around = torch.full((channels * 9 * 16 * 18 + first,), torch.nan, dtype=torch.bfloat16)
+        around = around[first:].view(1, *SUMS_FIT.size, channels).movedim(-1, 1)
         gradients = Gradients(around[:, :8], torch.full_like(call.weight, torch.nan), None, None)
         before = allocated.value
         cuda.backward(call, tensors.grad_output, gradients)
         taken.append(allocated.value - before)
         assert torch.equal(gradients.input, expected["input"]) and torch.equal(gradients.weight, expected["weight"])
         assert around[:, 8:].isnan().all()
-    assert taken[1] - taken[0] == 3 * 4 * 16 * 8 * 27  # floats of three blocks
+    assert taken[1] - taken[0] == taken[2] - taken[0] == PARTIAL_SUMS
+
+
+def test_partial_sums_of_later_slices_leave_the_gradient_of_the_input(device):
+    case = replace(SUMS_FIT, dilations=(1, 2, 1, 2, 3))
+    tensors = make_tensors(case, torch.bfloat16)
+    testing.judge(evaluate(lambda **call: autofocus_conv(**call, backend="cuda"), case, tensors), case, tensors)
 
 
 def peak_of(function, *arguments):
