@@ -59,7 +59,8 @@ class Backend(Protocol):
             hardware and compilers that it was never tried with.
         tiles_by_volume: whether the size of a volume chooses among compiled kernels, so that each size is a kind of its
             own. Such a backend takes the size from ``Geometry.tiled``. A checked one shares a problem with
-            ``Geometry.few_blocks`` among few thread blocks; nothing but the order of sums may depend on that.
+            ``Geometry.few_blocks`` among few thread blocks; nothing but how sums are ordered and rounded may depend on
+            that.
     """
 
     checked: bool
