@@ -13,30 +13,29 @@ Work grad_input_work(const Plan& plan, const Problem& g) {
   return work_of_multiprocessors(plan, ceil_div(g.C, 8 * plan.tiles));
 }
 
-// The gradient of the input from a_k G of every branch, which is large and which no other pass reads: a pass with
-// operands and parts of its own.
+// The gradient of the input from a_k G of up to `most` branches, which is large and which no other pass reads: a pass
+// with operands and parts of its own, on the lattices of all branches.
 class InputPass {
  public:
-  InputPass(const Inputs& in, const TensorView& grad_output)
-      : in_(in),
-        plan_(plan_of(Pass::kGradInput, in)),
-        work_(grad_input_work(plan_, in.g)),
-        split_(split_in_slabs(in.g, plan_.lattice, work_, in.g.K, kForMemory)),  // in K parts a_k G is as large as G
-        operands_(in_, common_step(in.g)) {
+  InputPass(const Inputs& all, int64_t first, int64_t most, const TensorView& grad_output)
+      : g_(all.g),
+        in_(slice_of(all, first, most)),
+        plan_(plan_of_branches(Pass::kGradInput, all, first, in_.g.K)),
+        work_(grad_input_work(plan_, g_)),
+        split_(split_in_slabs(g_, plan_.lattice, work_, in_.g.K, kForMemory)),  // in K parts a_k G is as large as G
+        operands_(in_, g_) {
     operands_.want_grad_output(grad_output, true);
     operands_.want_adjoint_weight(plan_.tiles);
   }
-  InputPass(const InputPass&) = delete;  // operands_ refers to in_
+  InputPass(const InputPass&) = delete;  // operands_ refers to in_ and g_
 
   // Whether a_k G is larger than G although there are tiles for more than one round.
   bool is_large() const { return num_parts(split_) < in_.g.K && work_.tiles > work_.at_once; }
   int64_t bytes() { return operands_.bytes(split_); }
-  // Its time: how many planes of tiles a multiprocessor goes through, once for every branch.
-  int64_t planes() const { return in_.g.K * ceil_div(work_.tiles, work_.at_once) * plan_.lattice.tile_z; }
 
   void run(const TensorView& grad_input, bool adds, void* memory, const Context& context) {
     for (int64_t i = 0; i < num_parts(split_); ++i) {
-      const Part part = part_of(in_.g, split_, i);
+      const Part part = part_of(g_, split_, i);
       operands_.pack(part, memory, context);
       launch_grad_input(plan_of_part(plan_, Pass::kGradInput, part), in_, operands_,
                         samples_from(grad_input, part, in_.dtype), adds, context);
@@ -44,6 +43,7 @@ class InputPass {
   }
 
  private:
+  const Problem g_;
   const Inputs in_;
   const Plan plan_;
   const Work work_;
@@ -55,21 +55,14 @@ constexpr int64_t kFewBranches = 2;
 
 // Makes the passes that add up the gradient of the input. There is one for all branches, unless its a_k G is large and
 // takes more than `bytes`, which the other passes take: then there is one for every two branches, and one rounding
-// more. Two branches may have a larger common factor than all, and so more and emptier tiles: they may take as much
-// more time as a cut may (kForMemory).
+// more. These keep to the lattices of all branches: their own, if they have a larger common factor, would be more and
+// emptier.
 void plan_grad_input(const Inputs& in, const TensorView& grad_output, int64_t bytes, std::deque<InputPass>& passes) {
-  InputPass& whole = passes.emplace_back(in, grad_output);
-  if (in.g.K <= kFewBranches || !whole.is_large() || whole.bytes() <= bytes) return;
-  std::deque<InputPass> pairs;
-  int64_t bytes_of_pairs = 0, planes = 0;
-  for (int64_t first = 0; first < in.g.K; first += kFewBranches) {
-    const Inputs few = slice_of(in, first, kFewBranches);
-    if (fast_refusal(Pass::kGradInput, few.g, few.dtype, few.tf32) != nullptr) return;
-    InputPass& pair = pairs.emplace_back(few, grad_output);
-    bytes_of_pairs = std::max(bytes_of_pairs, pair.bytes());
-    planes += pair.planes();
-  }
-  if (bytes_of_pairs < whole.bytes() && 100 * planes <= (100 + kForMemory.percent) * whole.planes()) passes.swap(pairs);
+  passes.emplace_back(in, 0, in.g.K, grad_output);
+  if (in.g.K <= kFewBranches || !passes[0].is_large() || passes[0].bytes() <= bytes) return;
+  passes.clear();
+  for (int64_t first = 0; first < in.g.K; first += kFewBranches)
+    passes.emplace_back(in, first, kFewBranches, grad_output);
 }
 
 // The memory of a volume [N, C, *size], if it has no gaps and can hold floats.
@@ -90,7 +83,7 @@ void backward_slice(const Inputs& in, const TensorView& grad_output, const Gradi
   // With a G for each branch all passes share their operands. Otherwise the gradient of the input comes last, and its
   // operands overwrite those of the other passes.
   const bool input_last = wants_input && !by_branch, input_shares = wants_input && by_branch;
-  Operands shared(in, common_step(g));
+  Operands shared(in, g);
   std::vector<Work> works;
   Plan input_plan{}, attention_plan{};
   if (input_shares) {

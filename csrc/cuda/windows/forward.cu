@@ -115,7 +115,7 @@ void launch_forward(const char* name, const Plan& plan, const Inputs& in, const 
 template <typename Run>
 void for_parts(const Inputs& in, const Context& context, const Run& run) {
   const Plan plan = plan_of(Pass::kForward, in);
-  Operands operands(in, plan.lattice.step);
+  Operands operands(in, in.g);
   operands.want_input();
   operands.want_attention();
   operands.want_weight(plan.tiles);

@@ -203,7 +203,7 @@ int64_t Operands::bytes(const Split& split) {
   int64_t most = 0;
   // Parts differ in size only by their slabs, and slabs vary fastest.
   for (int64_t slab = 0; slab < split.slabs; ++slab) {
-    const int64_t own = pack(part_of(in_.g, split, slab), nullptr, nullptr);
+    const int64_t own = pack(part_of(all_, split, slab), nullptr, nullptr);
     most = own > most ? own : most;
   }
   return most;
@@ -211,6 +211,7 @@ int64_t Operands::bytes(const Split& split) {
 
 int64_t Operands::pack(const Part& part, void* memory, const Context* context) {
   const Problem& g = in_.g;
+  const Int3 step = common_step(all_);
   int64_t bytes = 0, blocks = 0;
   const auto place = [&](int64_t size) {
     const int64_t at = bytes;
@@ -245,7 +246,7 @@ int64_t Operands::pack(const Part& part, void* memory, const Context* context) {
     const auto points = [&](const TensorView& source, const TensorView& gates, int64_t channels, int count,
                             const Index3& size, const Classes& classes, const Slab& planes, bool rounds, int64_t& at) {
       const int64_t branches = source.k == 0 && gates.data == nullptr ? 1 : g.K, chunks = ceil_div(channels, count);
-      Int3 class_points = lattice_points(size, step_);
+      Int3 class_points = lattice_points(size, step);
       class_points.z = planes.count;
       const int64_t all = volume(classes.count) * volume(class_points);
       const int64_t position_blocks = ceil_div(all, kPackThreads), groups = ceil_div(chunks, kPackChunks);
@@ -261,7 +262,7 @@ int64_t Operands::pack(const Part& part, void* memory, const Context* context) {
                            int(branches),
                            int(channels),
                            int(chunks),
-                           step_,
+                           step,
                            class_points,
                            planes.first,
                            classes,

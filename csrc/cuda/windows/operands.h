@@ -27,8 +27,9 @@ AUTOFOCUS_HD constexpr int chunk_weight_bytes(int tiles) { return 3 * kSlabTaps 
 // other and runs the passes on it. A part overwrites the part before; weights stay.
 class Operands {
  public:
-  // `step`: that of the lattices of the passes. `in` must outlive this object.
-  Operands(const Inputs& in, const Int3& step) : in_(in), step_(step) {}
+  // `all`: the problem whose lattices and parts the passes have; `in` may be some of its branches. Both must outlive
+  // this object.
+  Operands(const Inputs& in, const Problem& all) : in_(in), all_(all) {}
 
   void want_input() { wants_input_ = true; }
   void want_attention() { wants_attention_ = true; }
@@ -69,7 +70,7 @@ class Operands {
   unsigned char* at(int64_t offset) const { return memory_ + offset; }
 
   const Inputs& in_;
-  Int3 step_;
+  const Problem& all_;
   bool wants_input_ = false, wants_attention_ = false, gates_grad_output_ = false;
   TensorView grad_output_{};
   int weight_tiles_ = 0, adjoint_tiles_ = 0;  // 0: not wanted

@@ -121,15 +121,19 @@ Plan plan_of_part(Plan plan, Pass pass, const Part& part) {
   return plan;
 }
 
-Plan plan_of_branch(Pass pass, const Inputs& in, const Part& part, int64_t k) {
+Plan plan_of_branches(Pass pass, const Inputs& in, int64_t first, int64_t count) {
   Plan plan = plan_of(pass, in);
   const int tile_z = plan.lattice.tile_z, room = plan.lattice.ring_bytes;
-  plan.lattice = make_lattice(in.g, direction(pass), k, 1);
+  plan.lattice = make_lattice(in.g, direction(pass), first, count);
   set_tile(plan.lattice, tile_z);
   set_ring(plan.lattice, room / (plan.lattice.plane_points * kPointBytes));
   set_threads(plan.lattice, plan.threads);
   plan.shared_bytes = shared_bytes(pass, plan.lattice, in.dtype, plan.tiles);
-  return plan_of_part(plan, pass, part);
+  return plan;
+}
+
+Plan plan_of_branch(Pass pass, const Inputs& in, const Part& part, int64_t k) {
+  return plan_of_part(plan_of_branches(pass, in, k, 1), pass, part);
 }
 
 namespace {

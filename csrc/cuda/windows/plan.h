@@ -34,7 +34,9 @@ Plan plan_of(Pass pass, const Inputs& in);
 constexpr int kFewMultiprocessors = 3;
 // The plan for a part of the positions.
 Plan plan_of_part(Plan plan, Pass pass, const Part& part);
-// The plan of branch k alone, with the step and tile_z of all branches, so that it reads the operands packed for all.
+// The plan of `count` branches from `first` on, with the step and tile_z of all branches.
+Plan plan_of_branches(Pass pass, const Inputs& in, int64_t first, int64_t count);
+// The plan of branch k alone for a part, which reads the operands packed for all.
 Plan plan_of_branch(Pass pass, const Inputs& in, const Part& part, int64_t k);
 
 // The work of a pass in which `target_blocks` blocks of target channels go through the same tiles.
