@@ -249,8 +249,9 @@ def test_offsets_are_64_bit(argument):
 EACH_CASE = """
 import os
 import sys
+from functools import partial
 import torch
-from autofocus_kernels import testing
+from autofocus_kernels import autofocus_conv, testing
 from autofocus_kernels.backends import native
 
 assert native.unavailable("cpu") is None
@@ -265,6 +266,13 @@ for case in testing.CASES:
             testing.check("cpu", case, dtype)
         except AssertionError as error:
             failures.append(str(error))
+# Volumes that repeat memory along an axis: each repetition ends where the tensor does, not the last one only.
+case = testing.Case("repeated", (4, 4, 4), channels=1, batch=2)
+for axis in (0, 2, 3):
+    tensors = testing.make_tensors(case)
+    once = tensors.input.narrow(axis, 0, 1).clone()
+    tensors = tensors._replace(input=once.expand(tensors.input.shape))
+    testing.judge(testing.evaluate(partial(autofocus_conv, backend="cpu"), case, tensors), case, tensors)
 sys.exit("\\n".join(failures) or 0)
 """
 
