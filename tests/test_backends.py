@@ -37,6 +37,11 @@ BEYOND = (
     Case("long_row_branch", (300,), mode="branch"),
     Case("many_lattices", (16, 16), dilations=(2, 4), batch=40),
     Case("many_lattices_branch", (16, 16), dilations=(2, 4), batch=40, mode="branch"),
+    # Lattices so few that each is cut into slabs, along the axis with a common factor.
+    Case("slabs_of_2_lattices", (24, 9, 10), 16, dilations=((2, 1, 1), (4, 3, 2)) * 4, padding=(3, 1, 1)),
+    Case("slabs_of_2_lattices_branch", (24, 7, 5), dilations=((2, 1, 1), (4, 3, 2)), padding=(3, 1, 1), mode="branch"),
+    Case("slabs_of_3_lattices", (27, 64), 16, dilations=((3, 1), (6, 2)) * 4, padding=(4, 1)),
+    Case("slabs_of_3_lattices_branch", (27, 8), dilations=((3, 1), (6, 2)), padding=(4, 1), mode="branch"),
 )
 
 
