@@ -30,6 +30,7 @@ BEYOND = (
     Case("9_branches_branch", (24, 22), dilations=tuple(range(1, 10)), mode="branch"),
     Case("32_branches", (7, 6), dilations=tuple(range(1, 33))),
     Case("channels_15", (7, 8), 15, 15, layout="channels_last"),
+    Case("channels_15_on_2_lattices", (17, 3, 4), 15, dilations=((2, 1, 1), (4, 2, 2)), layout="channels_last"),
     Case("channels_200", (5, 6), 200),
     Case("channels_60_and_7_taps", (20,), 60, kernel_size=7),
     Case("channels_260_to_300", (4, 3), 260, 300, batch=14, mode="branch"),
@@ -37,7 +38,8 @@ BEYOND = (
     Case("long_row_branch", (300,), mode="branch"),
     Case("many_lattices", (16, 16), dilations=(2, 4), batch=40),
     Case("many_lattices_branch", (16, 16), dilations=(2, 4), batch=40, mode="branch"),
-    # Lattices so few that each is cut into slabs, along the axis with a common factor.
+    # Slabs of several groups of channels, and of several lattices, along the axis with a common factor.
+    Case("slabs_of_channel_groups", (64, 33), 40, dilations=(1, 2)),
     Case("slabs_of_2_lattices", (24, 9, 10), 16, dilations=((2, 1, 1), (4, 3, 2)) * 4, padding=(3, 1, 1)),
     Case("slabs_of_2_lattices_branch", (24, 7, 5), dilations=((2, 1, 1), (4, 3, 2)), padding=(3, 1, 1), mode="branch"),
     Case("slabs_of_3_lattices", (27, 64), 16, dilations=((3, 1), (6, 2)) * 4, padding=(4, 1)),

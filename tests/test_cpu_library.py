@@ -229,7 +229,8 @@ def test_sums_over_many_tiles_of_one_sign(mode, batch, size, dilations):
         tensor.fill_(0.1)
     results = testing.evaluate(partial(autofocus_conv, backend="cpu"), case, tensors)
     expected = testing.truth(case, tensors)
-    assert testing.relative_error(results["weight"], expected["weight"]) < 1e-5
+    for name in {"weight", "branch_scale"} & set(results):
+        assert testing.relative_error(results[name], expected[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("argument", ["input", "attention", "grad_output"])
@@ -266,6 +267,9 @@ for case in testing.CASES:
             testing.check("cpu", case, dtype)
         except AssertionError as error:
             failures.append(str(error))
+# Channels that are whole vectors, where the last chunk that a product sums over is not; slabs of a last group of few.
+testing.check("cpu", testing.Case("chunks", (3, 4), channels=160, layout="channels_last"))
+testing.check("cpu", testing.Case("groups", (64, 33), channels=40, dilations=(1, 2)))
 # Volumes that repeat memory along an axis: each repetition ends where the tensor does, not the last one only.
 case = testing.Case("repeated", (4, 4, 4), channels=1, batch=2)
 for axis in (0, 2, 3):
