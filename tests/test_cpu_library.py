@@ -74,6 +74,11 @@ WRONG = [
     {"bias": zeros(3, 1)},
     {"bias": None, "branch_scale": zeros(3, 2)},
     {"bias": None, "branch_shift": zeros(6)},
+    # strides, and what excludes each other
+    {"bias": zeros(6)[::2]},
+    {"bias": None, "branch_scale": zeros(3, 2).t()},
+    {"branch_scale": zeros(2, 3)},
+    {"branch_shift": zeros(2, 3)},
     # nothing there
     {"input": zeros(0, 2, 3, 4, 5), "attention": zeros(0, 2, 3, 4, 5)},
     {"weight": zeros(3, 0, 3, 3, 3), "input": zeros(1, 0, 3, 4, 5)},
@@ -87,6 +92,7 @@ WRONG = [
     {"dilations": [1, 1, 1]},
     {"dilations": [1, 1, 1, 2, 2]},
     {"dilations": []},
+    {"dilations": [1] * 99, "attention": zeros(1, 33, 3, 4, 5)},
     {"dilations": [1, 1, 1, 0, 2, 2]},
     {"dilations": [1, 1, 1, -2, 2, 2]},
     {"stride": [1, 1]},
@@ -121,19 +127,50 @@ def test_a_wrong_call_raises(name, changes):
         getattr(torch.ops.autofocus_cpu, name)(**{**CALLS[name](), **changes})
 
 
-TOO_LARGE = {
-    "weight must end within 281474976710656 voxels": {
-        "weight": zeros(3, 2, 7, 3, 3),
-        "dilations": [1, 1, 1, 2**47, 1, 1],
-    },
-    "must have at most 281474976710656 elements": {"input": zeros(1).expand(1, 2, 2**24, 2**24, 5)},
-}
+VECTORS = ("scale", "shift")
+WRONG_BRANCHES = [
+    {"branches": zeros(2, 1, 3, 4, 5)},
+    {"branches": zeros(2, 0, 3, 4, 5, 6), "attention": zeros(0, 2, 4, 5, 6), "output": zeros(0, 3, 4, 5, 6)},
+    {"branches": zeros(33, 1, 3, 4, 5, 6), "attention": zeros(1, 33, 4, 5, 6), **dict.fromkeys(VECTORS, zeros(33, 3))},
+    {"attention": zeros(1, 2, 4, 5, 7)},
+    {"output": zeros(1, 3, 4, 5, 7)},
+    {"output": zeros(1, 3, 4, 5, 6, dtype=torch.float64)},
+    {"scale": zeros(2, 3, dtype=torch.float64)},
+    {"scale": zeros(3, 2)},
+    {"shift": zeros(3, 2).t()},
+]
 
 
-@pytest.mark.parametrize("message", TOO_LARGE)
-def test_what_would_overflow_raises(message):
+@pytest.mark.parametrize("changes", WRONG_BRANCHES)
+def test_a_wrong_call_on_branches_raises(changes):
+    arguments = {
+        "branches": zeros(2, 1, 3, 4, 5, 6),
+        "attention": zeros(1, 2, 4, 5, 6),
+        **dict.fromkeys(VECTORS, zeros(2, 3)),
+        "output": zeros(1, 3, 4, 5, 6),
+    }
+    torch.ops.autofocus_cpu.branch_combine(**arguments)
+    with pytest.raises(RuntimeError):
+        torch.ops.autofocus_cpu.branch_combine(**{**arguments, **changes})
+
+
+TOO_LARGE = [
+    (
+        "weight must end within 281474976710656 voxels",
+        {"weight": zeros(3, 2, 7, 3, 3), "dilations": [1, 1, 1, 2**47, 1, 1]},
+    ),
+    ("must have at most 281474976710656 elements", {"input": zeros(1).expand(1, 2, 2**24, 2**24, 5)}),
+    ("must have at most 281474976710656 elements", {"weight": zeros(1).expand(2**44, 2, 3, 3, 3)}),
+    ("dilations must be at least 1 and at most 281474976710656", {"dilations": [1] * 5 + [2**48 + 1]}),
+    ("stride must be at least 1 and at most 281474976710656", {"stride": [1, 1, 2**48 + 1]}),
+    ("origin must be at least -281474976710656 and at most 281474976710656", {"origin": [0, 0, -(2**48) - 1]}),
+]
+
+
+@pytest.mark.parametrize(("message", "changes"), TOO_LARGE)
+def test_what_would_overflow_raises(message, changes):
     with pytest.raises(RuntimeError, match=message) as caught:
-        torch.ops.autofocus_cpu.forward(**{**forward_arguments(), **TOO_LARGE[message]})
+        torch.ops.autofocus_cpu.forward(**{**forward_arguments(), **changes})
     assert " csrc/binding/checks.h:" in str(caught.value)  # and not where it was built
 
 
