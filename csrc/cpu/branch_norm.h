@@ -46,7 +46,7 @@ class BranchMoments {
     const int64_t width = plan_.width, at = index * size_ + (block.group * g_.K + k) * width;
     double* means = means_ + at;
     sum_voxels(block.row(k, 0, 0), voxels, width, means, [](A value, int64_t) { return value; });
-    for (int64_t lane = 0; lane < width; ++lane) means[lane] /= std::max<int64_t>(voxels, 1);
+    for (int64_t lane = 0; lane < width; ++lane) means[lane] /= voxels;
     sum_voxels(block.row(k, 0, 0), voxels, width, squares_ + at, [&](A value, int64_t lane) {
       const A distance = value - A(means[lane]);
       return distance * distance;
@@ -62,7 +62,6 @@ class BranchMoments {
       for (int64_t o = 0; o < g_.O; ++o) {
         double count = 0, mean = 0, square = 0;
         for (size_t index = 0; index < points.size(); ++index) {
-          if (points[index] == 0) continue;
           const int64_t at = index * size_ + (o / plan_.width * g_.K + k) * plan_.width + o % plan_.width;
           const double distance = means_[at] - mean;
           square += squares_[at] + distance * distance * count * points[index] / (count + points[index]);

@@ -10,7 +10,7 @@
 
 namespace autofocus {
 
-// One lattice of one sample.
+// One lattice of one sample. It has outputs; inputs it may have none.
 struct Lattice {
   Problem problem;  // over lattice points
   int64_t sample;
@@ -81,8 +81,8 @@ class Lattices {
     lattice.first_output.*axis = phase;
     lattice.first_input.*axis = inputs.phase;
     g.origin.*axis = inputs.point;
-    g.output.*axis = std::max<int64_t>(0, ceil_div(g.output.*axis - phase, step));
-    g.input.*axis = std::max<int64_t>(0, ceil_div(g.input.*axis - inputs.phase, step));
+    g.output.*axis = ceil_div(g.output.*axis - phase, step);
+    g.input.*axis = ceil_div(g.input.*axis - inputs.phase, step);
     for (int64_t k = 0; k < g.K; ++k) g.dilation[k].*axis /= step;
   }
 

@@ -62,7 +62,7 @@ class PlainForward {
       const SourceMaker<T, A> make_source(args_, within, lattices, last_chunk_end - g_.C);
       for (int64_t index = begin; index < end; ++index) {
         const Lattice lattice = lattices.at(index);
-        if (volume(lattice.problem.output) > 0) run_lattice(lattice, make_source(lattice), within);
+        run_lattice(lattice, make_source(lattice), within);
       }
     });
   }

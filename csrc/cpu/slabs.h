@@ -50,7 +50,7 @@ class Slabs {
   int64_t per_lattice() const { return per_lattice_; }
   // Positions of the thickest slab of a lattice of this size.
   int64_t largest(const Index3& size) const {
-    return volume(size) == 0 ? 0 : volume(size) / (size.*axis_) * ceil_div(size.*axis_, per_lattice_);
+    return volume(size) / (size.*axis_) * ceil_div(size.*axis_, per_lattice_);
   }
   Lattice of(const Lattice& lattice, int64_t index) const {
     // Including the inputs that no output reads: nobody else writes their gradient.

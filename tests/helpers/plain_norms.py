@@ -24,6 +24,7 @@ CASES = (
     Case("one_branch", (6, 7), dilations=(2,)),
     Case("kernel_1", (5, 6, 7), kernel_size=1),
     Case("many_samples", (3, 4), batch=20),
+    Case("slabs_of_one_row", (37, 6), dilations=(1, 2), stride=(5, 1), padding=1),
     Case("slabs", (13, 7, 7), out_channels=20, dilations=(1, 2) * 4),
     Case("one_channel", (6, 7), channels=1, out_channels=1),
     Case("channels_30_to_40", (4, 5, 6), channels=30, out_channels=40, batch=2),
