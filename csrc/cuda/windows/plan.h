@@ -50,8 +50,8 @@ inline TensorView samples_from(const TensorView& tensor, const Part& part, DType
   return advanced(tensor, part.first_sample * tensor.n, dtype);
 }
 
-// The slice of up to `most` branches from `first` on, as a problem of its own, with its own lattices and operands. A
-// pass that sums over branches adds each slice to the result, which is rounded once for each slice.
+// The slice of up to `most` branches from `first` on, as a problem of its own. A pass that sums over branches adds each
+// slice to the result, which is rounded once for each slice.
 Inputs slice_of(const Inputs& in, int64_t first, int64_t most = kLatticeBranches);
 
 // A grid (thread blocks, blocks of target channels) that fills the device once and leaves no thread block without a
