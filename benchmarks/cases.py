@@ -35,7 +35,7 @@ LARGE = (
     _case("64x96^3", (96, 96, 96), 64, 64),
 )
 # As converted networks have them, with rates that begin at 1, and what the others leave out: other numbers of branches,
-# other kernels, a stride, rates as of ASPP, one dimension. Where the naive layer comes nearest is among them.
+# other kernels, a stride, the rates of ASPP, one dimension. Where the naive layer comes nearest is among them.
 CONVERTED = (1, 3, 5, 7)
 SHAPES = (
     _case("first-1x96^3", (96, 96, 96), 1, 32, CONVERTED),
