@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from autofocus_kernels import autofocus_conv, testing
+from autofocus_kernels import autofocus_conv, reference, testing
 from autofocus_kernels.backends import native
 from autofocus_kernels.testing import Case
 
@@ -240,6 +240,26 @@ def test_flushing_subnormal_floats_leaves_those_of_float16():
     torch.testing.assert_close(output, input, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("branches", [1, 2, 3, 4, 5, 7])
+def test_any_number_of_channels(branches, dtype):
+    """Small integers, exact in every dtype, so that none may be lost, swapped or rounded on the way."""
+
+    generator = torch.Generator().manual_seed(branches)
+
+    def integers(*shape):
+        return torch.randint(-3, 4, shape, dtype=dtype, generator=generator)
+
+    for channels in (*range(1, 68), 80, 81, 96, 97, 127, 128, 129, 200):
+        input, weight = integers(1, channels, 1, 19), torch.eye(channels, dtype=dtype)
+        weight = torch.stack([weight, -weight, 2 * weight], -1)[:, :, None]
+        attention = integers(1, branches, 1, 19)
+        dilations = tuple((1, k + 1) for k in range(branches))
+        output = autofocus_conv(input, weight, attention, dilations=dilations, backend="cpu")
+        expected = reference.autofocus_conv(input.double(), weight.double(), attention.double(), dilations=dilations)
+        assert torch.equal(output.double(), expected), channels
+
+
 @pytest.mark.parametrize("dilations", [(1, 3), (2, 4)], ids=str)
 @pytest.mark.parametrize("mode", ["plain", "branch"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -289,7 +309,7 @@ import os
 import sys
 from functools import partial
 import torch
-from autofocus_kernels import autofocus_conv, testing
+from autofocus_kernels import autofocus_conv, reference, testing
 from autofocus_kernels.backends import native
 
 assert native.unavailable("cpu") is None

@@ -3,10 +3,13 @@
 
 #include <algorithm>
 
+#include "bfloat16_blend.h"
 #include "simd.h"
 
 namespace autofocus {
 namespace AUTOFOCUS_ISA {
+
+using autofocus::blend;  // of bfloat16
 
 template <typename A, int N, bool add>
 void blend_branches(const A* const* attentions, const A* const* sources, int64_t source_step, A* to, int64_t to_step,
@@ -39,7 +42,8 @@ void blend_branches(const A* const* attentions, const A* const* sources, int64_t
 // in whole vectors; with no active branch they are zeroed.
 template <typename A>
 void blend(int active, const A* const* attention, const A* const* source, int64_t source_step, A* to, int64_t to_step,
-           int64_t count, int64_t width) {
+           int64_t count, int64_t channels) {
+  const int64_t width = vectors<A>(channels);
   if (active == 0) {
     for (int64_t p = 0; p < count; ++p)
       for (int64_t v = 0; v < width; ++v)

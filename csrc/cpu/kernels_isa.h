@@ -57,10 +57,10 @@ void forward_of(const Call& call, const TensorView& output, ParallelFor parallel
     const ForwardArguments<T> args{convolution<T>(call, parallel), view<const T>(call.attention),
                                    vector<const T>(call.bias),     vector<const T>(call.scale),
                                    vector<const T>(call.shift),    view<T>(output)};
-    if (args.scale || args.shift)
-      branch_forward<T, A>(args);
-    else
-      PlainForward<T, A>(args).run();
+    if (args.scale || args.shift) return branch_forward<T, A>(args);
+    if constexpr (std::is_same_v<T, BFloat16> && AUTOFOCUS_VECTOR_BYTES == 64)
+      if (use_bfloat16<T>()) return PlainForward<T, A, uint16_t>(args).run();
+    PlainForward<T, A, A>(args).run();
   });
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "bfloat16_blend.h"
 #include "bfloat16_tiles.h"
 #include "blend.h"
 #include "gemm.h"
@@ -19,16 +20,20 @@
 namespace autofocus {
 namespace AUTOFOCUS_ISA {
 
-// Channels are reduced in chunks, so that a blended tile of all taps of a row fits the L1 cache for any C.
+// Channels are reduced in chunks, so that a blended tile of all taps of a row fits the L1 cache for any C. Each begins
+// at a multiple of `granule`.
 struct Chunks {
-  explicit Chunks(int64_t channels) : channels(channels), count(ceil_div(channels, 64)) {}
-  int64_t begin(int64_t chunk) const { return channels * chunk / count; }
+  Chunks(int64_t channels, int64_t granule)
+      : channels(channels),
+        count(ceil_div(channels, 64)),
+        largest(std::min(channels, ceil_div(ceil_div(channels, count), granule) * granule)) {}
+  int64_t begin(int64_t chunk) const { return std::min(chunk * largest, channels); }
   int64_t size(int64_t chunk) const { return begin(chunk + 1) - begin(chunk); }
-  int64_t largest() const { return size(count - 1); }
-  int64_t channels, count;
+  int64_t channels, count, largest;
 };
 
-template <typename T, typename A>
+// E is what is blended and multiplied: A, or bfloat16 (bfloat16_blend.h).
+template <typename T, typename A, typename E>
 class PlainForward {
   using V = Vec<A>;
 
@@ -36,15 +41,13 @@ class PlainForward {
   explicit PlainForward(const ForwardArguments<T>& args)
       : args_(args),
         g_(args.g),
-        chunks_(g_.C),
+        chunks_(g_.C, kBFloat16 ? kBlockChannels : 1),
         tap_rows_(g_.kernel.z * g_.kernel.y),
         out_width_(padded<A>(g_.O)),
-        blended_width_((g_.kernel.x - 1) * chunks_.largest() + padded<A>(chunks_.largest())),
-        voxels_(std::clamp<int64_t>(kTileBytes / sizeof(A) / (blended_width_ + out_width_), 12, 64)),
-        low_precision_(use_bfloat16<T>()),
-        low_depth_(bfloat16_depth(g_.kernel.x * chunks_.largest())),
-        weight_(num_taps(g_) * g_.C * out_width_),
-        low_weight_(low_precision_ ? tap_rows_ * chunks_.count * low_depth_ * out_width_ : 0),
+        blended_width_(kBFloat16 ? bfloat16_depth(g_.kernel.x * chunks_.largest)
+                                 : (g_.kernel.x - 1) * chunks_.largest + padded<A>(chunks_.largest)),
+        voxels_(std::clamp<int64_t>(kTileBytes / (blended_width_ * sizeof(E) + out_width_ * sizeof(A)), 12, 64)),
+        weight_(kBFloat16 ? tap_rows_ * chunks_.count * blended_width_ * out_width_ : num_taps(g_) * g_.C * out_width_),
         bias_(pack_bias<A>(args.bias, g_.O)) {
     pack_weight();
   }
@@ -52,14 +55,14 @@ class PlainForward {
   void run() const {
     // The x axis stays whole: its rows are long, and read in place they are read in order.
     const Lattices lattices(g_, {lattice_step(g_, &Index3::z, 8), lattice_step(g_, &Index3::y, 8), 1});
-    const int64_t last_chunk_end = chunks_.begin(chunks_.count - 1) + padded<A>(chunks_.largest());
+    const int64_t last_chunk_end = chunks_.begin(chunks_.count - 1) + padded<A>(chunks_.largest);
     // All threads at one lattice after another, or a lattice for each where they are many and too small to share, as
     // in a batch of tiny volumes.
     const int64_t points = std::max(lattices.input_points(), lattices.output_points());
     const bool together = lattices.count() < kJobs || g_.K * points * out_width_ >= kWorthSharing;
     const ParallelFor over = together ? serial : args_.parallel, within = together ? args_.parallel : serial;
     over(lattices.count(), [&](int64_t begin, int64_t end) {
-      const SourceMaker<T, A> make_source(args_, within, lattices, last_chunk_end - g_.C);
+      const SourceMaker<T, A, E> make_source(args_, within, lattices, last_chunk_end - g_.C);
       for (int64_t index = begin; index < end; ++index) {
         const Lattice lattice = lattices.at(index);
         run_lattice(lattice, make_source(lattice), within);
@@ -68,14 +71,15 @@ class PlainForward {
   }
 
  private:
+  static constexpr bool kBFloat16 = !std::is_same_v<E, A>;
   static constexpr int64_t kTileBytes = 48 * 1024;
 
   // One lattice and how its outputs are cut.
   struct Cut {
-    Cut(const Lattice& lattice, const Source<A>& source, int64_t voxels)
+    Cut(const Lattice& lattice, const Source<E>& source, int64_t voxels)
         : lattice(lattice), source(source), grid(lattice.problem.output, voxels), runs(lattice.problem, grid) {}
     const Lattice& lattice;
-    const Source<A>& source;
+    const Source<E>& source;
     const TileGrid grid;
     const RunTable runs;
   };
@@ -83,44 +87,40 @@ class PlainForward {
   struct Workspace {
     explicit Workspace(const PlainForward& f)
         : attention((f.g_.K + 1) * f.voxels_),
-          blended(f.voxels_ * f.blended_width_),
           out(bfloat16_rows(f.voxels_) * f.out_width_),
-          low_blended(f.low_precision_ ? bfloat16_rows(f.voxels_) * f.low_depth_ : 0),
-          tiles(f.low_precision_) {}
-    // blended: [voxel][tap x][channel of the chunk], and room for the last vector's spill.
-    Scratch<A> attention, blended, out;
-    Scratch<uint16_t> low_blended;
-    AmxTiles tiles;
+          blended(bfloat16_rows(f.voxels_) * f.blended_width_),
+          tiles(kBFloat16) {}
+    Scratch<A> attention, out;
+    Scratch<E> blended;  // [voxel][tap x][channel of the chunk], and room for the last vector's spill
     std::vector<Segment> segments;
     std::vector<TapRow> rows;
+    AmxTiles tiles;
   };
 
-  // [tap row][chunk][tap x][channel of the chunk][O padded], and in bfloat16 [tap row][chunk] blocks of pairs along the
-  // reduction: every chunk on its own, since its depth may be odd.
+  // [tap row][chunk][tap x][channel of the chunk][O padded], in bfloat16 in pairs along the reduction.
   void pack_weight() const {
-    A* to = weight_;
+    const Scratch<A> unrounded(kBFloat16 ? blended_width_ * out_width_ : 0);
     for (int64_t row = 0; row < tap_rows_; ++row)
-      for (int64_t chunk = 0; chunk < chunks_.count; ++chunk)
+      for (int64_t chunk = 0; chunk < chunks_.count; ++chunk) {
+        A* to = unrounded;
+        if constexpr (!kBFloat16) to = weight(row, chunk);
         for (int64_t x = 0; x < g_.kernel.x; ++x)
           for (int64_t c = chunks_.begin(chunk); c < chunks_.begin(chunk + 1); ++c, to += out_width_)
             pack_row(Row<const T>{weight_at(g_, args_.weight, 0, c, row, x), 0, args_.weight.n}, 1, g_.O, to,
                      out_width_);
-    if constexpr (std::is_same_v<T, BFloat16>)
-      if (low_precision_)
-        for (int64_t row = 0; row < tap_rows_; ++row)
-          for (int64_t chunk = 0; chunk < chunks_.count; ++chunk)
-            round_pairs(weight(row, chunk), out_width_, g_.kernel.x * chunks_.size(chunk), out_width_,
-                        low_weight(row, chunk));
+        if constexpr (kBFloat16) round_pairs(unrounded, out_width_, depth(chunk), out_width_, weight(row, chunk));
+      }
   }
 
-  A* weight(int64_t tap_row, int64_t chunk) const {
+  // What a product sums over.
+  int64_t depth(int64_t chunk) const { return g_.kernel.x * chunks_.size(chunk); }
+
+  E* weight(int64_t tap_row, int64_t chunk) const {
+    if constexpr (kBFloat16) return weight_ + (tap_row * chunks_.count + chunk) * blended_width_ * out_width_;
     return weight_ + (tap_row * g_.C + chunks_.begin(chunk)) * g_.kernel.x * out_width_;
   }
-  uint16_t* low_weight(int64_t tap_row, int64_t chunk) const {
-    return low_weight_ + (tap_row * chunks_.count + chunk) * low_depth_ * out_width_;
-  }
 
-  void run_lattice(const Lattice& lattice, const Source<A>& source, ParallelFor parallel) const {
+  void run_lattice(const Lattice& lattice, const Source<E>& source, ParallelFor parallel) const {
     const Cut cut(lattice, source, voxels_);
     parallel(cut.grid.count(), [&](int64_t begin, int64_t end) {
       Workspace w(*this);
@@ -149,7 +149,7 @@ class PlainForward {
   // u_t(p) of the tile for the taps of one row, from `first_tap` on, and one chunk.
   void blend_row(const Cut& cut, const Index3& first_tap, int64_t chunk, Workspace& w) const {
     const Problem& sub = cut.lattice.problem;
-    const Source<A>& source = cut.source;
+    const Source<E>& source = cut.source;
     const int64_t channels = chunks_.size(chunk), first_channel = chunks_.begin(chunk);
     for (int64_t x = 0; x < g_.kernel.x; ++x) {
       const Index3 tap{first_tap.z, first_tap.y, first_tap.x + x};
@@ -158,7 +158,8 @@ class PlainForward {
         const Segment& s = w.segments[i];
         for (const Run& run : cut.runs.at(s.part, x)) {
           const int64_t at = s.offset + run.begin;
-          const A *attention[kMaxBranches], *voxels[kMaxBranches];
+          const A* attention[kMaxBranches];
+          const E* voxels[kMaxBranches];
           int active = for_each_branch(run.branches & w.rows[i].inside, [&](int slot, int k) {
             const int64_t along_x = sub.dilation[k].x * tap.x + run.begin * sub.stride.x;
             attention[slot] = w.attention + k * voxels_ + at;
@@ -170,7 +171,7 @@ class PlainForward {
             active = 1;
           }
           blend(active, attention, voxels, sub.stride.x * source.strides.x,
-                w.blended + at * blended_width_ + x * channels, blended_width_, run.count, vectors<A>(channels));
+                w.blended + at * blended_width_ + x * channels, blended_width_, run.count, channels);
         }
       }
     }
@@ -178,15 +179,17 @@ class PlainForward {
 
   // out(p) (+)= sum_t W_t u_t(p) over the taps of one row and the channels of one chunk.
   void project(int64_t tap_row, int64_t chunk, int64_t count, bool accumulate, Workspace& w) const {
-    const int64_t depth = g_.kernel.x * chunks_.size(chunk);
-    if constexpr (std::is_same_v<T, BFloat16>)
-      if (low_precision_) {
-        round_rows(w.blended, blended_width_, count, depth, w.low_blended, low_depth_);
-        return bfloat16_gemm(w.low_blended, low_depth_, low_weight(tap_row, chunk), w.out, out_width_, count,
-                             out_width_, depth, accumulate);
-      }
-    gemm<A>({w.blended, blended_width_, 1, weight(tap_row, chunk), out_width_, w.out, out_width_, depth}, count, g_.O,
-            accumulate);
+    const int64_t depth = this->depth(chunk);
+    if constexpr (kBFloat16) {
+      const int64_t whole = bfloat16_depth(depth);
+      for (int64_t p = 0; p < count && depth < whole; ++p)
+        std::fill(w.blended + p * blended_width_ + depth, w.blended + p * blended_width_ + whole, E(0));
+      bfloat16_gemm(w.blended, blended_width_, weight(tap_row, chunk), w.out, out_width_, count, out_width_, depth,
+                    accumulate);
+    } else {
+      gemm<A>({w.blended, blended_width_, 1, weight(tap_row, chunk), out_width_, w.out, out_width_, depth}, count, g_.O,
+              accumulate);
+    }
   }
 
   // Adds bias sum_k a_k(p) and writes the tile.
@@ -208,10 +211,7 @@ class PlainForward {
   const int64_t tap_rows_, out_width_;
   const int64_t blended_width_;  // of a voxel
   const int64_t voxels_;         // of a tile
-  const bool low_precision_;     // projects in bfloat16
-  const int64_t low_depth_;
-  const Scratch<A> weight_;
-  const Scratch<uint16_t> low_weight_;
+  const Scratch<E> weight_;
   const Scratch<A> bias_;
 };
 

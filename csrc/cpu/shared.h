@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "bfloat16_blend.h"
 #include "bfloat16_gemm.h"
 #include "bfloat16_tiles.h"
 #include "kernels.h"
