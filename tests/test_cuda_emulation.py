@@ -44,7 +44,9 @@ def test_emulation_shows_a_missing_barrier(library, device):
     [
         ("split_barrier", "some threads wait where others never come"),
         ("write_behind", "wrote behind the block's shared memory"),
-        ("misaligned_copy", "not aligned"),
+        ("write_behind_scratch", "wrote behind the call's scratch memory"),
+        ("misaligned_access", "an access that is not aligned, at"),
+        ("misaligned_copy", "an asynchronous copy is not aligned"),
         ("unfenced_copy", "without fence_proxies"),
         ("operand_behind", "lies behind the block's shared memory"),
         ("uncommitted_product", "that was not committed"),

@@ -276,6 +276,32 @@ def test_offsets_beyond_32_bits(tier):
     assert torch.equal(output, expected)
 
 
+def among_others(tensor):
+    """One like it in memory that is NaN: channels lie side by side, and behind them those of somebody else."""
+    N, C, *size = tensor.shape
+    return tensor.new_full((N + 1, *size, 16), torch.nan).movedim(-1, 1)[:N, :C]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "tf32"])
+def test_channels_of_others_are_neither_read_nor_written(tf32, tier, dtype):
+    """Positions are 16 bytes apart or more, so what is loaded or stored at once could reach beyond the last channel."""
+    case = Case("among_others", (3, 5, 9), channels=9, out_channels=11, batch=2, dilations=(1, 2, 3))
+    tensors = make_tensors(case, dtype)
+    held = [*tensors[:3], tensors.grad_output]  # input, weight, attention
+
+    def compute(like):
+        *read, grad_output = [like(tensor).copy_(tensor) for tensor in held]
+        *gradients, output = written = [like(tensor) for tensor in held]
+        call = call_of(case, tensors._replace(**dict(zip(tensors._fields, read))))
+        cuda.forward(call, output)
+        cuda.backward(call, grad_output, Gradients(*gradients, None))
+        return written
+
+    for result, expected in zip(compute(among_others), compute(torch.empty_like)):
+        assert torch.equal(result, expected)
+        assert result._base.isnan().sum() == result._base.numel() - result.numel()
+
+
 def test_unwanted_gradients_are_left_alone(device):
     """Each gradient alone equals the one computed with the others."""
     for case in (Case("plain", (6, 7, 8)), Case("branch", (6, 7, 8), mode="branch")):

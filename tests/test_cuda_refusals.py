@@ -7,8 +7,11 @@ import torch
 from helpers.cuda_emulation import A100, H100, KILOBYTE, RTX_5090, refusals
 
 from autofocus_kernels import autofocus_conv, dispatch, testing
+from autofocus_kernels.backends.cuda import PASSES
 from autofocus_kernels.backends.cuda import backend as cuda
 from autofocus_kernels.backends.interface import Gradients
+from autofocus_kernels.call import Call
+from autofocus_kernels.geometry import Geometry
 from autofocus_kernels.testing import CASES, Case, call_of, evaluate, make_tensors
 
 
@@ -27,14 +30,57 @@ def test_fast_tier_says_why_not(device):
     ]:
         reasons = refusals(replace(Case("refused", size), **change), dtype)
         assert all(reason and words in reason for reason in reasons.values()), (words, reasons)
-    many = refusals(Case("many_channels", (1,), channels=262141, kernel_size=1, dilations=(1,)))
-    assert all("too many channels" in reason for reason in many.values())
-    many = Case("many_samples", (2, 1, 1), channels=1, kernel_size=1, dilations=(1, 1))
-    sample = call_of(many, make_tensors(many, torch.float16))
-    samples = sample._replace(input=sample.input.expand(2**30, -1, -1, -1, -1))
-    assert "too many samples" in cuda.fast_refusal("forward", samples)
     device((227 * KILOBYTE, 75))
     assert "older" in refusals(Case("taken", size))["forward"]
+
+
+def call_of_numbers(
+    N=1, C=1, O=1, size=(8, 8, 8), output=None, origin=(0, 0, 0), dilations=((1, 1, 1), (1, 1, 1)), kernel=(3, 3, 3)
+):
+    """Tensors of any size, in the memory of one element."""
+    point = torch.empty(1, 1, 1, 1, 1, dtype=torch.float16)
+    geometry = Geometry(kernel, dilations, (1, 1, 1), origin, size, output or size)
+    return Call(point.expand(N, C, *size), point.expand(O, C, *kernel), point, None, None, None, geometry, None)
+
+
+FAR = 2**28  # positions
+# What is too large, the same just not, and the reason.
+TOO_LARGE = {
+    "input channels": ({"C": 262141}, {"C": 262140}, "too many channels"),
+    "output channels": ({"O": 262141}, {"O": 262140}, "too many channels"),
+    "samples": ({"N": 2**30}, {"N": 2**30 - 1}, "too many samples"),
+    "chunks of input": ({"N": 2**26, "C": 128}, {"N": 2**26 - 1, "C": 128}, "too many samples"),
+    "chunks of output": ({"N": 2**26, "O": 128}, {"N": 2**26 - 1, "O": 128}, "too many samples"),
+    "classes": (
+        {"N": 2**28, "dilations": ((2, 2, 2),)},
+        {"N": 2**28 - 1, "dilations": ((2, 2, 2),)},
+        "too many samples",
+    ),
+    "input": ({"size": (FAR, 1, 1), "output": (1, 1, 1)}, {"size": (FAR - 1, 1, 1), "output": (1, 1, 1)}, "an axis"),
+    "output": ({"size": (1, 1, 1), "output": (1, 1, FAR)}, {"size": (1, 1, 1), "output": (1, 1, FAR - 1)}, "an axis"),
+    "origin": ({"origin": (0, FAR, 0)}, {"origin": (0, FAR - 1, 0)}, "its padding"),
+    "origin before": ({"origin": (0, -FAR, 0)}, {"origin": (0, 1 - FAR, 0)}, "its padding"),
+    "dilation": ({"dilations": ((FAR, 1, 1), (1, 1, 1))}, None, "a dilation is too large"),
+    "input points": (
+        {"size": (2**11, 2**10, 2**10), "output": (1, 1, 1)},
+        {"size": (2**11 - 1, 2**10, 2**10)},
+        "points",
+    ),
+    "output points": ({"size": (1, 1, 1), "output": (2**11, 2**10, 2**10)}, None, "points"),
+    "planes": ({"dilations": ((FAR // 2, 1, 1), (1, 1, 1))}, None, "shared memory"),  # their bytes overflow to few
+    "rows": (
+        {"dilations": ((1, 125, 1), (1, 1, 1)), "kernel": (1, 3, 3)},
+        {"dilations": ((1, 124, 1), (1, 1, 1)), "kernel": (1, 3, 3)},
+        "further than 124",
+    ),
+}
+
+
+@pytest.mark.parametrize("large, taken, words", TOO_LARGE.values(), ids=TOO_LARGE)
+def test_fast_tier_says_what_is_too_large(device, large, taken, words):
+    for name in PASSES:
+        assert words in cuda.fast_refusal(name, call_of_numbers(**large))
+        assert taken is None or cuda.fast_refusal(name, call_of_numbers(**taken)) is None
 
 
 def test_a_tier_that_is_asked_for_is_a_reason(simple_tier):

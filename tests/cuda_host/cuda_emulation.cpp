@@ -35,10 +35,12 @@ constexpr unsigned int kUnfair = 10;
 using Runner = int (*)(const void*, const unsigned int*, const void* const*, const size_t*, int, char*);
 Runner runner = nullptr;
 
+const unsigned char* scratch_guard = nullptr;  // kScratchGuard bytes
+
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kGuardBytes = 4096;
-constexpr size_t kAlignment = 128;       // of shared memory
-constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point format
+constexpr size_t kAlignment = 128;  // of shared memory
+constexpr unsigned char kPoison = emulation::kPoison;
 
 // An asynchronous copy; writes zeros if not `valid`.
 struct Copy {
@@ -240,6 +242,11 @@ class Block {
 
   // For errors in a fiber. An exception cannot leave it, so the scheduler throws one later.
   void report(const std::string& error) { error_ = error; }
+  // For errors after which the fiber cannot go on.
+  void give_up(const std::string& error) {
+    report(error);
+    if (is_running_) _longjmp(scheduler_, 1);
+  }
 
  private:
   static void enter();
@@ -327,7 +334,11 @@ class Block {
   void resume(Fiber& fiber) {
     current_ = &fiber;
     threadIdx = dim3(fiber.index, 0, 0);
-    if (_setjmp(scheduler_) != 0) return;
+    is_running_ = true;
+    if (_setjmp(scheduler_) != 0) {
+      is_running_ = false;
+      return;
+    }
     if (fiber.started) _longjmp(fiber.jump, 1);
     fiber.started = true;
     setcontext(&fiber.context);
@@ -367,6 +378,7 @@ class Block {
   std::map<uint64_t*, Barrier> barriers_;
   std::vector<int> readers_;  // by row of 16 bytes: threads that have read it and not fenced since
   Fiber* current_ = nullptr;
+  bool is_running_ = false;  // a fiber, not the scheduler or the host's code
   jmp_buf scheduler_;
   std::string error_;
   std::mt19937 random_{order_seed};
@@ -400,6 +412,15 @@ void run_blocks(const char* name, dim3 grid, int threads, int shared_bytes, cons
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
       for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) block.run(name, threads, shared_bytes, kernel);
+  if (scratch_guard == nullptr) return;
+  const auto written = [](unsigned char byte) { return byte != kPoison; };
+  if (!std::any_of(scratch_guard, scratch_guard + kScratchGuard, written)) return;
+  scratch_guard = nullptr;
+  throw std::runtime_error(std::string(name) + ": a thread wrote behind the call's scratch memory");
+}
+
+void guard_scratch(const void* memory, int64_t bytes) {
+  scratch_guard = memory == nullptr ? nullptr : static_cast<const unsigned char*>(memory) + bytes;
 }
 
 unsigned char* shared_memory() { return block.shared(); }
@@ -547,6 +568,17 @@ bool has_warpgroup_mma() { return limits.capability == 90; }
 }  // namespace autofocus::cuda
 
 void __syncthreads() { autofocus::cuda::block.barrier(); }
+
+// What compilers call under -fsanitize=alignment before an access that is not aligned.
+extern "C" void __ubsan_handle_type_mismatch_v1(void* where, void*) {
+  struct Where {
+    const char* file;
+    uint32_t line;
+  };
+  const Where& at = *static_cast<const Where*>(where);
+  autofocus::cuda::block.give_up("an access that is not aligned, at " + std::string(at.file) + ":" +
+                                 std::to_string(at.line));
+}
 
 extern "C" void autofocus_emulation_configure(int multiprocessors, int shared_bytes, int capability, int late_copies,
                                               unsigned int order) {

@@ -11,7 +11,9 @@
 //   * a barrier that not every thread reaches, or a warp instruction that not every lane reaches;
 //   * warpgroup MMA while a thread has not fenced what it copied;
 //   * a bulk copy whose barrier is not fenced, or to where a thread has read by load_matrices without a fence since;
-//   * a barrier that expects other bytes than come, and a block that ends before its bulk copies have landed.
+//   * a barrier that expects other bytes than come, and a block that ends before its bulk copies have landed;
+//   * an access to memory that is not aligned to its type, which an x86 would do (-fsanitize=alignment);
+//   * a write behind the scratch memory of a call.
 #pragma once
 
 #include <cmath>
@@ -33,13 +35,13 @@ struct dim3 {
   unsigned int x, y, z;
   dim3(unsigned int x_ = 1, unsigned int y_ = 1, unsigned int z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct uint2 {
+struct alignas(8) uint2 {
   uint32_t x, y;
 };
-struct uint4 {
+struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
 };
 
@@ -73,6 +75,12 @@ void end_barrier(uint64_t& barrier);
 void wait_for_copies(uint64_t& barrier, uint32_t phase);
 void copy_bulk(unsigned char* to, const void* from, int bytes, uint64_t& barrier);
 void note_read(uint32_t row);  // this thread reads the row-th 16 bytes of shared memory
+
+// The scratch memory of a call, with kScratchGuard bytes of kPoison behind it: what is written there is an error of the
+// launch. Null: none.
+constexpr int64_t kScratchGuard = 4096;
+constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point format
+void guard_scratch(const void* memory, int64_t bytes);
 
 // The sum of a tensor core, which cuts off instead of rounding (docs/cuda.md, grad_weight).
 inline float cut_sum(float sum, float products) {

@@ -157,6 +157,16 @@ void split_barrier(const float*, float*) {
 
 void write_behind(const float*, float*) { shared_memory()[kProbeBytes + threadIdx.x] = 1; }
 
+void write_behind_scratch(const float*, float*) {
+  static unsigned char scratch[16 + emulation::kScratchGuard];
+  if (threadIdx.x > 0) return;
+  std::memset(scratch, emulation::kPoison, sizeof(scratch));
+  emulation::guard_scratch(scratch, 16);
+  scratch[16] = 0;
+}
+
+void misaligned_access(const float*, float*) { *reinterpret_cast<uint2*>(shared_memory() + 4) = {0, 0}; }
+
 void misaligned_copy(const float* source, float*) { copy_async<16>(shared_memory() + 4, source, true); }
 
 // One product by one warp, of operand a at `start` (units of 16 bytes) and operand b at 0.
@@ -248,6 +258,8 @@ const NamedKernel kFaulty[] = {NAMED(unfinished_copy),
                                NAMED(missing_barrier),
                                NAMED(split_barrier),
                                NAMED(write_behind),
+                               NAMED(write_behind_scratch),
+                               NAMED(misaligned_access),
                                NAMED(misaligned_copy),
                                NAMED(unfenced_copy),
                                NAMED(operand_behind),

@@ -4,14 +4,23 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "cuda_emulation.h"
+
+using namespace autofocus::cuda::emulation;
+
 extern "C" {
 
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
-  *guard = nullptr;
+  static char any;  // null would not be deleted
+  *guard = reinterpret_cast<DeviceGuardHandle>(&any);
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
+// The end of a call, and so of its scratch memory.
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
+  guard_scratch(nullptr, 0);
+  return AOTI_TORCH_SUCCESS;
+}
 
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
@@ -25,7 +34,9 @@ AOTITorchError aoti_torch_empty_strided(int64_t, const int64_t* bytes, const int
                                         AtenTensorHandle* memory) {
   ++autofocus_emulation_allocations;
   autofocus_emulation_allocated += *bytes;
-  const auto tensor = torch::stable::empty({*bytes}, torch::headeronly::ScalarType::Byte);
+  const auto tensor = torch::stable::empty({*bytes + kScratchGuard}, torch::headeronly::ScalarType::Byte);
+  std::memset(static_cast<unsigned char*>(tensor.data_ptr()) + *bytes, kPoison, kScratchGuard);
+  guard_scratch(tensor.data_ptr(), *bytes);
   return aoti_torch_new_tensor_handle(tensor.get(), memory);
 }
 }

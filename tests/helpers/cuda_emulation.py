@@ -34,6 +34,7 @@ def compile_emulation(folder: Path) -> Path:
         "-O2",
         "-fPIC",
         "-fno-strict-aliasing",
+        "-fsanitize=alignment",
         "-Wall",
         "-Werror",
         "-Wno-unknown-pragmas",
