@@ -51,6 +51,20 @@ def test_parts_change_only_how_sums_split(library, tf32, mode, dtype, capability
     judge_tf32(results[0], case, tensors) if dtype == torch.float32 else testing.judge(results[0], case, tensors)
 
 
+def test_a_part_of_a_forward_has_four_rounds(library, device):
+    """Of eight classes with two tiles each, one block takes two at a time in a forward, and each by itself backward."""
+    gpu, multiprocessors = ONE_BLOCK
+    device(gpu, multiprocessors=multiprocessors)
+    case = replace(IN_PARTS, size=(4, 5, 10))
+    tensors = make_tensors(case, torch.bfloat16)
+    call = call_of(case, tensors)
+    with ptx.NoLaunches(library):
+        cuda.forward(call, torch.empty_like(tensors.grad_output))
+        assert library.autofocus_emulation_launches(b"pack") == 4
+        cuda.backward(call, tensors.grad_output, Gradients(torch.empty_like(call.input), None, None, None))
+        assert library.autofocus_emulation_launches(b"pack") == 4 + 8
+
+
 def test_parts_of_branches_change_no_bit(library, device):
     tensors = make_tensors(IN_PARTS, torch.bfloat16)
     call = call_of(IN_PARTS, tensors)._replace(bias=None)

@@ -78,7 +78,7 @@ void note_read(uint32_t row);  // this thread reads the row-th 16 bytes of share
 
 // The scratch memory of a call, with kScratchGuard bytes of kPoison behind it: what is written there is an error of the
 // launch. Null: none.
-constexpr int64_t kScratchGuard = 4096;
+constexpr int64_t kScratchGuard = 65536;
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point format
 void guard_scratch(const void* memory, int64_t bytes);
 

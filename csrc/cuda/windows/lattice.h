@@ -351,11 +351,12 @@ inline Lattice make_lattice(const Problem& g, Direction direction, int64_t first
   return lattice;
 }
 
-// The fewest passes, with rows spread evenly over them. If one pass is enough, as many planes at once as threads reach.
+// The fewest passes, with rows spread evenly over them, and as many planes at once as threads reach: one if there are
+// several passes, since each of them has more than half of the lines.
 inline Cover cover_of(const Lattice& lattice, const Int3& reach, int threads) {
   const int lines = threads / columns(reach);
   const int passes = int(ceil_div(rows(reach), lines)), in_pass = int(ceil_div(rows(reach), passes));
-  const int planes = passes == 1 ? lines / in_pass : 1;
+  const int planes = lines / in_pass;
   return {columns(reach),
           in_pass,
           planes,

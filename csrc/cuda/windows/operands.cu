@@ -160,12 +160,13 @@ __device__ inline void pack_weight(const PackWeight& job, const Packing<T>& pack
   const int64_t k = rest % job.branches;
   rest /= job.branches;
   const int64_t source = rest % job.chunks * kChunk<T>, target = rest / job.chunks * job.block_targets + in_block;
-  // On an axis with one tap, the taps beside it lie outside the kernel and are zero.
+  // What lies outside the kernel is zero: on an axis with one tap the taps beside it, and the tenth tap of a slab,
+  // whose row is behind the last one.
   const Index3& kernel = packing.kernel;
   const int sign = job.adjoint ? -1 : 1;
   const Index3 t = {kernel.z / 2 + sign * (tz - 1), kernel.y / 2 + sign * (in_slab / 3 - 1),
                     kernel.x / 2 + sign * (in_slab % 3 - 1)};
-  const bool there = target < job.targets && in_slab < kPlaneTaps && inside(t, kernel);
+  const bool there = target < job.targets && inside(t, kernel);
   float values[kChunk<T>];
 #pragma unroll
   for (int i = 0; i < kChunk<T>; ++i) {
