@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import plain_norms as layers
+from helpers import ptx
 from helpers.cuda_emulation import A100, H100, HALVES, RTX_5090, refusals
 
 from autofocus_kernels import reference, testing, tolerance
@@ -193,7 +194,9 @@ def test_gradients_of_branches_are_rounded_once(tier, dtype, in_place):
     tensors = make_tensors(case, dtype)
     branches, attention, grad_output, vectors = branch_tensors(dtype, size=case.size)
     coefficients = [vectors[name] for name in ("scale", "b_coef", "shift")]
-    grad_branches = branches.clone() if in_place else torch.full_like(branches, torch.nan)
+    # A buffer of other strides than the branches have: samples before branches.
+    buffer = torch.full_like(branches.transpose(0, 1).contiguous(), torch.nan).transpose(0, 1)
+    grad_branches = branches.clone() if in_place else buffer
     grad_input, grad_weight = torch.full_like(tensors.input, torch.nan), torch.full_like(tensors.weight, torch.nan)
     call = call_of(case, tensors)._replace(attention=attention, bias=None)
     held = grad_branches if in_place else branches
@@ -241,7 +244,10 @@ def test_branches_and_their_gradients_in_tf32(library, tf32):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_variance_of_branches_far_from_zero(device, dtype):
-    """A mean 1000 times the deviation; then also a border, or a beginning, that is elsewhere; then no deviation."""
+    """A mean 1000 times the deviation; then also a border, a beginning or a column elsewhere; then no deviation.
+
+    The column is one of 16, where every 16th position would be a sample of about 1024.
+    """
     generator = torch.Generator().manual_seed(0)
     around = (1000 + torch.randn(1, 2, 11, 3, 19, 13, generator=generator, dtype=torch.float64)).to(dtype)
     with_border = around.clone()
@@ -249,8 +255,10 @@ def test_variance_of_branches_far_from_zero(device, dtype):
     with_border[..., 0] -= 300
     with_beginning = (1000 + torch.randn(1, 1, 1, 1, 1, 1_200_000, generator=generator, dtype=torch.float64)).to(dtype)
     with_beginning[..., :1300] -= 900
+    with_column = (1000 + torch.randn(1, 1, 3, 4, 256, 16, generator=generator, dtype=torch.float64)).to(dtype)
+    with_column[..., 0] -= 300
     constant = torch.linspace(1000, 1001, 11, dtype=dtype).view(11, 1, 1, 1).expand_as(around)
-    for values in (around, with_border, with_beginning, constant):
+    for values in (around, with_border, with_beginning, with_column, constant):
         mean, var = moments(values)
         around_1000 = values.double() - 1000
         offset = around_1000.mean((1, 3, 4, 5), keepdim=True)  # torch.var_mean would be off by 200 roundings
@@ -258,6 +266,16 @@ def test_variance_of_branches_far_from_zero(device, dtype):
         eps = torch.finfo(dtype).eps
         assert testing.relative_error(mean, offset.view_as(mean) + 1000) < eps
         assert ((var - expected).abs() <= 5 * eps * expected + eps**2 * 1e6).all() and var.min() >= 0
+
+
+def test_a_thread_sums_few_positions_in_float32(library, device):
+    """However few multiprocessors there are: 2^24 positions are 1024 for each of 128 threads in 128 blocks."""
+    device(multiprocessors=1)
+    branches = torch.zeros(()).expand(1, 1, 1, 64, 512, 512)
+    vector = torch.zeros(1, 1)
+    with ptx.NoLaunches(library) as launches:
+        cuda.branch_reduce(call_with(branches[0]), branches[0], branches, *[vector] * 3, None, *[vector] * 2)
+    assert launches.grids[0] == (128, 1, 1)
 
 
 @pytest.mark.parametrize("dilations", [(1, 2, 6), (1, 8)], ids=["lattices_of_all", "own_lattices"])

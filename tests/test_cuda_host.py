@@ -10,10 +10,14 @@ itself have files of their own, tests/test_cuda_*.py.
 """
 
 import itertools
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers.cuda_emulation import A100, H100, HALVES, KILOBYTE, RTX_5090, judge_tf32, refusals
+from helpers.cuda_emulation import A100, H100, HALVES, KILOBYTE, ROOT, RTX_5090, judge_tf32, refusals
 
 from autofocus_kernels import autofocus_conv, reference, testing
 from autofocus_kernels.backends.cuda import PASSES
@@ -30,6 +34,14 @@ def test_simple_tier(simple_tier, case):
     others = () if case.name in SLOW else (ROUNDED[CASES.index(case) % len(ROUNDED)],)
     for dtype in (torch.float64, *others):
         testing.check("cuda", case, dtype)
+
+
+@pytest.mark.parametrize("mode", ["plain", "branch"])
+def test_positions_of_the_simple_tier_split_among_blocks(simple_tier, device, mode):
+    """1045 positions are two blocks', which none of the cases above has with three multiprocessors: of 522 and 523."""
+    device(multiprocessors=200)
+    case = Case("splits", (5, 11, 19), channels=3, out_channels=2, kernel_size=(1, 1, 3), dilations=(1, 2), mode=mode)
+    testing.check("cuda", case, torch.float64)
 
 
 # The paper's rates on two lattices instead of eight: halved where that changes no tile.
@@ -300,6 +312,53 @@ def test_channels_of_others_are_neither_read_nor_written(tf32, tier, dtype):
     for result, expected in zip(compute(among_others), compute(torch.empty_like)):
         assert torch.equal(result, expected)
         assert result._base.isnan().sum() == result._base.numel() - result.numel()
+
+
+# Every tensor ends at the end of a page, if its bytes are a multiple of 64.
+IN_GUARDED_MEMORY = """
+import os, sys
+import torch
+from autofocus_kernels import testing
+from autofocus_kernels.backends.cuda import backend as cuda
+from autofocus_kernels.backends.interface import Gradients
+torch.ops.load_library(sys.argv[1])
+cuda.device_type, cuda.unavailable, cuda.checked = "cpu", lambda: None, False
+torch.cuda.get_device_capability = lambda device: (9, 0)
+torch.backends.cudnn.conv.fp32_precision = "tf32"
+assert torch.empty(16).isnan().all(), "memory is not guarded"
+case = testing.Case("pages", (2, 4, 8), 12, 20, dilations=(1, 2, 1, 2), mode="branch")
+tensors = testing.make_tensors(case)
+assert all(tensor.nbytes % 64 == 0 for tensor in tensors if tensor is not None)
+call = testing.call_of(case, tensors)
+vectors = [tensors.branch_scale] * 3
+for tier in ("simple", "fast"):
+    os.environ["AUTOFOCUS_CUDA_TIER"] = tier
+    for own in (call, call._replace(branch_scale=None)):
+        output = torch.empty_like(tensors.grad_output)
+        cuda.forward(own, output)
+        gradients = [None if tensor is None else torch.empty_like(tensor) for tensor in (*own[:3], own.branch_scale)]
+        cuda.backward(own, tensors.grad_output, Gradients(*gradients))
+    own = own._replace(branch_shift=None)
+    branches = torch.empty(4, *tensors.grad_output.shape)
+    cuda.branch_statistics(own, branches, *map(torch.empty_like, vectors[:2]))
+    cuda.branch_reduce(own, tensors.grad_output, branches, *vectors, gradients[2], *map(torch.empty_like, vectors[:2]))
+    cuda.branch_combine(own, branches, *vectors[:2], output)
+    cuda.branch_norm_backward(own, tensors.grad_output, branches, *vectors, branches, *gradients[:2])
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None,
+    reason="guarded_memory.c replaces the allocator of Linux, and must be compiled",
+)
+def test_no_pass_goes_past_the_end_of_a_tensor(library, tmp_path):
+    """Not even to read what it then drops; other tests compare the results."""
+    guard = tmp_path / "guarded_memory.so"
+    source = ROOT / "tests" / "helpers" / "guarded_memory.c"
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", guard, source], check=True)
+    command = [sys.executable, "-c", IN_GUARDED_MEMORY, library._name]
+    result = subprocess.run(command, env={**os.environ, "LD_PRELOAD": str(guard)}, capture_output=True, text=True)
+    assert result.returncode == 0, f"exit status {result.returncode}: {result.stderr}"
 
 
 def test_unwanted_gradients_are_left_alone(device):
