@@ -51,3 +51,12 @@ def test_lattice_of_the_papers_rates(library, adjoint):
     numbers = [1, 4, 33, 32, 35, 33, 32, 35, 0, 0, 0, *rates]
     for apart in (False, True):
         assert check_lattice(library, numbers, adjoint, 8, False, apart) == (True, "")
+
+
+@pytest.mark.parametrize("rates", [(5, 7), (1, 6)], ids=["all", "the_second"])
+@pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
+def test_rates_above_the_planes_of_a_tile(library, adjoint, rates):
+    """A phase reads more planes than the tile has, or frees some that no branch has read."""
+    numbers = [1, 2, 21, 3, 4, 19, 4, 3, 1, 0, 0, *itertools.chain(*((rate, 1, 1) for rate in rates))]
+    for recycle in (False, True):
+        assert check_lattice(library, numbers, adjoint, 4, recycle, apart=False) == (True, "")
