@@ -314,6 +314,18 @@ def test_channels_of_others_are_neither_read_nor_written(tf32, tier, dtype):
         assert result._base.isnan().sum() == result._base.numel() - result.numel()
 
 
+def test_samples_that_begin_at_any_element(device):
+    """Only the positions of a sample lie at multiples of 16 bytes: the second sample's points are not loaded whole."""
+    case = Case("samples", (3, 4, 5), channels=8, out_channels=8, batch=2, dilations=(1, 2), layout="channels_last")
+    tensors = make_tensors(case, torch.bfloat16)
+    memory = torch.full((2, 3 * 4 * 5 * 8 + 1), torch.nan, dtype=torch.bfloat16)
+    apart = memory[:, :-1].unflatten(1, (3, 4, 5, 8)).movedim(-1, 1).copy_(tensors.input)
+    outputs = [torch.empty_like(tensors.grad_output) for _ in range(2)]
+    for input, output in zip((tensors.input, apart), outputs):
+        cuda.forward(call_of(case, tensors)._replace(input=input), output)
+    assert torch.equal(*outputs)
+
+
 # Every tensor ends at the end of a page, if its bytes are a multiple of 64.
 IN_GUARDED_MEMORY = """
 import os, sys
