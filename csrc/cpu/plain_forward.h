@@ -55,14 +55,15 @@ class PlainForward {
   void run() const {
     // The x axis stays whole: its rows are long, and read in place they are read in order.
     const Lattices lattices(g_, {lattice_step(g_, &Index3::z, 8), lattice_step(g_, &Index3::y, 8), 1});
-    const int64_t last_chunk_end = chunks_.begin(chunks_.count - 1) + padded<A>(chunks_.largest);
+    const int64_t last_chunk = chunks_.count - 1;
+    const int64_t spill = chunks_.begin(last_chunk) + padded<A>(chunks_.size(last_chunk)) - g_.C;
     // All threads at one lattice after another, or a lattice for each where they are many and too small to share, as
     // in a batch of tiny volumes.
     const int64_t points = std::max(lattices.input_points(), lattices.output_points());
     const bool together = lattices.count() < kJobs || g_.K * points * out_width_ >= kWorthSharing;
     const ParallelFor over = together ? serial : args_.parallel, within = together ? args_.parallel : serial;
     over(lattices.count(), [&](int64_t begin, int64_t end) {
-      const SourceMaker<T, A, E> make_source(args_, within, lattices, last_chunk_end - g_.C);
+      const SourceMaker<T, A, E> make_source(args_, within, lattices, spill);
       for (int64_t index = begin; index < end; ++index) {
         const Lattice lattice = lattices.at(index);
         run_lattice(lattice, make_source(lattice), within);
