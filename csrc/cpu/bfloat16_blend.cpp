@@ -1,6 +1,7 @@
 #include "bfloat16_blend.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../geometry.h"
 #include "bfloat16_gemm.h"
@@ -14,52 +15,55 @@ namespace autofocus {
 
 namespace {
 
-// A vector register of pairs of numbers, the first of a pair in the lower half.
-template <int bytes>
-struct Register {
-  typedef uint32_t Bits __attribute__((vector_size(bytes)));
-  typedef Bits Unaligned __attribute__((aligned(2), may_alias));
-  typedef float Floats __attribute__((vector_size(bytes)));
-  static constexpr int64_t kNumbers = bytes / 2;
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Numbers __attribute__((vector_size(32)));
+typedef Bits UnalignedBits __attribute__((aligned(2), may_alias));
+typedef Numbers UnalignedNumbers __attribute__((aligned(2), may_alias));
 
-  static AUTOFOCUS_TARGET Bits load(const void* from) { return *static_cast<const Unaligned*>(from); }
-  static AUTOFOCUS_TARGET Floats first(Bits both) { return (Floats)(both << 16); }
-  static AUTOFOCUS_TARGET Floats second(Bits both) { return (Floats)(both & 0xffff0000u); }
-};
+AUTOFOCUS_TARGET Bits load_bits(const void* from) { return *static_cast<const UnalignedBits*>(from); }
 
-// Rounds a block's first and second half, and stores the channels whose bit is set.
-AUTOFOCUS_TARGET void store(uint16_t* to, __mmask32 there, __m512 first, __m512 second) {
-  _mm512_mask_storeu_epi16(to, there, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-}
-AUTOFOCUS_TARGET void store(uint16_t* to, __mmask32 there, __m256 first, __m256 second) {
-  _mm256_mask_storeu_epi16(to, __mmask16(there), (__m256i)_mm256_cvtne2ps_pbh(second, first));
-}
+// The sums of a block's channels, and how it lies in memory.
+struct WholeBlock {
+  Floats first = {}, second = {};
 
-// The sums of one block.
-template <int bytes>
-struct Sums {
-  using R = Register<bytes>;
-  typename R::Floats first = {}, second = {};
-
-  AUTOFOCUS_TARGET void add(float attention, const uint16_t* source) {
-    const typename R::Bits both = R::load(source);
-    first += attention * R::first(both);
-    second += attention * R::second(both);
+  static AUTOFOCUS_TARGET void pack(const float* from, uint16_t* to) {
+    *(UnalignedBits*)to = load_bits(from) >> 16 | (load_bits(from + 16) & 0xffff0000u);
   }
-  AUTOFOCUS_TARGET void store_to(uint16_t* to, __mmask32 there) const { store(to, there, first, second); }
+  AUTOFOCUS_TARGET void add(float attention, const uint16_t* source) {
+    const Bits pairs = load_bits(source);
+    first += attention * (Floats)(pairs << 16);
+    second += attention * (Floats)(pairs & 0xffff0000u);
+  }
+  AUTOFOCUS_TARGET void store(uint16_t* to, __mmask32 there) const {
+    _mm512_mask_storeu_epi16(to, there, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+  }
 };
-template <>
-struct Sums<0> {
+struct HalfBlock {
+  Floats sum = {};
+
+  static AUTOFOCUS_TARGET void pack(const float* from, uint16_t* to) {
+    *(UnalignedNumbers*)to = __builtin_convertvector(load_bits(from) >> 16, Numbers);
+  }
+  AUTOFOCUS_TARGET void add(float attention, const uint16_t* source) {
+    const __m256i numbers = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+    sum += attention * (Floats)((Bits)_mm512_maskz_cvtepu16_epi32(__mmask16(~0u), numbers) << 16);
+  }
+  AUTOFOCUS_TARGET void store(uint16_t* to, __mmask32 there) const {
+    _mm256_mask_storeu_epi16(to, __mmask16(there), (__m256i)_mm512_cvtneps_pbh(sum));
+  }
+};
+struct NoBlock {
   void add(float, const uint16_t*) {}
-  void store_to(uint16_t*, __mmask32) const {}
+  void store(uint16_t*, __mmask32) const {}
 };
 
-// One block of all voxels, or two, of N branches, or of any number where N is 0. Of the last block `there` is stored.
-template <int N, int bytes, int more_bytes>
+// All voxels of a block, or of two, of which the first is whole: N branches, or any number where N is 0. Of the last
+// block `there` is stored.
+template <int N, typename First, typename Second>
 AUTOFOCUS_TARGET void blend_blocks(int branches, const float* const* attentions, const uint16_t* const* sources,
-                                   int64_t source_step, uint16_t* to, int64_t to_step, int64_t count, int64_t channel,
-                                   __mmask32 there) {
-  constexpr int64_t more = bytes / 2;
+                                   int64_t source_step, uint16_t* to, int64_t to_step, int64_t count, __mmask32 there) {
+  constexpr bool two = !std::is_same_v<Second, NoBlock>;
   constexpr __mmask32 whole = ~0u;
   const int n = N > 0 ? N : branches;
   // Local copies: the compiler cannot know that the stores leave the callers' arrays alone.
@@ -67,70 +71,49 @@ AUTOFOCUS_TARGET void blend_blocks(int branches, const float* const* attentions,
   const uint16_t* source[N > 0 ? N : kMaxBranches];
   for (int k = 0; k < n; ++k) {
     attention[k] = attentions[k];
-    source[k] = sources[k] + channel;
+    source[k] = sources[k];
   }
-  to += channel;
   for (int64_t p = 0, at = 0; p < count; ++p, at += source_step, to += to_step) {
-    Sums<bytes> sums;
-    Sums<more_bytes> more_sums;
+    First first;
+    Second second;
 #pragma GCC unroll 4
     for (int k = 0; k < n; ++k) {
-      sums.add(attention[k][p], source[k] + at);
-      more_sums.add(attention[k][p], source[k] + at + more);
+      first.add(attention[k][p], source[k] + at);
+      second.add(attention[k][p], source[k] + at + kBlockChannels);
     }
-    sums.store_to(to, more_bytes > 0 ? whole : there);
-    more_sums.store_to(to + more, there);
+    first.store(to, two ? whole : there);
+    second.store(to + kBlockChannels, there);
   }
 }
 
+// By halves of blocks, from one to four.
 template <int N>
-AUTOFOCUS_TARGET void blend_branches(int branches, const float* const* attention, const uint16_t* const* source,
-                                     int64_t source_step, uint16_t* to, int64_t to_step, int64_t count,
-                                     int64_t channels) {
-  for (int64_t channel = 0; channel < channels; channel += 2 * kBlockChannels) {
-    const int64_t left = std::min(channels - channel, 2 * kBlockChannels);
-    const bool two = left > kBlockChannels;
-    const int64_t of_last = two ? left - kBlockChannels : left;
-    const bool small = of_last <= kBlockChannels / 2;
-    const auto run = two     ? small ? blend_blocks<N, 64, 32> : blend_blocks<N, 64, 64>
-                     : small ? blend_blocks<N, 32, 0>
-                             : blend_blocks<N, 64, 0>;
-    run(branches, attention, source, source_step, to, to_step, count, channel, __mmask32((1ull << of_last) - 1));
-  }
-}
-
-template <int bytes>
-AUTOFOCUS_TARGET void pack_block(const float* from, uint16_t* to) {
-  using R = Register<bytes>;
-  const typename R::Bits first = R::load(from), second = R::load(from + R::kNumbers / 2);
-  *(typename R::Unaligned*)to = first >> 16 | (second & 0xffff0000u);
-}
+constexpr decltype(&blend_blocks<N, HalfBlock, NoBlock>) kBlends[] = {
+    blend_blocks<N, HalfBlock, NoBlock>, blend_blocks<N, WholeBlock, NoBlock>, blend_blocks<N, WholeBlock, HalfBlock>,
+    blend_blocks<N, WholeBlock, WholeBlock>};
 
 }  // namespace
 
 AUTOFOCUS_TARGET void pack_blocks(const float* from, int64_t count, int64_t width, uint16_t* to) {
   for (int64_t p = 0; p < count; ++p, from += width, to += width) {
     int64_t channel = 0;
-    for (; channel + kBlockChannels <= width; channel += kBlockChannels) pack_block<64>(from + channel, to + channel);
-    if (channel < width) pack_block<32>(from + channel, to + channel);
+    for (; channel + kBlockChannels <= width; channel += kBlockChannels) WholeBlock::pack(from + channel, to + channel);
+    if (channel < width) HalfBlock::pack(from + channel, to + channel);
   }
 }
 
-AUTOFOCUS_TARGET void blend(int branches, const float* const* attention, const uint16_t* const* source,
-                            int64_t source_step, uint16_t* to, int64_t to_step, int64_t count, int64_t channels) {
-  switch (branches) {
-    case 0:
-      for (int64_t p = 0; p < count; ++p) std::fill(to + p * to_step, to + p * to_step + channels, uint16_t(0));
-      return;
-#define AUTOFOCUS_CASE(N) \
-  case N: return blend_branches<N>(branches, attention, source, source_step, to, to_step, count, channels);
-      AUTOFOCUS_CASE(1)
-      AUTOFOCUS_CASE(2)
-      AUTOFOCUS_CASE(3)
-      AUTOFOCUS_CASE(4)
-#undef AUTOFOCUS_CASE
-    default: return blend_branches<0>(branches, attention, source, source_step, to, to_step, count, channels);
+void blend(int branches, const float* const* attention, const uint16_t* const* source, int64_t source_step,
+           uint16_t* to, int64_t to_step, int64_t count, int64_t channels) {
+  if (branches == 0) {
+    for (int64_t p = 0; p < count; ++p) std::fill(to + p * to_step, to + p * to_step + channels, uint16_t(0));
+    return;
   }
+  static constexpr const decltype(&blend_blocks<0, HalfBlock, NoBlock>)* of_branches[] = {
+      kBlends<0>, kBlends<1>, kBlends<2>, kBlends<3>, kBlends<4>};
+  const int64_t halves = (channels - 1) / (kBlockChannels / 2);
+  const int64_t of_last = channels - (channels > kBlockChannels ? kBlockChannels : 0);
+  of_branches[branches <= 4 ? branches : 0][halves](branches, attention, source, source_step, to, to_step, count,
+                                                    __mmask32((1ull << of_last) - 1));
 }
 
 }  // namespace autofocus
