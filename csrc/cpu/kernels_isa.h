@@ -59,7 +59,7 @@ void forward_of(const Call& call, const TensorView& output, ParallelFor parallel
                                    vector<const T>(call.shift),    view<T>(output)};
     if (args.scale || args.shift) return branch_forward<T, A>(args);
     if constexpr (std::is_same_v<T, BFloat16> && AUTOFOCUS_VECTOR_BYTES == 64)
-      if (use_bfloat16<T>()) return PlainForward<T, A, uint16_t>(args).run();
+      if (has_bfloat16_gemm()) return PlainForward<T, A, uint16_t>(args).run();
     PlainForward<T, A, A>(args).run();
   });
 }

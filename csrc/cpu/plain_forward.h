@@ -92,7 +92,7 @@ class PlainForward {
           blended(bfloat16_rows(f.voxels_) * f.blended_width_),
           tiles(kBFloat16) {}
     Scratch<A> attention, out;
-    Scratch<E> blended;  // [voxel][tap x][channel of the chunk], and room for the last vector's spill
+    Scratch<E> blended;  // [voxel][tap x][channel of the chunk], and room for a vector's spill or for a whole depth
     std::vector<Segment> segments;
     std::vector<TapRow> rows;
     AmxTiles tiles;
