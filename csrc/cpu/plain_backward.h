@@ -32,7 +32,7 @@ struct PlainBackwardPlan {
   PlainBackwardPlan(const Problem& g, bool low_precision)
       // The x axis is cut too: smaller lattices keep x and dx of a job in the cache and give more jobs.
       : lattices(g, {lattice_step(g, &Index3::z, 8), lattice_step(g, &Index3::y, 8), lattice_step(g, &Index3::x, 16)}),
-        group_vectors(vectors_of_group(g.C, lattices.count())),
+        group_vectors(vectors_of_group(g, lattices.count())),
         group_width(group_vectors * Vec<A>::kLanes),
         groups(ceil_div(g.C, group_width)),
         // A slab is at least as thick as what it reads beyond its outputs, so that dx is held twice at most.
@@ -57,13 +57,14 @@ struct PlainBackwardPlan {
   int64_t voxels;       // of a tile
 
  private:
-  // Channels are shared out evenly among groups of 128 bytes a voxel, or three vectors, or of 64 bytes where there are
-  // few lattices to share out.
-  static int64_t vectors_of_group(int64_t channels, int64_t lattices) {
-    const int64_t all = vectors<A>(channels);
-    const int64_t few = 64 / AUTOFOCUS_VECTOR_BYTES;
-    const int64_t most = std::min<int64_t>(lattices < 16 ? few : all == 3 ? 3 : 2 * few, kMaxTapVectors);
-    return ceil_div(all, ceil_div(all, most));
+  // Channels are shared out evenly among groups of 128 bytes a voxel, or three vectors. They are of 64 bytes where wide
+  // ones would be too few jobs, or their dW of a row of taps, which every tile loads and stores, too much for L1.
+  static int64_t vectors_of_group(const Problem& g, int64_t lattices) {
+    const int64_t all = vectors<A>(g.C), narrow = 64 / AUTOFOCUS_VECTOR_BYTES;
+    const int64_t wide = std::min<int64_t>(all == 3 ? 3 : 2 * narrow, kMaxTapVectors);
+    const int64_t weight_bytes = g.kernel.x * wide * AUTOFOCUS_VECTOR_BYTES * padded<A>(g.O);
+    const bool takes_wide = lattices * ceil_div(all, wide) >= kJobs && weight_bytes <= 28 * 1024;
+    return ceil_div(all, ceil_div(all, takes_wide ? wide : narrow));
   }
   int64_t wanted_slabs(const Problem& g) const {
     const int64_t jobs = lattices.count() * groups;
