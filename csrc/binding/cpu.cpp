@@ -54,7 +54,7 @@ std::string isa() { return kernels().name; }
 
 // What multiplies tensors of bfloat16.
 std::string bfloat16_products() {
-  return isa() == "avx512" && has_bfloat16_gemm() ? bfloat16_instructions() : "float32";
+  return isa() != "avx512" || !has_bfloat16_gemm() ? "float32" : has_amx() ? "AMX" : "AVX512_BF16";
 }
 
 struct Cpu {

@@ -17,11 +17,6 @@ uint16_t small_bfloat16(int value) {
   return uint16_t(bits >> 16);
 }
 
-bool has_amx() {
-  static const bool has = amx::available();
-  return has;
-}
-
 // Small integers are exact in bfloat16, and so are their products in float: the result must be equal.
 bool is_right(int64_t columns) {
   constexpr int64_t rows = 41, depth = 70, room_rows = 48, room_depth = 96;
@@ -63,7 +58,10 @@ bool has_bfloat16_gemm() {
   return works;
 }
 
-const char* bfloat16_instructions() { return has_amx() ? "AMX" : "AVX512_BF16"; }
+bool has_amx() {
+  static const bool has = amx::available();
+  return has;
+}
 
 int64_t bfloat16_rows(int64_t rows) { return has_amx() ? round_up(rows, amx::kRows) : rows; }
 int64_t bfloat16_depth(int64_t depth) { return round_up(depth, has_amx() ? amx::kDepth : 2); }

@@ -14,8 +14,8 @@ namespace autofocus {
 
 // Whether this CPU multiplies bfloat16, and does so rightly.
 bool has_bfloat16_gemm();
-// What it does that with: "AMX" or "AVX512_BF16".
-const char* bfloat16_instructions();
+// Whether it does that on AMX; if not, by AVX512_BF16.
+bool has_amx();
 
 // A product may read and write whole tiles. So a and c must have room for bfloat16_rows(rows) rows, whatever is in
 // those beyond `rows`; a and b have bfloat16_depth(depth) elements along the sum, zeros beyond `depth`.
