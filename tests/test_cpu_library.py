@@ -241,7 +241,7 @@ def test_flushing_subnormal_floats_leaves_those_of_float16():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("branches", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("branches", [1, 2, 3, 4, 5, 7, 32])
 def test_any_number_of_channels(branches, dtype):
     """Small integers, exact in every dtype, so that none may be lost, swapped or rounded on the way."""
 
@@ -254,10 +254,29 @@ def test_any_number_of_channels(branches, dtype):
         input, weight = integers(1, channels, 1, 19), torch.eye(channels, dtype=dtype)
         weight = torch.stack([weight, -weight, 2 * weight], -1)[:, :, None]
         attention = integers(1, branches, 1, 19)
-        dilations = tuple((1, k + 1) for k in range(branches))
+        dilations = tuple((1, k % 18 + 1) for k in range(branches))  # every one reads inside at either end
         output = autofocus_conv(input, weight, attention, dilations=dilations, backend="cpu")
         expected = reference.autofocus_conv(input.double(), weight.double(), attention.double(), dilations=dilations)
-        assert torch.equal(output.double(), expected), channels
+        assert torch.equal(output, expected.to(dtype)), channels
+
+
+@pytest.mark.parametrize("channels", [16, 32, 48])  # half a block, a whole one, both
+def test_a_blend_of_bfloat16_is_rounded_to_the_nearest(channels):
+    """A product with the identity shows it as it is; cut off instead, it would pass every tolerance."""
+    generator = torch.Generator().manual_seed(0)
+    input, attention = (torch.randn(1, c, 99, generator=generator).bfloat16() for c in (channels, 1))
+    weight = torch.eye(channels, dtype=torch.bfloat16)[:, :, None]
+    output = autofocus_conv(input, weight, attention, dilations=(1,), backend="cpu")
+    assert torch.equal(output, (input.float() * attention.float()).bfloat16())
+
+
+def test_what_gives_the_weights_gradient_is_rounded_to_the_nearest():
+    """As above: of one voxel, whose gradient is 1, it is the blended input."""
+    generator = torch.Generator().manual_seed(0)
+    input, attention = (torch.randn(1, c, 1, generator=generator).bfloat16() for c in (99, 1))
+    weight = torch.ones(1, 99, 1, dtype=torch.bfloat16, requires_grad=True)
+    autofocus_conv(input, weight, attention, dilations=(1,), backend="cpu").sum().backward()
+    assert torch.equal(weight.grad, (input.float() * attention.float()).bfloat16())
 
 
 @pytest.mark.parametrize("dilations", [(1, 3), (2, 4)], ids=str)
@@ -316,10 +335,10 @@ assert native.unavailable("cpu") is None
 torch.set_num_threads(1)
 if "LD_PRELOAD" in os.environ:
     assert torch.empty(16).isnan().all(), "memory is not guarded"
-print(torch.ops.autofocus_cpu.isa())
+print(torch.ops.autofocus_cpu.isa(), torch.ops.autofocus_cpu.bfloat16_products())
 failures = []
 for case in testing.CASES:
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for dtype in map(torch.__dict__.get, sys.argv[1:]):
         try:
             testing.check("cpu", case, dtype)
         except AssertionError as error:
@@ -338,10 +357,10 @@ sys.exit("\\n".join(failures) or 0)
 """
 
 
-def run_each_case(**environment):
+def run_each_case(dtypes=("float32", "float64", "bfloat16", "float16"), **environment):
     """The name of the instruction set that a fresh process checked every case with."""
     result = subprocess.run(
-        [sys.executable, "-c", EACH_CASE], env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, "-c", EACH_CASE, *dtypes], env={**os.environ, **environment}, capture_output=True, text=True
     )
     assert result.returncode == 0, f"exit status {result.returncode}: {result.stderr}"
     return result.stdout.strip()
@@ -353,7 +372,7 @@ LESSER = {"generic": (), "avx2": ("generic",), "avx512": ("generic", "avx2")}
 
 @pytest.mark.parametrize("isa", LESSER[torch.ops.autofocus_cpu.isa()] if native.unavailable("cpu") is None else ())
 def test_every_case_on_a_lesser_cpu(isa):
-    assert run_each_case(AUTOFOCUS_CPU_ISA=isa) == isa
+    assert run_each_case(AUTOFOCUS_CPU_ISA=isa) == f"{isa} float32"
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux says which instructions a CPU has")
@@ -377,13 +396,53 @@ def test_an_unknown_instruction_set_is_named():
     assert "every call fails" in line and "AUTOFOCUS_CPU_ISA must be avx512, avx2 or generic, got sse9" in line
 
 
-@pytest.mark.skipif(
+IN_C = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None,
-    reason="guarded_memory.c replaces the allocator of Linux, and must be compiled",
+    reason="what is preloaded replaces functions of Linux, and must be compiled",
 )
+
+
+def compiled(library, source):
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
+    return str(library)
+
+
+def guarded_memory(tmp_path):
+    return compiled(tmp_path / "guarded_memory.so", Path(__file__).parent / "helpers" / "guarded_memory.c")
+
+
+@IN_C
 def test_every_case_in_guarded_memory(tmp_path):
     """No kernel uses memory it has not written, or reads or writes past the end of scratch or tensors."""
-    library = tmp_path / "guarded_memory.so"
-    source = Path(__file__).parent / "helpers" / "guarded_memory.c"
-    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
-    assert run_each_case(LD_PRELOAD=str(library)) == torch.ops.autofocus_cpu.isa()
+    used = f"{torch.ops.autofocus_cpu.isa()} {torch.ops.autofocus_cpu.bfloat16_products()}"
+    assert run_each_case(LD_PRELOAD=guarded_memory(tmp_path)) == used
+
+
+# As a Linux that knows no AMX: arch_prctl(ARCH_REQ_XCOMP_PERM) fails.
+NO_AMX = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <sys/syscall.h>
+
+long syscall(long number, long a, long b, long c, long d, long e, long f) {
+  if (number == SYS_arch_prctl && a == 0x1023) {
+    errno = EINVAL;
+    return -1;
+  }
+  return ((long (*)(long, ...))dlsym(RTLD_NEXT, "syscall"))(number, a, b, c, d, e, f);
+}
+"""
+
+
+@IN_C
+@pytest.mark.skipif(
+    native.unavailable("cpu") is not None or torch.ops.autofocus_cpu.bfloat16_products() != "AMX",
+    reason="the other products of bfloat16 are those that all tests here use",
+)
+def test_every_case_without_amx_in_guarded_memory(tmp_path):
+    """A CPU that has AMX never takes AVX512_BF16 otherwise, whose tiles are not rounded up to whole ones."""
+    source = tmp_path / "no_amx.c"
+    source.write_text(NO_AMX)
+    preloaded = f"{guarded_memory(tmp_path)}:{compiled(tmp_path / 'no_amx.so', source)}"
+    assert run_each_case(["bfloat16"], LD_PRELOAD=preloaded) == "avx512 AVX512_BF16"
