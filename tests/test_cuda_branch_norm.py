@@ -314,3 +314,20 @@ def test_offsets_beyond_32_bits_between_branches(device):
         cuda.branch_reduce(call_with(attention), grad_output, held, *[vectors["mean"]] * 3, None, *sums)
         results.append(sums)
     assert torch.equal(*results)
+
+
+def test_branches_that_begin_at_any_element(device):
+    """Only the positions of a branch lie at multiples of 16 bytes: the second branch's points are not loaded whole."""
+    case = Case("begin", (3, 4, 5), channels=8, out_channels=8, dilations=(1, 2), layout="channels_last")
+    tensors = make_tensors(case, torch.bfloat16)
+    branches, _, grad_output, vectors = branch_tensors(torch.bfloat16, K=2, N=1, O=8, size=case.size)
+    coefficients = [vectors[name] for name in ("scale", "b_coef", "shift")]
+    results = []
+    for gap in (0, 1):
+        memory = torch.full((2, 3 * 4 * 5 * 8 + gap), torch.nan, dtype=torch.bfloat16)
+        grad_branches = memory[:, : 3 * 4 * 5 * 8].unflatten(1, (1, 3, 4, 5, 8)).movedim(-1, 2)
+        gradients = [torch.empty_like(tensor) for tensor in (tensors.input, tensors.weight)]
+        call = call_of(case, tensors)._replace(bias=None)
+        cuda.branch_norm_backward(call, grad_output, branches, *coefficients, grad_branches, *gradients)
+        results.append(gradients)
+    assert all(map(torch.equal, *results))
