@@ -346,6 +346,8 @@ for case in testing.CASES:
 # Channels that are whole vectors, where the last chunk that a product sums over is not; slabs of a last group of few.
 testing.check("cpu", testing.Case("chunks", (3, 4), channels=160, layout="channels_last"))
 testing.check("cpu", testing.Case("groups", (64, 33), channels=40, dilations=(1, 2)))
+# Tiles of 54 voxels, for which AMX reads and writes 64 rows.
+testing.check("cpu", testing.Case("tile", (108,), channels=64, out_channels=128), torch.bfloat16)
 # Volumes that repeat memory along an axis: each repetition ends where the tensor does, not the last one only.
 case = testing.Case("repeated", (4, 4, 4), channels=1, batch=2)
 for axis in (0, 2, 3):
