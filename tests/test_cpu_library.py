@@ -243,7 +243,7 @@ def test_flushing_subnormal_floats_leaves_those_of_float16():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("branches", [1, 2, 3, 4, 5, 7, 32])
 def test_any_number_of_channels(branches, dtype):
-    """Small integers, exact in every dtype, so that none may be lost, swapped or rounded on the way."""
+    """Small integers, exact in every dtype: none may be lost, swapped or rounded before the output is."""
 
     generator = torch.Generator().manual_seed(branches)
 
@@ -338,7 +338,7 @@ if "LD_PRELOAD" in os.environ:
 print(torch.ops.autofocus_cpu.isa(), torch.ops.autofocus_cpu.bfloat16_products())
 failures = []
 for case in testing.CASES:
-    for dtype in map(torch.__dict__.get, sys.argv[1:]):
+    for dtype in (getattr(torch, name) for name in sys.argv[1:]):
         try:
             testing.check("cpu", case, dtype)
         except AssertionError as error:
@@ -360,7 +360,7 @@ sys.exit("\\n".join(failures) or 0)
 
 
 def run_each_case(dtypes=("float32", "float64", "bfloat16", "float16"), **environment):
-    """The name of the instruction set that a fresh process checked every case with."""
+    """The instruction set that a fresh process checked every case with, and what multiplied bfloat16."""
     result = subprocess.run(
         [sys.executable, "-c", EACH_CASE, *dtypes], env={**os.environ, **environment}, capture_output=True, text=True
     )
@@ -398,7 +398,7 @@ def test_an_unknown_instruction_set_is_named():
     assert "every call fails" in line and "AUTOFOCUS_CPU_ISA must be avx512, avx2 or generic, got sse9" in line
 
 
-IN_C = pytest.mark.skipif(
+needs_preload = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None,
     reason="what is preloaded replaces functions of Linux, and must be compiled",
 )
@@ -413,7 +413,7 @@ def guarded_memory(tmp_path):
     return compiled(tmp_path / "guarded_memory.so", Path(__file__).parent / "helpers" / "guarded_memory.c")
 
 
-@IN_C
+@needs_preload
 def test_every_case_in_guarded_memory(tmp_path):
     """No kernel uses memory it has not written, or reads or writes past the end of scratch or tensors."""
     used = f"{torch.ops.autofocus_cpu.isa()} {torch.ops.autofocus_cpu.bfloat16_products()}"
@@ -437,7 +437,7 @@ long syscall(long number, long a, long b, long c, long d, long e, long f) {
 """
 
 
-@IN_C
+@needs_preload
 @pytest.mark.skipif(
     native.unavailable("cpu") is not None or torch.ops.autofocus_cpu.bfloat16_products() != "AMX",
     reason="the other products of bfloat16 are those that all tests here use",

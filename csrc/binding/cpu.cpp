@@ -54,7 +54,8 @@ std::string isa() { return kernels().name; }
 
 // What multiplies tensors of bfloat16.
 std::string bfloat16_products() {
-  return isa() != "avx512" || !has_bfloat16_gemm() ? "float32" : has_amx() ? "AMX" : "AVX512_BF16";
+  if (isa() != "avx512" || !has_bfloat16_gemm()) return "float32";
+  return has_amx() ? "AMX" : "AVX512_BF16";
 }
 
 struct Cpu {

@@ -45,7 +45,7 @@ struct PlainBackwardPlan {
     partials = std::clamp<int64_t>(kPartials / groups, 1, slabs.count());
     const int64_t tile_bytes = (AUTOFOCUS_VECTOR_BYTES == 64 && !low_precision ? 20 : 36) * 1024;
     const int64_t row = 2 * g.kernel.x * group_width + padded<A>(g.O) + g.K * Vec<A>::kLanes;
-    // On AMX the sums of a row's dW, loaded and stored once a tile, take longer than the products of a small one.
+    // On AMX tiles are large: loading and storing a row's dW, once a tile, takes longer than a small tile's products.
     voxels = low_precision && has_amx() ? 128 : std::clamp<int64_t>(tile_bytes / sizeof(A) / row, 12, 64);
   }
   Lattices lattices;
